@@ -1,0 +1,442 @@
+"""LLaMA in Flax NNX: RMSNorm, rotary positions, SwiGLU and grouped-query attention.
+
+The sizes are those that GaLore (arXiv 2403.03507, appendix) pre-trains. Weights are (in, out) matrices,
+stacked over the layers and run by `jax.lax.scan`, so that compile time does not grow with depth
+and an optimizer sees one leaf per kind of matrix.
+
+Letters: B batch, L length, S cached length, D width, F MLP width, N query heads, G key and value
+heads, K a head's width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from galore_optax.matrices import GaLoreDimensionNumbers
+
+Params = dict[str, Any]
+"""A nested dict of arrays, as `nnx.to_pure_dict` gives it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and numerics of a LLaMA.
+
+    Attributes:
+        vocab_size: Token ids run from 0 to `vocab_size - 1`.
+        width: Width of the residual stream.
+        mlp_width: Width inside the MLP.
+        layers: Number of layers.
+        heads: Number of query heads; each is `width / heads` wide.
+        kv_heads: Number of key and value heads; fewer than `heads` is grouped-query attention.
+        max_length: The longest sequence the model takes, in tokens.
+        rope_theta: Base of the rotary frequencies.
+        norm_eps: Added to the mean square in RMSNorm.
+        dtype: Computation in matrix products; norms and softmax are always float32.
+        param_dtype: Storage of the weights.
+        rematerialize: Keep only the activations between layers for the backward pass, and compute
+            those within a layer again.
+    """
+
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab_size: int = 32_000
+    max_length: int = 1024
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    dtype: DTypeLike = np.dtype("float32")
+    param_dtype: DTypeLike = np.dtype("float32")
+    rematerialize: bool = False
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size",
+            "width",
+            "mlp_width",
+            "layers",
+            "heads",
+            "kv_heads",
+            "max_length",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width={self.width} with heads={self.heads}: a head's width, width / heads, must be "
+                "an even whole number; change either"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads={self.kv_heads} must divide heads={self.heads}; "
+                f"kv_heads={self.heads} is ordinary attention"
+            )
+        # One spelling of a dtype, so that configurations compare equal and can be hashed.
+        for name in ("dtype", "param_dtype"):
+            dtype = jnp.dtype(getattr(self, name))
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(f"{name}={dtype}: a float type is needed, such as bfloat16")
+            object.__setattr__(self, name, dtype)
+
+    @property
+    def head_width(self) -> int:
+        """K, the width of one head."""
+        return self.width // self.heads
+
+
+SIZES: dict[str, LlamaConfig] = {
+    "tiny": LlamaConfig(width=128, mlp_width=344, layers=4, heads=4, kv_heads=4, max_length=512),
+    "llama-60m": LlamaConfig(width=512, mlp_width=1376, layers=8, heads=8, kv_heads=8),
+    "llama-130m": LlamaConfig(width=768, mlp_width=2048, layers=12, heads=12, kv_heads=12),
+    "llama-350m": LlamaConfig(width=1024, mlp_width=2736, layers=24, heads=16, kv_heads=16),
+    "llama-1b": LlamaConfig(width=2048, mlp_width=5461, layers=24, heads=32, kv_heads=32),
+    "llama-7b": LlamaConfig(
+        width=4096, mlp_width=11_008, layers=32, heads=32, kv_heads=32, max_length=2048
+    ),
+}
+"""The sizes of GaLore's table 2 and 3 at a vocabulary of 32,000, and `tiny` for a CPU."""
+
+
+class Weight(NamedTuple):
+    """Shape and logical axis names of one weight, layers stacked in front."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+def weight_table(config: LlamaConfig) -> dict[str, Any]:
+    """The one table of weights: a nested dict of `Weight`, in the structure of the params."""
+    n, d, f, v = config.layers, config.width, config.mlp_width, config.vocab_size
+    heads = config.heads * config.head_width
+    kv_heads = config.kv_heads * config.head_width
+    return {
+        "embedding": Weight((v, d), ("vocab", "embed")),
+        "layers": {
+            "attention_norm": Weight((n, d), ("layer", None)),
+            "attention": {
+                "query": Weight((n, d, heads), ("layer", "embed", "heads")),
+                "key": Weight((n, d, kv_heads), ("layer", "embed", "heads")),
+                "value": Weight((n, d, kv_heads), ("layer", "embed", "heads")),
+                "out": Weight((n, heads, d), ("layer", "heads", "embed")),
+            },
+            "mlp_norm": Weight((n, d), ("layer", None)),
+            "mlp": {
+                "gate": Weight((n, d, f), ("layer", "embed", "mlp")),
+                "up": Weight((n, d, f), ("layer", "embed", "mlp")),
+                "down": Weight((n, f, d), ("layer", "mlp", "embed")),
+            },
+        },
+        "norm": Weight((d,), (None,)),
+        "head": Weight((d, v), ("embed", "vocab")),
+    }
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen so far, for `Llama.decode`."""
+
+    key: Float[Array, "layers B S G K"]
+    value: Float[Array, "layers B S G K"]
+    length: Int[Array, ""]
+    """How many of the S positions are filled."""
+
+
+class Llama(nnx.Module):
+    """A LLaMA language model.
+
+    Args:
+        config: Sizes and numerics.
+        rngs: `rngs.params` draws the matrices from normal(0, 0.02), as Hugging Face's LLaMA does; the
+            norms' weights start at one.
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+
+        def create(entry: Weight | dict[str, Any]) -> Any:
+            if isinstance(entry, dict):
+                return nnx.Dict({name: create(inner) for name, inner in entry.items()})
+            if "embed" not in entry.axes:
+                return nnx.Param(jnp.ones(entry.shape, config.param_dtype))
+            draw = jax.random.normal(rngs.params(), entry.shape, config.param_dtype)
+            return nnx.Param(0.02 * draw)
+
+        table = weight_table(config)
+        self.embedding = create(table["embedding"])
+        self.layers = create(table["layers"])
+        self.norm = create(table["norm"])
+        self.head = create(table["head"])
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "B L"],
+        *,
+        positions: Int[Array, "B L"] | None = None,
+        segment_ids: Int[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L V"]:
+        """Float32 logits of the token after each position; arguments as for `hidden`."""
+        return self.logits(self.hidden(token_ids, positions=positions, segment_ids=segment_ids))
+
+    def hidden(
+        self,
+        token_ids: Int[Array, "B L"],
+        *,
+        positions: Int[Array, "B L"] | None = None,
+        segment_ids: Int[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """What the head multiplies: the last layer's output, normalised.
+
+        Args:
+            token_ids: Token ids below `config.vocab_size`, (B, L).
+            positions: Position of each token for the rotary embedding, (B, L); counted from the
+                row's start if not given.
+            segment_ids: Document of each token, (B, L): a token sees earlier tokens of its own
+                document only. One document a row if not given.
+
+        Raises:
+            ValueError: If L is above `config.max_length`.
+        """
+        config = self.config
+        length = token_ids.shape[1]
+        _check_length(length, config)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length), token_ids.shape)
+        mask = None
+        if segment_ids is not None:
+            mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]  # (B, 1, L, L)
+        implementation = attention_implementation(config, length)
+
+        def attend(query, key, value):
+            return jax.nn.dot_product_attention(
+                query, key, value, mask=mask, is_causal=True, implementation=implementation
+            )
+
+        rotary = rotary_angles(config, positions)
+
+        def step(hidden, layer_params):
+            return apply_layer(config, layer_params, hidden, rotary, attend), None
+
+        if config.rematerialize:
+            # A scan's body is not merged with its recomputation, so no barrier is needed.
+            step = jax.checkpoint(step, prevent_cse=False)
+        hidden = self.embedding[...][token_ids].astype(config.dtype)
+        hidden, _ = jax.lax.scan(step, hidden, nnx.to_pure_dict(nnx.state(self.layers)))
+        return rms_norm(hidden, self.norm[...], config.norm_eps)
+
+    def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """The head: float32 logits of hidden states."""
+        head = self.head[...].astype(self.config.dtype)
+        return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty cache for `decode`.
+
+        Args:
+            batch_size: B, rows decoded at once.
+            length: S, tokens that the cache can hold.
+
+        Raises:
+            ValueError: If `length` is above `config.max_length`.
+        """
+        config = self.config
+        _check_length(length, config)
+        shape = (config.layers, batch_size, length, config.kv_heads, config.head_width)
+        empty = jnp.zeros(shape, config.dtype)
+        return KVCache(empty, empty, jnp.zeros((), jnp.int32))
+
+    def decode(
+        self, token_ids: Int[Array, "B L"], cache: KVCache
+    ) -> tuple[Float[Array, "B L V"], KVCache]:
+        """Logits of the next L tokens of each row, and the cache with them in it.
+
+        L is the whole prompt at first (prefill), then usually 1. Attention is XLA's here: cuDNN's
+        flash attention is made for long queries. The caller keeps `cache.length + L` within the
+        cache.
+        """
+        config = self.config
+        new = jnp.arange(token_ids.shape[1]) + cache.length
+        rotary = rotary_angles(config, jnp.broadcast_to(new, token_ids.shape))
+        mask = (jnp.arange(cache.key.shape[2]) <= new[:, None])[None, None]  # (1, 1, L, S)
+
+        def step(carry, layer):
+            hidden, keys, values = carry
+            index, layer_params = layer
+
+            def attend(query, key, value):
+                # The stacks stay in the carry, where XLA updates them in place.
+                nonlocal keys, values
+                start = (index, 0, cache.length, 0, 0)
+                keys = jax.lax.dynamic_update_slice(keys, key[None], start)
+                values = jax.lax.dynamic_update_slice(values, value[None], start)
+                return jax.nn.dot_product_attention(
+                    query, keys[index], values[index], mask=mask, implementation="xla"
+                )
+
+            hidden = apply_layer(config, layer_params, hidden, rotary, attend)
+            return (hidden, keys, values), None
+
+        hidden = self.embedding[...][token_ids].astype(config.dtype)
+        layers = (jnp.arange(config.layers), nnx.to_pure_dict(nnx.state(self.layers)))
+        carry, _ = jax.lax.scan(step, (hidden, cache.key, cache.value), layers)
+        hidden = rms_norm(carry[0], self.norm[...], config.norm_eps)
+        return self.logits(hidden), KVCache(carry[1], carry[2], cache.length + token_ids.shape[1])
+
+
+Rotary = tuple[Float[Array, "B L 1 K/2"], Float[Array, "B L 1 K/2"]]
+Attend = Callable[
+    [Float[Array, "B L N K"], Float[Array, "B L G K"], Float[Array, "B L G K"]],
+    Float[Array, "B L N K"],
+]
+
+
+def apply_layer(
+    config: LlamaConfig,
+    params: Params,
+    hidden: Float[Array, "B L D"],
+    rotary: Rotary,
+    attend: Attend,
+) -> Float[Array, "B L D"]:
+    """One layer: attention and MLP, each on the normalised stream and added to it.
+
+    Args:
+        config: Sizes and numerics.
+        params: One layer's slice of the params under "layers".
+        hidden: The residual stream, (B, L, D).
+        rotary: `rotary_angles` of the tokens' positions.
+        attend: Attention proper, of rotated queries (B, L, N, K), keys and values (B, L, G, K).
+    """
+    weights = jax.tree.map(lambda w: w.astype(config.dtype), params)
+    batch, length, _ = hidden.shape
+
+    def heads(x: Float[Array, "B L NK"]) -> Float[Array, "B L N K"]:
+        return x.reshape(batch, length, -1, config.head_width)
+
+    attention, mlp = weights["attention"], weights["mlp"]
+    x = rms_norm(hidden, weights["attention_norm"], config.norm_eps)
+    query = rotate(heads(x @ attention["query"]), rotary)
+    key = rotate(heads(x @ attention["key"]), rotary)
+    mixed = attend(query, key, heads(x @ attention["value"]))
+    hidden = hidden + mixed.reshape(hidden.shape) @ attention["out"]
+
+    x = rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
+    return hidden + (jax.nn.silu(x @ mlp["gate"]) * (x @ mlp["up"])) @ mlp["down"]
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "*B D"]:
+    """x / rms(x) · weight along the last axis, the statistic in float32 (arXiv 1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype) * weight.astype(x.dtype)
+
+
+def rotary_angles(config: LlamaConfig, positions: Int[Array, "B L"]) -> Rotary:
+    """Float32 cosine and sine of each position's rotary angles (arXiv 2104.09864, section 3.2.2)."""
+    half = jnp.arange(0, config.head_width, 2, dtype=jnp.float32)
+    frequencies = config.rope_theta ** (-half / config.head_width)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B L N K"], rotary: Rotary) -> Float[Array, "B L N K"]:
+    """Rotate each head's vector by its position.
+
+    Component i is paired with i + K/2, as in Hugging Face's checkpoints, not with its neighbour as in
+    the paper: the two differ by a permutation of the query's and key's columns.
+    """
+    cos, sin = rotary
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attention_implementation(
+    config: LlamaConfig, length: int | None = None
+) -> Literal["cudnn", "xla"]:
+    """Which implementation of `jax.nn.dot_product_attention` a forward pass uses on this machine.
+
+    cuDNN's flash attention takes 16-bit floats, heads up to 128 wide in multiples of 8, NVIDIA GPUs
+    from compute capability 8.0 and, where documents are masked, even lengths.
+
+    Args:
+        config: The model's configuration.
+        length: Tokens in a row; `config.max_length` if not given.
+    """
+    device = jax.devices()[0]
+    fits = (
+        "cuda" in device.client.platform_version
+        and float(device.compute_capability) >= 8.0
+        and config.dtype in (jnp.bfloat16, jnp.float16)
+        and config.head_width % 8 == 0
+        and config.head_width <= 128
+        and (config.max_length if length is None else length) % 2 == 0
+    )
+    return "cudnn" if fits else "xla"
+
+
+def dimension_numbers(params: Params) -> Params:
+    """Which axes of which weights GaLore projects: attention's and the MLP's matrices, layer by layer.
+
+    Args:
+        params: The model's params, or a part of them, as a nested dict.
+
+    Returns:
+        A tree like `params` of `GaLoreDimensionNumbers(1, 2)`, and None for the embedding, the norms and
+        the head, which are trained at full rank as published.
+    """
+
+    def choose(path, _):
+        names = {entry.key for entry in path}
+        return GaLoreDimensionNumbers(1, 2) if names & {"attention", "mlp"} else None
+
+    return jax.tree_util.tree_map_with_path(choose, params)
+
+
+def logical_axes(params: Params) -> Params:
+    """A tree like `params` of tuples of logical axis names, for sharding rules.
+
+    The names are "layer", "vocab", "embed", "heads" and "mlp"; None is an axis that is never split.
+    """
+    table = weight_table(SIZES["tiny"])  # names do not depend on the size
+
+    def choose(path, _):
+        entry = table
+        for key in path:
+            entry = entry[key.key]
+        return entry.axes
+
+    return jax.tree_util.tree_map_with_path(choose, params)
+
+
+def count_params(config: LlamaConfig) -> int:
+    """Number of weights, embedding and head included."""
+    leaves = jax.tree.leaves(weight_table(config), is_leaf=lambda x: isinstance(x, Weight))
+    return sum(int(np.prod(weight.shape)) for weight in leaves)
+
+
+def flops_per_token(config: LlamaConfig, length: int) -> float:
+    """Floating-point operations to train on one token: forward and backward, nothing recomputed.
+
+    Six for each weight of a matrix product (the embedding is looked up, not multiplied), and twelve
+    for each component of the queries and each of `length` keys (PaLM, arXiv 2204.02311, appendix B,
+    which counts attention as if it were not causal).
+    """
+    looked_up = config.vocab_size * config.width
+    norms = (2 * config.layers + 1) * config.width
+    products = count_params(config) - looked_up - norms
+    return 6.0 * products + 12.0 * config.layers * config.width * length
+
+
+def _check_length(length: int, config: LlamaConfig) -> None:
+    if length > config.max_length:
+        raise ValueError(
+            f"a sequence of {length} tokens: this model takes at most "
+            f"max_length={config.max_length}; shorten it"
+        )
