@@ -1,0 +1,192 @@
+"""From documents to the rows of a batch: packed one after another, or one document a row.
+
+A batch is a dict of arrays, all (batch, length):
+  inputs, targets: int32 token ids; targets[:, i] is what follows inputs[:, i].
+  positions: int32, from 0 at the start of a document and at the start of a row.
+  segment_ids: int32, from 1 in each row, one for each document in it; 0 is padding.
+  weights: float32, 1 where the target counts, 0 where it is padding.
+
+Every document is led by one separator, which is at once its beginning (an input) and the end of the
+document before (a target). Rows are a fixed function of the documents and the position.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+Batch = dict[str, np.ndarray]
+Document = Int[np.ndarray, " length"]
+
+
+class Position(NamedTuple):
+    """A place in the stream of documents.
+
+    Attributes:
+      documents: how many documents are wholly behind.
+      tokens: how many tokens of the next one are behind, its separator counted.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+
+
+START = Position()
+
+
+def packed_batches(
+    documents: Iterable[Document],
+    *,
+    separator: int,
+    batch_size: int,
+    seq_len: int,
+    start: Position = START,
+) -> Iterator[tuple[Batch, Position]]:
+    """Rows without padding, filled one after another from the stream of documents.
+
+    A document that a row's end cuts goes on in the next row, as a segment of its own. Each token of
+    the stream is a target once, except the very first separator. Empty documents are passed over.
+
+    Args:
+      documents: token ids of each document, from number `start.documents` on.
+      separator: id of the token that leads every document.
+      batch_size: rows in a batch.
+      seq_len: tokens in a row.
+      start: where the stream is taken up.
+
+    Yields:
+      A batch and the position after it. Where `documents` ends, the last batch is padded.
+
+    Raises:
+      ValueError: `start` is beyond the end of its document, that is, of other data.
+    """
+    size = batch_size * seq_len
+    number, taken = start
+    document = None
+    documents = iter(documents)
+    while True:
+        stream = np.full(size + 1, separator, np.int32)
+        begins = np.zeros(size, bool)
+        filled = 0
+        while filled < size:
+            if document is None:
+                tokens = next(documents, None)
+                if tokens is None:
+                    break
+                if taken > len(tokens):
+                    raise ValueError(
+                        f"position {tuple(start)} is beyond the {len(tokens) + 1} tokens of its "
+                        "document: it was saved with other data or another tokenizer"
+                    )
+                if not len(tokens):
+                    number += 1
+                    continue
+                document = np.concatenate([[separator], tokens])
+            piece = document[taken : taken + size - filled]
+            stream[filled : filled + len(piece)] = piece
+            begins[filled] = True
+            filled += len(piece)
+            taken += len(piece)
+            if taken == len(document):
+                document, number, taken = None, number + 1, 0
+        if not filled:
+            return
+        if document is not None:  # else a separator follows
+            stream[size] = document[taken]
+        yield _packed_batch(stream, begins, filled, (batch_size, seq_len)), Position(number, taken)
+
+
+def _packed_batch(
+    stream: Int[np.ndarray, " size_1"],
+    begins: Int[np.ndarray, " size"],
+    filled: int,
+    shape: tuple[int, int],
+) -> Batch:
+    """Cuts `stream` into rows; documents begin where `begins`, padding begins at `filled`."""
+    begins = begins.reshape(shape)
+    begins[:, 0] = True
+    column = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    valid = (np.arange(begins.size) < filled).reshape(shape)
+    return {
+        "inputs": stream[:-1].reshape(shape),
+        "targets": stream[1:].reshape(shape),
+        "positions": column - np.maximum.accumulate(np.where(begins, column, 0), axis=1),
+        "segment_ids": np.where(valid, np.cumsum(begins, axis=1), 0).astype(np.int32),
+        "weights": valid.astype(np.float32),
+    }
+
+
+def document_batches(
+    documents: Iterable[Document],
+    *,
+    separator: int,
+    batch_size: int,
+    seq_len: int,
+    start: Position = START,
+) -> Iterator[tuple[Batch, Position]]:
+    """One document a row, cut or padded, as GaLore's experiments were run (arXiv 2403.03507).
+
+    Arguments, results and errors are those of `packed_batches`. Padding has weight 0 and
+    segment 0.
+    """
+    if start.tokens:
+        raise ValueError(
+            f"position {tuple(start)} is inside a document: it was saved in packed mode"
+        )
+    number = start.documents
+    documents = iter(documents)
+    shape = (batch_size, seq_len)
+    while True:
+        stream = np.full((batch_size, seq_len + 1), separator, np.int32)
+        lengths = np.zeros((batch_size, 1), np.int32)
+        row = 0
+        while row < batch_size and (tokens := next(documents, None)) is not None:
+            number += 1
+            if len(tokens):
+                kept = tokens[:seq_len]
+                stream[row, 1 : 1 + len(kept)] = kept
+                lengths[row] = min(len(tokens) + 1, seq_len)
+                row += 1
+        if not row:
+            return
+        column = np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape)
+        valid = column < lengths
+        yield (
+            {
+                "inputs": stream[:, :-1].copy(),
+                "targets": stream[:, 1:].copy(),
+                "positions": np.where(valid, column, 0),
+                "segment_ids": valid.astype(np.int32),
+                "weights": valid.astype(np.float32),
+            },
+            Position(number),
+        )
+
+
+MODES: dict[str, Callable[..., Iterator[tuple[Batch, Position]]]] = {
+    "packed": packed_batches,
+    "document": document_batches,
+}
+
+
+def limit_tokens(batches: Iterable[Batch], max_tokens: int) -> Iterator[Batch]:
+    """The first `max_tokens` targets that count; later ones of the last batch get weight 0."""
+    left = max_tokens
+    for batch in batches:
+        if left <= 0:
+            return
+        weights = batch["weights"]
+        counted = np.cumsum(weights.reshape(-1), dtype=np.int64).reshape(weights.shape)
+        yield batch | {"weights": weights * (counted <= left)}
+        left -= int(counted[-1, -1])
+
+
+def check_token_ids(batch: Batch, vocab_size: int) -> None:
+    """Raises ValueError where a token id is not below `vocab_size`, a model's vocabulary."""
+    largest = int(max(batch["inputs"].max(), batch["targets"].max()))
+    if largest >= vocab_size:
+        raise ValueError(
+            f"token id {largest} is beyond the model's vocabulary of {vocab_size}: take the "
+            "tokenizer that belongs to the model, or a model with a larger vocabulary"
+        )

@@ -1,0 +1,126 @@
+"""Where text comes from: the documentation that every Python ships, or C4 in TFDS' layout."""
+
+import ast
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+SOURCES = ("builtin", "c4")
+SPLITS = ("train", "validation")
+
+# Every so many-th document of the built-in text is kept for validation.
+_VALIDATION_EVERY = 20
+# Top-level parts of the standard library that are not of the library itself: installed packages,
+# tests, an application, and two packages that newer Pythons no longer ship.
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "idlelib", "lib2to3", "distutils"}
+
+
+def load_text(name: str, split: str, data_dir: str | Path | None = None) -> Sequence[str]:
+    """The documents of a source, by number.
+
+    Args:
+      name: "builtin", the documentation of Python's standard library (about 2 MB, another text for
+        another Python version), or "c4", the TFDS data set c4/en.
+      split: "train" or "validation"; no document is in both.
+      data_dir: the folder that holds `c4/en`, as TFDS means it. Only for "c4".
+
+    Raises:
+      ValueError: an unknown source or split, or the data are missing, empty or unreadable.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"data={name!r} is unknown: choose one of {', '.join(SOURCES)}")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}")
+    if name == "c4":
+        if data_dir is None:
+            raise ValueError("data='c4' needs data_dir, the folder that holds c4/en")
+        return C4Text(Path(data_dir), split)
+    if data_dir is not None:
+        raise ValueError(f"data_dir={str(data_dir)!r} is not used by data='builtin': leave it out")
+    documents = _builtin_documents()
+    held_out = documents[::_VALIDATION_EVERY]
+    if split == "validation":
+        return held_out
+    return [text for i, text in enumerate(documents) if i % _VALIDATION_EVERY]
+
+
+class C4Text(Sequence[str]):
+    """One split of the TFDS data set c4/en, read by number and without TensorFlow."""
+
+    def __init__(self, data_dir: Path, split: str):
+        import tensorflow_datasets as tfds
+
+        folder = data_dir / "c4" / "en"
+        remedy = (
+            "make it with `python -m train.prepare_c4 --input 'c4-train.*.json.gz' "
+            f"--data-dir {data_dir}`"
+        )
+        if not folder.is_dir():
+            raise ValueError(f"there is no data set c4/en at {folder}: {remedy}")
+        try:
+            records = tfds.data_source("c4/en", data_dir=data_dir, split=split, download=False)
+            if len(records):
+                records[0], records[len(records) - 1]
+        # TFDS and array_record raise a dozen unrelated types for damaged or incomplete folders.
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(
+                f"cannot read split {split!r} of c4/en at {folder} ({reason}): {remedy}"
+            ) from error
+        if not len(records):
+            raise ValueError(f"split {split!r} of c4/en at {folder} is empty: {remedy}")
+        self._records: Any = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number):
+        if (
+            not 0 <= number < len(self)
+        ):  # array_record raises ValueError, which iteration is not ended by
+            raise IndexError(number)
+        return self._records[number]["text"].decode("utf-8")
+
+
+@cache
+def _builtin_documents() -> list[str]:
+    """One document for each topic of Python's `help` and for each module's docstrings."""
+    from pydoc_data.topics import topics
+
+    documents = [topics[name].strip() for name in sorted(topics)]
+    library = Path(sysconfig.get_path("stdlib"))
+    seen: set[str] = set()
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).parts
+        if parts[0] in _LEFT_OUT or "test" in parts or "tests" in parts:
+            continue
+        # A docstring that stands in two modules must not be in both splits.
+        new = [text for text in _docstrings(path) if text not in seen]
+        seen.update(new)
+        if new:
+            documents.append("\n\n".join(new))
+    if len(documents) < 2 * _VALIDATION_EVERY:
+        raise ValueError(
+            f"data='builtin' found no source files of Python's standard library at {library}: "
+            "use data='c4' with a data_dir"
+        )
+    return documents
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    """The docstrings of a module in the order of its source, found without importing it."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a library's invalid escapes
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            return
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+        text = ast.get_docstring(node)
+        if text:
+            yield text

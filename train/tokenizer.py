@@ -1,0 +1,138 @@
+"""From text to token ids and back: plain bytes, or any `tokenizer.json`."""
+
+import os
+import re
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+# The token that ends a document, by the names it has in common vocabularies.
+END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]", "[EOS]")
+
+
+class Tokenizer(Protocol):
+    """What the data need of a tokenizer. It can be pickled, for Grain's worker processes."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that a text or the separator has."""
+        ...
+
+    @property
+    def separator(self) -> int:
+        """Id of the token between two documents. No text has it."""
+        ...
+
+    def encode(self, text: str) -> Int[np.ndarray, " length"]:
+        """Ids of a text, nothing added."""
+        ...
+
+    def decode(self, ids: Int[np.ndarray, " length"]) -> str:
+        """The text of the ids, separators and other special tokens left out."""
+        ...
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """A tokenizer by name.
+
+    Args:
+      name: "bytes", or the path of a `tokenizer.json` (format of the package `tokenizers`).
+
+    Raises:
+      ValueError: the file is missing, not readable as a tokenizer, or has no end-of-document token.
+    """
+    return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name))
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 to 255; 256 separates documents."""
+
+    vocab_size = 257
+    separator = 256
+
+    def encode(self, text: str) -> Int[np.ndarray, " length"]:
+        """Ids of a text, nothing added. Lone surrogates, which UTF-8 lacks, become '?'."""
+        return np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Int[np.ndarray, " length"]) -> str:
+        """The text of the ids; those that are no bytes are left out, broken characters are '�'."""
+        data = bytes(int(i) for i in ids if i < 256)
+        return data.decode("utf-8", errors="replace")
+
+
+class FileTokenizer:
+    """A tokenizer read from a `tokenizer.json`.
+
+    No text gives a special token: T5's `<extra_id_0>` in a document is spelled out like any other
+    word, so that T5 needs 32,000 ids of its 32,100.
+    """
+
+    def __init__(self, path: Path):
+        # One thread a process: parallelism comes from Grain's workers, and forking after the
+        # threads of `tokenizers` have started makes it warn.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        import tokenizers
+
+        self.path = path
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises plain Exception
+            raise ValueError(
+                f"tokenizer={str(path)!r} cannot be read ({error}): give 'bytes' or the path of a "
+                "tokenizer.json of the package `tokenizers`"
+            ) from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        vocabulary = tokenizer.get_vocab()
+        found = [vocabulary[token] for token in END_TOKENS if token in vocabulary]
+        if not found:
+            raise ValueError(
+                f"tokenizer={str(path)!r} has no token that ends a document: one of "
+                f"{' '.join(END_TOKENS)} is needed"
+            )
+        self.separator: int = found[0]
+        special = {
+            i: t.content for i, t in tokenizer.get_added_tokens_decoder().items() if t.special
+        }
+        _spell_out_special_tokens(tokenizer, special)
+        ordinary = [i for i in vocabulary.values() if i not in special]
+        self.vocab_size: int = 1 + max([self.separator, *ordinary])
+        self._tokenizer = tokenizer
+
+    def __reduce__(self):
+        # Pickled by path: a pickled `tokenizers.Tokenizer` forgets encode_special_tokens.
+        return FileTokenizer, (self.path,)
+
+    def encode(self, text: str) -> Int[np.ndarray, " length"]:
+        """Ids of a text, nothing added. Lone surrogates, which UTF-8 lacks, become '?'."""
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Int[np.ndarray, " length"]) -> str:
+        """The text of the ids, special tokens left out."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _spell_out_special_tokens(tokenizer, special: dict[int, str]) -> None:
+    """Changes `tokenizer` so that the names of special tokens in a text are text."""
+    tokenizer.encode_special_tokens = True
+    # A Unigram or word vocabulary that lists its special tokens (T5's does) finds them all the
+    # same; that stops where their first character is split off beforehand.
+    listed = [
+        name
+        for i, name in special.items()
+        if len(name) > 1 and i in tokenizer.encode(name, add_special_tokens=False).ids
+    ]
+    if not listed:
+        return
+    from tokenizers import Regex, pre_tokenizers
+
+    endings: dict[str, list[str]] = {}
+    for name in listed:
+        endings.setdefault(name[0], []).append(re.escape(name[1:]))
+    first = "|".join(f"{re.escape(c)}(?={'|'.join(rest)})" for c, rest in endings.items())
+    split = pre_tokenizers.Split(Regex(first), "isolated")
+    own = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*own, split])
