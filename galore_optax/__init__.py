@@ -1,0 +1,13 @@
+"""GaLore and its successors as optax transformations."""
+
+from galore_optax.galore import GaLoreState, galore
+from galore_optax.matrices import GaLoreDimensionNumbers
+from galore_optax.recipes import galore_adafactor, galore_adamw
+
+__all__ = [
+    "GaLoreDimensionNumbers",
+    "GaLoreState",
+    "galore",
+    "galore_adafactor",
+    "galore_adamw",
+]

@@ -1,0 +1,42 @@
+"""Bytes of weights and of optimizer states, by kind."""
+
+import jax
+import optax
+from jaxtyping import PyTree
+
+from galore_optax.galore import GaLoreState
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of all arrays in a tree (arrays or `jax.ShapeDtypeStruct`), over all devices once."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def state_bytes(state: optax.OptState) -> dict[str, int]:
+    """Bytes of an optimizer state by kind.
+
+    Args:
+        state: State of any transformation, of arrays or of `jax.ShapeDtypeStruct`.
+
+    Returns:
+        `projections` (the bases of GaLore), `moments` (every other array with axes) and `counters`
+        (scalars, and the steps of GaLore's refreshes).
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from galore_optax import galore
+        >>> from galore_optax.memory import state_bytes
+        >>> state = galore(8, optax.adam(1e-3)).init({"w": jnp.ones((64, 256))})
+        >>> state_bytes(state)["projections"], state_bytes(state)["moments"]
+        (2048, 16384)
+    """
+    parts = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, GaLoreState))
+    kinds = dict(projections=0, moments=0, counters=0)
+    for part in parts:
+        galore = isinstance(part, GaLoreState)
+        if galore:
+            kinds["projections"] += tree_bytes(part.bases)
+            kinds["counters"] += tree_bytes((part.count, part.next_refresh))
+        for leaf in jax.tree.leaves(part.inner if galore else part):
+            kinds["moments" if leaf.ndim > 0 else "counters"] += tree_bytes(leaf)
+    return kinds

@@ -1,0 +1,137 @@
+"""Whole optimizers: GaLore around the inner optimizers of the paper, learning rate included."""
+
+import optax
+
+from galore_optax.galore import galore
+from galore_optax.matrices import WeightDimensionNumbers
+
+
+def galore_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    *,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    subspace: str = "randomized",
+    side: str = "smaller",
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore with AdamW: the recipe of the paper's pre-training runs.
+
+    Args:
+        learning_rate: Learning rate or schedule; the paper's pre-training uses 0.01.
+        rank: Dimensions of the subspace; the paper uses a quarter to a half of the width.
+        update_proj_gap: Steps between refreshes of the subspace.
+        scale: Factor on the update of projected leaves (α).
+        b1: Decay rate of the first moment.
+        b2: Decay rate of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay, of the whole matrix and without the scale.
+        subspace: As in `galore`.
+        side: As in `galore`.
+        weight_dimension_numbers: As in `galore`.
+        seed: As in `galore`.
+
+    Raises:
+        ValueError: As `galore`.
+
+    References:
+        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, algorithm 2 and appendix C.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from galore_optax import galore_adamw
+        >>> tx = galore_adamw(0.01, rank=8, update_proj_gap=100)
+        >>> state = tx.init({"w": jnp.ones((64, 256))})
+    """
+    return galore(
+        rank,
+        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        subspace=subspace,
+        side=side,
+        weight_dimension_numbers=weight_dimension_numbers,
+        seed=seed,
+    )
+
+
+def galore_adafactor(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    *,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    momentum: float | None = None,
+    decay_rate: float = 0.8,
+    eps: float = 1e-30,
+    clipping_threshold: float | None = 1.0,
+    min_dim_size_to_factor: int = 1,
+    weight_decay: float = 0.0,
+    subspace: str = "randomized",
+    side: str = "smaller",
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore with Adafactor at a given learning rate (no scaling by the parameter's size).
+
+    Args:
+        learning_rate: Learning rate or schedule.
+        rank: Dimensions of the subspace.
+        update_proj_gap: Steps between refreshes of the subspace.
+        scale: Factor on the update of projected leaves (α).
+        momentum: Decay rate of a first moment; None keeps none. The paper's runs use 0.9.
+        decay_rate: Exponent of the second moment's decay, 1 - t ** -decay_rate.
+        eps: Added to the squared gradient.
+        clipping_threshold: Largest root mean square of a leaf's update before the learning rate.
+        min_dim_size_to_factor: Leaves whose second-largest axis is smaller keep a whole second
+            moment. 1 factors every matrix, as published.
+        weight_decay: Decoupled weight decay, times the learning rate, of the whole matrix.
+        subspace: As in `galore`.
+        side: As in `galore`.
+        weight_dimension_numbers: As in `galore`.
+        seed: As in `galore`.
+
+    Raises:
+        ValueError: As `galore`.
+
+    References:
+        Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018; Zhao et al.,
+        `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, section 4.3.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from galore_optax import galore_adafactor
+        >>> tx = galore_adafactor(0.01, rank=8, momentum=0.9)
+        >>> state = tx.init({"w": jnp.ones((64, 256))})
+    """
+    steps = [
+        optax.scale_by_factored_rms(
+            decay_rate=decay_rate, epsilon=eps, min_dim_size_to_factor=min_dim_size_to_factor
+        )
+    ]
+    if clipping_threshold is not None:
+        steps.append(optax.clip_by_block_rms(clipping_threshold))
+    # The learning rate goes into the momentum, as published; decay stays out of it.
+    steps.append(optax.scale_by_learning_rate(learning_rate))
+    if momentum is not None:
+        steps.append(optax.ema(momentum, debias=False))
+    if callable(learning_rate):
+        steps.append(optax.add_decayed_weights(lambda count: -weight_decay * learning_rate(count)))
+    else:
+        steps.append(optax.add_decayed_weights(-weight_decay * learning_rate))
+    return galore(
+        rank,
+        optax.chain(*steps),
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        subspace=subspace,
+        side=side,
+        weight_dimension_numbers=weight_dimension_numbers,
+        seed=seed,
+    )

@@ -1,0 +1,100 @@
+"""Shardings: of the optimizer's state from the params', and of products of sharded matrices.
+
+JAX's explicit sharding puts the sharding into an array's type and carries it through every
+operation. So the sharding of a whole optimizer state follows from tracing `tx.init` on sharded
+abstract params: moments keep the axis that is not projected, the basis the one that is, and the rank
+is replicated.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+
+def _explicit_spec(x: Array) -> tuple[jax.sharding.AbstractMesh, tuple] | None:
+    """The mesh and the axes' shardings in the type of `x`; None unless its mesh has explicit axes."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return sharding.mesh, tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+
+
+def matmul(
+    a: Float[Array, "*batch n k"], b: Float[Array, "*batch k m"]
+) -> Float[Array, "*batch n m"]:
+    """The product, also where explicit sharding wants to be told the sharding of the result.
+
+    Rows keep the sharding of `a`, columns that of `b` (unless the rows use its mesh axes already); a
+    sharded contraction becomes a sum over devices.
+    """
+    explicit = _explicit_spec(a) or _explicit_spec(b)
+    if explicit is None:
+        return jnp.matmul(a, b)
+    mesh = explicit[0]
+    *batch, rows, _ = _explicit_spec(a)[1] if _explicit_spec(a) else (None,) * a.ndim
+    columns = _explicit_spec(b)[1][-1] if _explicit_spec(b) else None
+    used = {axis for entry in (*batch, rows) for axis in _mesh_axes(entry)}
+    if used & set(_mesh_axes(columns)):
+        columns = None
+    return jnp.matmul(a, b, out_sharding=NamedSharding(mesh, PartitionSpec(*batch, rows, columns)))
+
+
+def _mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def sharded_like(
+    x: Float[Array, "*batch n k"], like: Float[Array, "*batch n m"]
+) -> Float[Array, "*batch n k"]:
+    """`x`, its batch and row axes sharded as those of `like` where the mesh's axes are explicit."""
+    explicit = _explicit_spec(like)
+    if explicit is None:
+        return x
+    mesh, spec = explicit
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec[:-1], None)))
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: optax.Params, param_shardings: optax.Params
+) -> optax.OptState:
+    """Shardings for `tx.init(params)`, of any transformation, without allocating anything.
+
+    Args:
+        tx: The transformation.
+        params: Tree of arrays or of `jax.ShapeDtypeStruct`.
+        param_shardings: The same tree of `jax.sharding.NamedSharding`, all over one mesh (with
+            automatic or explicit axes).
+
+    Returns:
+        A tree like `tx.init(params)` of `NamedSharding` over that mesh.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jax.sharding import NamedSharding, PartitionSpec
+        >>> from galore_optax import galore
+        >>> from galore_optax.sharding import state_shardings
+        >>> mesh = jax.make_mesh((1,), ("fsdp",))
+        >>> params = {"w": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
+        >>> tx = galore(8, optax.adam(1e-3))
+        >>> rows = NamedSharding(mesh, PartitionSpec("fsdp", None))
+        >>> state_shardings(tx, params, {"w": rows}).bases["w"].spec
+        PartitionSpec('fsdp', None)
+    """
+    mesh = jax.tree.leaves(param_shardings)[0].mesh
+    explicit = Mesh(
+        mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
+    )
+
+    def abstract(param: Array, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        placed = NamedSharding(explicit, sharding.spec)
+        return jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=placed)
+
+    def on_mesh(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        return NamedSharding(mesh, spec)
+
+    with jax.set_mesh(explicit):
+        state = jax.eval_shape(tx.init, jax.tree.map(abstract, params, param_shardings))
+    return jax.tree.map(on_mesh, state)
