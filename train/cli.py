@@ -1,0 +1,78 @@
+"""A command: flags are parsed into a frozen dataclass, wrong use ends with one line and exit code 2.
+
+Each command's configuration documents every field once, as its help text.
+"""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+Config = TypeVar("Config")
+
+
+def run(
+    main: Callable[[Config], int | None],
+    config_type: type[Config],
+    prog: str,
+    *,
+    load: Callable[[str], Config] | None = None,
+    args: Sequence[str] | None = None,
+) -> NoReturn:
+    """Parses the command line, calls `main`, and leaves the process with its exit code.
+
+    Args:
+        main: gets the configuration, returns the exit code (`None` is 0).
+        config_type: a frozen dataclass; its attributes' docstrings are the help.
+        prog: the command as the user types it.
+        load: reads the file named by the field `config`; flags then override what it says.
+        args: the words after the command; the process's own by default.
+
+    Raises:
+        SystemExit: always. 2 for wrong use, unreadable files and full disks, after one line that
+            says what was wrong. `python -X dev` shows the traceback in its place.
+    """
+    try:
+        config = _parse(config_type, prog, args)
+        file = getattr(config, "config", None)
+        if load is not None and file:
+            config = _parse(config_type, prog, args, default=load(file))
+        sys.exit(main(config))
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parse(
+    config_type: type[Config],
+    prog: str,
+    args: Sequence[str] | None,
+    default: Config | None = None,
+) -> Config:
+    import tyro
+
+    words = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(words):
+            return tyro.cli(
+                config_type,
+                prog=prog,
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff,),
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # tyro draws a box of several lines; what it says fits into one.
+        text = re.sub(r"[╭╮╰╯│─┌┐└┘]+", " ", words.getvalue())
+        raise ValueError(" ".join(text.split())) from None

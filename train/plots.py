@@ -1,0 +1,53 @@
+"""loss.png: the training loss and the evaluations of a run."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draws `metrics.jsonl`: every step's loss, a smoothed curve, and the evaluations.
+
+    Args:
+        lines: the lines, as dicts.
+        path: the PNG to write.
+        title: what was run.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    lines = list(lines)
+    train = np.array([(m["step"], m["loss"]) for m in lines if m.get("loss") is not None])
+    evals = np.array([(m["step"], m["eval_loss"]) for m in lines if m.get("eval_loss") is not None])
+    # Figure rather than pyplot: no global state, no display.
+    figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if len(train):
+        axes.plot(*train.T, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step")
+        axes.plot(train[:, 0], smooth(train[:, 1]), color="tab:blue", label="training, smoothed")
+    if len(evals):
+        axes.plot(*evals.T, "o-", color="tab:orange", markersize=4, label="evaluation")
+        step, loss = evals[-1]
+        axes.annotate(
+            f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="right"
+        )
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    if len(train) or len(evals):
+        axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:
+    """Mean over the neighbours of each value, over a window of `share` of the length."""
+    half = max(1, round(len(values) * share / 2))
+    sums = np.concatenate([[0.0], np.nancumsum(values)])
+    counts = np.concatenate([[0], np.cumsum(~np.isnan(values))])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1)

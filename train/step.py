@@ -1,0 +1,181 @@
+"""One training step and one evaluation step, compiled for a mesh.
+
+Loss: the mean of -log p(target) over the targets that count, Σ w · nll / Σ w, in float32.
+Letters: B batch, L length, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key
+
+from train.mesh import BATCH, replicated
+
+Params = dict[str, Any]
+Batch = Mapping[str, Array]
+Forward = Callable[[Params, Batch], Float[Array, "B L V"]]
+Metrics = dict[str, Float[Array, ""]]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+        params: the weights.
+        optimizer: state of `optax.apply_if_finite(...)`.
+        step: batches seen.
+        key: of the run's seed; what needs randomness in a step folds the step into it.
+    """
+
+    params: Params
+    optimizer: optax.ApplyIfFiniteState
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+
+
+@jax.custom_vjp
+def cross_entropy(logits: Float[Array, "B L V"], targets: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """-log softmax(logits)[target].
+
+    The backward pass computes the softmax again from the logits, so that no second array of their
+    size is kept, and the one-hot targets are a comparison that XLA fuses, not a scatter.
+    """
+    return _cross_entropy_forward(logits, targets)[0]
+
+
+def _cross_entropy_forward(logits, targets):
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    return normalizer - _chosen(logits, targets), (logits, targets, normalizer)
+
+
+def _cross_entropy_backward(residuals, cotangent):
+    logits, targets, normalizer = residuals
+    softmax = jnp.exp(logits - normalizer[..., None])
+    gradient = (softmax - _is_target(logits, targets)) * cotangent[..., None]
+    return gradient.astype(logits.dtype), None
+
+
+def _is_target(logits, targets):
+    return jnp.arange(logits.shape[-1]) == targets[..., None]
+
+
+def _chosen(logits, targets):
+    return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def summed_loss(forward: Forward, params: Params, batch: Batch) -> Float[Array, ""]:
+    """Σ w · nll over a batch."""
+    nll = cross_entropy(forward(params, batch).astype(jnp.float32), batch["targets"])
+    # `where`, as 0 · inf would be NaN at padding.
+    return jnp.sum(jnp.where(batch["weights"] > 0, batch["weights"] * nll, 0.0))
+
+
+def loss_and_gradient(
+    forward: Forward, params: Params, batch: Batch, accumulate: int = 1, mesh: Mesh | None = None
+) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
+    """The loss over a batch, its gradient, and the number of targets that count.
+
+    Args:
+        forward: from params and a batch to logits.
+        params: the weights.
+        batch: arrays `(B, L)`: what `forward` reads, and `targets` and `weights`.
+        accumulate: into how many microbatches B is cut; their gradients are summed in float32.
+        mesh: keeps every microbatch split over the devices.
+
+    Returns:
+        The gradient is all NaN if the loss is not finite, so that it cannot be applied.
+    """
+    tokens = jnp.sum(batch["weights"])
+
+    def objective(params, microbatch):
+        loss = summed_loss(forward, params, microbatch) / jnp.maximum(tokens, 1)
+        poison = jax.lax.stop_gradient(jnp.where(jnp.isfinite(loss), 1.0, jnp.nan))
+        return loss * poison, loss
+
+    gradient_of = jax.grad(objective, has_aux=True)
+    if accumulate == 1:
+        gradient, loss = gradient_of(params, batch)
+        return loss, gradient, tokens
+
+    def cut(x: Array) -> Array:
+        # Row i goes to microbatch i mod accumulate: (B, L) -> (B/A, A, L) -> (A, B/A, L) moves
+        # nothing between devices, as each holds a range of rows.
+        x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        if mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(mesh, PartitionSpec(None, *BATCH))
+        )
+
+    def add(total, microbatch):
+        gradient, loss = gradient_of(params, microbatch)
+        total_loss, total_gradient = total
+        summed = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total_gradient, gradient)
+        return (total_loss + loss, summed), None
+
+    zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    (loss, gradient), _ = jax.lax.scan(add, (jnp.zeros(()), zero), jax.tree.map(cut, dict(batch)))
+    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params), tokens
+
+
+def train_step(
+    forward: Forward,
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: optax.Schedule,
+    accumulate: int,
+    mesh: Mesh,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One update. A loss or gradient that is not finite leaves params and moments as they are."""
+    loss, gradient, tokens = loss_and_gradient(forward, state.params, batch, accumulate, mesh)
+    applied = state.step - state.optimizer.total_notfinite
+    updates, optimizer = tx.update(gradient, state.optimizer, state.params)
+    assert isinstance(optimizer, optax.ApplyIfFiniteState)
+    metrics = {
+        "loss": loss,
+        "learning_rate": jnp.asarray(schedule(applied), jnp.float32),
+        "grad_norm": optax.tree.norm(gradient).astype(jnp.float32),
+        "tokens": tokens,
+        "skipped": optimizer.total_notfinite,
+        "skipped_in_a_row": optimizer.notfinite_count,
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, optimizer, state.step + 1, state.key), metrics  # pyrefly: ignore
+
+
+def make_train_step(
+    forward: Forward,
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: optax.Schedule,
+    *,
+    accumulate: int,
+    mesh: Mesh,
+    state_shardings: TrainState,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`train_step` compiled for a mesh; it overwrites the state that it is given."""
+    return jax.jit(
+        partial(train_step, forward, tx, schedule, accumulate, mesh),
+        in_shardings=(state_shardings, NamedSharding(mesh, BATCH)),
+        out_shardings=(state_shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    forward: Forward, *, mesh: Mesh, param_shardings: Params
+) -> Callable[[Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """From params and a batch to Σ w · nll and Σ w, compiled for a mesh."""
+    return jax.jit(
+        lambda params, batch: (summed_loss(forward, params, batch), jnp.sum(batch["weights"])),
+        in_shardings=(param_shardings, NamedSharding(mesh, BATCH)),
+        out_shardings=replicated(mesh),
+    )
