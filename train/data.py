@@ -8,12 +8,15 @@ position means the same for any number of workers, processes and devices.
 
 import collections
 import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TypeVar
-
-import numpy as np
 
 from train.sequences import (
     MODES,
@@ -105,9 +108,12 @@ class TrainingData:
         )
         if self.workers:
             _mark_flags_as_parsed()
-            groups = groups.mp_prefetch(
+            # Documents come through a pipe: a shared-memory block for each would cost more, and
+            # outlive a killed run.
+            options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+            groups = grain.experimental.WithOptionsIterDataset(groups, options).mp_prefetch(
                 grain.MultiprocessingOptions(self.workers, _GROUPS_AHEAD),
-                worker_init_fn=_mark_flags_as_parsed,
+                worker_init_fn=_start_worker,
             )
         empty = 0
         with closing(iter(groups)) as iterator:
@@ -118,11 +124,22 @@ class TrainingData:
                 yield document
 
 
-def _mark_flags_as_parsed(*_worker: int) -> None:
-    """Grain reads absl flags, which raise where no absl.app has parsed them."""
+def _mark_flags_as_parsed() -> None:
+    """Grain reads absl's flags, which raise where no absl.app has parsed them."""
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()
+
+
+def _start_worker(_number: int, _count: int) -> None:
+    """Runs first in each worker process."""
+    _mark_flags_as_parsed()
+    # Ctrl-C reaches all processes of a terminal: the run ends itself, then its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Grain's workers would wait for ever for a run that was killed.
+    run = multiprocessing.parent_process()
+    assert run is not None
+    threading.Thread(target=lambda: (run.join(), os._exit(1)), daemon=True).start()
 
 
 def evaluation_batches(

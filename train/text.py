@@ -54,35 +54,34 @@ class C4Text(Sequence[str]):
         import tensorflow_datasets as tfds
 
         folder = data_dir / "c4" / "en"
-        remedy = (
-            "make it with `python -m train.prepare_c4 --input 'c4-train.*.json.gz' "
-            f"--data-dir {data_dir}`"
-        )
+        command = f"`python -m train.prepare_c4 --input 'c4-train.*.json.gz' --data-dir {data_dir}`"
         if not folder.is_dir():
-            raise ValueError(f"there is no data set c4/en at {folder}: {remedy}")
+            raise ValueError(f"there is no data set c4/en at {folder}: make it with {command}")
         try:
-            records = tfds.data_source("c4/en", data_dir=data_dir, split=split, download=False)
-            if len(records):
-                records[0], records[len(records) - 1]
-        # TFDS and array_record raise a dozen unrelated types for damaged or incomplete folders.
+            records: Any = tfds.data_source("c4/en", data_dir=data_dir, split=split, download=False)
+            for file in records.dataset_info.splits[split].filepaths:
+                if not file.exists():
+                    raise FileNotFoundError(f"{file} is missing")
+            records[0]
+        # TFDS and array_record raise many unrelated types for damaged, incomplete or empty folders.
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(
-                f"cannot read split {split!r} of c4/en at {folder} ({reason}): {remedy}"
+                f"cannot read split {split!r} of c4/en at {folder} ({reason}): delete what is there "
+                f"and make it again with {command}"
             ) from error
-        if not len(records):
-            raise ValueError(f"split {split!r} of c4/en at {folder} is empty: {remedy}")
-        self._records: Any = records
+        self._records = records
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, number):
-        if (
-            not 0 <= number < len(self)
-        ):  # array_record raises ValueError, which iteration is not ended by
-            raise IndexError(number)
-        return self._records[number]["text"].decode("utf-8")
+        if not 0 <= number < len(self):
+            raise IndexError(number)  # array_record's ValueError would not end an iteration
+        try:
+            return self._records[number]["text"].decode("utf-8")
+        except RuntimeError as error:  # array_record's for a damaged file
+            raise OSError(f"cannot read document {number} of {self._records}: {error}") from error
 
 
 @cache

@@ -1,0 +1,229 @@
+"""Makes the TFDS data set c4/en (array_record) from AllenAI's JSON shards, without TensorFlow.
+
+A shard is a file of one JSON object a line, whose `text` is kept; gzipped or not. The documents are
+written in their order: training shuffles them when it reads.
+"""
+
+import glob
+import gzip
+import itertools
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+VERSION = "3.0.1"
+# Where no validation shard is given, every so many-th document is kept for validation.
+VALIDATION_EVERY = 100
+# A reader keeps all files open: all of C4 has to fit into the usual limit of 1,024.
+_DOCUMENTS_PER_FILE = 1_000_000
+_DOCUMENTS_IN_MEMORY = 1_000
+
+
+@dataclass(frozen=True)
+class PrepareC4:
+    """Make the TFDS data set c4/en from AllenAI's JSON shards, without TensorFlow."""
+
+    input: tuple[str, ...]
+    """Shards such as c4-train.00000-of-01024.json.gz: paths, patterns like 'c4-train.*.json.gz', or
+    URLs, which are downloaded into DATA_DIR/downloads. A file with "validation" in its name goes to
+    validation; where there is none, one document in a hundred does."""
+
+    data_dir: Path
+    """Folder for the data set; it will be in DATA_DIR/c4/en/3.0.1, which must not be there yet."""
+
+
+def main(config: PrepareC4) -> None:
+    """Writes the data set; it appears under its name only when it is whole.
+
+    Raises:
+      ValueError: the data set is already there, nothing matches, or a shard is not as it should be
+        (named with its line).
+    """
+    home = config.data_dir.expanduser() / "c4" / "en"
+    final, unfinished = home / VERSION, home / f"{VERSION}.incomplete"
+    if unfinished.exists():
+        raise ValueError(
+            f"{unfinished} was left by a run that was killed, or is being written now: delete it "
+            "and start again"
+        )
+    # Another version too: TFDS would read the newer of the two.
+    if home.is_dir() and (there := sorted(path.name for path in home.iterdir())):
+        raise ValueError(
+            f"data_dir={str(config.data_dir)!r} has a data set c4/en already ({', '.join(there)} "
+            f"in {home}): give another folder or delete that one"
+        )
+    shards = find_shards(config.input, config.data_dir.expanduser() / "downloads")
+    unfinished.mkdir(parents=True)
+    try:
+        counts = write_data_set(shards, unfinished)
+        unfinished.rename(final)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    print(
+        f"{final}: {counts['train']:,} training and {counts['validation']:,} validation documents"
+    )
+
+
+def find_shards(inputs: Sequence[str], download_dir: Path) -> dict[str, list[Path]]:
+    """The files of each split that paths, patterns and URLs name, each once."""
+    # By the real path, so that patterns may overlap.
+    files: dict[str, tuple[str, Path]] = {}
+    for given in inputs:
+        if "://" in given:
+            path = _download(given, download_dir)
+            files[str(path)] = given.rsplit("/", 1)[-1], path
+            continue
+        pattern = os.path.expanduser(given)
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise ValueError(
+                f"input={given!r} matches no file: give the paths of JSON shards, a "
+                "quoted pattern such as 'c4-train.*.json.gz', or URLs"
+            )
+        for path in found:
+            if not os.path.isfile(path):
+                raise ValueError(f"input={given!r}: {path} is not a file")
+            files[os.path.realpath(path)] = os.path.basename(path), Path(path)
+    shards: dict[str, list[Path]] = {"train": [], "validation": []}
+    for name, path in files.values():
+        shards["validation" if "validation" in name else "train"].append(path)
+    if not shards["train"]:
+        raise ValueError(
+            f"input={' '.join(inputs)!r} names no training shard: those without "
+            "'validation' in their name are"
+        )
+    return shards
+
+
+def _download(url: str, download_dir: Path) -> Path:
+    import tensorflow_datasets as tfds
+
+    try:
+        return Path(tfds.download.DownloadManager(download_dir=download_dir).download(url))
+    except Exception as error:  # of any of the libraries that TFDS downloads with
+        raise ValueError(f"input={url!r} cannot be downloaded: {error}") from error
+
+
+def write_data_set(shards: dict[str, list[Path]], folder: Path) -> dict[str, int]:
+    """Writes the shards' documents to `folder` in TFDS' layout; returns how many of each split."""
+    import tensorflow_datasets as tfds
+
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(
+            name="c4",
+            config_name="en",
+            version=tfds.core.Version(VERSION),
+            data_dir=str(folder),
+            module_name="train.prepare_c4",
+        ),
+        description="Text of the JSON shards given to train.prepare_c4.",
+        features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+    )
+    writer = tfds.core.SequentialWriter(
+        info, max_examples_per_shard=_DOCUMENTS_PER_FILE, file_format="array_record"
+    )
+    counts = dict.fromkeys(shards, 0)
+    writer.initialize_splits(list(shards))
+    documents = _documents(shards)
+    try:
+        while group := list(itertools.islice(documents, _DOCUMENTS_IN_MEMORY)):
+            examples = {
+                split: [{"text": text} for to, text in group if to == split] for split in shards
+            }
+            writer.add_examples(examples)
+            for split in shards:
+                counts[split] += len(examples[split])
+        writer.close_all()
+    except RuntimeError as error:  # array_record's for a full disk
+        raise OSError(f"cannot write to {folder}: {error}") from error
+    for split, count in counts.items():
+        if not count:
+            raise ValueError(f"no document is left for the split {split!r}: give more than one")
+    _name_files_as_tfds_does(info, folder)
+    return counts
+
+
+def _name_files_as_tfds_does(info: Any, folder: Path) -> None:
+    """Adds `-of-N` to the files' names, which SequentialWriter cannot know while it writes."""
+    import tensorflow_datasets as tfds
+
+    splits = []
+    for split in info.splits.values():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder,
+            dataset_name=info.name,
+            split=split.name,
+            filetype_suffix=info.file_format.file_suffix,
+        )
+        for old, new in zip(
+            split.filepaths, template.sharded_filepaths(split.num_shards), strict=True
+        ):
+            old.rename(new)
+        splits.append(split.replace(filename_template=template))
+    info.set_splits(tfds.core.SplitDict(splits))
+    info.write_to_directory(folder)
+
+
+def _documents(shards: dict[str, list[Path]]) -> Iterator[tuple[str, bytes]]:
+    """The text of each document and the split it belongs to, below a progress bar."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    paths = [(split, path) for split, files in shards.items() for path in files]
+    hold_out = not shards["validation"]
+    number = itertools.count()
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=sum(path.stat().st_size for _, path in paths))
+        done = 0
+        for split, path in paths:
+            with path.open("rb") as file:
+                progress.update(task, description=path.name)
+                for text in _texts(file, path):
+                    held_out = hold_out and next(number) % VALIDATION_EVERY == 0
+                    yield ("validation" if held_out else split), text
+                    progress.update(task, completed=done + file.tell())
+            done += path.stat().st_size
+
+
+def _texts(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The `text` of each line of a shard, in UTF-8."""
+    is_gzip = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    number = 0
+    try:
+        for line in gzip.GzipFile(fileobj=file) if is_gzip else file:
+            number += 1
+            text = json.loads(line)["text"]
+            # JSON may hold half of a surrogate pair, which UTF-8 cannot: it becomes '?'.
+            yield text.encode("utf-8", errors="replace")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}:{number + 1}: the gzip file is damaged: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}:{number}: not a JSON object with a string in 'text'") from error
+    if not number:
+        raise ValueError(f"{path}: the file is empty")
+
+
+if __name__ == "__main__":
+    from train.cli import run
+
+    run(main, PrepareC4, "python -m train.prepare_c4")
