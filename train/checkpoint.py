@@ -118,7 +118,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are whole, as far as their names tell, oldest first."""
-        return sorted(self._manager.all_steps(read=True))
+        return sorted(self._manager.all_steps())
 
     def best_first(self) -> list[int]:
         """Steps with the lowest evaluation loss first, then those without, newest first."""

@@ -5,10 +5,11 @@ Each command's configuration documents every field once, as its help text.
 
 import contextlib
 import io
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
+
+import absl.logging
 
 Config = TypeVar("Config")
 
@@ -34,6 +35,8 @@ def run(
         SystemExit: always. 2 for wrong use, unreadable files and full disks, after one line that
             says what was wrong. `python -X dev` shows the traceback in its place.
     """
+    # Orbax and Grain tell of their own affairs as warnings.
+    absl.logging.set_verbosity(absl.logging.ERROR)
     try:
         config = _parse(config_type, prog, args)
         file = getattr(config, "config", None)
@@ -73,6 +76,8 @@ def _parse(
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        # tyro draws a box of several lines; what it says fits into one.
-        text = re.sub(r"[╭╮╰╯│─┌┐└┘]+", " ", words.getvalue())
-        raise ValueError(" ".join(text.split())) from None
+        # tyro draws a box of several lines with a title; what it says fits into one.
+        lines = [line.strip("│ ") for line in words.getvalue().splitlines()]
+        text = " ".join(" ".join(line for line in lines if line[:1] not in "╭╰─").split())
+        text = text.replace("For full helptext, run", "(help:") + ")"
+        raise ValueError(text) from None

@@ -62,7 +62,7 @@ class Pretrain:
     eval_every: int | None = None
     """Steps between two evaluations. By default a tenth of the steps."""
     eval_tokens: int | None = None
-    """Validation tokens to evaluate on, up to a batch more. By default all; 10 million of C4."""
+    """Validation tokens to evaluate on. By default all; 10 million of C4."""
     save_every: int | None = None
     """Steps between two checkpoints. By default as --eval-every; the best is chosen among
     checkpoints of steps that are evaluated."""

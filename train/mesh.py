@@ -142,15 +142,15 @@ def _place(
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on its devices, split over `data` and `fsdp`.
+    """Puts a batch on the devices, split over `data` and `fsdp`.
 
     Args:
         mesh: with the axes `AXES`.
-        batch: arrays `(rows, ...)`.
+        batch: arrays `(B, ...)`, the same whole batch in every process, which puts its own rows.
     """
     sharding = NamedSharding(mesh, BATCH)
     return {
-        name: jax.make_array_from_process_local_data(sharding, array)
+        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
         for name, array in batch.items()
     }
 

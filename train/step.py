@@ -160,6 +160,7 @@ def make_train_step(
     accumulate: int,
     mesh: Mesh,
     state_shardings: TrainState,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`train_step` compiled for a mesh; it overwrites the state that it is given."""
     return jax.jit(
@@ -167,15 +168,21 @@ def make_train_step(
         in_shardings=(state_shardings, NamedSharding(mesh, BATCH)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options,
     )
 
 
 def make_eval_step(
-    forward: Forward, *, mesh: Mesh, param_shardings: Params
+    forward: Forward,
+    *,
+    mesh: Mesh,
+    param_shardings: Params,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
     """From params and a batch to Σ w · nll and Σ w, compiled for a mesh."""
     return jax.jit(
         lambda params, batch: (summed_loss(forward, params, batch), jnp.sum(batch["weights"])),
         in_shardings=(param_shardings, NamedSharding(mesh, BATCH)),
         out_shardings=replicated(mesh),
+        compiler_options=compiler_options,
     )

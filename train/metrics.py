@@ -1,0 +1,115 @@
+"""What a run writes down while it trains: metrics.jsonl, and the same for TensorBoard."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends a line to metrics.jsonl, and an event to tensorboard/, for each step and evaluation.
+
+    Args:
+        directory: the run's folder.
+        step: where the run goes on; what is written about later steps is dropped, and so is a line
+            that a kill has cut.
+
+    Raises:
+        OSError: if it cannot be written; so does `write`.
+    """
+
+    def __init__(self, directory: Path, step: int = 0):
+        self._path = directory / "metrics.jsonl"
+        kept = [line for line in read_metrics(directory) if line["step"] <= step]
+        draft = self._path.with_name(".metrics.jsonl.draft")
+        with draft.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self._path)
+        self._file = self._path.open("a", buffering=1)
+        self._events = _Events(directory / "tensorboard", step)
+
+    def write(self, values: Mapping[str, float | int]) -> None:
+        """Writes one line; a number that is not finite becomes null, which JSON lacks otherwise."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._events.write(values)
+
+    def flush(self) -> None:
+        """Makes the events visible to TensorBoard."""
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; one that a kill has cut is left out."""
+    path = directory / "metrics.jsonl"
+    lines = []
+    if path.exists():
+        for text in path.read_text(errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+    return lines
+
+
+def tokens_per_second(directory: Path) -> float | None:
+    """Over all steps of a run: tokens by the time that they took."""
+    lines = [line for line in read_metrics(directory) if line.get("tokens_per_second")]
+    before = [0, *(line["tokens"] for line in lines)]
+    tokens = [after - b for b, after in zip(before, before[1:], strict=False)]
+    seconds = sum(n / line["tokens_per_second"] for n, line in zip(tokens, lines, strict=True))
+    return sum(tokens) / seconds if seconds else None
+
+
+class _Events:
+    """TensorBoard's event file.
+
+    tensorboardX's own SummaryWriter writes from a thread; where that meets a full disk, the training
+    loop waits for it forever.
+    """
+
+    def __init__(self, directory: Path, step: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        directory.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        self._records = RecordWriter(str(directory / name))
+        self._record(Event(file_version="brain.Event:2"))
+        if step:  # TensorBoard drops what an earlier process wrote about later steps
+            start = SessionLog(status=SessionLog.START)
+            self._record(Event(step=step + 1, session_log=start))
+
+    def write(self, values: Mapping[str, float | int]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        kind = "evaluation" if "eval_loss" in values else "training"
+        scalars = [
+            Summary.Value(tag=f"{kind}/{name}", simple_value=float(value))
+            for name, value in values.items()
+            if name != "step"
+        ]
+        self._record(Event(step=int(values["step"]), summary=Summary(value=scalars)))
+
+    def _record(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()

@@ -1,0 +1,263 @@
+"""Pre-train a LLaMA: `python -m train.pretrain`; `--help` lists the flags.
+
+The run's folder holds config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end,
+summary.json and loss.png.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from models import llama
+from train import run_directory
+from train.checkpoint import Checkpoints
+from train.cli import run
+from train.config import Pretrain, load, resolve
+from train.data import prefetch
+from train.mesh import put_batch
+from train.metrics import MetricsLog, read_metrics
+from train.progress import Progress, peak_flops
+from train.report import report
+from train.sequences import START, Position
+from train.setup import Setup, setup
+from train.signals import StopRequest
+from train.step import TrainState
+
+
+def main(config: Pretrain) -> int:
+    """Runs, or goes on with, a pre-training.
+
+    Returns:
+        The exit code: 0; 1 where too many steps in a row were not finite; 128 + the signal's number
+        after SIGTERM or Ctrl-C.
+
+    Raises:
+        ValueError: for wrong use; nothing has been written then.
+        OSError: if the run's folder cannot be written.
+    """
+    config = resolve(config)
+    note = run_directory.check(config)
+    # Before the data and the model are built: a signal that comes then still ends the run well.
+    with StopRequest() as stop:
+        parts = setup(config, _print)
+        if note:
+            _print(note)
+        return _Run(config, parts, stop).main()
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+@dataclasses.dataclass
+class _Host:
+    """What the host knows of a run's progress; all of it but `evaluations` is in a checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    position: Position = START
+    evaluations: dict[int, float] = dataclasses.field(default_factory=dict)
+    saved: int | None = None
+
+
+class _TooManySkipped(Exception):
+    """More steps in a row were not finite than --max-skipped allows."""
+
+
+class _Run:
+    """One process's part of a run: from its first step or its newest checkpoint on."""
+
+    def __init__(self, config: Pretrain, parts: Setup, stop: StopRequest):
+        self.config, self.parts, self.stop = config, parts, stop
+        self.host = _Host()
+        self.directory = run_directory.directory(config)
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.clock = 0.0
+
+    def main(self) -> int:
+        """Trains, and writes everything that a run leaves behind."""
+        config, parts = self.config, self.parts
+        assert config.seq_len is not None and config.steps is not None
+        state = self._restore()
+        with ExitStack() as stack:
+            run_directory.create(config)
+            self.metrics = stack.enter_context(
+                closing(MetricsLog(self.directory, self.host.step))
+            )
+            self.host.evaluations = {
+                line["step"]: math.nan if line["eval_loss"] is None else line["eval_loss"]
+                for line in read_metrics(self.directory)
+                if "eval_loss" in line
+            }
+            self.checkpoints = stack.enter_context(
+                Checkpoints(self.directory / "checkpoints", config.keep, _print)
+            )
+            if state is None:
+                state = parts.init(jax.random.key(config.seed))
+            peak = peak_flops(parts.mesh.devices.flat[0], config.dtype)
+            self.progress = stack.enter_context(
+                Progress(
+                    self.host.step,
+                    config.steps,
+                    llama.flops_per_token(parts.model, config.seq_len),
+                    peak and peak * parts.mesh.size,
+                )
+            )
+            try:
+                state = self._train(state)
+            except _TooManySkipped as error:
+                self.checkpoints.wait()
+                self.progress.log(f"stopped: {error}")
+                return 1
+            self.checkpoints.wait()
+        if self.host.step < config.steps:
+            assert self.stop.signum is not None
+            _print(
+                f"stopped by signal {self.stop.signum} after step {self.host.step}; to go on:\n"
+                f"  {run_directory.resume_command(config)}"
+            )
+            return 128 + self.stop.signum
+        report(config, parts, state, self.directory, _print)
+        return 0
+
+    def _restore(self) -> TrainState | None:
+        """The newest checkpoint's state, and what the host knew; None at a run's beginning."""
+        folder = self.directory / "checkpoints"
+        if not (self.config.resume and (self.directory / "config.json").exists()):
+            return None
+        if folder.is_dir():
+            abstract = self.parts.abstract
+            rest = abstract._replace(params=None)._asdict()
+            with Checkpoints(folder, self.config.keep, _print, read_only=True) as checkpoints:
+                found = checkpoints.restore(abstract.params, rest)
+            if found is not None:
+                step, params, rest, progress = found
+                self.host = _Host(
+                    step, progress["tokens"], Position(*progress["position"]), saved=step
+                )
+                _print(f"resumed from step {step}")
+                return TrainState(**{**rest, "params": params})
+        _print("the run has no checkpoint yet: starting at step 0")
+        return None
+
+    def _train(self, state: TrainState) -> TrainState:
+        config, host = self.config, self.host
+        assert config.eval_every and config.save_every and config.steps
+        batches = prefetch(
+            self.parts.data.batches(host.position), lambda b: put_batch(self.parts.mesh, b)
+        )
+        with closing(batches):
+            train_step: Callable[..., Any] | None = None
+            while True:
+                last = host.step == config.steps
+                if (host.step % config.eval_every == 0 or last) and (
+                    host.step not in host.evaluations
+                ):
+                    self._evaluate(state)
+                if (host.step % config.save_every == 0 and host.step > 0) or last:
+                    self._save(state)
+                if last or self.stop.signum is not None:
+                    break
+                try:
+                    batch, host.position = next(batches)
+                except Exception:
+                    # Ctrl-C goes to the worker processes too, which end then.
+                    if self.stop.signum is None:
+                        raise
+                    break
+                if train_step is None:
+                    train_step = self._compile(batch)
+                state, metrics = train_step(state, batch)
+                host.step += 1
+                self._report_pending()  # of the step before: this one runs meanwhile
+                self.pending = (host.step, metrics)
+                due = host.step % config.eval_every == 0 or host.step % config.save_every == 0
+                if due or host.step == config.steps or self.stop.signum is not None:
+                    self._report_pending()
+            self._report_pending()
+            if self.stop.signum is not None:
+                self._save(state)
+        return state
+
+    def _compile(self, batch: dict[str, jax.Array]) -> Callable[..., Any]:
+        start = time.perf_counter()
+        compiled = self.parts.train_step.lower(self.parts.abstract, batch).compile()
+        self.clock = time.perf_counter()
+        self.progress.log(f"compiled the step in {self.clock - start:.1f} s")
+        return compiled
+
+    def _report_pending(self) -> None:
+        """Waits for the step that runs, and writes what is to be said of it."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        now = time.perf_counter()
+        tokens = round(values["tokens"])
+        self.host.tokens += tokens
+        in_a_row = values.pop("skipped_in_a_row")
+        line = {
+            "step": step,
+            **values,
+            "tokens": self.host.tokens,
+            "tokens_per_second": tokens / (now - self.clock),
+        }
+        self.clock = now
+        self.metrics.write(line)
+        assert self.config.log_every is not None
+        self.progress.step(line, show=step % self.config.log_every == 0 or in_a_row > 0)
+        if in_a_row >= self.config.max_skipped:
+            good = (
+                f"the last good checkpoint is {self.directory / 'checkpoints' / str(self.host.saved)}"
+                if self.host.saved is not None
+                else "there is no checkpoint yet"
+            )
+            raise _TooManySkipped(
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite; {good}; "
+                "try a lower --learning-rate, a longer --warmup-steps or --dtype float32"
+            )
+
+    def _evaluate(self, state: TrainState) -> None:
+        losses, tokens = [], []
+        for batch in self.parts.evaluation:
+            loss, count = self.parts.eval_step(state.params, put_batch(self.parts.mesh, batch))
+            losses.append(loss)
+            tokens.append(count)
+            if self.stop.signum is not None:
+                return  # after --resume it is done from its beginning
+        mean = float(np.sum(jax.device_get(losses), dtype=np.float64) / np.sum(tokens))
+        host = self.host
+        host.evaluations[host.step] = mean
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        self.metrics.write({"step": host.step, "eval_loss": mean, "eval_perplexity": perplexity})
+        self.metrics.flush()
+        self.progress.log(
+            f"evaluation after step {host.step}: loss {mean:.4f}, perplexity {perplexity:,.2f}"
+        )
+        self.clock = time.perf_counter()
+
+    def _save(self, state: TrainState) -> None:
+        host = self.host
+        if host.saved == host.step:
+            return
+        self.checkpoints.save(
+            host.step,
+            state.params,
+            state._replace(params=None)._asdict(),
+            {"tokens": host.tokens, "position": list(host.position)},
+            host.evaluations.get(host.step),
+        )
+        host.saved = host.step
+        self.clock = time.perf_counter()
+
+
+if __name__ == "__main__":
+    run(main, Pretrain, "python -m train.pretrain", load=load)

