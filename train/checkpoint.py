@@ -37,6 +37,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
+                best_fn=lambda metrics: metrics["eval_loss"],
+                best_mode="min",
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [
                         checkpoint_managers.LatestN(keep),
@@ -172,6 +174,9 @@ class Checkpoints:
     def _read(self, step: int, wanted: Mapping[str, Tree]) -> Mapping[str, Any] | None:
         try:
             metadata = self._manager.item_metadata(step)
+            unreadable = [name for name in wanted if metadata[name] is None]
+            if unreadable:
+                raise ValueError(f"{', '.join(unreadable)} cannot be read")
             stored = {name: _shapes(metadata[name].tree) for name in wanted}
         except Exception as error:  # Orbax and TensorStore raise a dozen unrelated types
             return self._pass_over(step, error)
