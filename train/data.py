@@ -7,16 +7,16 @@ position means the same for any number of workers, processes and devices.
 """
 
 import collections
-import itertools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TypeVar
+
+import numpy as np
 
 from train.sequences import (
     MODES,
@@ -32,26 +32,26 @@ from train.tokenizer import Tokenizer
 T = TypeVar("T")
 
 # Documents that travel together from a worker process, and such groups that each holds ready.
-_GROUP = 16
-_GROUPS_AHEAD = 8
+_GROUP = 32
+_GROUPS_AHEAD = 4
 
 
 class TrainingData:
     """An endless stream of batches, shuffled anew in each epoch, that starts at any position.
 
     Args:
-      source: the documents, e.g. of `train.text.load_text` or a list of strings.
-      tokenizer: of `train.tokenizer.load_tokenizer`.
-      batch_size: rows in a batch, over all devices and processes.
-      seq_len: tokens in a row.
-      mode: "packed" (no padding, no attention across documents) or "document" (one a row).
-      seed: of the order of the documents.
-      workers: processes that read and tokenize; 0 does both in this one.
-      vocab_size: the model's; by default the tokenizer's.
+        source: the documents, e.g. of `train.text.load_text` or a list of strings.
+        tokenizer: of `train.tokenizer.load_tokenizer`.
+        batch_size: rows in a batch, over all devices and processes.
+        seq_len: tokens in a row.
+        mode: "packed" (no padding, no attention across documents) or "document" (one a row).
+        seed: of the order of the documents.
+        workers: processes that read and tokenize; 0 does both in this one.
+        vocab_size: the model's; by default the tokenizer's.
 
     Raises:
-      ValueError: an unknown mode, a size below 1, an empty source, or a tokenizer with more ids
-        than the model's vocabulary.
+        ValueError: an unknown mode, a size below 1, an empty source, or a tokenizer with more ids
+            than the model's vocabulary.
     """
 
     def __init__(
@@ -103,25 +103,29 @@ class TrainingData:
         groups = (
             stream[start:]
             .map(self.tokenizer.encode)
-            .batch(_GROUP, batch_fn=list)
+            .batch(_GROUP, batch_fn=_join)
             .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         )
         if self.workers:
             _mark_flags_as_parsed()
-            # Documents come through a pipe: a shared-memory block for each would cost more, and
-            # outlive a killed run.
-            options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-            groups = grain.experimental.WithOptionsIterDataset(groups, options).mp_prefetch(
+            groups = groups.mp_prefetch(
                 grain.MultiprocessingOptions(self.workers, _GROUPS_AHEAD),
                 worker_init_fn=_start_worker,
             )
         empty = 0
         with closing(iter(groups)) as iterator:
-            for document in itertools.chain.from_iterable(iterator):
-                empty = 0 if len(document) else empty + 1
-                if empty > 2 * len(self.source):  # a whole epoch at least
-                    raise ValueError("every document of the training text is empty")
-                yield document
+            for tokens, lengths in iterator:
+                # A copy, because shared memory is released with `tokens`.
+                for document in np.split(np.array(tokens), np.cumsum(lengths)[:-1]):
+                    empty = 0 if len(document) else empty + 1
+                    if empty > 2 * len(self.source):  # a whole epoch at least
+                        raise ValueError("every document of the training text is empty")
+                    yield document
+
+
+def _join(documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
+    """Documents end to end, and their lengths: Grain takes one block of shared memory for each."""
+    return np.concatenate(documents), np.array([len(document) for document in documents])
 
 
 def _mark_flags_as_parsed() -> None:
@@ -155,17 +159,17 @@ def evaluation_batches(
     """The fixed set of batches that a run is evaluated on: the documents in order, each once.
 
     Args:
-      source: the validation documents.
-      tokenizer: as in training.
-      batch_size: rows in a batch; the last one is padded.
-      seq_len: tokens in a row.
-      mode: "packed" or "document", as in training.
-      max_tokens: how many targets count in all; fewer where the documents end before, all of them
-        by default. No target is counted twice.
-      vocab_size: the model's; by default the tokenizer's.
+        source: the validation documents.
+        tokenizer: as in training.
+        batch_size: rows in a batch; the last one is padded.
+        seq_len: tokens in a row.
+        mode: "packed" or "document", as in training.
+        max_tokens: how many targets count in all; fewer where the documents end before, all of them
+            by default. No target is counted twice.
+        vocab_size: the model's; by default the tokenizer's.
 
     Raises:
-      ValueError: as for `TrainingData`, or the documents have no token.
+        ValueError: as for `TrainingData`, or the documents have no token.
     """
     _check_sizes(source, mode, batch_size, seq_len)
     if max_tokens is not None and max_tokens < 1:
@@ -214,9 +218,9 @@ def prefetch(
     thread and closes `batches`.
 
     Args:
-      batches: as `TrainingData.batches` yields them.
-      put: takes a batch.
-      size: how many batches are held ready.
+        batches: as `TrainingData.batches` yields them.
+        put: takes a batch.
+        size: how many batches are held ready.
     """
     if size < 1:
         raise ValueError(f"size={size}: give at least 1")

@@ -41,8 +41,8 @@ def main(config: PrepareC4) -> None:
     """Writes the data set; it appears under its name only when it is whole.
 
     Raises:
-      ValueError: the data set is already there, nothing matches, or a shard is not as it should be
-        (named with its line).
+        ValueError: the data set is already there, nothing matches, or a shard is not as it should
+            be (named with its line).
     """
     home = config.data_dir.expanduser() / "c4" / "en"
     final, unfinished = home / VERSION, home / f"{VERSION}.incomplete"

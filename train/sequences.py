@@ -24,8 +24,8 @@ class Position(NamedTuple):
     """A place in the stream of documents.
 
     Attributes:
-      documents: how many documents are wholly behind.
-      tokens: how many tokens of the next one are behind, its separator counted.
+        documents: how many documents are wholly behind.
+        tokens: how many tokens of the next one are behind, its separator counted.
     """
 
     documents: int = 0
@@ -49,17 +49,17 @@ def packed_batches(
     the stream is a target once, except the very first separator. Empty documents are passed over.
 
     Args:
-      documents: token ids of each document, from number `start.documents` on.
-      separator: id of the token that leads every document.
-      batch_size: rows in a batch.
-      seq_len: tokens in a row.
-      start: where the stream is taken up.
+        documents: token ids of each document, from number `start.documents` on.
+        separator: id of the token that leads every document.
+        batch_size: rows in a batch.
+        seq_len: tokens in a row.
+        start: where the stream is taken up.
 
     Yields:
-      A batch and the position after it. Where `documents` ends, the last batch is padded.
+        A batch and the position after it. Where `documents` ends, the last batch is padded.
 
     Raises:
-      ValueError: `start` is beyond the end of its document, that is, of other data.
+        ValueError: `start` is beyond the end of its document, that is, of other data.
     """
     size = batch_size * seq_len
     number, taken = start

@@ -22,13 +22,13 @@ def load_text(name: str, split: str, data_dir: str | Path | None = None) -> Sequ
     """The documents of a source, by number.
 
     Args:
-      name: "builtin", the documentation of Python's standard library (about 2 MB, another text for
-        another Python version), or "c4", the TFDS data set c4/en.
-      split: "train" or "validation"; no document is in both.
-      data_dir: the folder that holds `c4/en`, as TFDS means it. Only for "c4".
+        name: "builtin", the documentation of Python's standard library (about 2 MB, another text
+            for another Python version), or "c4", the TFDS data set c4/en.
+        split: "train" or "validation"; no document is in both.
+        data_dir: the folder that holds `c4/en`, as TFDS means it. Only for "c4".
 
     Raises:
-      ValueError: an unknown source or split, or the data are missing, empty or unreadable.
+        ValueError: an unknown source or split, or the data are missing, empty or unreadable.
     """
     if name not in SOURCES:
         raise ValueError(f"data={name!r} is unknown: choose one of {', '.join(SOURCES)}")
@@ -67,8 +67,8 @@ class C4Text(Sequence[str]):
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(
-                f"cannot read split {split!r} of c4/en at {folder} ({reason}): delete what is there "
-                f"and make it again with {command}"
+                f"cannot read split {split!r} of c4/en at {folder} ({reason}): delete what is "
+                f"there and make it again with {command}"
             ) from error
         self._records = records
 

@@ -38,10 +38,11 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     """A tokenizer by name.
 
     Args:
-      name: "bytes", or the path of a `tokenizer.json` (format of the package `tokenizers`).
+        name: "bytes", or the path of a `tokenizer.json` (format of the package `tokenizers`).
 
     Raises:
-      ValueError: the file is missing, not readable as a tokenizer, or has no end-of-document token.
+        ValueError: the file is missing, not readable as a tokenizer, or has no token that ends a
+            document.
     """
     return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name))
 
