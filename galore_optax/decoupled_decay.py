@@ -1,8 +1,8 @@
-"""Does an inner optimizer use the params for decoupled weight decay, and at which rate?
+"""Decoupled weight decay, recognised in an inner optimizer and applied to the whole matrix.
 
-An optimizer inside GaLore sees projected weights, yet decay must reach the whole matrix. Decay is
-recognised from the traced update itself: an update that is affine in the params, with a slope that is
-one number for a whole leaf, and a state that never sees the params' values.
+An optimizer inside GaLore sees projected weights, yet decay must reach all of W. It is recognised
+in the traced update: an update that is affine in the params, with a slope that is one number for a
+whole leaf, and a state that never sees the params' values.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,19 +12,72 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jaxtyping import Array
+from jaxtyping import Array, Float, PyTree
+
+from galore_optax.projection import Projection
+from galore_optax.sharding import first_element
 
 Update = Callable[
-    [optax.Updates, optax.OptState, optax.Params], tuple[optax.Updates, optax.OptState]
+    [optax.Updates, optax.OptState, optax.Params | None], tuple[optax.Updates, optax.OptState]
 ]
 
-_LOOPS = (
-    "scan",
-    "while",
-)  # their outputs feed their inputs: one pass through the body is not enough
+_LOOPS = ("scan", "while")  # their outputs feed their inputs: one look at the body is not enough
+
+
+def update_and_slopes(
+    init: Callable[[optax.Params], optax.OptState],
+    update: Update,
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None,
+    decoupled_decay: bool | None,
+) -> tuple[optax.Updates, optax.OptState, PyTree | None]:
+    """An inner update, its decoupled weight decay taken out of it.
+
+    Args:
+        init: The inner's `init`.
+        update: The inner's update, `(updates, state, params) -> (updates, state)`.
+        updates: The inner's updates.
+        state: The inner's state.
+        params: The inner's params.
+        decoupled_decay: Whether the use of params is decoupled decay; None finds out.
+
+    Returns:
+        The new updates (at params zero, if there is decay), the new state, and where there is decay
+        a tree like params of slopes: minus learning rate times decay, None where there is none.
+    """
+    slopes = None
+    if params is not None and decoupled_decay is not False:
+        slopes = decay_slopes(init, update, updates, state, params, check=decoupled_decay is None)
+    if slopes is None:
+        return *update(updates, state, params), None
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return *update(updates, state, zeros), jax.tree.structure(params).unflatten(slopes)
+
+
+def decay(
+    slope: PyTree, projection: Projection | None, leaf: Float[Array, "..."]
+) -> Float[Array, "..."] | None:
+    """Slope · W for one leaf; `slope` is one number or, for a stack, one for each matrix."""
+    slopes = jax.tree.leaves(slope, is_leaf=lambda x: x is None)
+    if all(s is None for s in slopes):
+        return None
+    if projection is None or not projection.view.batch_axes:
+        return slope * leaf
+    view = projection.view
+    factors = jnp.stack([jnp.zeros([], leaf.dtype) if s is None else s for s in slopes])
+    return view.to_leaf(factors.reshape(*view.batch_shape, 1, 1) * view.to_matrices(leaf))
+
+
+def remembers_params(init: Callable[[optax.Params], optax.OptState], params: optax.Params) -> bool:
+    """Whether the state that `init` makes depends on the params' values (not only their shapes)."""
+    leaves, tree = jax.tree.flatten(params)
+    traced = jax.make_jaxpr(lambda leaves: jax.tree.leaves(init(tree.unflatten(leaves))))(leaves)
+    return any(_depends(traced, [True] * len(leaves)))
 
 
 def decay_slopes(
+    init: Callable[[optax.Params], optax.OptState],
     update: Update,
     updates: optax.Updates,
     state: optax.OptState,
@@ -32,51 +85,60 @@ def decay_slopes(
     *,
     check: bool = True,
 ) -> list[Array | None] | None:
-    """The slope of each leaf's update with respect to its params, if `update` applies decoupled decay.
+    """Slopes of an update with respect to each leaf of the params, if they are decoupled decay.
 
     Args:
-        update: `(updates, state, params) -> (updates, state)`.
+        init: The inner's `init`.
+        update: The inner's update, `(updates, state, params) -> (updates, state)`.
         updates: Updates to trace with; their values are not used.
-        state: The state to trace with. Slopes may depend on its scalars (a step count), and do so
-            correctly under `jit`.
+        state: State to trace with. Slopes may depend on its scalars, such as a step count.
         params: Params to trace with; their values are not used.
-        check: Whether to return None for what is not decoupled decay; else the slopes at params zero
-            are returned whatever they depend on.
+        check: Whether to return None for what is not decoupled decay; else the slopes at params
+            zero are returned whatever they depend on.
 
     Returns:
-        For each leaf of params, in the order of `jax.tree.leaves`, a scalar (minus learning rate
-        times decay), or None where the leaf's update does not depend on params. None in place of the
-        list where the use of params is not decoupled decay.
+        For each leaf of params, in the order of `jax.tree.leaves`, a scalar, or None where the
+        leaf's update does not depend on params. None in place of the list where the use of params
+        is not decoupled decay.
     """
+    if check and remembers_params(init, params):
+        return None
     params_leaves, params_tree = jax.tree.flatten(params)
     rest_leaves, rest_tree = jax.tree.flatten((updates, state))
 
     def apply(rest: Sequence[Array], leaves: Sequence[Array]) -> tuple[list[Array], list[Array]]:
-        updates, state = jax.tree.unflatten(rest_tree, rest)
-        new_updates, new_state = update(updates, state, jax.tree.unflatten(params_tree, leaves))
+        updates, state = rest_tree.unflatten(rest)
+        new_updates, new_state = update(updates, state, params_tree.unflatten(leaves))
         return jax.tree.leaves(new_updates), jax.tree.leaves(new_state)
 
-    def slope(rest: Sequence[Array], leaves: Sequence[Array]) -> list[Array]:
-        ones = [jnp.ones_like(leaf) for leaf in leaves]
-        return jax.jvp(lambda leaves: apply(rest, leaves)[0], (list(leaves),), (ones,))[1]
+    def slope(
+        rest: Sequence[Array], leaves: Sequence[Array], tangents: Sequence[Array]
+    ) -> list[Array]:
+        return jax.jvp(lambda leaves: apply(rest, leaves)[0], (leaves,), (tangents,))[1]
 
-    traced = jax.make_jaxpr(apply)(rest_leaves, params_leaves)
-    from_params = _depends(traced, [False] * len(rest_leaves) + [True] * len(params_leaves))
-    in_updates, in_state = from_params[: len(params_leaves)], from_params[len(params_leaves) :]
+    n_rest, n_params = len(rest_leaves), len(params_leaves)
+    depends = _depends(
+        jax.make_jaxpr(apply)(rest_leaves, params_leaves), [False] * n_rest + [True] * n_params
+    )
+    in_updates, in_state = depends[:n_params], depends[n_params:]
     if check and any(in_state):
         return None
     if not any(in_updates):
-        return [None] * len(params_leaves)
+        return [None] * n_params
+    ones = [jnp.ones_like(leaf) for leaf in params_leaves]
     if check:
-        traced = jax.make_jaxpr(slope)(rest_leaves, params_leaves)
-        if any(_depends(traced, [False] * len(rest_leaves) + [True] * len(params_leaves))):
-            return None
+        traced = jax.make_jaxpr(slope)(rest_leaves, params_leaves, ones)
+        none, every = [False] * n_params, [True] * n_params
+        on_params = _depends(traced, [False] * n_rest + every + none)
+        on_tangents = _depends(traced, [False] * n_rest + none + every)
         # One number for a whole leaf: what has axes may enter the slope through a scalar only.
-        arrays = [jnp.ndim(leaf) > 0 for leaf in rest_leaves] + [False] * len(params_leaves)
-        if any(_depends(traced, arrays, through_scalars=False)):
+        of_arrays = [jnp.ndim(leaf) > 0 for leaf in rest_leaves]
+        on_arrays = _depends(traced, of_arrays + none + none, through_scalars=False)
+        # A use of params without a derivative, as in a sign, is not affine.
+        if any(on_params) or any(on_arrays) or on_tangents != in_updates:
             return None
-    slopes = slope(rest_leaves, [jnp.zeros_like(leaf) for leaf in params_leaves])
-    return [s[(0,) * s.ndim] if used else None for s, used in zip(slopes, in_updates, strict=True)]
+    slopes = slope(rest_leaves, [jnp.zeros_like(leaf) for leaf in params_leaves], ones)
+    return [first_element(s) if used else None for s, used in zip(slopes, in_updates, strict=True)]
 
 
 def _depends(
@@ -84,8 +146,8 @@ def _depends(
 ) -> list[bool]:
     """Which outputs of a traced function depend on the marked inputs.
 
-    With `through_scalars=False` a dependence that passes through a value without axes does not count.
-    Loops, and whatever cannot be looked into, make each output depend on each input.
+    With `through_scalars=False` a dependence through a value without axes does not count. Loops,
+    and whatever cannot be looked into, make each output depend on each input.
     """
     jaxpr = traced.jaxpr if isinstance(traced, ClosedJaxpr) else traced
     marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
@@ -98,11 +160,9 @@ def _depends(
         if not any(into):
             continue
         marks = _equation_depends(equation, into, through_scalars)
-        marked.update(
-            var
-            for var, mark in zip(equation.outvars, marks, strict=True)
-            if mark and (through_scalars or var.aval.ndim > 0)
-        )
+        for var, mark in zip(equation.outvars, marks, strict=True):
+            if mark and (through_scalars or getattr(var.aval, "shape", ()) != ()):
+                marked.add(var)
     return [is_marked(atom) for atom in jaxpr.outvars]
 
 

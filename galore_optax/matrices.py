@@ -19,9 +19,9 @@ from jaxtyping import Array, Float
 class GaLoreDimensionNumbers(NamedTuple):
     """Says which axes of a leaf are the input and the output of a matrix.
 
-    Axes that are listed in neither are batch axes: each index along them is a matrix of its own, with
-    its own subspace, as in `optax.contrib.muon`. `None` in the place of dimension numbers leaves a
-    parameter unprojected.
+    Axes that are listed in neither are batch axes: each index along them is a matrix of its own,
+    with its own subspace, as in `optax.contrib.muon`. `None` in the place of dimension numbers
+    leaves a parameter unprojected.
 
     Attributes:
         reduction_axis: Axis or axes of the input; several are merged in the order given.
@@ -157,8 +157,8 @@ def matrix_views(
             full = jax.tree.broadcast(tree, params, is_leaf=_is_dimension_numbers)
         except ValueError as error:
             raise ValueError(
-                "weight_dimension_numbers: its tree is no prefix of the params' tree; give one with "
-                f"GaLoreDimensionNumbers or None in the place of each leaf ({error})"
+                "weight_dimension_numbers: its tree is no prefix of the params' tree; give one "
+                f"with GaLoreDimensionNumbers or None in the place of each leaf ({error})"
             ) from error
         flat = jax.tree.leaves(full, is_leaf=_is_dimension_numbers)
     return [

@@ -2,9 +2,11 @@
 
 JAX's explicit sharding puts the sharding into an array's type and carries it through every
 operation. So the sharding of a whole optimizer state follows from tracing `tx.init` on sharded
-abstract params: moments keep the axis that is not projected, the basis the one that is, and the rank
-is replicated.
+abstract params: moments keep the axis that is not projected, the basis the one that is, and the
+rank is replicated.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 
-def _explicit_spec(x: Array) -> tuple[jax.sharding.AbstractMesh, tuple] | None:
-    """The mesh and the axes' shardings in the type of `x`; None unless its mesh has explicit axes."""
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return None
-    return sharding.mesh, tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+def _explicit_mesh(*arrays: Array) -> jax.sharding.AbstractMesh | None:
+    """The mesh in the arrays' types, if any of its axes is explicit."""
+    for x in arrays:
+        mesh = jax.typeof(x).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def _spec(x: Array) -> tuple[Any, ...]:
+    """The sharding in the type of `x`, one entry for each axis."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
 
 
 def matmul(
@@ -26,15 +35,14 @@ def matmul(
 ) -> Float[Array, "*batch n m"]:
     """The product, also where explicit sharding wants to be told the sharding of the result.
 
-    Rows keep the sharding of `a`, columns that of `b` (unless the rows use its mesh axes already); a
-    sharded contraction becomes a sum over devices.
+    Rows keep the sharding of `a`, columns that of `b` (unless the rows use its mesh axes already);
+    a sharded contraction becomes a sum over devices.
     """
-    explicit = _explicit_spec(a) or _explicit_spec(b)
-    if explicit is None:
+    mesh = _explicit_mesh(a, b)
+    if mesh is None:
         return jnp.matmul(a, b)
-    mesh = explicit[0]
-    *batch, rows, _ = _explicit_spec(a)[1] if _explicit_spec(a) else (None,) * a.ndim
-    columns = _explicit_spec(b)[1][-1] if _explicit_spec(b) else None
+    *batch, rows, _ = _spec(a)
+    columns = _spec(b)[-1]
     used = {axis for entry in (*batch, rows) for axis in _mesh_axes(entry)}
     if used & set(_mesh_axes(columns)):
         columns = None
@@ -49,11 +57,18 @@ def sharded_like(
     x: Float[Array, "*batch n k"], like: Float[Array, "*batch n m"]
 ) -> Float[Array, "*batch n k"]:
     """`x`, its batch and row axes sharded as those of `like` where the mesh's axes are explicit."""
-    explicit = _explicit_spec(like)
-    if explicit is None:
+    mesh = _explicit_mesh(like)
+    if mesh is None:
         return x
-    mesh, spec = explicit
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec[:-1], None)))
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*_spec(like)[:-1], None)))
+
+
+def first_element(x: Float[Array, "..."]) -> Float[Array, ""]:
+    """`x[0, ..., 0]`, also of an array with explicit sharding, which cannot be sliced as it is."""
+    mesh = _explicit_mesh(x)
+    if mesh is not None:
+        x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+    return x[(0,) * x.ndim]
 
 
 def state_shardings(

@@ -1,9 +1,9 @@
-"""Finding a subspace: an orthonormal basis of the directions that carry most of a gradient's energy.
+"""Finding a subspace: an orthonormal basis of the directions with most of a gradient's energy.
 
-GaLore (arXiv:2403.03507, section 4.2) takes the leading left singular vectors. The default here is a
-randomized range finder (Halko, Martinsson and Tropp, arXiv:0909.4061, algorithm 4.4): it keeps the
-same share of a real gradient's energy for a fraction of the time, and is made of matrix products and
-small factorizations only, so that it works on a sharded gradient without gathering it.
+GaLore (arXiv:2403.03507, section 4.2) takes the leading left singular vectors. The default here is
+a randomized range finder (Halko, Martinsson and Tropp, arXiv:0909.4061, algorithm 4.4): it keeps
+the same share of a real gradient's energy for a fraction of the time, and is made of matrix
+products and small factorizations only, so that it works on a sharded gradient without gathering it.
 """
 
 from collections.abc import Callable
@@ -54,20 +54,16 @@ def randomized(gradient: Float[Array, "n m"], rank: int, key: PRNGKeyArray) -> F
     n, m = gradient.shape
     sketch_key, noise_key = jax.random.split(key)
     test = sharded_like(jax.random.normal(sketch_key, (m, rank), gradient.dtype), gradient.T)
-    # The noise is relative to the largest column: smaller than any direction that float32 resolves,
-    # and never all zero.
     noise = sharded_like(jax.random.normal(noise_key, (n, rank), gradient.dtype), gradient)
-    sketch = matmul(gradient, test)
-    q = orthonormalize(sketch + _NOISE * _largest_norm(sketch) / n**0.5 * noise)
-    row_noise = _NOISE / m**0.5 * test
-    rows = matmul(gradient.T, q)
-    q = orthonormalize(rows + _largest_norm(rows) * row_noise)
-    sketch = matmul(gradient, q)
-    return orthonormalize(sketch + _NOISE * _largest_norm(sketch) / n**0.5 * noise)
+    columns = orthonormalize(_with_noise(matmul(gradient, test), noise))
+    rows = orthonormalize(_with_noise(matmul(gradient.T, columns), test))
+    return orthonormalize(_with_noise(matmul(gradient, rows), noise))
 
 
-def _largest_norm(y: Float[Array, "n r"]) -> Float[Array, ""]:
-    return jnp.sqrt(jnp.max(jnp.sum(y * y, axis=0)))
+def _with_noise(sketch: Float[Array, "n r"], noise: Float[Array, "n r"]) -> Float[Array, "n r"]:
+    """Completes a sketch of deficient rank, by less than any direction that float32 resolves."""
+    largest = jnp.sqrt(jnp.max(jnp.sum(sketch * sketch, axis=0)))
+    return sketch + _NOISE * largest / sketch.shape[0] ** 0.5 * noise
 
 
 SUBSPACES: dict[str, FindSubspace] = {"randomized": randomized, "svd": svd}
@@ -83,7 +79,7 @@ def refreshed(
 
     A gradient that is zero or not finite has no subspace: the present basis stays, and the caller
     tries again at the next step. Computed in float32 (float64 for float64 gradients), after a
-    division by the largest magnitude, so that neither tiny nor huge gradients leave the dtype's range.
+    division by the largest magnitude, so that no gradient leaves the dtype's range.
     """
     wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
     largest = jnp.max(jnp.abs(wide))

@@ -1,0 +1,292 @@
+"""galore: the published trajectories, stacks, composition, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import GaLoreDimensionNumbers, galore, galore_adafactor, galore_adamw
+
+PUBLISHED = np.load("tests/fixtures/galore_torch.npz")
+SHAPES = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16), "odd": (13, 7)}
+CASES = [(name, rank) for name, shape in SHAPES.items() for rank in (1, 4, min(shape))]
+STACKED = GaLoreDimensionNumbers(1, 2)
+
+
+def run(tx, params, grads):
+    """Params after each of the gradients."""
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    trajectory = []
+    for grad in grads:
+        updates, state = update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+        trajectory.append(params)
+    return trajectory
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize(("shape", "rank"), CASES)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_decay", "adafactor", "adafactor_momentum"])
+def test_follows_the_published_optimizer(shape, rank, optimizer):
+    common = dict(subspace="svd", update_proj_gap=200, scale=0.25)
+    decay = 0.1 if optimizer.endswith(("decay", "momentum")) else 0.0
+    if optimizer.startswith("adamw"):
+        recipe = galore_adamw(0.01, rank, eps=1e-12, weight_decay=decay, **common)
+        composed = galore(rank, optax.adamw(0.01, eps=1e-12, weight_decay=decay), **common)
+    else:
+        momentum = 0.9 if optimizer.endswith("momentum") else None
+        recipe = galore_adafactor(0.01, rank, momentum=momentum, weight_decay=decay, **common)
+        composed = recipe
+    weight, grads = PUBLISHED[f"{shape}/weight"], PUBLISHED[f"{shape}/grads"]
+    first, last = PUBLISHED[f"{shape}/{optimizer}/{rank}"]
+    # galore-torch decays the weights after the update, optax before: they differ by
+    # decay * lr * update, 0.1 * 0.01 * (at most sqrt(rank) * 0.25 * 0.01), a step.
+    tolerance = 2e-6 if decay == 0 else 3e-5
+    for tx in (recipe, composed):
+        trajectory = run(tx, jnp.asarray(weight), jnp.asarray(grads))
+        np.testing.assert_allclose(trajectory[0], first, atol=tolerance)
+        np.testing.assert_allclose(trajectory[-1], last, atol=len(grads) * tolerance)
+
+
+def test_refreshes_equal_projecting_with_each_gradients_own_subspace():
+    # With plain SGD neither signs nor order of the singular vectors matter.
+    params, gap, rank = normal(0, 12, 20), 2, 3
+    grads = [normal(i, 12, 20) for i in range(1, 6)]
+    got = run(galore(rank, optax.sgd(0.1), update_proj_gap=gap, subspace="svd"), params, grads)
+    expected, weight = [], np.asarray(params, np.float64)
+    for step, grad in enumerate(np.asarray(grads, np.float64)):
+        if step % gap == 0:
+            basis = np.linalg.svd(grad)[0][:, :rank]
+        weight = weight - 0.1 * 0.25 * basis @ (basis.T @ grad)
+        expected.append(weight)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("side", "shape", "basis"),
+    [
+        ("smaller", (8, 12), (8, 4)),
+        ("smaller", (12, 8), (8, 4)),
+        ("smaller", (8, 8), (8, 4)),
+        ("larger", (8, 12), (12, 4)),
+        ("larger", (12, 8), (12, 4)),
+        ("left", (12, 8), (12, 4)),
+        ("right", (8, 12), (12, 4)),
+    ],
+)
+def test_side_says_which_side_of_the_matrix_is_projected(side, shape, basis):
+    state = galore(4, optax.adam(1e-3), side=side).init(jnp.ones(shape))
+    moment = state.inner[0].mu
+    assert state.bases.shape == basis
+    assert moment.size == 4 * shape[0] * shape[1] // basis[0]
+
+
+def test_a_square_matrix_is_projected_on_its_input():
+    state = galore(3, optax.adam(1e-3)).init(jnp.ones((8, 8)))
+    assert state.inner[0].mu.shape == (3, 8)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.adamw(0.01, weight_decay=0.1),
+        optax.adafactor(0.01, min_dim_size_to_factor=2),
+        optax.lamb(0.01),
+        optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01)),
+    ],
+    ids=["adamw", "adafactor", "lamb", "clipped adam"],
+)
+def test_a_stack_equals_its_matrices_apart(inner):
+    options = dict(update_proj_gap=2, subspace="svd")
+    grads = [normal(i, 3, 2, 8, 12) for i in range(5)]
+    stacked = galore(4, inner, weight_dimension_numbers=GaLoreDimensionNumbers(2, 3), **options)
+    apart = galore(4, inner, **options)
+
+    def split(x):
+        return [x[i, j] for i in range(3) for j in range(2)]
+
+    got = run(stacked, normal(9, 3, 2, 8, 12), grads)[-1]
+    expected = run(apart, split(normal(9, 3, 2, 8, 12)), [split(g) for g in grads])[-1]
+    np.testing.assert_allclose(split(got), expected, atol=1e-6)  # order of float32 sums
+
+
+def test_merged_axes_equal_the_reshaped_matrix():
+    numbers = GaLoreDimensionNumbers(reduction_axis=(0, 2), output_axis=1)
+    tx = galore(4, optax.adam(0.01), weight_dimension_numbers=numbers, subspace="svd")
+    flat = galore(4, optax.adam(0.01), subspace="svd")
+
+    def matrix(x):
+        return x.transpose(0, 2, 1).reshape(-1, x.shape[1])
+
+    grads = [normal(i, 4, 12, 2) for i in range(3)]
+    got = run(tx, normal(9, 4, 12, 2), grads)[-1]
+    expected = run(flat, matrix(normal(9, 4, 12, 2)), [matrix(g) for g in grads])[-1]
+    np.testing.assert_allclose(matrix(got), expected, atol=1e-6)
+
+
+def test_leaves_that_are_not_projected_take_the_inner_update_unscaled():
+    params = {"w": normal(0, 8, 12), "b": normal(1, 12), "embedding": normal(2, 16, 8)}
+    numbers = {"w": GaLoreDimensionNumbers(), "b": None, "embedding": None}
+    grads = [jax.tree.map(lambda x, i=i: normal(i, *x.shape), params) for i in range(3)]
+    inner = optax.adamw(0.01, weight_decay=0.1)
+    got = run(galore(4, inner, weight_dimension_numbers=numbers), params, grads)[-1]
+    plain = run(inner, params, grads)[-1]
+    for name in ("b", "embedding"):
+        np.testing.assert_allclose(got[name], plain[name], atol=1e-7)
+    assert not np.allclose(got["w"], plain["w"], atol=1e-3)
+
+
+def test_dimension_numbers_may_be_a_tree_a_prefix_or_a_function():
+    params = {
+        "layers": {"a": normal(0, 3, 8, 12), "b": normal(1, 3, 12, 8)},
+        "head": normal(2, 8, 9),
+    }
+    tree = {"layers": {"a": STACKED, "b": STACKED}, "head": None}
+    prefix = {"layers": STACKED, "head": None}
+    states = [
+        galore(4, optax.adam(1e-3), weight_dimension_numbers=numbers).init(params)
+        for numbers in (tree, prefix, lambda params: tree, optax.contrib.GaLoreDimensionNumbers())
+        if numbers is not None and not isinstance(numbers, optax.contrib.GaLoreDimensionNumbers)
+    ]
+    shapes = [jax.tree.map(jnp.shape, state) for state in states]
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert states[0].bases["layers"]["a"].shape == (3, 8, 4)
+
+
+def test_no_nan_enters_the_basis_and_the_refresh_stays_due():
+    tx = galore(4, optax.sgd(1.0), update_proj_gap=10)
+    params = normal(0, 8, 12)
+    state = tx.init(params)
+    random_basis = state.bases
+    for bad in (jnp.full((8, 12), jnp.nan), jnp.zeros((8, 12)), params.at[0, 0].set(jnp.inf)):
+        _, state = tx.update(bad, state, params)
+        np.testing.assert_array_equal(state.bases, random_basis)
+    good = normal(1, 8, 12)
+    _, state = tx.update(good, state, params)
+    assert state.next_refresh == 10
+    assert not np.allclose(state.bases, random_basis)
+    np.testing.assert_allclose(state.bases.T @ state.bases, np.eye(4), atol=1e-6)
+
+
+def test_a_refresh_is_a_conditional_also_for_stacked_layers():
+    tx = galore(4, optax.adam(1e-3), weight_dimension_numbers=STACKED)
+    params = jnp.ones((5, 8, 12))
+    jaxpr = str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+    outside = jaxpr[: jaxpr.index("cond[")]
+    assert "cholesky" in jaxpr
+    assert "cholesky" not in outside
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_updates_and_state_keep_the_params_dtype(dtype):
+    tx = galore(4, optax.adamw(0.01))
+    params = normal(0, 8, 12).astype(dtype)
+    state = tx.init(params)
+    updates, new_state = tx.update(params, state, params)
+    assert updates.dtype == dtype
+    assert jax.tree.map(lambda x: x.dtype, new_state) == jax.tree.map(lambda x: x.dtype, state)
+
+
+def test_composes_with_what_optax_users_combine():
+    params = {"w": normal(0, 8, 12), "b": jnp.zeros(12)}
+    grads = [jax.tree.map(lambda x, i=i: normal(i, *x.shape), params) for i in range(4)]
+    inner = galore(4, optax.adamw(0.01, weight_decay=0.1))
+    expected = run(inner, params, grads)[-1]
+    composed = {
+        "chain": optax.chain(optax.identity(), inner),
+        "apply_if_finite": optax.apply_if_finite(inner, 10),
+        "partition": optax.partition(
+            {"matrix": inner, "rest": optax.adamw(0.01, weight_decay=0.1)},
+            {"w": "matrix", "b": "rest"},
+        ),
+        "inject_hyperparams": optax.inject_hyperparams(
+            galore_adamw, static_args=("rank", "update_proj_gap", "scale", "seed")
+        )(learning_rate=0.01, rank=4, weight_decay=0.1),
+    }
+    for name, tx in composed.items():
+        for leaf, wanted in zip(
+            jax.tree.leaves(run(tx, params, grads)[-1]), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(leaf, wanted, atol=1e-6, err_msg=name)
+
+
+def test_multi_steps_refreshes_on_the_mean_gradient():
+    params = normal(0, 8, 12)
+    grads = [normal(i, 8, 12) for i in range(4)]
+    inner = galore(4, optax.sgd(0.1), update_proj_gap=1)
+    got = run(optax.MultiSteps(inner, 2), params, grads)[-1]
+    means = [(grads[0] + grads[1]) / 2, (grads[2] + grads[3]) / 2]
+    np.testing.assert_allclose(got, run(inner, params, means)[-1], atol=1e-6)
+
+
+def test_state_can_be_mapped_as_params_and_made_from_abstract_params():
+    params = {"w": jnp.ones((8, 12)), "b": jnp.ones(12)}
+    tx = galore(4, optax.adam(1e-3))
+    state = tx.init(params)
+    doubled = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
+    assert (doubled.inner[0].mu["w"] == 1).all()
+    assert doubled.count == 0
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert jax.tree.map(jnp.shape, tx.init(abstract)) == jax.tree.map(jnp.shape, state)
+
+
+def test_extra_arguments_reach_the_inner_transformation():
+    def update(updates, state, params=None, *, value):
+        return jax.tree.map(lambda u: u * value, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    tx = galore(8, inner, scale=1.0)
+    grad = normal(0, 8, 12)
+    updates, _ = tx.update(grad, tx.init(grad), grad, value=3.0)
+    np.testing.assert_allclose(updates, 3 * grad, atol=1e-5)  # rank 8 of 8 loses nothing
+
+
+def test_a_run_repeats_itself_and_another_seed_does_not():
+    params = normal(0, 8, 12)
+    grads = [normal(i, 8, 12) for i in range(3)]
+    runs = [run(galore(2, optax.adam(0.01), seed=seed), params, grads)[-1] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(runs[0], runs[1])
+    assert not np.array_equal(runs[0], runs[2])
+
+
+def test_warns_of_what_it_leaves_out():
+    with pytest.warns(UserWarning, match="projects nothing"):
+        galore(4, optax.adam(1e-3)).init({"b": jnp.ones(3)})
+    with pytest.warns(UserWarning, match="three or more axes"):
+        galore(4, optax.adam(1e-3)).init({"w": jnp.ones((3, 4)), "s": jnp.ones((2, 3, 4))})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (dict(rank=0), "rank=0"),
+        (dict(rank=2.5), "rank=2.5"),
+        (dict(update_proj_gap=0), "update_proj_gap=0"),
+        (dict(scale=float("nan")), "scale=nan"),
+        (dict(subspace="pca"), "subspace='pca'"),
+        (dict(side="top"), "side='top'"),
+        (dict(inner=0.1), "inner=0.1"),
+    ],
+)
+def test_arguments_out_of_range_name_themselves(arguments, names):
+    with pytest.raises(ValueError, match=names):
+        galore(**{"rank": 4, "inner": optax.adam(1e-3), **arguments})
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        GaLoreDimensionNumbers(0, 2),
+        GaLoreDimensionNumbers(0, 0),
+        {"w": 3},
+        {"other": GaLoreDimensionNumbers()},
+    ],
+)
+def test_dimension_numbers_that_do_not_fit_are_refused_at_init(numbers):
+    with pytest.raises(ValueError, match="weight_dimension_numbers"):
+        galore(4, optax.adam(1e-3), weight_dimension_numbers=numbers).init({"w": jnp.ones((8, 12))})
