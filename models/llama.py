@@ -1,8 +1,8 @@
 """LLaMA in Flax NNX: RMSNorm, rotary positions, SwiGLU and grouped-query attention.
 
-The sizes are those that GaLore (arXiv 2403.03507, appendix) pre-trains. Weights are (in, out) matrices,
-stacked over the layers and run by `jax.lax.scan`, so that compile time does not grow with depth
-and an optimizer sees one leaf per kind of matrix.
+The sizes are those that GaLore (arXiv 2403.03507, appendix) pre-trains. Weights are (in, out)
+matrices, stacked over the layers and run by `jax.lax.scan`, so that compile time does not grow with
+depth and an optimizer sees one leaf per kind of matrix.
 
 Letters: B batch, L length, S cached length, D width, F MLP width, N query heads, G key and value
 heads, K a head's width, V vocabulary.
@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from galore_optax.matrices import GaLoreDimensionNumbers
+from galore_optax import GaLoreDimensionNumbers
 
 Params = dict[str, Any]
 """A nested dict of arrays, as `nnx.to_pure_dict` gives it."""
@@ -53,8 +53,8 @@ class LlamaConfig:
     max_length: int = 1024
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
-    dtype: DTypeLike = np.dtype("float32")
-    param_dtype: DTypeLike = np.dtype("float32")
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     rematerialize: bool = False
 
     def __post_init__(self):
@@ -71,8 +71,8 @@ class LlamaConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
         if self.width % (2 * self.heads):
             raise ValueError(
-                f"width={self.width} with heads={self.heads}: a head's width, width / heads, must be "
-                "an even whole number; change either"
+                f"width={self.width} with heads={self.heads}: a head's width, width / heads, must "
+                "be an even whole number; change either"
             )
         if self.heads % self.kv_heads:
             raise ValueError(
@@ -153,8 +153,8 @@ class Llama(nnx.Module):
 
     Args:
         config: Sizes and numerics.
-        rngs: `rngs.params` draws the matrices from normal(0, 0.02), as Hugging Face's LLaMA does; the
-            norms' weights start at one.
+        rngs: `rngs.params` draws the matrices from normal(0, 0.02), as Hugging Face's LLaMA does;
+            the norms' weights start at one.
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
@@ -334,29 +334,29 @@ def apply_layer(
 
 def linear(x: Float[Array, "B L in"], weight: Float[Array, "in out"]) -> Float[Array, "B L out"]:
     """Rows times a matrix."""
-    # With rows in one axis the weight's gradient is xᵀg as it stands. Of a (B, L, out) gradient XLA's
-    # CPU backend makes a transposed copy first, which takes longer than the product.
+    # With rows in one axis the weight's gradient is xᵀg as it stands. Of a (B, L, out) gradient
+    # XLA's CPU backend makes a transposed copy first, which takes longer than the product.
     rows = x.reshape(-1, x.shape[-1]) @ weight
     return rows.reshape(*x.shape[:-1], -1)
 
 
 @jax.checkpoint
 def gated(gate: Float[Array, "B L F"], up: Float[Array, "B L F"]) -> Float[Array, "B L F"]:
-    """SwiGLU's product (arXiv 2002.05202); the backward pass keeps its arguments and nothing else."""
+    """SwiGLU's product (arXiv 2002.05202); only its arguments are kept for the backward pass."""
     return jax.nn.silu(gate) * up
 
 
 def rms_norm(
     x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float
 ) -> Float[Array, "*B D"]:
-    """x / rms(x) · weight along the last axis, the statistic in float32 (arXiv 1910.07467)."""
+    """RMSNorm, x / rms(x) · weight over the last axis, computed in float32 (arXiv 1910.07467)."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale).astype(x.dtype) * weight.astype(x.dtype)
 
 
 def rotary_angles(config: LlamaConfig, positions: Int[Array, "B L"]) -> Rotary:
-    """Float32 cosine and sine of each position's rotary angles (arXiv 2104.09864, section 3.2.2)."""
+    """Float32 cosines and sines of the positions' angles (RoPE, arXiv 2104.09864, 3.2.2)."""
     half = jnp.arange(0, config.head_width, 2, dtype=jnp.float32)
     frequencies = config.rope_theta ** (-half / config.head_width)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
@@ -366,8 +366,8 @@ def rotary_angles(config: LlamaConfig, positions: Int[Array, "B L"]) -> Rotary:
 def rotate(x: Float[Array, "B L N K"], rotary: Rotary) -> Float[Array, "B L N K"]:
     """Rotate each head's vector by its position.
 
-    Component i is paired with i + K/2, as in Hugging Face's checkpoints, not with its neighbour as in
-    the paper: the two differ by a permutation of the query's and key's columns.
+    Component i is paired with i + K/2, as in Hugging Face's checkpoints, not with its neighbour as
+    in the paper: the two differ by a permutation of the query's and key's columns.
     """
     cos, sin = rotary
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -399,14 +399,14 @@ def attention_implementation(
 
 
 def dimension_numbers(params: Params) -> Params:
-    """Which axes of which weights GaLore projects: attention's and the MLP's matrices, layer by layer.
+    """Which axes of which weights GaLore projects: attention's and the MLP's matrices by layer.
 
     Args:
         params: The model's params, or a part of them, as a nested dict.
 
     Returns:
-        A tree like `params` of `GaLoreDimensionNumbers(1, 2)`, and None for the embedding, the norms and
-        the head, which are trained at full rank as published.
+        A tree like `params` of `GaLoreDimensionNumbers(1, 2)`, and None for the embedding, the
+        norms and the head, which are trained at full rank as published.
     """
 
     def choose(path, _):
@@ -424,7 +424,7 @@ def logical_axes(params: Params) -> Params:
     table = weight_table(SIZES["tiny"])  # names do not depend on the size
 
     def choose(path, _):
-        entry = table
+        entry: Any = table
         for key in path:
             entry = entry[key.key]
         return entry.axes
