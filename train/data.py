@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -140,10 +141,16 @@ def _start_worker(_number: int, _count: int) -> None:
     _mark_flags_as_parsed()
     # Ctrl-C reaches all processes of a terminal: the run ends itself, then its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Grain's workers would wait for ever for a run that was killed.
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    """Ends a worker whose run was killed: Grain's would wait for it for ever."""
     run = multiprocessing.parent_process()
     assert run is not None
-    threading.Thread(target=lambda: (run.join(), os._exit(1)), daemon=True).start()
+    run.join()
+    time.sleep(1)  # until the queue is full: a block of shared memory that is half made would stay
+    os._exit(1)
 
 
 def evaluation_batches(
