@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from train.checkpoint import Checkpoints
 from train.mesh import make_mesh, replicated
 
-# Where one file's error has ended a read or write, TensorStore calls back into its closed event loop.
+# Where an error has ended a read or write, TensorStore calls back into its closed event loop.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -131,7 +131,9 @@ def test_a_half_written_checkpoint_is_passed_over(run):
 
 
 def test_a_checkpoint_of_another_model_is_refused_not_passed_over(run):
-    with pytest.raises(ValueError, match=r"another model.*half is bfloat16\[64, 8\] there and .*\[32"):
+    with pytest.raises(
+        ValueError, match=r"another model.*half is bfloat16\[64, 8\] there and .*\[32"
+    ):
         run.read(width=32)
 
 
@@ -185,14 +187,15 @@ def test_a_damaged_step_can_be_saved_again(run):
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(run, tmp_path):
     # A limit on file sizes stands in for the full disk: both fail in the same system call.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with (
-        pytest.raises(OSError, match=r"^cannot write a checkpoint to [^\n]*$"),
-        Checkpoints(run.directory, 5, print) as checkpoints,
-    ):
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+
+    def save():
+        with Checkpoints(run.directory, 5, print) as checkpoints:
             checkpoints.save(30, *tree(30, run.mesh, width=4096), {}, None)
-            checkpoints.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        with pytest.raises(OSError, match=r"^cannot write a checkpoint to [^\n]*: File too large$"):
+            save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert run.read()[0] == 20

@@ -4,6 +4,8 @@ A checkpoint holds `params`, `rest` (the other fields of the train state) and `p
 the host knows). Orbax writes it under a temporary name and renames it when it is whole.
 """
 
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -107,6 +109,15 @@ class Checkpoints:
                 ),
                 metrics={"eval_loss": float(eval_loss)} if finite else None,  # pyrefly: ignore
             )
+
+    def check(self) -> None:
+        """Says whether the writing in the background has failed.
+
+        Raises:
+            OSError: if so.
+        """
+        with _as_os_error(self.directory):
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Returns when everything is written.
@@ -224,7 +235,7 @@ def _check_same(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]
         )
 
 
-class _as_os_error:  # noqa: N801
+class _as_os_error:
     """What Orbax and TensorStore raise when they cannot write, as OSError with one line."""
 
     def __init__(self, directory: Path):
@@ -235,6 +246,6 @@ class _as_os_error:  # noqa: N801
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Exception):
-            raise OSError(f"cannot write a checkpoint to {self.directory}: {one_line(error)}") from (
-                error
-            )
+            code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore
+            reason = os.strerror(int(code[1])) if code else one_line(error)
+            raise OSError(f"cannot write a checkpoint to {self.directory}: {reason}") from error

@@ -1,4 +1,4 @@
-"""A command: flags are parsed into a frozen dataclass, wrong use ends with one line and exit code 2.
+"""A command: flags become a frozen dataclass; wrong use ends with one line and exit code 2.
 
 Each command's configuration documents every field once, as its help text.
 """
@@ -7,7 +7,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import absl.logging
 
@@ -35,8 +35,7 @@ def run(
         SystemExit: always. 2 for wrong use, unreadable files and full disks, after one line that
             says what was wrong. `python -X dev` shows the traceback in its place.
     """
-    # Orbax and Grain tell of their own affairs as warnings.
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    _quiet_libraries()
     try:
         config = _parse(config_type, prog, args)
         file = getattr(config, "config", None)
@@ -55,6 +54,20 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _quiet_libraries() -> None:
+    """Of an error, what is raised is said, and nothing beside it."""
+    # Orbax logs pages about an error before it raises it.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # After an error TensorStore calls back into the event loop that has ended with it.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def _parse(
     config_type: type[Config],
     prog: str,
@@ -66,7 +79,7 @@ def _parse(
     words = io.StringIO()
     try:
         with contextlib.redirect_stderr(words):
-            return tyro.cli(
+            return tyro.cli(  # pyrefly: ignore[no-matching-overload]
                 config_type,
                 prog=prog,
                 args=args,

@@ -10,15 +10,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from train.optimizers import OPTIMIZERS
 
+Model = Literal["tiny", "llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
     """Pre-train a LLaMA. Without any flag: `tiny` with GaLore on text that Python ships."""
 
-    model: Literal["tiny", "llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b"] = "tiny"
+    model: Model = "tiny"
     """Architecture; the sizes are the GaLore paper's."""
     data: Literal["builtin", "c4"] = "builtin"
-    """`builtin`: text that every Python ships, about 2 MB. `c4`: C4 in TFDS layout, in --data-dir."""
+    """`builtin`: text that Python ships, about 2 MB. `c4`: C4 as TFDS has it, in --data-dir."""
     data_dir: str | None = None
     """Folder of the data set; `python -m train.prepare_c4` writes one."""
     tokenizer: str = "bytes"
@@ -87,6 +89,22 @@ class Pretrain:
     """A config.json to take the settings from; other flags override it."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resolved(Pretrain):
+    """Settings with nothing left open but what the optimizer or the data has no use for."""
+
+    learning_rate: float
+    steps: int
+    warmup_steps: int
+    batch_size: int
+    accumulate: int
+    seq_len: int
+    eval_every: int
+    save_every: int
+    log_every: int
+    out: str
+
+
 # What each model's flags default to. GaLore's rank, gap and learning rate, and steps, batch and
 # length: papers.md (GaLore, table 2 and recipe); AdamW's learning rates and all of `tiny` are ours.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -102,7 +120,10 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         rank=1024, update_proj_gap=500, galore=0.005, full=0.0005, steps=150_000, accumulate=32
     ),
 }  # fmt: skip
-PAPER = dict(update_proj_gap=200, scale=0.25, galore=0.01, full=0.001, batch_size=512, seq_len=256)
+PAPER = dict(
+    update_proj_gap=200, scale=0.25, galore=0.01, full=0.001,
+    batch_size=512, accumulate=1, seq_len=256,
+)  # fmt: skip
 
 # How a run is invoked, not what it is: these are not in config.json.
 NOT_STORED = ("resume", "config")
@@ -113,7 +134,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def resolve(config: Pretrain) -> Pretrain:
+def resolve(config: Pretrain) -> Resolved:
     """Fills in what was left open, and checks every value that can be checked without the data.
 
     Raises:
@@ -138,19 +159,20 @@ def resolve(config: Pretrain) -> Pretrain:
     for name in {"rank", "update_proj_gap", "scale", "weight_decay"} - set(recipe.options):
         defaults.pop(name, None)
     config = _fill(config, defaults)
-    assert config.steps is not None
+    steps = config.steps or 0
     config = _fill(
         config,
         {
-            "warmup_steps": config.steps // 10,
-            "eval_every": max(1, config.steps // 10),
-            "log_every": max(1, config.steps // 50),
+            "warmup_steps": steps // 10,
+            "eval_every": max(1, steps // 10),
+            "log_every": max(1, steps // 50),
             "eval_tokens": 10_000_000 if config.data == "c4" else None,
             "out": os.path.join("runs", f"{config.model}-{config.optimizer}"),
         },
     )
     config = _fill(config, {"save_every": config.eval_every})
-    _check_values(config, SIZES[config.model].max_length)
+    resolved = Resolved(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+    _check_values(resolved, SIZES[config.model].max_length)
     if config.data == "c4" and config.data_dir is None:
         raise ValueError(
             "--data c4 needs --data-dir, the folder of the data set: "
@@ -160,7 +182,7 @@ def resolve(config: Pretrain) -> Pretrain:
         raise ValueError("--data-dir is of no use to --data builtin: leave it out, or --data c4")
     files = {name: getattr(config, name) for name in ("data_dir", "tokenizer")}
     return dataclasses.replace(
-        config,  # absolute, so that a run can be resumed from another folder
+        resolved,  # absolute, so that a run can be resumed from another folder
         **{k: os.path.abspath(v) for k, v in files.items() if v is not None and v != "bytes"},
     )
 
@@ -170,8 +192,8 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def to_json(config: Pretrain) -> dict[str, Any]:
-    """What config.json holds of a resolved configuration."""
+def to_json(config: Resolved) -> dict[str, Any]:
+    """What config.json holds."""
     fields = dataclasses.asdict(config)
     return {name: value for name, value in fields.items() if name not in NOT_STORED}
 
@@ -189,7 +211,9 @@ def load(path: str | os.PathLike[str]) -> Pretrain:
         raise ValueError(f"{path} is not JSON: {error}") from None
     known = {f.name for f in dataclasses.fields(Pretrain)} - set(NOT_STORED)
     if not isinstance(fields, dict) or set(fields) - known:
-        unknown = ", ".join(sorted(set(fields) - known)) if isinstance(fields, dict) else "no object"
+        unknown = (
+            ", ".join(sorted(set(fields) - known)) if isinstance(fields, dict) else "no object"
+        )
         raise ValueError(f"{path} is not a config.json of train.pretrain: unknown {unknown}")
     return Pretrain(**fields)
 
@@ -217,7 +241,9 @@ def _check_types(config: Pretrain) -> None:
         if get_origin(hint) is Literal:
             # `model` is looked up in the table of sizes, which may have more.
             if value not in get_args(hint) and name != "model":
-                raise ValueError(f"{flag(name)} {value!r}: choose one of {', '.join(get_args(hint))}")
+                raise ValueError(
+                    f"{flag(name)} {value!r}: choose one of {', '.join(get_args(hint))}"
+                )
             continue
         accepted = get_args(hint) or (hint,)
         fits = type(value) in accepted or (type(value) is int and float in accepted)
@@ -226,7 +252,7 @@ def _check_types(config: Pretrain) -> None:
             raise ValueError(f"{flag(name)} {value!r}: expected {kinds}")
 
 
-def _check_values(config: Pretrain, max_length: int) -> None:
+def _check_values(config: Resolved, max_length: int) -> None:
     at_least = {
         "rank": 1, "update_proj_gap": 1, "steps": 1, "warmup_steps": 0, "batch_size": 1,
         "accumulate": 1, "seq_len": 1, "eval_every": 1, "eval_tokens": 1, "save_every": 1,
@@ -243,8 +269,6 @@ def _check_values(config: Pretrain, max_length: int) -> None:
     decay = config.weight_decay
     if decay is not None and not (math.isfinite(decay) and decay >= 0):
         raise ValueError(f"--weight-decay {decay}: expected 0 or more")
-    assert config.seq_len is not None and config.warmup_steps is not None
-    assert config.steps is not None
     if config.seed >= 2**32:
         raise ValueError(f"--seed {config.seed}: expected less than 2**32")
     if config.seq_len > max_length:

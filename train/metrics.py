@@ -1,5 +1,6 @@
 """What a run writes down while it trains: metrics.jsonl, and the same for TensorBoard."""
 
+import itertools
 import json
 import math
 import os
@@ -67,8 +68,8 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 def tokens_per_second(directory: Path) -> float | None:
     """Over all steps of a run: tokens by the time that they took."""
     lines = [line for line in read_metrics(directory) if line.get("tokens_per_second")]
-    before = [0, *(line["tokens"] for line in lines)]
-    tokens = [after - b for b, after in zip(before, before[1:], strict=False)]
+    counts = [0, *(line["tokens"] for line in lines)]
+    tokens = [after - before for before, after in itertools.pairwise(counts)]
     seconds = sum(n / line["tokens_per_second"] for n, line in zip(tokens, lines, strict=True))
     return sum(tokens) / seconds if seconds else None
 
@@ -76,12 +77,12 @@ def tokens_per_second(directory: Path) -> float | None:
 class _Events:
     """TensorBoard's event file.
 
-    tensorboardX's own SummaryWriter writes from a thread; where that meets a full disk, the training
-    loop waits for it forever.
+    tensorboardX's own SummaryWriter writes from a thread; where that meets a full disk, the
+    training loop waits for it forever.
     """
 
     def __init__(self, directory: Path, step: int):
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
         from tensorboardX.record_writer import RecordWriter
 
         directory.mkdir(exist_ok=True)
@@ -93,8 +94,8 @@ class _Events:
             self._record(Event(step=step + 1, session_log=start))
 
     def write(self, values: Mapping[str, float | int]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore
+        from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore
 
         kind = "evaluation" if "eval_loss" in values else "training"
         scalars = [

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import galore_adafactor, galore_adamw
-from galore_optax.matrices import WeightDimensionNumbers
 
 if TYPE_CHECKING:
-    from train.config import Pretrain
+    from train.config import Resolved
 
 
 class Recipe(NamedTuple):
@@ -38,14 +37,12 @@ OPTIMIZERS: dict[str, Recipe] = {
 }
 
 
-def learning_rate_schedule(config: "Pretrain") -> optax.Schedule:
+def learning_rate_schedule(config: "Resolved") -> optax.Schedule:
     """A linear rise over the warm-up steps, then a cosine to a tenth of the peak.
 
     Update t (from 0) of the warm-up uses (t + 1) / (warmup + 1) of the peak: none is wasted on a
     learning rate of zero.
     """
-    assert config.learning_rate is not None and config.steps is not None
-    assert config.warmup_steps is not None
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (config.warmup_steps + 1),
         peak_value=config.learning_rate,
@@ -56,23 +53,23 @@ def learning_rate_schedule(config: "Pretrain") -> optax.Schedule:
 
 
 def make_optimizer(
-    config: "Pretrain", dimension_numbers: WeightDimensionNumbers
+    config: "Resolved", dimension_numbers: Callable[[dict[str, Any]], Any]
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a resolved configuration; a gradient that is not finite changes nothing.
 
     Args:
         config: from `train.config.resolve`.
-        dimension_numbers: which params GaLore projects.
+        dimension_numbers: from the params to which of them GaLore projects, and how.
     """
     recipe = OPTIMIZERS[config.optimizer]
     options = {name: getattr(config, name) for name in recipe.options}
     if "rank" in options:
         options |= {"weight_dimension_numbers": dimension_numbers, "seed": config.seed}
-    return optax.apply_if_finite(
+    return optax.apply_if_finite(  # pyrefly: ignore[bad-return]
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
             recipe.make(learning_rate_schedule(config), **options),
         ),
         # Never gives up and applies one: the trainer stops after --max-skipped in a row.
         max_consecutive_errors=int(jnp.iinfo(jnp.int32).max),
-    )  # pyrefly: ignore[bad-return]
+    )

@@ -27,7 +27,9 @@ def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Non
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if len(train):
-        axes.plot(*train.T, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step")
+        axes.plot(
+            *train.T, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step"
+        )
         axes.plot(train[:, 0], smooth(train[:, 1]), color="tab:blue", label="training, smoothed")
     if len(evals):
         axes.plot(*evals.T, "o-", color="tab:orange", markersize=4, label="evaluation")

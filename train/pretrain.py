@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,16 +16,16 @@ import numpy as np
 
 from models import llama
 from train import run_directory
+from train.assemble import Parts, assemble
 from train.checkpoint import Checkpoints
 from train.cli import run
-from train.config import Pretrain, load, resolve
+from train.config import Pretrain, Resolved, load, resolve
 from train.data import prefetch
 from train.mesh import put_batch
 from train.metrics import MetricsLog, read_metrics
 from train.progress import Progress, peak_flops
 from train.report import report
 from train.sequences import START, Position
-from train.setup import Setup, setup
 from train.signals import StopRequest
 from train.step import TrainState
 
@@ -46,7 +45,7 @@ def main(config: Pretrain) -> int:
     note = run_directory.check(config)
     # Before the data and the model are built: a signal that comes then still ends the run well.
     with StopRequest() as stop:
-        parts = setup(config, _print)
+        parts = assemble(config, _print)
         if note:
             _print(note)
         return _Run(config, parts, stop).main()
@@ -74,7 +73,7 @@ class _TooManySkipped(Exception):
 class _Run:
     """One process's part of a run: from its first step or its newest checkpoint on."""
 
-    def __init__(self, config: Pretrain, parts: Setup, stop: StopRequest):
+    def __init__(self, config: Resolved, parts: Parts, stop: StopRequest):
         self.config, self.parts, self.stop = config, parts, stop
         self.host = _Host()
         self.directory = run_directory.directory(config)
@@ -84,13 +83,10 @@ class _Run:
     def main(self) -> int:
         """Trains, and writes everything that a run leaves behind."""
         config, parts = self.config, self.parts
-        assert config.seq_len is not None and config.steps is not None
         state = self._restore()
         with ExitStack() as stack:
             run_directory.create(config)
-            self.metrics = stack.enter_context(
-                closing(MetricsLog(self.directory, self.host.step))
-            )
+            self.metrics = stack.enter_context(closing(MetricsLog(self.directory, self.host.step)))
             self.host.evaluations = {
                 line["step"]: math.nan if line["eval_loss"] is None else line["eval_loss"]
                 for line in read_metrics(self.directory)
@@ -134,22 +130,20 @@ class _Run:
             return None
         if folder.is_dir():
             abstract = self.parts.abstract
-            rest = abstract._replace(params=None)._asdict()
             with Checkpoints(folder, self.config.keep, _print, read_only=True) as checkpoints:
-                found = checkpoints.restore(abstract.params, rest)
+                found = checkpoints.restore(abstract.params, abstract.rest())
             if found is not None:
                 step, params, rest, progress = found
                 self.host = _Host(
                     step, progress["tokens"], Position(*progress["position"]), saved=step
                 )
                 _print(f"resumed from step {step}")
-                return TrainState(**{**rest, "params": params})
+                return TrainState(params=params, **rest)
         _print("the run has no checkpoint yet: starting at step 0")
         return None
 
     def _train(self, state: TrainState) -> TrainState:
         config, host = self.config, self.host
-        assert config.eval_every and config.save_every and config.steps
         batches = prefetch(
             self.parts.data.batches(host.position), lambda b: put_batch(self.parts.mesh, b)
         )
@@ -176,6 +170,7 @@ class _Run:
                     train_step = self._compile(batch)
                 state, metrics = train_step(state, batch)
                 host.step += 1
+                self.checkpoints.check()
                 self._report_pending()  # of the step before: this one runs meanwhile
                 self.pending = (host.step, metrics)
                 due = host.step % config.eval_every == 0 or host.step % config.save_every == 0
@@ -212,14 +207,12 @@ class _Run:
         }
         self.clock = now
         self.metrics.write(line)
-        assert self.config.log_every is not None
         self.progress.step(line, show=step % self.config.log_every == 0 or in_a_row > 0)
         if in_a_row >= self.config.max_skipped:
-            good = (
-                f"the last good checkpoint is {self.directory / 'checkpoints' / str(self.host.saved)}"
-                if self.host.saved is not None
-                else "there is no checkpoint yet"
-            )
+            good = "there is no checkpoint yet"
+            if self.host.saved is not None:
+                path = self.directory / "checkpoints" / str(self.host.saved)
+                good = f"the last good checkpoint is {path}"
             raise _TooManySkipped(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite; {good}; "
                 "try a lower --learning-rate, a longer --warmup-steps or --dtype float32"
@@ -251,7 +244,7 @@ class _Run:
         self.checkpoints.save(
             host.step,
             state.params,
-            state._replace(params=None)._asdict(),
+            state.rest(),
             {"tokens": host.tokens, "position": list(host.position)},
             host.evaluations.get(host.step),
         )

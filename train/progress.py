@@ -1,5 +1,6 @@
 """What a run shows while it trains: a bar, and one line for each step that is logged."""
 
+import datetime
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -119,6 +120,5 @@ class Progress:
             self._first = (step, now)
             return "?"
         first, start = self._first
-        seconds = round((now - start) / (step - first) * (self._steps - step)) if step > first else 0
-        hours, minutes = divmod(seconds // 60, 60)
-        return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+        seconds = (now - start) / max(1, step - first) * (self._steps - step)
+        return str(datetime.timedelta(seconds=round(seconds)))

@@ -8,20 +8,22 @@ from pathlib import Path
 
 import jax
 import optax
+from flax import nnx
 
 from galore_optax.memory import state_bytes, tree_bytes
 from models import llama
-from train.config import Pretrain
+from train.assemble import Parts, abstract_params
+from train.config import Resolved
+from train.generate import prompt_ids, sample_text
 from train.metrics import read_metrics, tokens_per_second
 from train.plots import plot_loss
 from train.run_directory import write_json
-from train.setup import Setup
 from train.step import TrainState
 
 
 def report(
-    config: Pretrain,
-    parts: Setup,
+    config: Resolved,
+    parts: Parts,
     state: TrainState,
     directory: Path,
     log: Callable[[str], object],
@@ -54,9 +56,18 @@ def report(
     log(f"perplexity {math.nan if perplexity is None else perplexity:.2f}; see {directory}")
 
 
-def sample(config: Pretrain, parts: Setup, state: TrainState) -> str:
-    """A paragraph by the model, from the run's prompt on."""
-    return ""
+def sample(config: Resolved, parts: Parts, state: TrainState) -> str:
+    """Text by the model from the run's prompt on, as long as the sequences it was trained on."""
+    prompt = len(prompt_ids(parts.tokenizer, config.prompt))
+    graph, _ = abstract_params(parts.model)
+    return sample_text(
+        nnx.merge(graph, state.params),
+        parts.tokenizer,
+        config.prompt,
+        max_new_tokens=max(1, config.seq_len - prompt),
+        temperature=0.8,
+        seed=config.seed,
+    )
 
 
 def peak_memory(device: jax.Device) -> tuple[int, str]:

@@ -8,10 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-from train.config import Pretrain, differences, to_json
+from train.config import Resolved, differences, to_json
 
 
-def check(config: Pretrain) -> str | None:
+def check(config: Resolved) -> str | None:
     """Says whether the run may use its folder, without touching anything.
 
     Returns:
@@ -47,7 +47,7 @@ def check(config: Pretrain) -> str | None:
     return None
 
 
-def create(config: Pretrain) -> Path:
+def create(config: Resolved) -> Path:
     """Makes the folder and writes config.json, whole or not at all."""
     out = directory(config)
     out.mkdir(parents=True, exist_ok=True)
@@ -55,9 +55,8 @@ def create(config: Pretrain) -> Path:
     return out
 
 
-def directory(config: Pretrain) -> Path:
+def directory(config: Resolved) -> Path:
     """The run's folder, absolute."""
-    assert config.out is not None, "resolve() first"
     return Path(config.out).absolute()
 
 
@@ -72,7 +71,7 @@ def write_json(path: Path, value: object) -> None:
     draft.replace(path)
 
 
-def resume_command(config: Pretrain) -> str:
+def resume_command(config: Resolved) -> str:
     """What to type to go on."""
     file = directory(config) / "config.json"
     python = Path(sys.executable).name if sys.executable else "python"

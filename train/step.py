@@ -37,6 +37,12 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     key: Key[Array, ""]
 
+    def rest(self) -> dict[str, Any]:
+        """All but the params, by name."""
+        fields = self._asdict()
+        del fields["params"]
+        return fields
+
 
 @jax.custom_vjp
 def cross_entropy(logits: Float[Array, "B L V"], targets: Int[Array, "B L"]) -> Float[Array, "B L"]:
@@ -111,9 +117,7 @@ def loss_and_gradient(
         x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
         if mesh is None:
             return x
-        return jax.lax.with_sharding_constraint(
-            x, NamedSharding(mesh, PartitionSpec(None, *BATCH))
-        )
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
 
     def add(total, microbatch):
         gradient, loss = gradient_of(params, microbatch)

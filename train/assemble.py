@@ -1,0 +1,215 @@
+"""Everything a run needs before its first step, none of it on disk yet: model, data, mesh, step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from galore_optax.memory import tree_bytes
+from galore_optax.sharding import state_shardings
+from models import llama
+from train.config import Pretrain, Resolved
+from train.data import TrainingData, evaluation_batches
+from train.mesh import check_batch, make_mesh, param_shardings, replicated
+from train.optimizers import learning_rate_schedule, make_optimizer
+from train.sequences import Batch
+from train.step import (
+    Forward,
+    Params,
+    TrainState,
+    make_eval_step,
+    make_train_step,
+)
+from train.text import load_text
+from train.tokenizer import Tokenizer, load_tokenizer
+
+
+class Parts(NamedTuple):
+    """What a run is made of.
+
+    Attributes:
+        model: sizes and numerics.
+        tokenizer: of the data.
+        mesh: the devices.
+        data: training batches from any position on.
+        evaluation: the batches of an evaluation.
+        abstract: the train state as `ShapeDtypeStruct` with its shardings.
+        init: makes the first train state, already sharded, from the run's key.
+        train_step: overwrites a train state by the next one.
+        eval_step: from params and a batch to the summed loss and the number of tokens.
+    """
+
+    model: llama.LlamaConfig
+    tokenizer: Tokenizer
+    mesh: Mesh
+    data: TrainingData
+    evaluation: list[Batch]
+    abstract: TrainState
+    init: Callable[[jax.Array], TrainState]
+    train_step: Any
+    eval_step: Any
+
+
+def model_config(config: Pretrain, tokenizer: Tokenizer) -> llama.LlamaConfig:
+    """The model of a run: the papers' sizes keep their vocabulary where the tokenizer's fits."""
+    size = llama.SIZES[config.model]
+    fits = tokenizer.vocab_size <= size.vocab_size and config.model.startswith("llama-")
+    return dataclasses.replace(
+        size,
+        vocab_size=size.vocab_size if fits else tokenizer.vocab_size,
+        dtype=config.dtype,
+        param_dtype=config.dtype,
+        rematerialize=config.rematerialize,
+    )
+
+
+def abstract_params(model: llama.LlamaConfig) -> tuple[nnx.GraphDef, Params]:
+    """The model without its weights, and their shapes."""
+    abstract = nnx.eval_shape(lambda: llama.Llama(model, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract, nnx.Param)
+    return graph, jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state)
+    )
+
+
+def assemble(config: Resolved, log: Callable[[str], object]) -> Parts:
+    """Builds a run from its resolved configuration, checks what can be checked, writes nothing.
+
+    Raises:
+        ValueError: names the flag, its value and what is accepted.
+    """
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.accumulate, mesh)
+    _log_devices(config, mesh, log)
+
+    tokenizer = load_tokenizer(config.tokenizer)
+    model = model_config(config, tokenizer)
+    prompt = 1 + len(tokenizer.encode(config.prompt))
+    if prompt >= model.max_length:
+        raise ValueError(f"--prompt of {prompt} tokens: {config.model} takes {model.max_length}")
+    common = {"seq_len": config.seq_len, "mode": config.sequences, "vocab_size": model.vocab_size}
+    train_text = load_text(config.data, "train", config.data_dir)
+    eval_text = load_text(config.data, "validation", config.data_dir)
+    data = TrainingData(
+        train_text,
+        tokenizer,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=config.workers,
+        **common,
+    )
+    evaluation = evaluation_batches(
+        eval_text,
+        tokenizer,
+        batch_size=config.batch_size // config.accumulate,
+        max_tokens=config.eval_tokens,
+        **common,
+    )
+    eval_tokens = int(sum(batch["weights"].sum() for batch in evaluation))
+    named = {
+        "builtin": "the documentation of Python's standard library",
+        "c4": f"C4 (c4/en) in {config.data_dir}",
+    }
+    log(
+        f"data: {named[config.data]}, {len(train_text):,} documents to train on, "
+        f"{len(eval_text):,} to evaluate on ({eval_tokens:,} tokens); tokenizer "
+        f"{config.tokenizer}, {tokenizer.vocab_size:,} ids; {config.sequences} sequences"
+    )
+    return _compile_parts(config, model, tokenizer, mesh, data, evaluation, log)
+
+
+def _compile_parts(
+    config: Resolved,
+    model: llama.LlamaConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    data: TrainingData,
+    evaluation: list[Batch],
+    log: Callable[[str], object],
+) -> Parts:
+    graph, shapes = abstract_params(model)
+    forward = make_forward(graph, config.sequences)
+    tx = make_optimizer(config, llama.dimension_numbers)
+    params_at, notes = param_shardings(mesh, shapes, llama.logical_axes(shapes))
+    for note in notes:
+        log(f"sharding: {note}")
+    optimizer_at = state_shardings(tx, shapes, params_at)
+    shardings = TrainState._make((params_at, optimizer_at, replicated(mesh), replicated(mesh)))
+
+    def init(key: jax.Array) -> TrainState:
+        weights = llama.Llama(model, rngs=nnx.Rngs(jax.random.fold_in(key, 0)))
+        params = nnx.to_pure_dict(nnx.state(weights, nnx.Param))
+        optimizer = tx.init(params)
+        assert isinstance(optimizer, optax.ApplyIfFiniteState)
+        return TrainState(params, optimizer, jnp.zeros((), jnp.int32), key)
+
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(init, jax.random.key(0)),
+        shardings,
+    )
+    log(
+        f"model: {config.model}, {llama.count_params(model):,} params, {config.dtype}, "
+        f"{tree_bytes(shapes) / 1e6:,.1f} MB; attention by "
+        f"{llama.attention_implementation(model, config.seq_len)}"
+    )
+    log(
+        f"optimizer: {config.optimizer}, state of {tree_bytes(abstract.optimizer) / 1e6:,.1f} MB"
+        + (f", rank {config.rank}, a subspace every {config.update_proj_gap} steps"
+           if config.rank else "")
+    )  # fmt: skip
+    options = {"xla_gpu_deterministic_ops": True} if config.deterministic else None
+    return Parts(
+        model=model,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        data=data,
+        evaluation=evaluation,
+        abstract=abstract,
+        init=jax.jit(init, out_shardings=shardings, compiler_options=options),
+        train_step=make_train_step(
+            forward,
+            tx,
+            learning_rate_schedule(config),
+            accumulate=config.accumulate,
+            mesh=mesh,
+            state_shardings=shardings,
+            compiler_options=options,
+        ),
+        eval_step=make_eval_step(
+            forward, mesh=mesh, param_shardings=params_at, compiler_options=options
+        ),
+    )
+
+
+def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:
+    """The model as a function of its params and a batch."""
+
+    def forward(params, batch):
+        model = nnx.merge(graph, params)
+        if sequences == "document":
+            # Padding comes last, where causal attention does not see it: no mask is needed.
+            return model(batch["inputs"])
+        return model(
+            batch["inputs"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
+
+    return forward
+
+
+def _log_devices(config: Resolved, mesh: Mesh, log: Callable[[str], object]) -> None:
+    device = mesh.devices.flat[0]
+    layout = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    there = jax.device_count()
+    unused = "" if mesh.size == there else f" of {there} (--mesh data={there} uses all)"
+    same_bits = device.platform == "cpu" or config.deterministic
+    log(
+        f"devices: {mesh.size}{unused} x {device.device_kind} ({device.platform})"
+        f"{', mesh ' + layout if layout else ''}; a repeated or resumed run gives the same "
+        f"{'bits' if same_bits else 'numbers to rounding (--deterministic: the same bits)'}"
+    )
