@@ -223,9 +223,14 @@ class Llama(nnx.Module):
         def step(hidden, layer_params):
             return apply_layer(config, layer_params, hidden, rotary, attend), None
 
+        # A scan's body is never merged with its recomputation, so no barrier is needed.
         if config.rematerialize:
-            # A scan's body is not merged with its recomputation, so no barrier is needed.
             step = jax.checkpoint(step, prevent_cse=False)
+        elif implementation == "xla":
+            # Norms, rotations and softmax take less time to compute again than to write and read.
+            # Not with cuDNN: its attention is no plain product, and would run twice.
+            keep_products = jax.checkpoint_policies.dots_saveable
+            step = jax.checkpoint(step, prevent_cse=False, policy=keep_products)
         hidden = self.embedding[...][token_ids].astype(config.dtype)
         hidden, _ = jax.lax.scan(step, hidden, nnx.to_pure_dict(nnx.state(self.layers)))
         return rms_norm(hidden, self.norm[...], config.norm_eps)
