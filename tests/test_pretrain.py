@@ -52,8 +52,8 @@ def compiled_once(tmp_path_factory):
     names = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
     }
-    before = {name: getattr(jax.config, name) for name in names}
     for name, value in names.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -61,8 +61,9 @@ def compiled_once(tmp_path_factory):
         for name, value in names.items():
             patch.setenv(name.upper(), str(value))
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)  # JAX's own
+    jax.config.update("jax_disable_most_optimizations", False)
     compilation_cache.reset_cache()
 
 

@@ -143,8 +143,6 @@ def resolve(config: Pretrain) -> Resolved:
     from models.llama import SIZES
 
     _check_types(config)
-    if config.model not in SIZES:
-        raise ValueError(f"--model {config.model!r}: choose one of {', '.join(SIZES)}")
     recipe = OPTIMIZERS[config.optimizer]
     for name in ("rank", "update_proj_gap", "scale", "weight_decay"):
         if getattr(config, name) is not None and name not in recipe.options:
@@ -215,7 +213,9 @@ def load(path: str | os.PathLike[str]) -> Pretrain:
             ", ".join(sorted(set(fields) - known)) if isinstance(fields, dict) else "no object"
         )
         raise ValueError(f"{path} is not a config.json of train.pretrain: unknown {unknown}")
-    return Pretrain(**fields)
+    config = Pretrain(**fields)
+    _check_types(config)
+    return config
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -236,14 +236,16 @@ def _fill(config: Pretrain, defaults: Mapping[str, Any]) -> Pretrain:
 
 def _check_types(config: Pretrain) -> None:
     """A config.json and Python callers can say anything; tyro has checked the command line."""
+    from models.llama import SIZES
+
     for name, hint in get_type_hints(Pretrain).items():
         value = getattr(config, name)
         if get_origin(hint) is Literal:
-            # `model` is looked up in the table of sizes, which may have more.
-            if value not in get_args(hint) and name != "model":
-                raise ValueError(
-                    f"{flag(name)} {value!r}: choose one of {', '.join(get_args(hint))}"
-                )
+            accepted = get_args(hint)
+            if name == "model":  # a program may have added sizes of its own
+                accepted = tuple({**dict.fromkeys(accepted), **SIZES})
+            if value not in accepted:
+                raise ValueError(f"{flag(name)} {value!r}: choose one of {', '.join(accepted)}")
             continue
         accepted = get_args(hint) or (hint,)
         fits = type(value) in accepted or (type(value) is int and float in accepted)

@@ -1,0 +1,177 @@
+"""Settings and the command line: defaults, what is accepted, and how wrong use ends."""
+
+import dataclasses
+import json
+from typing import get_args
+
+import pytest
+
+from models.llama import SIZES
+from train import cli
+from train.config import DEFAULTS, Model, Pretrain, load, resolve, to_json
+from train.optimizers import OPTIMIZERS, learning_rate_schedule
+
+
+def command(*args: str) -> Pretrain:
+    """What the command line makes of its flags."""
+    seen = []
+    with pytest.raises(SystemExit) as stop:
+        cli.run(seen.append, Pretrain, "train", load=load, args=args)
+    assert stop.value.code is None or stop.value.code == 0
+    return seen[0]
+
+
+def refused(capsys, *args: str) -> str:
+    """The line on standard error of a command that ends with 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(resolve, Pretrain, "python -m train.pretrain", load=load, args=args)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    return err
+
+
+def test_the_names_are_those_of_the_models_and_optimizers():
+    assert set(get_args(Model)) == set(SIZES) - {"micro"} == set(DEFAULTS)
+    field = next(f for f in dataclasses.fields(Pretrain) if f.name == "optimizer")
+    assert set(get_args(field.type)) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("model", get_args(Model))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_default_is_accepted(model, optimizer):
+    config = resolve(Pretrain(model=model, optimizer=optimizer))
+    assert config.batch_size % config.accumulate == 0
+    assert (config.rank is not None) == optimizer.startswith("galore")
+
+
+def test_galores_defaults_are_the_papers():
+    found = {
+        model: (
+            c.rank,
+            c.update_proj_gap,
+            c.learning_rate,
+            c.scale,
+            c.steps,
+            c.batch_size,
+            c.seq_len,
+        )
+        for model in get_args(Model)
+        if model != "tiny"
+        for c in [resolve(Pretrain(model=model))]
+    }
+    assert found == {
+        "llama-60m": (128, 200, 0.01, 0.25, 10_000, 512),
+        "llama-130m": (256, 200, 0.01, 0.25, 20_000, 512),
+        "llama-350m": (256, 200, 0.01, 0.25, 60_000, 512),
+        "llama-1b": (512, 200, 0.01, 0.25, 100_000, 512),
+        "llama-7b": (1024, 500, 0.005, 0.25, 150_000, 512),
+    }
+
+
+def test_warm_up_never_has_a_learning_rate_of_zero_and_none_is_possible():
+    rate = learning_rate_schedule(resolve(Pretrain(steps=10, warmup_steps=3, learning_rate=1.0)))
+    assert [float(rate(t)) for t in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    rate = learning_rate_schedule(resolve(Pretrain(steps=10, warmup_steps=0, learning_rate=1.0)))
+    assert float(rate(0)) == 1.0
+    assert float(rate(10)) == pytest.approx(0.1)
+
+
+def test_flags_override_a_config_json_and_nothing_else_changes(tmp_path):
+    config = resolve(Pretrain(model="llama-60m", rank=7, clip_norm=0.5, deterministic=True))
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    again = command("--config", str(tmp_path / "config.json"), "--seed", "5", "--resume")
+    assert resolve(again) == dataclasses.replace(
+        config, seed=5, resume=True, config=str(tmp_path / "config.json")
+    )
+
+
+def test_config_json_has_every_setting_but_how_it_was_invoked():
+    stored = to_json(resolve(Pretrain(optimizer="adamw")))
+    assert set(stored) == {f.name for f in dataclasses.fields(Pretrain)} - {"resume", "config"}
+    assert stored["rank"] is stored["scale"] is stored["update_proj_gap"] is None
+    assert json.loads(json.dumps(stored)) == stored
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--model llama-2b", "llama-60m"),
+        ("--optimizer sgd", "galore-adamw"),
+        ("--data pile", "c4"),
+        ("--dtype float16", "bfloat16"),
+        ("--sequences mixed", "packed"),
+        ("--rnak 4", "--rnak"),
+        ("--rank four", "four"),
+        ("--rank", "--rank"),
+        ("stray", "stray"),
+        ("--rank 0", "--rank 0: expected 1 or more"),
+        ("--update-proj-gap 0", "--update-proj-gap 0: expected 1 or more"),
+        ("--rank 4 --optimizer adamw", "of no use to --optimizer adamw"),
+        ("--scale 1 --optimizer adafactor", "choose one of galore-adamw, galore-adafactor"),
+        ("--weight-decay 0.1 --optimizer adafactor", "choose one of adamw"),
+        ("--scale -1", "--scale -1.0: expected a positive number"),
+        ("--learning-rate nan", "--learning-rate nan: expected a positive number"),
+        ("--learning-rate inf", "expected a positive number"),
+        ("--clip-norm 0", "expected a positive number"),
+        ("--weight-decay -0.1", "expected 0 or more"),
+        ("--steps 0", "--steps 0: expected 1 or more"),
+        ("--steps 10 --warmup-steps 10", "fewer than --steps 10"),
+        ("--batch-size -8", "expected 1 or more"),
+        ("--accumulate 0", "expected 1 or more"),
+        ("--seq-len 513", "--seq-len 513: tiny takes at most 512 tokens"),
+        ("--seed -1", "expected 0 or more"),
+        ("--seed 4294967296", "less than 2**32"),
+        ("--max-skipped 0", "expected 1 or more"),
+        ("--workers -1", "expected 0 or more"),
+        ("--data c4", "needs --data-dir"),
+        ("--data-dir x", "of no use to --data builtin"),
+        ("--config missing.json", "missing.json"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(capsys, flags, says):
+    assert says in refused(capsys, *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "not a config.json"),
+        ('{"modle": "tiny"}', "unknown modle"),
+        ('{"steps": "ten"}', "--steps 'ten': expected int or null"),
+        ('{"steps": true}', "--steps True: expected int or null"),
+        ('{"model": "llama-2b"}', "choose one of tiny"),
+        ('{"optimizer": null}', "--optimizer None: choose one of adamw"),
+    ],
+)
+def test_a_wrong_config_json_is_refused_too(capsys, tmp_path, text, says):
+    (tmp_path / "config.json").write_text(text)
+    assert says in refused(capsys, "--config", str(tmp_path / "config.json"))
+
+
+def test_help_documents_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(resolve, Pretrain, "python -m train.pretrain", args=["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Pretrain):
+        assert f"--{field.name.replace('_', '-')} " in text
+
+
+def test_a_full_disk_is_one_line_and_exit_code_2(capsys):
+    def fail(config: Pretrain) -> int:
+        raise OSError(28, "No space left on device", "runs/x/metrics.jsonl")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail, Pretrain, "train", args=[])
+    assert stop.value.code == 2
+    assert "No space left on device: 'runs/x/metrics.jsonl'" in capsys.readouterr().err
+
+
+def test_the_exit_code_is_mains(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda _: 143, Pretrain, "train", args=[])
+    assert stop.value.code == 143

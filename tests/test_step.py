@@ -1,0 +1,167 @@
+"""The training step: its loss, its gradient, accumulation, and what is not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from train.mesh import make_mesh, put_batch, replicated
+from train.step import TrainState, cross_entropy, loss_and_gradient, make_train_step
+
+B, L, V, D = 8, 6, 11, 5
+
+
+def forward(params, batch):
+    return jnp.tanh(params["embedding"][batch["inputs"]]) @ params["head"]
+
+
+@pytest.fixture
+def params():
+    k1, k2 = jax.random.split(jax.random.key(0))
+    return {
+        "embedding": jax.random.normal(k1, (V, D)),
+        "head": jax.random.normal(k2, (D, V)),
+    }
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "inputs": rng.integers(V, size=(B, L)).astype(np.int32),
+        "targets": rng.integers(V, size=(B, L)).astype(np.int32),
+        # Rows with very different numbers of targets: a mean of microbatch means would be wrong.
+        "weights": (rng.random((B, L)) < np.linspace(0.05, 1, B)[:, None]).astype(np.float32),
+    }
+
+
+def test_cross_entropy_and_its_gradient_equal_float64():
+    logits = 30 * jax.random.normal(jax.random.key(0), (B, L, V))
+    targets = jax.random.randint(jax.random.key(1), (B, L), 0, V)
+    weights = jax.random.normal(jax.random.key(2), (B, L))
+    nll, pull = jax.vjp(lambda x: cross_entropy(x, targets), logits)
+    x = np.asarray(logits, np.float64)
+    p = np.exp(x - x.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    one_hot = np.eye(V)[targets]
+    # Float32 rounding of logits up to 100.
+    np.testing.assert_allclose(nll, -np.log((p * one_hot).sum(-1)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        pull(weights)[0], (p - one_hot) * np.asarray(weights)[..., None], atol=1e-5
+    )
+
+
+def test_the_loss_is_the_mean_over_targets_that_count(params, batch):
+    loss, _, tokens = loss_and_gradient(forward, params, batch)
+    nll = -np.asarray(jax.nn.log_softmax(forward(params, batch)))
+    picked = np.take_along_axis(nll, batch["targets"][..., None], -1)[..., 0]
+    assert float(tokens) == batch["weights"].sum()
+    assert float(loss) == pytest.approx(np.average(picked, weights=batch["weights"]), rel=1e-6)
+
+
+def test_padding_counts_for_nothing_whatever_is_in_it(params, batch):
+    other = dict(batch, targets=np.where(batch["weights"] > 0, batch["targets"], V - 1))
+    for a, b in zip(
+        jax.tree.leaves(loss_and_gradient(forward, params, batch)),
+        jax.tree.leaves(loss_and_gradient(forward, params, other)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=4"])
+def test_accumulated_microbatches_give_the_gradient_of_the_whole_batch(
+    params, batch, accumulate, mesh
+):
+    mesh = make_mesh(mesh)
+    if mesh.size > 1:
+        batch = {k: np.concatenate([v] * accumulate) for k, v in batch.items()}
+    whole = loss_and_gradient(forward, params, batch)
+    step = jax.jit(lambda p, b: loss_and_gradient(forward, p, b, accumulate, mesh))
+    parts = step(jax.device_put(params, replicated(mesh)), put_batch(mesh, batch))
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # float32 sums in another order
+
+
+def one_step(params, batch, forward=forward, accumulate=1, tx=None):
+    mesh = make_mesh(None)
+    schedule = optax.linear_schedule(1.0, 0.0, 10)
+    tx = optax.apply_if_finite(optax.adam(schedule), 2**31 - 1) if tx is None else tx
+    state = TrainState(params, tx.init(params), jnp.int32(0), jax.random.key(0))
+    place = jax.tree.map(lambda _: replicated(mesh), state)
+    step = make_train_step(
+        forward, tx, schedule, accumulate=accumulate, mesh=mesh, state_shardings=place
+    )
+    return step, jax.device_put(jax.tree.map(jnp.array, state), place), put_batch(mesh, batch)
+
+
+def test_a_step_is_optax_on_that_gradient(params, batch):
+    step, state, placed = one_step(params, batch)
+    _, gradient, _ = loss_and_gradient(forward, params, batch)
+    tx = optax.adam(1.0)
+    updates, _ = tx.update(gradient, tx.init(params))
+    after, metrics = step(state, placed)
+    assert int(after.step) == 1
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-5)
+    expected = optax.apply_updates(params, updates)
+    for name in params:
+        # Adam's first update is sign(g), but where g is near its eps.
+        np.testing.assert_allclose(after.params[name], expected[name], atol=1e-3)
+
+
+def test_the_old_state_is_given_up(params, batch):
+    step, state, placed = one_step(params, batch)
+    step(state, placed)
+    assert state.params["embedding"].is_deleted()
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_loss_that_is_not_finite_changes_nothing_even_where_the_gradient_is_finite(
+    params, batch, accumulate
+):
+    def overflowing(params, batch):
+        # Inf in the loss of one row, with a gradient of zero.
+        logits = forward(params, batch)
+        bad = (batch["inputs"][:, :1] == 100)[..., None]
+        return logits - jnp.where(bad & (jnp.arange(V) == 0), jnp.inf, 0)
+
+    bad = {name: array.copy() for name, array in batch.items()}
+    bad["inputs"][5, 0], bad["targets"][5], bad["weights"][5] = 100, 0, 1
+    step, state, placed = one_step(params, bad, overflowing, accumulate)
+    after, metrics = step(state, placed)
+    assert not np.isfinite(metrics["loss"])
+    assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == 1
+    for name in params:
+        np.testing.assert_array_equal(after.params[name], params[name])
+    assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(after.optimizer.inner_state))
+    after, metrics = step(after, put_batch(make_mesh(None), batch))
+    assert int(metrics["skipped"]) == 1
+    assert int(metrics["skipped_in_a_row"]) == 0
+    # The skipped step has not used up a learning rate.
+    assert float(metrics["learning_rate"]) == 1.0
+    assert float(jnp.abs(after.params["head"] - params["head"]).max()) > 0
+
+
+def test_a_step_with_no_target_at_all_is_harmless(params, batch):
+    step, state, placed = one_step(params, {**batch, "weights": np.zeros((B, L), np.float32)})
+    after, metrics = step(state, placed)
+    assert float(metrics["loss"]) == 0
+    for name in params:
+        np.testing.assert_array_equal(after.params[name], params[name])
+
+
+def test_bfloat16_gradients_are_summed_in_float32(batch):
+    # 256 equal gradients of 1/256: in bfloat16 the sum stops growing at 1 - 1/256 or before.
+    n = 256
+    params = {"w": jnp.zeros((), jnp.bfloat16)}
+    rows = {k: np.ones((n, 1), v.dtype) * (k == "weights") for k, v in batch.items()}
+
+    def linear(params, batch):
+        w = params["w"].astype(jnp.float32) * jnp.ones(batch["inputs"].shape)
+        return jnp.stack([-1.5 * w, 1.5 * w], axis=-1)
+
+    one = loss_and_gradient(linear, params, jax.tree.map(jnp.asarray, rows))[1]["w"]
+    many = loss_and_gradient(linear, params, jax.tree.map(jnp.asarray, rows), n)[1]["w"]
+    assert float(one) == float(many) == 1.5
