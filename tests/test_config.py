@@ -49,15 +49,7 @@ def test_every_default_is_accepted(model, optimizer):
 
 def test_galores_defaults_are_the_papers():
     found = {
-        model: (
-            c.rank,
-            c.update_proj_gap,
-            c.learning_rate,
-            c.scale,
-            c.steps,
-            c.batch_size,
-            c.seq_len,
-        )
+        model: (c.rank, c.update_proj_gap, c.learning_rate, c.scale, c.steps, c.batch_size)
         for model in get_args(Model)
         if model != "tiny"
         for c in [resolve(Pretrain(model=model))]
