@@ -129,6 +129,7 @@ def galore(
             "such as optax.adamw(1e-2)"
         )
     inner = optax.with_extra_args_support(inner)
+    find = SUBSPACES[subspace]
 
     def init(params: optax.Params) -> GaLoreState:
         leaves, tree = jax.tree.flatten(params)
@@ -154,26 +155,20 @@ def galore(
 
     def update(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: GaLoreState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         grads, tree = jax.tree.flatten(updates)
         plans = projections(updates, weight_dimension_numbers, rank, side)
-        key = jax.random.fold_in(jax.random.key(seed), state.count)
+        count = jnp.asarray(state.count)
+        key = jax.random.fold_in(jax.random.key(seed), count)
         bases = tree.flatten_up_to(state.bases)
         due = tree.flatten_up_to(state.next_refresh)
         for i, plan in enumerate(plans):
             if plan is not None:
                 bases[i], due[i] = refresh(
-                    plan,
-                    SUBSPACES[subspace],
-                    grads[i],
-                    bases[i],
-                    due[i],
-                    state.count,
-                    update_proj_gap,
-                    key,
+                    plan, find, grads[i], bases[i], due[i], count, update_proj_gap, key
                 )
 
         def projected(leaves: Sequence[Array]) -> optax.Params:
@@ -209,7 +204,8 @@ def galore(
             inner=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # optax's types say that a state is any tree, not which one.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
 def _check_whole(value: int, name: str) -> None:

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax.matrices import MatrixView, WeightDimensionNumbers, matrix_views
 from galore_optax.sharding import matmul, sharded_like
-from galore_optax.subspace import orthonormalize
 
 SIDES = ("smaller", "larger", "left", "right")
 
@@ -73,13 +72,17 @@ class Projection:
     def random_bases(
         self, leaf: Float[Array, "..."], key: PRNGKeyArray
     ) -> Float[Array, "*batch n r"]:
-        """Random orthonormal bases in the leaf's dtype, sharded as its projected side."""
+        """Random orthonormal bases in the leaf's dtype, sharded as its projected side.
+
+        Their columns are coordinates, drawn without repetition: orthonormal in any dtype, and made
+        without a factorization.
+        """
         oriented = self.oriented(leaf)
-        shape = (oriented.shape[-2], self.rank)
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        gaussian = jax.vmap(lambda k: jax.random.normal(k, shape, wide))(self.keys(key))
-        gaussian = gaussian.reshape(*self.view.batch_shape, *shape)
-        return orthonormalize(sharded_like(gaussian, oriented)).astype(leaf.dtype)
+        n = oriented.shape[-2]
+        drawn = jax.vmap(lambda k: jax.random.permutation(k, n)[: self.rank])(self.keys(key))
+        drawn = drawn.reshape(*self.view.batch_shape, 1, self.rank)
+        bases = (jnp.arange(n)[:, None] == drawn).astype(leaf.dtype)
+        return sharded_like(bases, oriented)
 
 
 def projections(

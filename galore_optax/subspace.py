@@ -22,23 +22,24 @@ _SHIFT, _SHIFT_DECAY, _PASSES = 1e-6, 1 / 30, 3
 _NOISE = 1e-6  # relative; gives a basis of full rank to a gradient that lacks it
 
 
-def orthonormalize(y: Float[Array, "*batch n r"]) -> Float[Array, "*batch n r"]:
+def orthonormalize(y: Float[Array, "n r"]) -> Float[Array, "n r"]:
     """An orthonormal basis of the columns of `y`, n >= r, by three passes of shifted Cholesky QR.
 
     Only the r x r Gram matrix is factorized. Columns may be of any condition, but none may be zero.
+    One matrix at a time: LAPACK calls with a batch of matrices deadlock on the CPU with jaxlib 0.10
+    where as many as there are threads run at once, since each waits, in a thread of the pool, for
+    work that it queued in the same pool.
     """
-    q = y / jnp.linalg.norm(y, axis=-2, keepdims=True)
+    q = y / jnp.linalg.norm(y, axis=0, keepdims=True)
     rank = y.shape[-1]
     identity = jnp.eye(rank, dtype=y.dtype)
     for i in range(_PASSES):
         shift = _SHIFT * rank**0.5 * _SHIFT_DECAY**i
-        lower = jnp.linalg.cholesky(matmul(q.mT, q) + shift * identity)
+        lower = jnp.linalg.cholesky(matmul(q.T, q) + shift * identity)
         # The inverse of a small triangle and a product, since a triangular solve of the large
         # matrix would gather it where it is sharded.
-        inverse = jax.scipy.linalg.solve_triangular(
-            lower, jnp.broadcast_to(identity, lower.shape), lower=True
-        )
-        q = matmul(q, inverse.mT)
+        inverse = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
+        q = matmul(q, inverse.T)
     return q
 
 
