@@ -294,7 +294,7 @@ with_nan_gradient.defvjp(lambda x: (x, None), lambda _, g: (jnp.full_like(g, jnp
 
 
 def poison(monkeypatch, steps: set[int], *, only_gradient: bool):
-    """Has the model give NaN, or logits with a NaN gradient, for the batches of some steps."""
+    """Has the model give NaN, or a NaN gradient, for the batches of some steps."""
     put, make = pretrain.put_batch, assemble.make_forward
     batches = iter(range(1, 1000))
 
@@ -308,10 +308,10 @@ def poison(monkeypatch, steps: set[int], *, only_gradient: bool):
         forward = make(graph, sequences)
 
         def breaking(params, batch):
-            logits = forward(params, batch)
+            hidden, head = forward(params, batch)
             bad = batch["positions"][0, 0] < 0
             broken = with_nan_gradient if only_gradient else lambda x: x * jnp.nan
-            return jax.lax.cond(bad, broken, lambda x: x, logits)
+            return jax.lax.cond(bad, broken, lambda x: x, hidden), head
 
         return breaking
 

@@ -188,16 +188,15 @@ def _compile_parts(
 
 
 def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:
-    """The model as a function of its params and a batch."""
+    """The model but for its head's product, as a function of its params and a batch."""
 
     def forward(params, batch):
         model = nnx.merge(graph, params)
-        if sequences == "document":
-            # Padding comes last, where causal attention does not see it: no mask is needed.
-            return model(batch["inputs"])
-        return model(
-            batch["inputs"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-        )
+        # In `document` mode padding comes last, where causal attention does not see it, and rows
+        # hold one document: no mask is needed.
+        names = ("positions", "segment_ids") if sequences == "packed" else ()
+        hidden = model.hidden(batch["inputs"], **{name: batch[name] for name in names})
+        return hidden, model.head[...]
 
     return forward
 

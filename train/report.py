@@ -65,7 +65,7 @@ def sample(config: Resolved, parts: Parts, state: TrainState) -> str:
         parts.tokenizer,
         config.prompt,
         max_new_tokens=max(1, config.seq_len - prompt),
-        temperature=0.8,
+        temperature=0.5,
         seed=config.seed,
     )
 

@@ -1,7 +1,7 @@
 """One training step and one evaluation step, compiled for a mesh.
 
 Loss: the mean of -log p(target) over the targets that count, Σ w · nll / Σ w, in float32.
-Letters: B batch, L length, V vocabulary.
+Letters: B batch, L length, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,11 +14,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from train.loss import summed_cross_entropy
 from train.mesh import BATCH, replicated
 
 Params = dict[str, Any]
 Batch = Mapping[str, Array]
-Forward = Callable[[Params, Batch], Float[Array, "B L V"]]
+Forward = Callable[[Params, Batch], tuple[Float[Array, "B L D"], Float[Array, "D V"]]]
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -44,44 +45,10 @@ class TrainState(NamedTuple):
         return fields
 
 
-@jax.custom_vjp
-def cross_entropy(logits: Float[Array, "B L V"], targets: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    """-log softmax(logits)[target].
-
-    The backward pass computes the softmax again from the logits, so that no second array of their
-    size is kept, and the one-hot targets are a comparison that XLA fuses, not a scatter.
-    """
-    return _cross_entropy_forward(logits, targets)[0]
-
-
-def _cross_entropy_forward(logits, targets):
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    return normalizer - _chosen(logits, targets), (logits, targets, normalizer)
-
-
-def _cross_entropy_backward(residuals, cotangent):
-    logits, targets, normalizer = residuals
-    softmax = jnp.exp(logits - normalizer[..., None])
-    gradient = (softmax - _is_target(logits, targets)) * cotangent[..., None]
-    return gradient.astype(logits.dtype), None
-
-
-def _is_target(logits, targets):
-    return jnp.arange(logits.shape[-1]) == targets[..., None]
-
-
-def _chosen(logits, targets):
-    return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
-
-
-cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
-
-
 def summed_loss(forward: Forward, params: Params, batch: Batch) -> Float[Array, ""]:
     """Σ w · nll over a batch."""
-    nll = cross_entropy(forward(params, batch).astype(jnp.float32), batch["targets"])
-    # `where`, as 0 · inf would be NaN at padding.
-    return jnp.sum(jnp.where(batch["weights"] > 0, batch["weights"] * nll, 0.0))
+    hidden, head = forward(params, batch)
+    return summed_cross_entropy(hidden, head, batch["targets"], batch["weights"])
 
 
 def loss_and_gradient(
@@ -90,26 +57,24 @@ def loss_and_gradient(
     """The loss over a batch, its gradient, and the number of targets that count.
 
     Args:
-        forward: from params and a batch to logits.
+        forward: from params and a batch to the last hidden states and the head's matrix.
         params: the weights.
         batch: arrays `(B, L)`: what `forward` reads, and `targets` and `weights`.
         accumulate: into how many microbatches B is cut; their gradients are summed in float32.
         mesh: keeps every microbatch split over the devices.
 
     Returns:
-        The gradient is all NaN if the loss is not finite, so that it cannot be applied.
+        The gradient is not finite if the loss is not, so that it cannot be applied.
     """
     tokens = jnp.sum(batch["weights"])
 
     def objective(params, microbatch):
-        loss = summed_loss(forward, params, microbatch) / jnp.maximum(tokens, 1)
-        poison = jax.lax.stop_gradient(jnp.where(jnp.isfinite(loss), 1.0, jnp.nan))
-        return loss * poison, loss
+        return summed_loss(forward, params, microbatch) / jnp.maximum(tokens, 1)
 
-    gradient_of = jax.grad(objective, has_aux=True)
+    gradient_of = jax.value_and_grad(objective)
     if accumulate == 1:
-        gradient, loss = gradient_of(params, batch)
-        return loss, gradient, tokens
+        loss, gradient = gradient_of(params, batch)
+        return loss, _spoilt_unless_finite(gradient, loss), tokens
 
     def cut(x: Array) -> Array:
         # Row i goes to microbatch i mod accumulate: (B, L) -> (B/A, A, L) -> (A, B/A, L) moves
@@ -120,14 +85,26 @@ def loss_and_gradient(
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
 
     def add(total, microbatch):
-        gradient, loss = gradient_of(params, microbatch)
+        loss, gradient = gradient_of(params, microbatch)
         total_loss, total_gradient = total
         summed = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total_gradient, gradient)
         return (total_loss + loss, summed), None
 
     zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     (loss, gradient), _ = jax.lax.scan(add, (jnp.zeros(()), zero), jax.tree.map(cut, dict(batch)))
-    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params), tokens
+    gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
+    return loss, _spoilt_unless_finite(gradient, loss), tokens
+
+
+def _spoilt_unless_finite(gradient: Params, loss: Float[Array, ""]) -> Params:
+    """The gradient, with NaN in its smallest leaf if the loss is not finite.
+
+    A leaf is enough for `optax.apply_if_finite`, and the smallest costs nothing.
+    """
+    leaves, structure = jax.tree.flatten(gradient)
+    smallest = min(range(len(leaves)), key=lambda i: leaves[i].size)
+    leaves[smallest] = jnp.where(jnp.isfinite(loss), leaves[smallest], jnp.nan)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def train_step(

@@ -1,0 +1,105 @@
+"""The summed cross entropy of a language model's head, without all of its logits at once.
+
+Logits are by far the largest array of a training step: (B, L, V) with V = 32,000. Here a few
+positions of every row are taken at a time, and where a gradient is wanted it is made there and then,
+while their logits are at hand (as in Liger Kernel, arXiv 2410.10989, section 3.2). Nothing is computed
+twice, and in float32 on a CPU the head of LLaMA-60M takes two thirds of the time of autodiff's.
+
+Letters: B batch, L length, D width, V vocabulary, C chunks, P positions in a chunk.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Positions of each row in a chunk, at least. More is no faster, and takes more memory.
+_POSITIONS = 64
+
+
+@jax.custom_vjp
+def summed_cross_entropy(
+    hidden: Float[Array, "B L D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B L"],
+    weights: Float[Array, "B L"],
+) -> Float[Array, ""]:
+    """Σ w · -log softmax(hidden · head)[target], in float32.
+
+    Args:
+        hidden: what the head multiplies; its dtype is that of the products' operands.
+        head: the head's matrix.
+        targets: token ids.
+        weights: of each target; where it is 0, hidden states and targets do not matter.
+
+    Returns:
+        The sum. It can be differentiated with respect to `hidden` and `head`.
+    """
+
+    def add(total, chunk):
+        x, target, weight = chunk
+        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        nll, _ = _nll(logits, target)
+        return total + _weighted(nll, weight), None
+
+    return jax.lax.scan(add, jnp.zeros(()), _chunks(hidden, targets, weights))[0]
+
+
+def _forward(hidden, head, targets, weights):
+    matrix = head.astype(hidden.dtype)
+
+    def add(carry, chunk):
+        total, head_gradient = carry
+        x, target, weight = chunk
+        logits = jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
+        nll, log_normalizer = _nll(logits, target)
+        softmax = jnp.exp(logits - log_normalizer[..., None])
+        gradient = (softmax - _is_target(logits, target)) * weight[..., None]
+        # `where`, as 0 · inf would be NaN at padding.
+        gradient = jnp.where(weight[..., None] > 0, gradient, 0).astype(x.dtype)
+        head_gradient += jnp.einsum("bpd,bpv->dv", x, gradient, preferred_element_type=jnp.float32)
+        return (total + _weighted(nll, weight), head_gradient), gradient @ matrix.T
+
+    start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
+    chunks = _chunks(hidden, targets, weights)
+    (total, head_gradient), hidden_gradient = jax.lax.scan(add, start, chunks)
+    hidden_gradient = hidden_gradient.swapaxes(0, 1).reshape(hidden.shape)
+    return total, (hidden_gradient, head_gradient, head)
+
+
+def _backward(residuals, cotangent):
+    hidden_gradient, head_gradient, head = residuals
+    return (
+        (cotangent * hidden_gradient).astype(hidden_gradient.dtype),
+        (cotangent * head_gradient).astype(head.dtype),
+        None,
+        None,
+    )
+
+
+summed_cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunks(*arrays: Any) -> tuple[Array, ...]:
+    """Cuts each (B, L, ...) into (C, B, P, ...): rows stay on the device that has them."""
+    batch, length = arrays[0].shape[:2]
+    positions = next(p for p in range(min(_POSITIONS, length), length + 1) if length % p == 0)
+    shape = (batch, length // positions, positions)
+    return tuple(x.reshape(*shape, *x.shape[2:]).swapaxes(0, 1) for x in arrays)
+
+
+def _nll(logits, targets):
+    """-log softmax(logits)[target], and the logarithm of the softmax's denominator."""
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
+    return log_normalizer - chosen, log_normalizer
+
+
+def _is_target(logits, targets):
+    # A comparison that XLA fuses with what uses it, where indexing would be a gather or a scatter.
+    return jnp.arange(logits.shape[-1]) == targets[..., None]
+
+
+def _weighted(nll, weights):
+    return jnp.sum(jnp.where(weights > 0, weights * nll, 0))
