@@ -1,9 +1,10 @@
 """The summed cross entropy of a language model's head, without all of its logits at once.
 
 Logits are by far the largest array of a training step: (B, L, V) with V = 32,000. Here a few
-positions of every row are taken at a time, and where a gradient is wanted it is made there and then,
-while their logits are at hand (as in Liger Kernel, arXiv 2410.10989, section 3.2). Nothing is computed
-twice, and in float32 on a CPU the head of LLaMA-60M takes two thirds of the time of autodiff's.
+positions of every row are taken at a time, and where a gradient is wanted it is made there and
+then, while their logits are at hand (as in Liger Kernel, arXiv 2410.10989, section 3.2). Nothing is
+computed twice, and in float32 on a CPU the head of LLaMA-60M takes two thirds of the time that
+autodiff's takes.
 
 Letters: B batch, L length, D width, V vocabulary, C chunks, P positions in a chunk.
 """
