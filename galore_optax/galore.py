@@ -168,7 +168,7 @@ def galore(
         for i, plan in enumerate(plans):
             if plan is not None:
                 bases[i], due[i] = refresh(
-                    plan, find, grads[i], bases[i], due[i], count, update_proj_gap, key
+                    plan, find, update_proj_gap, grads[i], bases[i], due[i], count, plan.keys(key)
                 )
 
         def projected(leaves: Sequence[Array]) -> optax.Params:

@@ -28,13 +28,14 @@ class Projection:
         view: The leaf as a stack of matrices `(*batch, in, out)`.
         left: Whether the input side is projected, else the output side.
         rank: Dimensions of the subspace.
-        path: The leaf's path in the params.
+        path: The leaf's path in the params; no part of equality, so that leaves of one shape share
+            what is compiled for them.
     """
 
     view: MatrixView
     left: bool
     rank: int
-    path: str
+    path: str = dataclasses.field(compare=False)
 
     def oriented(self, leaf: Float[Array, "..."]) -> Float[Array, "*batch n m"]:
         """The leaf's matrices with the projected side first."""

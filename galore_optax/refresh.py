@@ -4,6 +4,7 @@ A refresh stays due until a finite, non-zero gradient performs it.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,17 @@ from galore_optax.projection import Projection
 from galore_optax.subspace import FindSubspace, refreshed
 
 
+# Compiled on its own, since outside of jit every conditional would be compiled anew at every call.
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def refresh(
     projection: Projection,
     find: FindSubspace,
+    gap: int,
     grad: Float[Array, "..."],
     basis: Float[Array, "*batch n r"],
     due: Int[Array, "*batch"],
     count: Int[Array, ""],
-    gap: int,
-    key: PRNGKeyArray,
+    keys: PRNGKeyArray,
 ) -> tuple[Float[Array, "*batch n r"], Int[Array, "*batch"]]:
     """New bases for the matrices of a leaf that are due one; costs nothing on other steps.
 
@@ -31,18 +34,17 @@ def refresh(
     Args:
         projection: How the leaf is projected.
         find: Finds a basis of one gradient `(n, m)`, the projected side first.
+        gap: Steps between refreshes.
         grad: The leaf's gradient.
         basis: The present bases.
         due: The step from which each matrix's refresh is due.
         count: The present step.
-        gap: Steps between refreshes.
-        key: Randomness of this step.
+        keys: Randomness of this step for each matrix, `projection.keys(...)`.
 
     Returns:
         The bases, and the steps from which the next refreshes are due.
     """
     following = (count // gap + 1) * gap
-    keys = projection.keys(key)
 
     def matrix(
         gradient: Callable[[], Float[Array, "n m"]], basis: Array, due: Array, key: PRNGKeyArray
