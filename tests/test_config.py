@@ -73,16 +73,22 @@ def test_warm_up_never_has_a_learning_rate_of_zero_and_none_is_possible():
 
 def test_flags_override_a_config_json_and_nothing_else_changes(tmp_path):
     config = resolve(Pretrain(model="llama-60m", rank=7, clip_norm=0.5, deterministic=True))
-    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
-    again = command("--config", str(tmp_path / "config.json"), "--seed", "5", "--resume")
-    assert resolve(again) == dataclasses.replace(
-        config, seed=5, resume=True, config=str(tmp_path / "config.json")
-    )
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_json(config)))
+    again = resolve(command("--config", str(file), "--seed", "5"))
+    assert again == dataclasses.replace(config, seed=5, config=str(file))
+    assert again.out == "runs/llama-60m-galore-adamw"
+    # Going on needs no --out, wherever the folder is.
+    assert resolve(command("--config", str(file), "--resume")).out == str(tmp_path)
 
 
 def test_config_json_has_every_setting_but_how_it_was_invoked():
     stored = to_json(resolve(Pretrain(optimizer="adamw")))
-    assert set(stored) == {f.name for f in dataclasses.fields(Pretrain)} - {"resume", "config"}
+    assert set(stored) == {f.name for f in dataclasses.fields(Pretrain)} - {
+        "out",
+        "resume",
+        "config",
+    }
     assert stored["rank"] is stored["scale"] is stored["update_proj_gap"] is None
     assert json.loads(json.dumps(stored)) == stored
 
@@ -151,6 +157,8 @@ def test_help_documents_every_flag(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(Pretrain):
         assert f"--{field.name.replace('_', '-')} " in text
+    assert "None" not in text
+    assert len({len(line) for line in text.splitlines() if line[:1] in set("╭│╰ ")}) == 1
 
 
 def test_a_full_disk_is_one_line_and_exit_code_2(capsys):

@@ -22,6 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from small_run import small
 
 from train import assemble, pretrain
+from train.config import load
 from train.metrics import read_metrics
 from train.pretrain import main
 
@@ -154,7 +155,8 @@ def test_sigterm_saves_and_says_how_to_go_on(finished, tmp_path):
     last = max(line["step"] for line in read_metrics(out))
     assert (out / "checkpoints" / str(last)).is_dir()
     assert last < 10
-    assert main(small(out, resume=True)) == 0
+    file = out / "config.json"
+    assert main(dataclasses.replace(load(file), config=str(file), resume=True)) == 0
     assert losses(out) == losses(finished)
 
 
@@ -350,8 +352,6 @@ def test_too_many_such_steps_stop_the_run_and_name_the_last_good_checkpoint(
 
 
 def test_the_same_settings_from_config_json_give_the_same_run(finished, tmp_path):
-    from train.config import load
-
     config = dataclasses.replace(load(finished / "config.json"), out=str(tmp_path / "again"))
     assert main(config) == 0
     assert losses(tmp_path / "again") == losses(finished)

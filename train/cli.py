@@ -5,6 +5,7 @@ Each command's configuration documents every field once, as its help text.
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -76,9 +77,13 @@ def _parse(
 ) -> Config:
     import tyro
 
-    words = io.StringIO()
+    # tyro draws its boxes by the encoding of what it writes to.
+    words, help_text = (
+        io.TextIOWrapper(io.BytesIO(), encoding=e, write_through=True)
+        for e in ("utf-8", sys.stdout.encoding or "utf-8")
+    )
     try:
-        with contextlib.redirect_stderr(words):
+        with contextlib.redirect_stderr(words), contextlib.redirect_stdout(help_text):
             return tyro.cli(  # pyrefly: ignore[no-matching-overload]
                 config_type,
                 prog=prog,
@@ -88,9 +93,24 @@ def _parse(
             )
     except SystemExit as stop:
         if not stop.code:  # --help
+            print(_without_none(_written(help_text)), end="")
             raise
         # tyro draws a box of several lines with a title; what it says fits into one.
-        lines = [line.strip("│ ") for line in words.getvalue().splitlines()]
-        text = " ".join(" ".join(line for line in lines if line[:1] not in "╭╰─").split())
-        text = text.replace("For full helptext, run", "(help:") + ")"
+        lines = [line.strip("│ ") for line in _written(words).splitlines()]
+        lines = [line for line in lines if line[:1] not in "╭╰─" and line.strip("- ")]
+        text = " ".join(" ".join(lines).split())
+        text = re.sub(r" For full helptext, run:? (.*)", r" (help: \1)", text)
         raise ValueError(text) from None
+
+
+def _written(file: io.TextIOWrapper) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def _without_none(help_text: str) -> str:
+    """Help in which a flag that may be left out is `INT`, not `{None}|INT (default: None)`."""
+    # The box that tyro draws keeps its width: spaces take the place of what is left out.
+    text = re.sub(r"(?m)^([│ ].*)\{None\}\|(\w+)", r"\1\2       ", help_text)
+    text = re.sub(r"\(default:([\s│]*)None\)", r"         \1     ", text)
+    return re.sub(r"(?m)^[│ ] +[│ ]\n", "", text)

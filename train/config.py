@@ -82,7 +82,7 @@ class Pretrain:
     seed: int = 0
     """Of the weights, the order of the data and GaLore's random choices."""
     out: str | None = None
-    """Folder of the run. By default runs/MODEL-OPTIMIZER."""
+    """Folder of the run. By default runs/MODEL-OPTIMIZER; with --resume that of --config."""
     resume: bool = False
     """Go on from the newest checkpoint in --out."""
     config: str | None = None
@@ -126,10 +126,10 @@ PAPER = dict(
 )  # fmt: skip
 
 # How a run is invoked, not what it is: these are not in config.json.
-NOT_STORED = ("resume", "config")
+NOT_STORED = ("out", "resume", "config")
 # What a resumed run may change: none of it changes the updates but by rounding.
 MAY_CHANGE = (
-    "out", "data_dir", "mesh", "workers", "rematerialize", "deterministic",
+    "data_dir", "mesh", "workers", "rematerialize", "deterministic",
     "save_every", "keep", "log_every", "max_skipped", "prompt",
 )  # fmt: skip
 
@@ -165,7 +165,7 @@ def resolve(config: Pretrain) -> Resolved:
             "eval_every": max(1, steps // 10),
             "log_every": max(1, steps // 50),
             "eval_tokens": 10_000_000 if config.data == "c4" else None,
-            "out": os.path.join("runs", f"{config.model}-{config.optimizer}"),
+            "out": _default_out(config),
         },
     )
     config = _fill(config, {"save_every": config.eval_every})
@@ -225,6 +225,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in sorted({*old, *new} - set(MAY_CHANGE))
         if old.get(name) != new.get(name)
     ]
+
+
+def _default_out(config: Pretrain) -> str:
+    if config.resume and config.config is not None:
+        return os.path.dirname(config.config) or "."
+    return os.path.join("runs", f"{config.model}-{config.optimizer}")
 
 
 def _fill(config: Pretrain, defaults: Mapping[str, Any]) -> Pretrain:
