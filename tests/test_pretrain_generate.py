@@ -14,7 +14,7 @@ from train.pretrain import main as pretrain
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
-    plain = {"optimizer": "adamw", "rank": None, "update_proj_gap": None}
+    plain = {"optimizer": "adamw", "rank": None, "update_proj_gap": None, "deterministic": True}
     assert pretrain(small(out, **plain, steps=4, warmup_steps=1, eval_every=2, save_every=1)) == 0
     return out
 

@@ -113,7 +113,7 @@ class _Run:
                 self.progress.log(f"stopped: {error}")
                 return 1
             self.checkpoints.wait()
-        if self.host.step < config.steps:
+        if config.steps not in self.host.evaluations:
             assert self.stop.signum is not None
             _print(
                 f"stopped by signal {self.stop.signum} after step {self.host.step}; to go on:\n"
