@@ -110,7 +110,7 @@ class Resolved(Pretrain):
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "tiny": dict(
         rank=32, update_proj_gap=100, galore=0.02, full=0.001,
-        steps=700, batch_size=16, seq_len=128, accumulate=1,
+        steps=600, batch_size=16, seq_len=128, accumulate=1,
     ),
     "llama-60m": dict(rank=128, steps=10_000, accumulate=4),
     "llama-130m": dict(rank=256, steps=20_000, accumulate=8),
