@@ -25,7 +25,8 @@ def main(model: str, batch_size: int, seq_len: int) -> None:
             use_cache=False,
         )
     )
-    low_rank = [p for n, p in llama.named_parameters() if p.ndim == 2 and ("attn" in n or "mlp" in n)]
+    matrices = [(name, p) for name, p in llama.named_parameters() if p.ndim == 2]
+    low_rank = [p for name, p in matrices if "attn" in name or "mlp" in name]
     chosen = {id(p) for p in low_rank}
     rest = [p for p in llama.parameters() if id(p) not in chosen]
     galore = dict(rank=rank, update_proj_gap=200, scale=0.25, proj_type="std")

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 WARM_UP = 3
 
@@ -34,7 +35,7 @@ class Contest:
     """Steps of each side that count, after three that don't."""
 
 
-def ours(model: str, batch_size: int, seq_len: int) -> Callable[[], float]:
+def ours(model: Any, batch_size: int, seq_len: int) -> Callable[[], float]:
     """A function that takes one step of the trainer's own and returns its loss."""
     import jax
     import numpy as np

@@ -94,8 +94,8 @@ def state_shardings(
         >>> params = {"w": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
         >>> tx = galore(8, optax.adam(1e-3))
         >>> rows = NamedSharding(mesh, PartitionSpec("fsdp", None))
-        >>> state_shardings(tx, params, {"w": rows}).bases["w"].spec
-        PartitionSpec('fsdp', None)
+        >>> tuple(state_shardings(tx, params, {"w": rows}).bases["w"].spec)
+        ('fsdp', None)
     """
     mesh = jax.tree.leaves(param_shardings)[0].mesh
     explicit = Mesh(
