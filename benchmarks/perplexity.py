@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 RATES = {
-    "adamw": (0.002, 0.005, 0.01),
+    "adamw": (0.0005, 0.001, 0.002),
     "adafactor": (0.002, 0.005, 0.01),
-    "galore-adamw": (0.01, 0.02, 0.04),
+    "galore-adamw": (0.005, 0.01, 0.02),
     "galore-adafactor": (0.01, 0.02, 0.04),
 }
 

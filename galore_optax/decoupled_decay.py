@@ -105,11 +105,20 @@ def decay_slopes(
         return None
     params_leaves, params_tree = jax.tree.flatten(params)
     rest_leaves, rest_tree = jax.tree.flatten((updates, state))
+    all_leaves = params_leaves
+    # Integers and empty leaves have no slope.
+    sloped = [
+        i for i, x in enumerate(all_leaves) if jnp.issubdtype(x.dtype, jnp.inexact) and x.size > 0
+    ]
+    params_leaves = [all_leaves[i] for i in sloped]
 
     def apply(rest: Sequence[Array], leaves: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         updates, state = rest_tree.unflatten(rest)
-        new_updates, new_state = update(updates, state, params_tree.unflatten(leaves))
-        return jax.tree.leaves(new_updates), jax.tree.leaves(new_state)
+        given = dict(zip(sloped, leaves, strict=True))
+        params = params_tree.unflatten([given.get(i, x) for i, x in enumerate(all_leaves)])
+        new_updates, new_state = update(updates, state, params)
+        new_leaves = jax.tree.leaves(new_updates)
+        return [new_leaves[i] for i in sloped], jax.tree.leaves(new_state)
 
     def slope(
         rest: Sequence[Array], leaves: Sequence[Array], tangents: Sequence[Array]
@@ -124,7 +133,7 @@ def decay_slopes(
     if check and any(in_state):
         return None
     if not any(in_updates):
-        return [None] * n_params
+        return [None] * len(all_leaves)
     ones = [jnp.ones_like(leaf) for leaf in params_leaves]
     if check:
         traced = jax.make_jaxpr(slope)(rest_leaves, params_leaves, ones)
@@ -138,7 +147,10 @@ def decay_slopes(
         if any(on_params) or any(on_arrays) or on_tangents != in_updates:
             return None
     slopes = slope(rest_leaves, [jnp.zeros_like(leaf) for leaf in params_leaves], ones)
-    return [first_element(s) if used else None for s, used in zip(slopes, in_updates, strict=True)]
+    found: list[Array | None] = [None] * len(all_leaves)
+    for i, s, used in zip(sloped, slopes, in_updates, strict=True):
+        found[i] = first_element(s) if used else None
+    return found
 
 
 def _depends(

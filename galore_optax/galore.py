@@ -9,6 +9,7 @@ GaLore (arXiv:2403.03507, algorithm 2), for a weight W with gradient G and every
 """
 
 import math
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -80,13 +81,13 @@ def galore(
         scale: Factor on the update of projected leaves (the paper's α).
         subspace: How to find it: "randomized" (range finder with one power step) or "svd" (exact,
             as published).
-        side: Which side of a matrix `(in, out)` is projected: "smaller" (as published; ties to the
-            input), "larger" (least memory; as in `optax.contrib.galore`), "left" (input) or "right"
-            (output).
+        side: Which side of a matrix `(in, out)` is projected: "smaller" (as published), "larger"
+            (least memory; as in `optax.contrib.galore`), "left" (input) or "right" (output). Ties
+            go to the input.
         weight_dimension_numbers: Which leaves are matrices, or stacks of them: a
-            `GaLoreDimensionNumbers`, a tree of them (or a prefix of one) with None for leaves to
-            leave out, or a function from params to such a tree. None projects every leaf with two
-            axes.
+            `GaLoreDimensionNumbers` for every leaf that has its axes, a tree of them (or a prefix
+            of one) with None for leaves to leave out, or a function from params to such a tree.
+            None projects every leaf with two axes.
         decoupled_decay: Overrides the rule above: True takes the use of params for decoupled decay,
             False for something else. None decides by the rule.
         seed: Of the random numbers, which are folded from it, the step, the leaf's path and the
@@ -117,11 +118,12 @@ def galore(
         >>> state[1].bases["w"].shape
         (64, 8)
     """
-    _check_whole(rank, "rank")
-    _check_whole(update_proj_gap, "update_proj_gap")
+    rank = _whole(rank, "rank")
+    update_proj_gap = _whole(update_proj_gap, "update_proj_gap")
     _check_choice(subspace, "subspace", tuple(SUBSPACES))
     _check_choice(side, "side", SIDES)
-    if not math.isfinite(scale):
+    # Under inject_hyperparams the scale is an array, whose value is not known here.
+    if isinstance(scale, int | float) and not math.isfinite(scale):
         raise ValueError(f"scale={scale} is not finite; the paper uses 0.25")
     if not isinstance(inner, optax.GradientTransformation):
         raise ValueError(
@@ -139,10 +141,10 @@ def galore(
         bases: list[Any] = [optax.MaskedNode()] * len(leaves)
         due: list[Any] = [optax.MaskedNode()] * len(leaves)
         for i, plan in enumerate(plans):
-            if plan is None:
-                continue
             if isinstance(leaves[i], jax.ShapeDtypeStruct):
                 leaves[i] = jnp.zeros(leaves[i].shape, leaves[i].dtype)
+            if plan is None:
+                continue
             bases[i] = plan.random_bases(leaves[i], key)
             due[i] = jnp.zeros(plan.view.batch_shape, jnp.int32)
             leaves[i] = plan.into(bases[i], leaves[i])
@@ -208,9 +210,15 @@ def galore(
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
-def _check_whole(value: int, name: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _whole(value: int, name: str) -> int:
+    if isinstance(value, jax.Array):
+        raise ValueError(
+            f"{name}={value!r} is an array, yet it sets shapes; under optax.inject_hyperparams "
+            'name it in static_args=("rank", "update_proj_gap", "seed")'
+        )
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
         raise ValueError(f"{name}={value!r} is no whole number of at least 1")
+    return operator.index(value)
 
 
 def _check_choice(value: str, name: str, accepted: tuple[str, ...]) -> None:

@@ -103,6 +103,20 @@ def _axes(axes: int | Sequence[int], name: str, path: str, ndim: int) -> tuple[i
     return tuple(axis % ndim for axis in given)
 
 
+def _projectable(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating) and math.prod(leaf.shape) > 0
+
+
+def _axes_needed(numbers: Any) -> int:
+    """The fewest axes of a leaf in which the dimension numbers can be found."""
+    merged = [
+        axis
+        for axes in (numbers.reduction_axis, numbers.output_axis)
+        for axis in ([axes] if isinstance(axes, int) else axes)
+    ]
+    return max(len(merged), *(axis + 1 if axis >= 0 else -axis for axis in merged))
+
+
 def _view(leaf: Any, numbers: Any, path: str) -> MatrixView | None:
     if numbers is None:
         return None
@@ -120,10 +134,11 @@ def _view(leaf: Any, numbers: Any, path: str) -> MatrixView | None:
             "name an axis twice; each axis is an input, an output, or (not named) a batch axis"
         )
     batch = tuple(axis for axis in range(ndim) if axis not in rows + columns)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not _projectable(leaf):
         raise ValueError(
-            f"weight_dimension_numbers: the leaf at {path} has dtype {leaf.dtype}; only real "
-            "floating-point matrices can be projected, give None for it"
+            f"weight_dimension_numbers: the leaf at {path} has shape {leaf.shape} and dtype "
+            f"{leaf.dtype}; only real floating-point matrices with elements can be projected, give "
+            "None for it"
         )
     return MatrixView(tuple(leaf.shape), batch, rows, columns)
 
@@ -135,24 +150,24 @@ def matrix_views(
 
     Args:
         params: Tree of arrays or of `jax.ShapeDtypeStruct`.
-        numbers: `GaLoreDimensionNumbers` for all leaves, a tree of them (or a prefix of one) with
-            `None` at leaves to leave out, a function of the params that gives such a tree, or
-            `None`: every leaf with two axes is a matrix.
+        numbers: `GaLoreDimensionNumbers` for all leaves with axes enough, a tree of them (or a
+            prefix of one) with `None` at leaves to leave out, a function of the params that gives
+            such a tree, or `None`: every leaf with two axes is a matrix.
 
     Raises:
         ValueError: If the dimension numbers do not fit the params.
     """
     leaves = jax.tree.leaves_with_path(params)
+    if not leaves:  # as where optax.tree_utils.tree_map_params looks for params in a state
+        return []
     if numbers is None:
         matrix = GaLoreDimensionNumbers()
-        flat = [
-            matrix if len(x.shape) == 2 and jnp.issubdtype(x.dtype, jnp.floating) else None
-            for _, x in leaves
-        ]
+        flat = [matrix if len(x.shape) == 2 and _projectable(x) else None for _, x in leaves]
+    elif _is_dimension_numbers(numbers):
+        needed = _axes_needed(numbers)
+        flat = [numbers if len(x.shape) >= needed and _projectable(x) else None for _, x in leaves]
     else:
-        tree = (
-            numbers if _is_dimension_numbers(numbers) or not callable(numbers) else numbers(params)
-        )
+        tree = numbers(params) if callable(numbers) else numbers
         try:
             full = jax.tree.broadcast(tree, params, is_leaf=_is_dimension_numbers)
         except ValueError as error:

@@ -99,7 +99,9 @@ def projections(
         if view is None:
             found.append(None)
             continue
-        smaller_is_left = view.rows <= view.columns
-        left = {"smaller": smaller_is_left, "larger": not smaller_is_left}.get(side, side == "left")
+        # A tie goes to the input, as published for "smaller" and as in optax.contrib for "larger".
+        left = {"smaller": view.rows <= view.columns, "larger": view.rows >= view.columns}.get(
+            side, side == "left"
+        )
         found.append(Projection(view, left, min(rank, view.rows, view.columns), path))
     return found

@@ -171,6 +171,8 @@ def _llama_config(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaCon
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"config.json: rope type {kind!r} is not supported, only 'default'")
+    if rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor is not supported, only 1")
     theta = rope.get("rope_theta", theirs.get("rope_theta", 10_000.0))
 
     optional = {

@@ -128,3 +128,11 @@ def test_an_inner_that_scales_by_its_params_sees_the_projected_weights():
     basis = new_state.bases
     small, _ = inner.update(basis.T @ GRAD, state.inner, basis.T @ WEIGHT)
     np.testing.assert_allclose(updates, basis @ small, atol=1e-6)
+
+
+def test_integers_and_empty_leaves_do_not_hide_decay():
+    params = {"w": WEIGHT, "count": jnp.arange(3), "empty": jnp.zeros((0, 4))}
+    inner = optax.adamw(0.1, weight_decay=0.2)
+    found = decay_slopes(inner.init, inner.update, params, inner.init(params), params)
+    assert found[0] is found[1] is None  # count, empty
+    np.testing.assert_allclose(found[2], -0.02, rtol=1e-6)

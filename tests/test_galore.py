@@ -131,7 +131,8 @@ def test_merged_axes_equal_the_reshaped_matrix():
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_moving_over_from_optax_gives_its_trajectory(decay):
-    params = {"wide": normal(0, 12, 20), "tall": normal(1, 20, 12), "bias": jnp.ones(5)}
+    shapes = {"wide": (12, 20), "tall": (20, 12), "square": (12, 12), "bias": (5,)}
+    params = {name: normal(len(name), *shape) for name, shape in shapes.items()}
     grads = [jax.tree.map(lambda x, i=i: normal(i, *x.shape), params) for i in range(5)]
     theirs = optax.contrib.galore(0.01, rank=4, weight_decay=decay)
     ours = galore(4, optax.adamw(0.01, weight_decay=decay), side="larger", subspace="svd", scale=1)
@@ -241,6 +242,10 @@ def test_state_can_be_mapped_as_params_and_made_from_abstract_params():
     doubled = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
     assert (doubled.inner[0].mu["w"] == 1).all()
     assert doubled.count == 0
+    numbers = {"w": GaLoreDimensionNumbers(), "b": None}
+    tree = galore(4, optax.adam(1e-3), weight_dimension_numbers=numbers)
+    mapped = optax.tree_utils.tree_map_params(tree, lambda x: x + 1, tree.init(params))
+    assert (mapped.inner[0].mu["b"] == 1).all()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     assert jax.tree.map(jnp.shape, tx.init(abstract)) == jax.tree.map(jnp.shape, state)
 
@@ -291,7 +296,7 @@ def test_arguments_out_of_range_name_themselves(arguments, names):
 @pytest.mark.parametrize(
     "numbers",
     [
-        GaLoreDimensionNumbers(0, 2),
+        {"w": GaLoreDimensionNumbers(0, 2)},
         GaLoreDimensionNumbers(0, 0),
         {"w": 3},
         {"other": GaLoreDimensionNumbers()},
@@ -304,5 +309,19 @@ def test_dimension_numbers_that_do_not_fit_are_refused_at_init(numbers):
 
 def test_optax_dimension_numbers_are_accepted():
     theirs = optax.contrib.GaLoreDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
-    state = galore(4, optax.adam(1e-3), weight_dimension_numbers=theirs).init(jnp.ones((8, 3, 5)))
-    assert state.bases.shape == (8, 4)
+    params = {"heads": jnp.ones((8, 3, 5)), "bias": jnp.ones(5)}
+    state = galore(4, optax.adam(1e-3), weight_dimension_numbers=theirs).init(params)
+    assert state.bases["heads"].shape == (8, 4)
+    assert state.bases["bias"] == optax.MaskedNode()
+
+
+def test_an_array_in_the_place_of_a_static_argument_says_what_to_do():
+    tx = optax.inject_hyperparams(galore_adamw)(learning_rate=0.01, rank=4)
+    with pytest.raises(ValueError, match="static_args"):
+        tx.init(jnp.ones((8, 12)))
+    tx = optax.inject_hyperparams(galore_adamw, static_args=("rank", "update_proj_gap", "seed"))(
+        learning_rate=0.01, rank=4
+    )
+    params = normal(0, 8, 12)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)  # the scale is an array here
+    assert jnp.isfinite(updates).all()

@@ -98,9 +98,11 @@ class Checkpoints:
         """
         finite = eval_loss is not None and np.isfinite(eval_loss)
         with _as_os_error(self.directory):
-            if step in self._manager.all_steps():
-                self._manager.delete(step)  # one that was damaged, and passed over
-            self._manager.save(
+            # Damaged ones were passed over when the run was resumed; Orbax saves nothing at a step
+            # that is not beyond its newest.
+            for damaged in [other for other in self._manager.all_steps() if other >= step]:
+                self._manager.delete(damaged)
+            saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),  # pyrefly: ignore
@@ -108,6 +110,10 @@ class Checkpoints:
                     progress=ocp.args.JsonSave(dict(progress)),  # pyrefly: ignore
                 ),
                 metrics={"eval_loss": float(eval_loss)} if finite else None,  # pyrefly: ignore
+            )
+        if not saved:
+            raise OSError(
+                f"checkpoint of step {step} in {self.directory}: Orbax refused to save it"
             )
 
     def check(self) -> None:

@@ -31,30 +31,33 @@ class Pretrain:
     optimizer: Literal["adamw", "adafactor", "galore-adamw", "galore-adafactor"] = "galore-adamw"
     """What updates the weights."""
     rank: int | None = None
-    """GaLore's rank. By default the paper's for the model."""
+    """GaLore's rank. By default the paper's for the model; 32 for tiny."""
     update_proj_gap: int | None = None
-    """Steps between two of GaLore's subspaces. By default 200; 500 for llama-7b."""
+    """Steps between two of GaLore's subspaces. By default 200; 500 for llama-7b, 100 for tiny."""
     scale: float | None = None
     """GaLore's scale of the projected update. By default 0.25."""
     learning_rate: float | None = None
-    """Peak learning rate. By default the paper's for GaLore, 0.001 or 0.0005 for the others."""
+    """Peak learning rate. By default the paper's for GaLore (tiny: 0.02), 0.001 or 0.0005 for
+    others."""
     weight_decay: float | None = None
     """Decoupled weight decay of AdamW, times the learning rate. By default 0."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     steps: int | None = None
-    """Updates of the weights. By default the paper's number for the model."""
+    """Updates of the weights. By default the paper's number for the model; 600 for tiny."""
     warmup_steps: int | None = None
     """Steps over which the learning rate rises; then a cosine takes it to a tenth. By default a
     tenth of the steps."""
     batch_size: int | None = None
-    """Sequences in a step, over all devices and microbatches. By default the paper's 512."""
+    """Sequences in a step, over all devices and microbatches. By default the paper's 512; 16 for
+    tiny."""
     accumulate: int | None = None
     """Microbatches that a step's batch is cut into, one after the other, to save memory."""
     seq_len: int | None = None
-    """Tokens in a sequence. By default the paper's 256."""
+    """Tokens in a sequence. By default the paper's 256; 128 for tiny."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and of the computation."""
+    """Of weights, optimizer state and computation. With bfloat16 a change smaller than a 512th of a
+    weight is lost, and AdamW's second moments hardly ever fall."""
     rematerialize: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     mesh: str | None = None
@@ -84,7 +87,7 @@ class Pretrain:
     out: str | None = None
     """Folder of the run. By default runs/MODEL-OPTIMIZER; with --resume that of --config."""
     resume: bool = False
-    """Go on from the newest checkpoint in --out."""
+    """Go on from the newest checkpoint in --out; begin where there is none yet."""
     config: str | None = None
     """A config.json to take the settings from; other flags override it."""
 
@@ -200,11 +203,14 @@ def load(path: str | os.PathLike[str]) -> Pretrain:
     """Reads a config.json.
 
     Raises:
-        ValueError: if it is not one.
-        OSError: if it cannot be read.
+        ValueError: if it is not one, or cannot be read.
     """
     try:
         fields = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(
+            f"--config {path}: {error.strerror}; give the config.json of a run's folder"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     known = {f.name for f in dataclasses.fields(Pretrain)} - set(NOT_STORED)

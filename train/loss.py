@@ -32,7 +32,7 @@ def summed_cross_entropy(
         hidden: what the head multiplies; its dtype is that of the products' operands.
         head: the head's matrix.
         targets: token ids.
-        weights: of each target; where it is 0, hidden states and targets do not matter.
+        weights: of each target; where it is 0, targets and finite hidden states do not matter.
 
     Returns:
         The sum. It can be differentiated with respect to `hidden` and `head`.

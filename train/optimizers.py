@@ -25,7 +25,9 @@ def _adafactor(learning_rate: optax.Schedule) -> optax.GradientTransformation:
 
 
 def _galore_adafactor(learning_rate: optax.Schedule, **options: Any):
-    return galore_adafactor(learning_rate, momentum=0.9, **options)
+    # As optax's Adafactor does, leave small leaves whole: norms, stacked over the layers, would be
+    # taken for matrices and factored across layers.
+    return galore_adafactor(learning_rate, momentum=0.9, min_dim_size_to_factor=128, **options)
 
 
 _GALORE = ("rank", "update_proj_gap", "scale", "weight_decay")

@@ -1,6 +1,7 @@
 """What a run shows while it trains: a bar, and one line for each step that is logged."""
 
 import datetime
+import re
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -29,8 +30,10 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
     """A device's peak FLOP/s, or None where it is not known."""
+    if re.search(r"Laptop|NVL", device.device_kind):  # slower variants under the same names
+        return None
     for kind, peak in PEAK_FLOPS.items():
-        if kind in device.device_kind:
+        if re.search(rf"\b{kind}\b", device.device_kind):
             return peak[dtype]
     return None
 

@@ -5,6 +5,7 @@ Everything is checked before the first byte is written, so a refused run leaves 
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -74,8 +75,8 @@ def write_json(path: Path, value: object) -> None:
 def resume_command(config: Resolved) -> str:
     """What to type to go on."""
     file = directory(config) / "config.json"
-    python = Path(sys.executable).name if sys.executable else "python"
-    return f"{python} -m train.pretrain --config {file} --resume"
+    python = sys.executable or "python"
+    return shlex.join([python, "-m", "train.pretrain", "--config", str(file), "--resume"])
 
 
 def _check_writable(out: Path) -> None:
