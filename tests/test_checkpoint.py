@@ -184,6 +184,13 @@ def test_a_damaged_step_can_be_saved_again(run):
     assert run.read()[0] == 20
 
 
+def test_a_step_before_a_damaged_one_can_be_saved(run):
+    shutil.rmtree(run.directory / "20" / "params")  # the run went on from step 10 and stops at 15
+    with Checkpoints(run.directory, 5, run.log.append) as checkpoints:
+        checkpoints.save(15, *tree(15, run.mesh), {"position": [15, 3]}, None)
+    assert run.read()[0] == 15
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(run, tmp_path):
     # A limit on file sizes stands in for the full disk: both fail in the same system call.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
