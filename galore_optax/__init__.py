@@ -1,4 +1,4 @@
-"""GaLore and its successors as optax transformations."""
+"""GaLore (arXiv:2403.03507) as optax transformations."""
 
 from galore_optax.galore import GaLoreState, galore
 from galore_optax.matrices import GaLoreDimensionNumbers

@@ -1,5 +1,7 @@
 """galore: the published trajectories, stacks, composition, and what it refuses."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from galore_optax import GaLoreDimensionNumbers, galore, galore_adafactor, galore_adamw
 
-PUBLISHED = np.load("tests/fixtures/galore_torch.npz")
+PUBLISHED = np.load(Path(__file__).with_name("fixtures") / "galore_torch.npz")
 SHAPES = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16), "odd": (13, 7)}
 CASES = [(name, rank) for name, shape in SHAPES.items() for rank in (1, 4, min(shape))]
 STACKED = GaLoreDimensionNumbers(1, 2)

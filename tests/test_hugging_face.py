@@ -101,9 +101,10 @@ def test_fields_of_the_configuration_can_be_set(checkpoint):
 
 def test_tensors_that_follow_from_the_configuration_are_passed_over(checkpoint):
     content = tensors(checkpoint)
+    without = nnx.state(load_llama(checkpoint))
     content["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
     save_file(content, checkpoint / "model.safetensors")
-    load_llama(checkpoint)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_llama(checkpoint)), without)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,7 @@ def test_tensors_that_follow_from_the_configuration_are_passed_over(checkpoint):
         ({"num_hidden_layers": 3}, r"9 tensors are missing: model\.layers\.2\."),
         ({"num_hidden_layers": 1}, r"9 tensors are unexpected: model\.layers\.1\."),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope type 'llama3'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (
             {"rope_parameters": "removed", "rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope type 'linear'",
