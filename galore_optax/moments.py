@@ -89,7 +89,7 @@ def places(
         slot.depth = len(path)
     other = _Slot(-1, 0)
     owners = optax.tree_utils.tree_map_params(
-        inner, lambda _, slot: slot, state, slots, transform_non_params=lambda _: other
+        inner.init, lambda _, slot: slot, state, slots, transform_non_params=lambda _: other
     )
     found: list[list[list[Place]]] = [
         [] if plan is None else [[] for _ in range(plan.matrices)] for plan in plans

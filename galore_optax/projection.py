@@ -149,9 +149,8 @@ def projections(
     """
 
     def projection(path: str, view: LeafView) -> Projection:
-        asked = rank
-        if callable(rank):
-            asked = checked_rank(rank(path, view.shape), f"rank({path!r}, {view.shape})")
+        name = f"rank({path!r}, {view.shape})"
+        asked = checked_rank(rank(path, view.shape), name) if callable(rank) else rank
 
         def within(size: int) -> int:
             return min(asked if isinstance(asked, int) else max(1, round(asked * size)), size)
