@@ -66,8 +66,8 @@ def decay(
         return slope * leaf
     view = projection.view
     factors = jnp.stack([jnp.zeros([], leaf.dtype) if s is None else s for s in slopes])
-    factors = factors.reshape(*view.batch_shape, *[1] * len(view.modes))
-    return view.to_leaf(factors * view.to_stack(leaf))
+    others = [axis for axis in range(leaf.ndim) if axis not in view.batch_axes]
+    return jnp.expand_dims(factors.reshape(view.batch_shape), others) * leaf
 
 
 def remembers_params(init: Callable[[optax.Params], optax.OptState], params: optax.Params) -> bool:

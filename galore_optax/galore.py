@@ -26,6 +26,7 @@ from galore_optax.matrices import WeightDimensionNumbers
 from galore_optax.moments import RULES, CarryOver, MomentsFunction, places
 from galore_optax.projection import SIDES, Projection, Rank, checked_rank, projections
 from galore_optax.refresh import refresh
+from galore_optax.sharding import explain_sharding_errors, sharded_like
 from galore_optax.subspace import SUBSPACES, FindSubspace
 
 DEFAULT_MOMENTS = "rotate"
@@ -90,9 +91,10 @@ def galore(
             function of the step of a refresh to the steps until the next.
         scale: Factor on the update of projected leaves (the paper's α).
         subspace: How to find it: "randomized" (range finder with one power step), "svd" (exact, as
-            published), "power" (one step of subspace iteration from the present basis), "random",
-            or a function from a gradient `(n, m)`, the present basis `(n, r)` and a key to a basis,
-            such as `functools.partial(galore_optax.subspace.randomized, power_steps=2)`.
+            published; a sharded matrix is gathered for it, which no other choice does), "power"
+            (one step of subspace iteration from the present basis), "random", or a function from a
+            gradient `(n, m)`, the present basis `(n, r)` and a key to a basis, such as
+            `functools.partial(galore_optax.subspace.randomized, power_steps=2)`.
         side: Which side of a matrix `(in, out)` is projected: "smaller" (as published), "larger"
             (least memory with one side; as in `optax.contrib.galore`), "left" (input), "right"
             (output) or "both", where R = PᵀGQ is rank by rank. Ties go to the input.
@@ -119,7 +121,8 @@ def galore(
 
     Raises:
         ValueError: If an argument is out of range, at construction; if the dimension numbers do not
-            fit the params, at `init`.
+            fit the params, at `init`; if `inner` cannot run under explicit mesh axes, where the
+            params have them.
 
     References:
         Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
@@ -157,7 +160,7 @@ def galore(
             f"inner={inner!r} is no optax.GradientTransformation; give one with its learning rate, "
             "such as optax.adamw(1e-2)"
         )
-    inner = optax.with_extra_args_support(inner)
+    inner = explain_sharding_errors(optax.with_extra_args_support(inner))
     find = SUBSPACES[subspace] if isinstance(subspace, str) else subspace
     rule = DEFAULT_MOMENTS if moments is None else moments
 
@@ -253,7 +256,8 @@ def galore(
         steps = tree.flatten_up_to(small)
         for i, plan in enumerate(plans):
             if plan is not None:
-                steps[i] = plan.out_of(bases[i], jax.tree.map(lambda n: scale * n, steps[i]))
+                scaled = jax.tree.map(lambda n: scale * n, steps[i])
+                steps[i] = plan.out_of(bases[i], scaled, grads[i])
         if weights is not None and slopes is not None:
             for i, slope in enumerate(tree.flatten_up_to(slopes)):
                 if (whole := decay(slope, plans[i], weights[i])) is not None:
@@ -262,7 +266,7 @@ def galore(
             count=optax.safe_increment(state.count),
             bases=tree.unflatten([b[0] if len(b) == 1 else b for b in bases]),
             next_refresh=tree.unflatten(due),
-            inner=inner_state,
+            inner=sharded_like(inner_state, state.inner),
         )
 
     # optax's types say that a state is any tree, not which one.
@@ -313,7 +317,7 @@ def _reset(
         return leaves
 
     def reset() -> list[Array]:
-        fresh, new = jax.tree.leaves(init()), list(leaves)
+        fresh, new = sharded_like(jax.tree.leaves(init()), leaves), list(leaves)
         for position, found in moved:
             new[position] = jnp.where(found, fresh[position], leaves[position])
         return new

@@ -22,7 +22,6 @@ import optax
 from jaxtyping import Array, Float
 
 from galore_optax.projection import Projection
-from galore_optax.sharding import matmul
 
 Turn = Callable[..., Array]
 MomentsFunction = Callable[[str, Array, Turn], Array]
@@ -127,7 +126,7 @@ class CarryOver:
     ) -> tuple[Array, ...]:
         """The moments in the new bases, each in its own shape and dtype."""
         transitions = {
-            mode: matmul(_wide(after).T, _wide(before))
+            mode: _wide(after).T @ _wide(before)
             for mode, before, after in zip(self.projection.modes, old, new, strict=True)
         }
         carried = [self._carried(i, moments, transitions) for i in range(len(moments))]

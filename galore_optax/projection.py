@@ -7,6 +7,7 @@ N Pᵀ; on both sides PᵀGQ and P N Qᵀ; of a tensor, G ×₁ P₁ᵀ ×₂ P�
 import dataclasses
 import math
 import operator
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax.matrices import LeafView, WeightDimensionNumbers, matrix_views
-from galore_optax.sharding import matmul, sharded_like
+from galore_optax.sharding import axis_specs, specs, with_automatic_axes
 
 SIDES = ("smaller", "larger", "left", "right", "both")
 
@@ -53,43 +55,58 @@ class Projection:
         ranks = dict(zip(self.modes, self.ranks, strict=True))
         return tuple(ranks.get(mode, size) for mode, size in enumerate(self.view.sizes))
 
-    def unfolded(self, leaf: Float[Array, "..."], mode: int) -> Float[Array, "*batch n m"]:
-        """The leaf's matrices with one projected axis first and all others merged behind it."""
-        stack = self.view.to_stack(leaf)
-        return _unfold(stack, len(self.view.batch_axes), mode)
-
     def into(self, bases: Sequence[Float[Array, "*batch n r"]], leaf: Float[Array, "..."]) -> Any:
         """R = PᵀG `(r, out)` or GP `(in, r)`; of stacked matrices a tuple, one array for each.
 
         An inner transformation keeps statistics by leaf (Adafactor's clipping, LAMB's trust ratio,
         a threshold on size): they are to be those of a matrix, never of a stack.
         """
-        small = self.view.to_stack(leaf)
-        for mode, basis in zip(self.modes, bases, strict=True):
-            small = self._product(basis.astype(leaf.dtype), small, mode, into=True)
-        if not self.view.batch_axes:
-            return small
-        flat = small.reshape(-1, *self.small_shape)
-        return tuple(flat[i] for i in range(flat.shape[0]))
 
-    def out_of(self, bases: Sequence[Float[Array, "*batch n r"]], small: Any) -> Any:
-        """P N or N Pᵀ in the shape of the leaf, from what `into` gives."""
-        if self.view.batch_axes:
-            small = jnp.stack(small).reshape(*self.view.batch_shape, *small[0].shape)
-        for mode, basis in zip(self.modes, bases, strict=True):
-            small = self._product(basis.astype(small.dtype), small, mode, into=False)
-        return self.view.to_leaf(small)
+        def project(bases: Sequence[Array], leaf: Array) -> Any:
+            operands = self._operands(bases, leaf.dtype)
+            small = jnp.einsum(leaf, list(range(leaf.ndim)), *operands, self._small_axes())
+            small = small.reshape(-1, *self.small_shape)
+            return tuple(small) if self.view.batch_axes else small[0]
 
-    def _product(self, basis: Array, stack: Array, mode: int, *, into: bool) -> Array:
-        """The stack times the basis (`into`: its transpose) along one axis of its matrices."""
-        batch = len(self.view.batch_axes)
-        if mode == 1 and len(self.view.modes) == 2:  # the other way is the same, with transposes
-            return matmul(stack, basis if into else basis.mT)
-        moved = jnp.moveaxis(stack, batch + mode, batch)
-        flat = moved.reshape(*moved.shape[: batch + 1], -1)
-        product = matmul(basis.mT if into else basis, flat)
-        product = product.reshape(*product.shape[:-1], *moved.shape[batch + 1 :])
-        return jnp.moveaxis(product, batch, batch + mode)
+        return with_automatic_axes(project, lambda mesh: self._specs(mesh, leaf)[1], bases, leaf)
+
+    def out_of(
+        self,
+        bases: Sequence[Float[Array, "*batch n r"]],
+        small: Any,
+        like: Float[Array, "..."],
+    ) -> Float[Array, "..."]:
+        """P N or N Pᵀ from what `into` gives, in the shape of the leaf, sharded as `like` is."""
+
+        def back(bases: Sequence[Array], small: Any) -> Array:
+            small = jnp.stack(small) if self.view.batch_axes else small
+            axes, sizes = self._small_axes(), self.view.shape + self.ranks
+            small = small.reshape([sizes[axis] for axis in axes])
+            operands = self._operands(bases, small.dtype)
+            return jnp.einsum(small, axes, *operands, list(range(len(self.view.shape))))
+
+        return with_automatic_axes(back, lambda _: specs(like), bases, small)
+
+    # A projection is one sum over products, written in the leaf's own axes, followed by its ranks:
+    # merging axes of a leaf into those of a matrix would gather the leaf where they are sharded.
+
+    def _rank_axis(self, mode: int) -> int:
+        return len(self.view.shape) + self.modes.index(mode)
+
+    def _small_axes(self) -> list[int]:
+        axes = list(self.view.batch_axes)
+        for mode, merged in enumerate(self.view.modes):
+            axes += [self._rank_axis(mode)] if mode in self.modes else merged
+        return axes
+
+    def _operands(self, bases: Sequence[Array], dtype: Any) -> list[Any]:
+        operands = []
+        for mode, basis in zip(self.modes, bases, strict=True):
+            axes = [*self.view.batch_axes, *self.view.modes[mode]]
+            shape = [self.view.shape[axis] for axis in axes]
+            split = basis.astype(dtype).reshape(*shape, basis.shape[-1])
+            operands += [split, [*axes, self._rank_axis(mode)]]
+        return operands
 
     def keys(self, key: PRNGKeyArray) -> PRNGKeyArray:
         """A key for each matrix of the flattened stack, told apart by path and index."""
@@ -106,19 +123,58 @@ class Projection:
         """
 
         def basis(mode: int, rank: int) -> Array:
-            unfolded = self.unfolded(leaf, mode)
-            n = unfolded.shape[-2]
+            n = self.view.sizes[mode]
             keys = jax.vmap(lambda k: jax.random.fold_in(k, mode))(self.keys(key))
             drawn = jax.vmap(lambda k: jax.random.permutation(k, n)[:rank])(keys)
             drawn = drawn.reshape(*self.view.batch_shape, 1, rank)
-            return sharded_like((jnp.arange(n)[:, None] == drawn).astype(leaf.dtype), unfolded)
+            return (jnp.arange(n)[:, None] == drawn).astype(leaf.dtype)
 
-        return tuple(basis(*pair) for pair in zip(self.modes, self.ranks, strict=True))
+        def draw(leaf: Array) -> tuple[Array, ...]:
+            del leaf
+            return tuple(basis(*pair) for pair in zip(self.modes, self.ranks, strict=True))
+
+        return with_automatic_axes(draw, lambda mesh: self._specs(mesh, leaf)[0], leaf)
+
+    def _specs(
+        self, mesh: Mesh | AbstractMesh, leaf: Array
+    ) -> tuple[tuple[PartitionSpec, ...], Any]:
+        """Shardings of the bases and of the projected matrices, from those of the leaf's axes.
+
+        A rank is replicated. What is projected from a stack are arrays of their own, so that the
+        mesh axes which split the stack split the side that is not projected, where they divide it.
+        """
+        split_by = axis_specs(leaf)
+        batch = [split_by[axis] for axis in self.view.batch_axes]
+        sides = [sum((split_by[axis] for axis in axes), ()) for axes in self.view.modes]
+        for axes in self.view.modes:
+            split = [axis for axis in axes[1:] if split_by[axis]]
+            if split:
+                warnings.warn(
+                    f"the leaf at {self.path} is split along axis {split[0]}, which dimension "
+                    f"numbers merge behind axis {axes[0]}: a refresh gathers it along that axis; "
+                    f"split axis {axes[0]} instead, or name the split axis first",
+                    stacklevel=2,
+                )
+        bases = tuple(PartitionSpec(*batch, sides[mode], None) for mode in self.modes)
+        spare = sum(batch, ())
+        for mode, size in enumerate(self.small_shape):
+            if mode in self.modes:
+                sides[mode] = ()
+            elif size % math.prod(mesh.shape[name] for name in sides[mode] + spare) == 0:
+                sides[mode], spare = sides[mode] + spare, ()
+        small = PartitionSpec(*sides)
+        return bases, (small,) * self.matrices if batch else small
 
 
-def _unfold(stack: Array, batch: int, mode: int) -> Array:
-    moved = jnp.moveaxis(stack, batch + mode, batch)
-    return moved.reshape(*moved.shape[: batch + 1], -1)
+def unfold(matrix: Float[Array, "..."], mode: int) -> Float[Array, "n m"]:
+    """A matrix or tensor with one axis first and all others merged behind it.
+
+    The longest of the others goes first, since a merged axis stays sharded as the first of its
+    parts only, and a short axis is hardly ever sharded. No subspace depends on their order.
+    """
+    others = [axis for axis in range(matrix.ndim) if axis != mode]
+    others.sort(key=lambda axis: -matrix.shape[axis])
+    return matrix.transpose(mode, *others).reshape(matrix.shape[mode], -1)
 
 
 def checked_rank(value: Any, name: str = "rank") -> int | float:

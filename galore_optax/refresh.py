@@ -4,15 +4,15 @@ algorithm 2), the moments carried over to the new basis.
 A refresh stays due until a finite, non-zero gradient performs it.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from galore_optax.moments import CarryOver
-from galore_optax.projection import Projection
+from galore_optax.projection import Projection, unfold
+from galore_optax.sharding import specs, with_automatic_axes
 from galore_optax.subspace import FindSubspace, refreshed
 
 Bases = tuple[Array, ...]
@@ -55,9 +55,28 @@ def refresh(
     Returns:
         The bases, the moments, and the steps from which the next refreshes are due.
     """
+    return with_automatic_axes(
+        partial(_refresh, projection, find, carry_over),
+        lambda _: specs((bases, moments, due)),
+        grad, bases, moments, due, count, gaps, kept, keys,
+    )  # fmt: skip
 
+
+def _refresh(
+    projection: Projection,
+    find: FindSubspace,
+    carry_over: CarryOver | None,
+    grad: Array,
+    bases: Bases,
+    moments: Moments,
+    due: Array,
+    count: Array,
+    gaps: Array,
+    kept: Array | None,
+    keys: PRNGKeyArray,
+) -> tuple[Bases, Moments, Array]:
     def matrix(
-        gradient: Callable[[int], Float[Array, "n m"]],
+        gradient: Float[Array, "*sizes"],
         bases: Bases,
         due: Array,
         gap: Array,
@@ -65,7 +84,13 @@ def refresh(
     ) -> tuple[Bases, Array]:
         def search() -> tuple[Bases, Array]:
             pairs = [
-                refreshed(find, gradient(mode), basis, jax.random.fold_in(key, mode), kept)
+                refreshed(
+                    find,
+                    unfold(gradient, mode),
+                    basis,
+                    jax.random.fold_in(key, mode),
+                    kept,
+                )
                 for mode, basis in zip(projection.modes, bases, strict=True)
             ]
             found = jnp.all(jnp.array([ok for _, ok in pairs]))
@@ -80,42 +105,40 @@ def refresh(
         return jax.lax.cond(found, lambda: carry_over(old, new, moments), lambda: moments)
 
     def single() -> tuple[Bases, Moments, Array]:
-        new, following = matrix(
-            lambda mode: projection.unfolded(grad, mode), bases, due, gaps, keys[0]
-        )
+        new, following = matrix(projection.view.to_stack(grad), bases, due, gaps, keys[0])
         return new, (carried(bases, new, following != due, moments[0]),), following
 
     def stack() -> tuple[Bases, Moments, Array]:
-        def flat(x: Array) -> Array:
-            return x.reshape(-1, *x.shape[len(projection.view.batch_axes) :])
-
-        gradients = {mode: flat(projection.unfolded(grad, mode)) for mode in projection.modes}
-        old, flat_due, flat_gaps = tuple(flat(basis) for basis in bases), flat(due), flat(gaps)
+        gradients = projection.view.to_stack(grad)
 
         def body(i: Array, state: tuple[Bases, Array]) -> tuple[Bases, Array]:
-            present, dues = state
+            own = partial(_matrix_of, i=i, batch_shape=projection.view.batch_shape)
             new, following = matrix(
-                lambda mode: gradients[mode][i],
-                tuple(basis[i] for basis in present),
-                dues[i],
-                flat_gaps[i],
-                keys[i],
+                own(gradients), tuple(map(own, state[0])), own(state[1]), own(gaps), keys[i]
             )
-            pairs = zip(present, new, strict=True)
-            return tuple(basis.at[i].set(b) for basis, b in pairs), dues.at[i].set(following)
+            at = jnp.unravel_index(i, projection.view.batch_shape)
+            pairs = zip(state[0], new, strict=True)
+            return tuple(b.at[at].set(x) for b, x in pairs), state[1].at[at].set(following)
 
-        new, dues = jax.lax.fori_loop(0, projection.matrices, body, (old, flat_due))
-        turned = tuple(
-            carried(
-                tuple(basis[i] for basis in old),
-                tuple(basis[i] for basis in new),
-                dues[i] != flat_due[i],
-                own,
-            )
-            for i, own in enumerate(moments)
-        )
-        shaped = tuple(b.reshape(basis.shape) for b, basis in zip(new, bases, strict=True))
-        return shaped, turned, dues.reshape(due.shape)
+        new, dues = jax.lax.fori_loop(0, projection.matrices, body, (bases, due))
+        found = (dues != due).reshape(-1)
+        turned = []
+        for i, own in enumerate(moments):
+            at = jnp.unravel_index(i, projection.view.batch_shape)
+            old_of, new_of = tuple(b[at] for b in bases), tuple(b[at] for b in new)
+            turned.append(carried(old_of, new_of, found[i], own))
+        return new, tuple(turned), dues
 
     change = stack if projection.view.batch_axes else single
     return jax.lax.cond(jnp.any(count >= due), change, lambda: (bases, moments, due))
+
+
+def _matrix_of(
+    stack: Shaped[Array, "..."], i: Int[Array, ""], batch_shape: tuple[int, ...]
+) -> Shaped[Array, "..."]:
+    """Matrix `i` of a stack, as a gather: where the stack is sharded XLA sends that one matrix.
+
+    A dynamic slice (`stack[i]`) would have it send all of them.
+    """
+    at = jnp.unravel_index(i[None], batch_shape)
+    return stack[at][0]

@@ -1,74 +1,113 @@
-"""Shardings: of the optimizer's state from the params', and of products of sharded matrices.
+"""Shardings: of the optimizer's state from the params', and of what happens in between.
 
 JAX's explicit sharding puts the sharding into an array's type and carries it through every
 operation. So the sharding of a whole optimizer state follows from tracing `tx.init` on sharded
 abstract params: moments keep the axis that is not projected, the basis the one that is, and the
-rank is replicated.
+rank is replicated. Projections and refreshes themselves run under automatic axes, whatever the
+params' mesh: XLA's partitioner shards their products without gathering a weight or a gradient.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 
-def _explicit_mesh(*arrays: Array) -> jax.sharding.AbstractMesh | None:
-    """The mesh in the arrays' types, if any of its axes is explicit."""
-    for x in arrays:
-        mesh = jax.typeof(x).sharding.mesh
-        if AxisType.Explicit in mesh.axis_types:
-            return mesh
-    return None
+def with_automatic_axes(
+    fun: Callable[..., Any], out_specs: Callable[[AbstractMesh], Any], *args: Any
+) -> Any:
+    """`fun(*args)`, in which the mesh axes that are explicit in the arguments' types are automatic.
 
+    Explicit types cannot express all that a projection and a refresh do (a matrix taken from a
+    sharded stack, merged axes, a factorization); XLA's partitioner can. What `fun` closes over must
+    not have such types.
 
-def _spec(x: Array) -> tuple[Any, ...]:
-    """The sharding in the type of `x`, one entry for each axis."""
-    spec = tuple(jax.typeof(x).sharding.spec)
-    return spec + (None,) * (x.ndim - len(spec))
-
-
-def matmul(
-    a: Float[Array, "*batch n k"], b: Float[Array, "*batch k m"]
-) -> Float[Array, "*batch n m"]:
-    """The product, also where explicit sharding wants to be told the sharding of the result.
-
-    Rows keep the sharding of `a`, columns that of `b` (unless the rows use its mesh axes already);
-    a sharded contraction becomes a sum over devices.
+    Args:
+        fun: A function of trees of arrays (what else they hold reaches it as it is).
+        out_specs: From the mesh to the `PartitionSpec`s of what `fun` gives, a tree like it; not
+            asked where no axis is explicit.
+        *args: The arguments.
     """
-    mesh = _explicit_mesh(a, b)
-    if mesh is None:
-        return jnp.matmul(a, b)
-    *batch, rows, _ = _spec(a)
-    columns = _spec(b)[-1]
-    used = {axis for entry in (*batch, rows) for axis in _mesh_axes(entry)}
-    if used & set(_mesh_axes(columns)):
-        columns = None
-    return jnp.matmul(a, b, out_sharding=NamedSharding(mesh, PartitionSpec(*batch, rows, columns)))
+    leaves, tree = jax.tree.flatten(args)
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+    first = next((x for x in arrays.values() if _explicit_axes(x)), None)
+    if first is None:
+        return fun(*args)
+    mesh = jax.typeof(first).sharding.mesh
+    if not isinstance(first, jax.core.Tracer) and isinstance(first.sharding, NamedSharding):
+        mesh = first.sharding.mesh  # outside of jit only a mesh with its devices will do
+
+    def call(arrays: dict[int, Array]) -> Any:
+        return fun(*tree.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)]))
+
+    out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_specs(mesh))
+    return jax.sharding.auto_axes(call, axes=_explicit_axes(first), out_sharding=out)(arrays)
 
 
-def _mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+def _explicit_axes(x: Array) -> tuple[str, ...]:
+    return jax.typeof(x).sharding.mesh.explicit_axes
 
 
-def sharded_like(
-    x: Float[Array, "*batch n k"], like: Float[Array, "*batch n m"]
-) -> Float[Array, "*batch n k"]:
-    """`x`, its batch and row axes sharded as those of `like` where the mesh's axes are explicit."""
-    mesh = _explicit_mesh(like)
-    if mesh is None:
-        return x
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*_spec(like)[:-1], None)))
+def specs(tree: Any) -> Any:
+    """The `PartitionSpec`s in the types of the arrays of a tree."""
+    return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+
+
+def axis_specs(x: Array) -> list[tuple[str, ...]]:
+    """For each axis of an array the explicit mesh axes that split it."""
+    entries = tuple(specs(x)) + (None,) * (x.ndim - len(specs(x)))
+    return [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries]
+
+
+def sharded_like(tree: Any, like: Any) -> Any:
+    """A tree of arrays, each sharded as the one of `like` where the mesh's axes are explicit.
+
+    So that what is carried from step to step keeps its type, which `jax.lax.scan` asks for.
+    """
+
+    def sharded(x: Any, y: Any) -> Any:
+        explicit = isinstance(y, jax.Array) and _explicit_axes(y)
+        return jax.sharding.reshard(x, jax.typeof(y).sharding) if explicit else x
+
+    return jax.tree.map(sharded, tree, like)
 
 
 def first_element(x: Float[Array, "..."]) -> Float[Array, ""]:
-    """`x[0, ..., 0]`, also of an array with explicit sharding, which cannot be sliced as it is."""
-    mesh = _explicit_mesh(x)
-    if mesh is not None:
-        x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
-    return x[(0,) * x.ndim]
+    """`x[0, ..., 0]`."""
+    return with_automatic_axes(lambda x: x[(0,) * x.ndim], lambda _: PartitionSpec(), x)
+
+
+def explain_sharding_errors(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, whose operations may have no type under explicit mesh axes: then it says what to do.
+
+    It runs with the axes that the user gave: other than a projection it may close over arrays with
+    explicit types, as it does under `optax.inject_hyperparams`.
+    """
+
+    def explained(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                if type(error).__name__ != "ShardingTypeError":  # JAX has no public name for it
+                    raise
+                raise ValueError(
+                    "inner: it has an operation that explicit mesh axes cannot express; give the "
+                    "mesh automatic axes, jax.make_mesh(..., axis_types=(AxisType.Auto,) * n), or "
+                    f"call the update within jax.sharding.auto_axes ({error})"
+                ) from error
+
+        return call
+
+    return optax.GradientTransformationExtraArgs(explained(inner.init), explained(inner.update))
 
 
 def state_shardings(
@@ -76,14 +115,22 @@ def state_shardings(
 ) -> optax.OptState:
     """Shardings for `tx.init(params)`, of any transformation, without allocating anything.
 
+    A leaf of the state is sharded along the axes that it shares with a param. Of a stack that is
+    sharded along its layers the matrices' moments are arrays of their own: they are sharded along
+    the side that is not projected instead.
+
     Args:
         tx: The transformation.
         params: Tree of arrays or of `jax.ShapeDtypeStruct`.
         param_shardings: The same tree of `jax.sharding.NamedSharding`, all over one mesh (with
-            automatic or explicit axes).
+            automatic or explicit axes). Where they split an axis that does not divide, the state's
+            is whole.
 
     Returns:
         A tree like `tx.init(params)` of `NamedSharding` over that mesh.
+
+    Raises:
+        ValueError: If `param_shardings` are no `NamedSharding`s over one mesh.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -97,19 +144,42 @@ def state_shardings(
         >>> tuple(state_shardings(tx, params, {"w": rows}).bases["w"].spec)
         ('fsdp', None)
     """
-    mesh = jax.tree.leaves(param_shardings)[0].mesh
-    explicit = Mesh(
-        mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
+    mesh = _one_mesh(param_shardings)
+    explicit = mesh.abstract_mesh.update_axis_types(
+        dict.fromkeys(mesh.axis_names, AxisType.Explicit)
     )
 
     def abstract(param: Array, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        placed = NamedSharding(explicit, sharding.spec)
+        def divides(size: int, axes: Any) -> bool:
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            return size % math.prod(mesh.shape[name] for name in names) == 0
+
+        pairs = zip(param.shape, sharding.spec, strict=False)
+        spec = PartitionSpec(*(axes if divides(size, axes) else None for size, axes in pairs))
+        placed = NamedSharding(explicit, spec)
         return jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=placed)
 
     def on_mesh(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
         return NamedSharding(mesh, spec)
 
-    with jax.set_mesh(explicit):
+    with jax.sharding.use_abstract_mesh(explicit):
         state = jax.eval_shape(tx.init, jax.tree.map(abstract, params, param_shardings))
     return jax.tree.map(on_mesh, state)
+
+
+def _one_mesh(shardings: Any) -> Mesh | AbstractMesh:
+    meshes = []
+    for path, sharding in jax.tree.leaves_with_path(shardings):
+        if not isinstance(sharding, NamedSharding):
+            raise ValueError(
+                f"param_shardings: {sharding!r} at {jax.tree_util.keystr(path)} is no "
+                "jax.sharding.NamedSharding; give one for each param"
+            )
+        meshes.append(sharding.mesh)
+    if len(set(meshes)) != 1:
+        raise ValueError(
+            f"param_shardings: they are over {len(set(meshes))} meshes; give NamedShardings over "
+            "one mesh"
+        )
+    return meshes[0]

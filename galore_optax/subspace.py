@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from galore_optax.sharding import matmul, sharded_like
-
 FindSubspace = Callable[
     [Float[Array, "n m"], Float[Array, "n r"], PRNGKeyArray], Float[Array, "n r"]
 ]
@@ -39,11 +37,11 @@ def orthonormalize(y: Float[Array, "n r"]) -> Float[Array, "n r"]:
     identity = jnp.eye(rank, dtype=y.dtype)
     for i in range(_PASSES):
         shift = _SHIFT * rank**0.5 * _SHIFT_DECAY**i
-        lower = jnp.linalg.cholesky(matmul(q.T, q) + shift * identity)
+        lower = jnp.linalg.cholesky(q.T @ q + shift * identity)
         # The inverse of a small triangle and a product, since a triangular solve of the large
         # matrix would gather it where it is sharded.
         inverse = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
-        q = matmul(q, inverse.T)
+        q = q @ inverse.T
     return q
 
 
@@ -80,18 +78,18 @@ def randomized(
     columns = min(rank + oversampling, n, m)
     test = _normal(sketch_key, gradient.T, columns)
     noise = _normal(noise_key, gradient, columns)
-    found = orthonormalize(_with_noise(matmul(gradient, test), noise))
+    found = orthonormalize(_with_noise(gradient @ test, noise))
     for _ in range(power_steps):
-        rows = orthonormalize(_with_noise(matmul(gradient.T, found), test))
-        found = orthonormalize(_with_noise(matmul(gradient, rows), noise))
+        rows = orthonormalize(_with_noise(gradient.T @ found, test))
+        found = orthonormalize(_with_noise(gradient @ rows, noise))
     return found if columns == rank else by_energy(found, gradient)[:, :rank]
 
 
 def by_energy(basis: Float[Array, "n r"], gradient: Float[Array, "n m"]) -> Float[Array, "n r"]:
     """The same subspace, its columns turned to keep as much energy as they can one by one."""
-    small = matmul(basis.T, gradient)
-    _, turn = jnp.linalg.eigh(matmul(small, small.T))
-    return matmul(basis, turn[:, ::-1])
+    small = basis.T @ gradient
+    _, turn = jnp.linalg.eigh(small @ small.T)
+    return basis @ turn[:, ::-1]
 
 
 def power(
@@ -103,8 +101,8 @@ def power(
     follows a subspace that turns slowly; the first bases, found from random ones, keep less.
     """
     noise = _normal(key, gradient, basis.shape[-1])
-    rows = matmul(gradient.T, basis)
-    return orthonormalize(_with_noise(matmul(gradient, rows), noise))
+    rows = gradient.T @ basis
+    return orthonormalize(_with_noise(gradient @ rows, noise))
 
 
 def random(
@@ -117,8 +115,8 @@ def random(
 def _normal(
     key: PRNGKeyArray, like: Float[Array, "n m"], columns: int
 ) -> Float[Array, "n columns"]:
-    """Standard normal numbers, one row for each of `like`, sharded as its rows."""
-    return sharded_like(jax.random.normal(key, (like.shape[0], columns), like.dtype), like)
+    """Standard normal numbers, one row for each of `like`."""
+    return jax.random.normal(key, (like.shape[0], columns), like.dtype)
 
 
 def _with_noise(sketch: Float[Array, "n r"], noise: Float[Array, "n r"]) -> Float[Array, "n r"]:
