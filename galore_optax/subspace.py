@@ -4,6 +4,7 @@ GaLore (arXiv:2403.03507, section 4.2) takes the leading left singular vectors. 
 a randomized range finder (Halko, Martinsson and Tropp, arXiv:0909.4061, algorithm 4.4): it keeps
 the same share of a real gradient's energy for a fraction of the time, and is made of matrix
 products and small factorizations only, so that it works on a sharded gradient without gathering it.
+The energy that a basis P keeps of a gradient G is ‖PᵀG‖² / ‖G‖² (Frobenius norms).
 """
 
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax.sharding import matmul, sharded_like
 
-FindSubspace = Callable[[Float[Array, "n m"], int, PRNGKeyArray], Float[Array, "n r"]]
+FindSubspace = Callable[
+    [Float[Array, "n m"], Float[Array, "n r"], PRNGKeyArray], Float[Array, "n r"]
+]
+"""From a gradient, the present basis and a key to a new basis of the same shape."""
 
 # Shifted Cholesky QR: the first shift keeps the Gram matrix of columns of any condition positive
 # definite in float32, the later passes, less and less shifted, remove what it left.
@@ -43,22 +47,78 @@ def orthonormalize(y: Float[Array, "n r"]) -> Float[Array, "n r"]:
     return q
 
 
-def svd(gradient: Float[Array, "n m"], rank: int, key: PRNGKeyArray) -> Float[Array, "n r"]:
+def svd(
+    gradient: Float[Array, "n m"], basis: Float[Array, "n r"], key: PRNGKeyArray
+) -> Float[Array, "n r"]:
     """The leading left singular vectors, exactly, as published (equations 12 and 13)."""
     del key
     left, _, _ = jnp.linalg.svd(gradient, full_matrices=False)
-    return left[:, :rank]
+    return left[:, : basis.shape[-1]]
 
 
-def randomized(gradient: Float[Array, "n m"], rank: int, key: PRNGKeyArray) -> Float[Array, "n r"]:
-    """A randomized range finder with one power step, orthonormalized between its products."""
+def randomized(
+    gradient: Float[Array, "n m"],
+    basis: Float[Array, "n r"],
+    key: PRNGKeyArray,
+    *,
+    power_steps: int = 1,
+    oversampling: int = 0,
+) -> Float[Array, "n r"]:
+    """A randomized range finder, orthonormalized between its products.
+
+    Args:
+        gradient: The gradient.
+        basis: The present basis; only its shape is used.
+        key: Randomness of the sketch.
+        power_steps: Products with G Gᵀ after the sketch. One keeps the energy of the exact
+            singular vectors to about a percent where the spectrum falls slowly.
+        oversampling: Columns of the sketch beyond the rank, of which the leading ones are kept.
+    """
     n, m = gradient.shape
+    rank = basis.shape[-1]
     sketch_key, noise_key = jax.random.split(key)
-    test = sharded_like(jax.random.normal(sketch_key, (m, rank), gradient.dtype), gradient.T)
-    noise = sharded_like(jax.random.normal(noise_key, (n, rank), gradient.dtype), gradient)
-    columns = orthonormalize(_with_noise(matmul(gradient, test), noise))
-    rows = orthonormalize(_with_noise(matmul(gradient.T, columns), test))
+    columns = min(rank + oversampling, n, m)
+    test = _normal(sketch_key, gradient.T, columns)
+    noise = _normal(noise_key, gradient, columns)
+    found = orthonormalize(_with_noise(matmul(gradient, test), noise))
+    for _ in range(power_steps):
+        rows = orthonormalize(_with_noise(matmul(gradient.T, found), test))
+        found = orthonormalize(_with_noise(matmul(gradient, rows), noise))
+    return found if columns == rank else by_energy(found, gradient)[:, :rank]
+
+
+def by_energy(basis: Float[Array, "n r"], gradient: Float[Array, "n m"]) -> Float[Array, "n r"]:
+    """The same subspace, its columns turned to keep as much energy as they can one by one."""
+    small = matmul(basis.T, gradient)
+    _, turn = jnp.linalg.eigh(matmul(small, small.T))
+    return matmul(basis, turn[:, ::-1])
+
+
+def power(
+    gradient: Float[Array, "n m"], basis: Float[Array, "n r"], key: PRNGKeyArray
+) -> Float[Array, "n r"]:
+    """One step of subspace iteration from the present basis, orth(G Gᵀ P).
+
+    The least work of those that look at the gradient: two products and one orthonormalization. It
+    follows a subspace that turns slowly; the first bases, found from random ones, keep less.
+    """
+    noise = _normal(key, gradient, basis.shape[-1])
+    rows = matmul(gradient.T, basis)
     return orthonormalize(_with_noise(matmul(gradient, rows), noise))
+
+
+def random(
+    gradient: Float[Array, "n m"], basis: Float[Array, "n r"], key: PRNGKeyArray
+) -> Float[Array, "n r"]:
+    """A random subspace, whatever the gradient: what the other methods are to be compared with."""
+    return orthonormalize(_normal(key, gradient, basis.shape[-1]))
+
+
+def _normal(
+    key: PRNGKeyArray, like: Float[Array, "n m"], columns: int
+) -> Float[Array, "n columns"]:
+    """Standard normal numbers, one row for each of `like`, sharded as its rows."""
+    return sharded_like(jax.random.normal(key, (like.shape[0], columns), like.dtype), like)
 
 
 def _with_noise(sketch: Float[Array, "n r"], noise: Float[Array, "n r"]) -> Float[Array, "n r"]:
@@ -67,7 +127,12 @@ def _with_noise(sketch: Float[Array, "n r"], noise: Float[Array, "n r"]) -> Floa
     return sketch + _NOISE * largest / sketch.shape[0] ** 0.5 * noise
 
 
-SUBSPACES: dict[str, FindSubspace] = {"randomized": randomized, "svd": svd}
+SUBSPACES: dict[str, FindSubspace] = {
+    "randomized": randomized,
+    "svd": svd,
+    "power": power,
+    "random": random,
+}
 
 
 def refreshed(
@@ -86,7 +151,7 @@ def refreshed(
     largest = jnp.max(jnp.abs(wide))
 
     def search() -> tuple[Float[Array, "n r"], Array]:
-        found = find(wide / largest, basis.shape[-1], key)
+        found = find(wide / largest, basis.astype(wide.dtype), key)
         usable = jnp.all(jnp.isfinite(found))
         return jnp.where(usable, found.astype(basis.dtype), basis), usable
 
