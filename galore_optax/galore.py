@@ -200,7 +200,7 @@ def galore(
         grads, tree = jax.tree.flatten(updates)
         plans = projections(updates, weight_dimension_numbers, rank, side)
         count = jnp.asarray(state.count)
-        key = jax.random.fold_in(jax.random.key(seed), count)
+        key = jax.random.key(seed)
         bases = [b if isinstance(b, tuple) else (b,) for b in tree.flatten_up_to(state.bases)]
         due = tree.flatten_up_to(state.next_refresh)
         gaps = _gaps(plans, due, count, update_proj_gap, stagger)
@@ -218,7 +218,7 @@ def galore(
             own = tuple(tuple(inner_leaves[p.position] for p in ps) for ps in moments_of[i])
             new, turned, following = refresh(
                 plan, find, carry_over, grads[i], bases[i], own if carry_over else ((),) * len(own),
-                due[i], count, gaps[i], kept, plan.keys(key),
+                due[i], count, gaps[i], kept, key, jnp.uint32(plan.path_hash),
             )  # fmt: skip
             refreshed[i] = (following != due[i]).reshape(-1)
             bases[i], due[i] = new, following

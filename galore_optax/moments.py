@@ -120,17 +120,11 @@ class CarryOver:
     names: tuple[tuple[str, str], ...]
 
     def __call__(
-        self,
-        old: Sequence[Float[Array, "n r"]],
-        new: Sequence[Float[Array, "n r"]],
-        moments: Sequence[Array],
+        self, transitions: Sequence[Float[Array, "r r"]], moments: Sequence[Array]
     ) -> tuple[Array, ...]:
         """The moments in the new bases, each in its own shape and dtype."""
-        transitions = {
-            mode: matmul(_wide(after).T, _wide(before))
-            for mode, before, after in zip(self.projection.modes, old, new, strict=True)
-        }
-        carried = [self._carried(i, moments, transitions) for i in range(len(moments))]
+        by_mode = dict(zip(self.projection.modes, transitions, strict=True))
+        carried = [self._carried(i, moments, by_mode) for i in range(len(moments))]
         return tuple(c.astype(m.dtype) for c, m in zip(carried, moments, strict=True))
 
     def _carried(self, i: int, moments: Sequence[Array], transitions: dict[int, Array]) -> Array:
@@ -176,6 +170,11 @@ class CarryOver:
         else:
             axes = tuple(range(len(shape)))
         return axes if moment.shape == tuple(shape[axis] for axis in axes) else ()
+
+
+def transition(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Array, "r r"]:
+    """Q = P_newᵀ P_old, at least in float32."""
+    return matmul(_wide(new).T, _wide(old))
 
 
 def _wide(x: Any) -> Array:

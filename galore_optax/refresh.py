@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from galore_optax.moments import CarryOver
+from galore_optax.moments import CarryOver, transition
 from galore_optax.projection import Projection
 from galore_optax.subspace import FindSubspace, refreshed
 
@@ -32,7 +32,8 @@ def refresh(
     count: Int[Array, ""],
     gaps: Int[Array, "*batch"],
     kept: Float[Array, ""] | None,
-    keys: PRNGKeyArray,
+    key: PRNGKeyArray,
+    path: Int[Array, ""],
 ) -> tuple[Bases, Moments, Int[Array, "*batch"]]:
     """New bases for the matrices of a leaf that are due one; costs nothing on other steps.
 
@@ -50,7 +51,8 @@ def refresh(
         count: The present step.
         gaps: Steps until the next refresh of each matrix, if one is performed now.
         kept: Fraction of the rank that new bases use; None uses it all.
-        keys: Randomness of this step for each matrix, `projection.keys(...)`.
+        key: Of the whole transformation; step, path and the matrix's index are folded in.
+        path: The hash of the leaf's path.
 
     Returns:
         The bases, the moments, and the steps from which the next refreshes are due.
@@ -61,57 +63,76 @@ def refresh(
         bases: Bases,
         due: Array,
         gap: Array,
-        key: PRNGKeyArray,
-    ) -> tuple[Bases, Array]:
-        def search() -> tuple[Bases, Array]:
+        index: Array | int,
+    ) -> tuple[Bases, Bases, Array]:
+        """Of one matrix the new bases, the transitions to them, and when the next are due."""
+
+        def search() -> tuple[Bases, Bases, Array]:
+            own = jax.random.fold_in(
+                jax.random.fold_in(jax.random.fold_in(key, count), path), index
+            )
             pairs = [
-                refreshed(find, gradient(mode), basis, jax.random.fold_in(key, mode), kept)
+                refreshed(find, gradient(mode), basis, jax.random.fold_in(own, mode), kept)
                 for mode, basis in zip(projection.modes, bases, strict=True)
             ]
             found = jnp.all(jnp.array([ok for _, ok in pairs]))
             new = tuple(jnp.where(found, b, old) for (b, _), old in zip(pairs, bases, strict=True))
-            return new, jnp.where(found, count + gap, due)
+            return new, transitions(bases, new), jnp.where(found, count + gap, due)
 
-        return jax.lax.cond(count >= due, search, lambda: (bases, due))
+        def stay() -> tuple[Bases, Bases, Array]:
+            return (
+                bases,
+                jax.tree.map(jnp.zeros_like, jax.eval_shape(transitions, bases, bases)),
+                due,
+            )
 
-    def carried(old: Bases, new: Bases, found: Array, moments: tuple[Array, ...]):
+        return jax.lax.cond(count >= due, search, stay)
+
+    def transitions(old: Bases, new: Bases) -> Bases:
+        if carry_over is None:
+            return ()
+        return tuple(transition(a, b) for a, b in zip(old, new, strict=True))
+
+    def carried(turns: Bases, found: Array, moments: tuple[Array, ...]) -> tuple[Array, ...]:
         if carry_over is None:
             return moments
-        return jax.lax.cond(found, lambda: carry_over(old, new, moments), lambda: moments)
+        return jax.lax.cond(found, lambda: carry_over(turns, moments), lambda: moments)
 
     def single() -> tuple[Bases, Moments, Array]:
-        new, following = matrix(
-            lambda mode: projection.unfolded(grad, mode), bases, due, gaps, keys[0]
+        new, turns, following = matrix(
+            lambda mode: projection.unfolded(grad, mode), bases, due, gaps, 0
         )
-        return new, (carried(bases, new, following != due, moments[0]),), following
+        return new, (carried(turns, following != due, moments[0]),), following
 
     def stack() -> tuple[Bases, Moments, Array]:
         def flat(x: Array) -> Array:
             return x.reshape(-1, *x.shape[len(projection.view.batch_axes) :])
 
         gradients = {mode: flat(projection.unfolded(grad, mode)) for mode in projection.modes}
-        old, flat_due, flat_gaps = tuple(flat(basis) for basis in bases), flat(due), flat(gaps)
+        present, flat_due, flat_gaps = tuple(flat(basis) for basis in bases), flat(due), flat(gaps)
 
-        def body(i: Array, state: tuple[Bases, Array]) -> tuple[Bases, Array]:
-            present, dues = state
-            new, following = matrix(
+        def body(i: Array, state: tuple[Bases, Bases, Array]) -> tuple[Bases, Bases, Array]:
+            # The transitions are kept, not the old bases, so that new ones can take their place.
+            stacks, turns, dues = state
+            new, turn, following = matrix(
                 lambda mode: gradients[mode][i],
-                tuple(basis[i] for basis in present),
+                tuple(basis[i] for basis in stacks),
                 dues[i],
                 flat_gaps[i],
-                keys[i],
+                i,
             )
-            pairs = zip(present, new, strict=True)
-            return tuple(basis.at[i].set(b) for basis, b in pairs), dues.at[i].set(following)
+            written = jax.tree.map(lambda s, x: s.at[i].set(x), (stacks, turns), (new, turn))
+            return *written, dues.at[i].set(following)
 
-        new, dues = jax.lax.fori_loop(0, projection.matrices, body, (old, flat_due))
+        one = tuple(basis[0] for basis in present)
+        turns = jax.tree.map(
+            lambda t: jnp.zeros((projection.matrices, *t.shape), t.dtype),
+            jax.eval_shape(transitions, one, one),
+        )
+        state = present, turns, flat_due
+        new, turns, dues = jax.lax.fori_loop(0, projection.matrices, body, state)
         turned = tuple(
-            carried(
-                tuple(basis[i] for basis in old),
-                tuple(basis[i] for basis in new),
-                dues[i] != flat_due[i],
-                own,
-            )
+            carried(tuple(turn[i] for turn in turns), dues[i] != flat_due[i], own)
             for i, own in enumerate(moments)
         )
         shaped = tuple(b.reshape(basis.shape) for b, basis in zip(new, bases, strict=True))
