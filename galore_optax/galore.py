@@ -43,6 +43,13 @@ class GaLoreState(NamedTuple):
         next_refresh: Like the params: the step from which a refresh is due, of each matrix of a
             projected leaf, of shape `(*batch,)`.
         inner: The inner transformation's state for the projected params.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from galore_optax import galore
+        >>> state = galore(8, optax.adam(1e-3)).init({"w": jnp.ones((64, 256)), "b": jnp.ones(3)})
+        >>> state.bases["w"].shape, state.inner[0].mu["w"].shape, state.inner[0].mu["b"].shape
+        ((64, 8), (8, 256), (3,))
     """
 
     count: ArrayLike  # int32 scalar
