@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from models import llama
+from models.llama_config import flops_per_token
 from train import run_directory
 from train.assemble import Parts, assemble
 from train.checkpoint import Checkpoints
@@ -114,7 +114,7 @@ class _Run:
                 Progress(
                     self.host.step,
                     config.steps,
-                    llama.flops_per_token(parts.model, config.seq_len),
+                    flops_per_token(parts.model, config.seq_len),
                     peak and peak * parts.mesh.size,
                 )
             )

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from galore_optax.memory import state_bytes, tree_bytes
-from models import llama
+from models.llama_config import count_params
 from train.assemble import Parts, abstract_params
 from train.config import Resolved
 from train.generate import prompt_ids, sample_text
@@ -49,7 +49,7 @@ def report(
     summary = {
         "eval_loss": last["eval_loss"],
         "eval_perplexity": last["eval_perplexity"],
-        "params": llama.count_params(parts.model),
+        "params": count_params(parts.model),
         "optimizer_state_bytes": sum(ours.values()),
         "adamw_state_bytes": sum(adamw.values()),
         "weight_bytes": tree_bytes(parts.abstract.params),
