@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from models.llama import SIZES
+from models.llama_config import SIZES
 from train import cli
 from train.config import DEFAULTS, Model, Pretrain, load, resolve, to_json
 from train.optimizers import OPTIMIZERS, learning_rate_schedule
@@ -45,6 +45,10 @@ def test_every_default_is_accepted(model, optimizer):
     config = resolve(Pretrain(model=model, optimizer=optimizer))
     assert config.batch_size % config.accumulate == 0
     assert (config.rank is not None) == optimizer.startswith("galore")
+
+
+def test_the_largest_rank_that_compresses_is_accepted():
+    assert resolve(Pretrain(rank=127)).rank == 127
 
 
 def test_galores_defaults_are_the_papers():
@@ -106,6 +110,8 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--rank", "--rank"),
         ("stray", "stray"),
         ("--rank 0", "--rank 0: expected 1 or more"),
+        ("--rank 128", "--rank 128: a rank of 128 or more compresses no matrix of tiny"),
+        ("--rank 600 --model llama-60m", "choose at most 511, or an --optimizer without rank"),
         ("--update-proj-gap 0", "--update-proj-gap 0: expected 1 or more"),
         ("--rank 4 --optimizer adamw", "of no use to --optimizer adamw"),
         ("--scale 1 --optimizer adafactor", "choose one of galore-adamw, galore-adafactor"),

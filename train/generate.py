@@ -14,6 +14,7 @@ from train.assemble import abstract_params, model_config
 from train.checkpoint import Checkpoints
 from train.cli import run
 from train.config import load
+from train.metrics import evaluation_losses
 from train.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -54,7 +55,8 @@ def main(config: Generate) -> int:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"--run {folder} has no checkpoint yet")
-    with Checkpoints(folder / "checkpoints", 1, print, read_only=True) as checkpoints:
+    evaluations = evaluation_losses(folder)
+    with Checkpoints(folder / "checkpoints", 1, print, evaluations, read_only=True) as checkpoints:
         _, params = checkpoints.restore_params(shapes)
     text = sample_text(
         nnx.merge(graph, params),

@@ -65,6 +65,15 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def evaluation_losses(directory: Path) -> dict[int, float]:
+    """The loss of every evaluation in a run's metrics.jsonl, by step; NaN if it was not finite."""
+    return {
+        line["step"]: math.nan if line["eval_loss"] is None else line["eval_loss"]
+        for line in read_metrics(directory)
+        if "eval_loss" in line
+    }
+
+
 def tokens_per_second(directory: Path) -> float | None:
     """Over all steps of a run: tokens by the time that they took."""
     lines = [line for line in read_metrics(directory) if line.get("tokens_per_second")]
