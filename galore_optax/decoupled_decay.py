@@ -66,7 +66,8 @@ def decay(
         return slope * leaf
     view = projection.view
     factors = jnp.stack([jnp.zeros([], leaf.dtype) if s is None else s for s in slopes])
-    return view.to_leaf(factors.reshape(*view.batch_shape, 1, 1) * view.to_matrices(leaf))
+    factors = factors.reshape(*view.batch_shape, *[1] * len(view.modes))
+    return view.to_leaf(factors * view.to_stack(leaf))
 
 
 def remembers_params(init: Callable[[optax.Params], optax.OptState], params: optax.Params) -> bool:

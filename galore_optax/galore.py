@@ -11,20 +11,24 @@ GaLore (arXiv:2403.03507, algorithm 2), for a weight W with gradient G and every
 import math
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from galore_optax.decoupled_decay import decay, update_and_slopes
+from galore_optax.decoupled_decay import decay, remembers_params, update_and_slopes
 from galore_optax.matrices import WeightDimensionNumbers
-from galore_optax.projection import SIDES, Projection, projections
+from galore_optax.moments import RULES, CarryOver, MomentsFunction, places
+from galore_optax.projection import SIDES, Projection, Rank, checked_rank, projections
 from galore_optax.refresh import refresh
-from galore_optax.subspace import SUBSPACES
+from galore_optax.subspace import SUBSPACES, FindSubspace
+
+DEFAULT_MOMENTS = "rotate"
 
 
 class GaLoreState(NamedTuple):
@@ -34,7 +38,8 @@ class GaLoreState(NamedTuple):
         count: Updates done so far.
         bases: Like the params: at a projected leaf its orthonormal basis P, `(*batch, in, r)` where
             the left side is projected, `(*batch, out, r)` where the right side is, in the leaf's
-            dtype; `optax.MaskedNode` at others.
+            dtype, a tuple of them where both sides (or a tensor's axes) are;
+            `optax.MaskedNode` at others.
         next_refresh: Like the params: the step from which a refresh is due, of each matrix of a
             projected leaf, of shape `(*batch,)`.
         inner: The inner transformation's state for the projected params.
@@ -47,14 +52,17 @@ class GaLoreState(NamedTuple):
 
 
 def galore(
-    rank: int,
+    rank: Rank,
     inner: optax.GradientTransformation,
     *,
-    update_proj_gap: int = 200,
+    update_proj_gap: int | optax.Schedule = 200,
     scale: float = 0.25,
-    subspace: str = "randomized",
+    subspace: str | FindSubspace = "randomized",
     side: str = "smaller",
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    moments: str | MomentsFunction | None = None,
+    stagger: bool = False,
+    rank_schedule: optax.Schedule | None = None,
     decoupled_decay: bool | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -74,20 +82,33 @@ def galore(
     times W is added. The matrices of a stacked leaf are separate leaves to `inner`.
 
     Args:
-        rank: Dimensions of the subspace, at least 1; a matrix whose smaller side is less is
-            projected at full rank.
+        rank: Dimensions of the subspace: a whole number from 1 (a matrix whose smaller side is less
+            is projected at full rank), a float up to 1 for a fraction of the smaller side, or a
+            function from a leaf's path and shape to either.
         inner: The transformation to run in the subspace, e.g. `optax.adamw(1e-2)`.
-        update_proj_gap: Steps from one refresh of the subspace to the next, at least 1.
+        update_proj_gap: Steps from one refresh of the subspace to the next, at least 1, or a
+            function of the step of a refresh to the steps until the next.
         scale: Factor on the update of projected leaves (the paper's α).
-        subspace: How to find it: "randomized" (range finder with one power step) or "svd" (exact,
-            as published).
+        subspace: How to find it: "randomized" (range finder with one power step), "svd" (exact, as
+            published), "power" (one step of subspace iteration from the present basis), "random",
+            or a function from a gradient `(n, m)`, the present basis `(n, r)` and a key to a basis,
+            such as `functools.partial(galore_optax.subspace.randomized, power_steps=2)`.
         side: Which side of a matrix `(in, out)` is projected: "smaller" (as published), "larger"
-            (least memory; as in `optax.contrib.galore`), "left" (input) or "right" (output). Ties
-            go to the input.
+            (least memory with one side; as in `optax.contrib.galore`), "left" (input), "right"
+            (output) or "both", where R = PᵀGQ is rank by rank. Ties go to the input.
         weight_dimension_numbers: Which leaves are matrices, or stacks of them: a
-            `GaLoreDimensionNumbers` for every leaf that has its axes, a tree of them (or a prefix
-            of one) with None for leaves to leave out, or a function from params to such a tree.
-            None projects every leaf with two axes.
+            `GaLoreDimensionNumbers` (or a `TuckerDimensionNumbers`, for tensors) for every leaf
+            that has its axes, a tree of them (or a prefix of one) with None for leaves to leave
+            out, or a function from params to such a tree. None projects every leaf with two axes.
+        moments: What becomes of the inner's moments at a refresh: "rotate" carries them over to the
+            new basis (`galore_optax.moments`), "keep" leaves their numbers, as published, "reset"
+            makes them anew as `inner.init` does; or a function from a moment's name, the moment and
+            `turn(x, squared=False)` to the new moment. None is "rotate", but refuses an inner whose
+            state remembers the params, which live in the old basis.
+        stagger: Spreads the second and all later refreshes over the steps of a gap, so that no step
+            carries all of them; the first refresh is every matrix's at once.
+        rank_schedule: From the step of a refresh to the fraction of the rank that the new bases
+            use, the directions of most energy; the others are zero. Shapes stay.
         decoupled_decay: Overrides the rule above: True takes the use of params for decoupled decay,
             False for something else. None decides by the rule.
         seed: Of the random numbers, which are folded from it, the step, the leaf's path and the
@@ -118,10 +139,16 @@ def galore(
         >>> state[1].bases["w"].shape
         (64, 8)
     """
-    rank = _whole(rank, "rank")
-    update_proj_gap = _whole(update_proj_gap, "update_proj_gap")
-    _check_choice(subspace, "subspace", tuple(SUBSPACES))
+    if not callable(rank):
+        _check_static(rank, "rank")
+        rank = checked_rank(rank)
+    if not callable(update_proj_gap):
+        update_proj_gap = _whole(update_proj_gap, "update_proj_gap")
+    if not callable(subspace):
+        _check_choice(subspace, "subspace", tuple(SUBSPACES))
     _check_choice(side, "side", SIDES)
+    if not (moments is None or callable(moments)):
+        _check_choice(moments, "moments", RULES)
     # Under inject_hyperparams the scale is an array, whose value is not known here.
     if isinstance(scale, int | float) and not math.isfinite(scale):
         raise ValueError(f"scale={scale} is not finite; the paper uses 0.25")
@@ -131,7 +158,8 @@ def galore(
             "such as optax.adamw(1e-2)"
         )
     inner = optax.with_extra_args_support(inner)
-    find = SUBSPACES[subspace]
+    find = SUBSPACES[subspace] if isinstance(subspace, str) else subspace
+    rule = DEFAULT_MOMENTS if moments is None else moments
 
     def init(params: optax.Params) -> GaLoreState:
         leaves, tree = jax.tree.flatten(params)
@@ -145,14 +173,22 @@ def galore(
                 leaves[i] = jnp.zeros(leaves[i].shape, leaves[i].dtype)
             if plan is None:
                 continue
-            bases[i] = plan.random_bases(leaves[i], key)
+            found = plan.random_bases(leaves[i], key)
+            bases[i] = found[0] if len(found) == 1 else found
             due[i] = jnp.zeros(plan.view.batch_shape, jnp.int32)
-            leaves[i] = plan.into(bases[i], leaves[i])
+            leaves[i] = plan.into(found, leaves[i])
+        small = tree.unflatten(leaves)
+        if moments is None and remembers_params(inner.init, small):
+            raise ValueError(
+                "inner: its state remembers the params, projected into the present subspace, which "
+                "mean nothing in the next one; choose with moments= what is to become of it: "
+                '"reset" makes it anew at every refresh, "keep" leaves it as it is'
+            )
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             bases=tree.unflatten(bases),
             next_refresh=tree.unflatten(due),
-            inner=inner.init(tree.unflatten(leaves)),
+            inner=inner.init(small),
         )
 
     def update(
@@ -165,29 +201,52 @@ def galore(
         plans = projections(updates, weight_dimension_numbers, rank, side)
         count = jnp.asarray(state.count)
         key = jax.random.fold_in(jax.random.key(seed), count)
-        bases = tree.flatten_up_to(state.bases)
+        bases = [b if isinstance(b, tuple) else (b,) for b in tree.flatten_up_to(state.bases)]
         due = tree.flatten_up_to(state.next_refresh)
+        gaps = _gaps(plans, due, count, update_proj_gap, stagger)
+        kept = None if rank_schedule is None else jnp.asarray(rank_schedule(count), jnp.float32)
+        inner_leaves, inner_tree = jax.tree.flatten(state.inner)
+        moments_of = [[[] for _ in range(plan.matrices)] if plan else [] for plan in plans]
+        if rule != "keep":
+            moments_of = places(inner, state.inner, updates, plans)
+        refreshed: list[Any] = [None] * len(plans)
         for i, plan in enumerate(plans):
-            if plan is not None:
-                bases[i], due[i] = refresh(
-                    plan, find, update_proj_gap, grads[i], bases[i], due[i], count, plan.keys(key)
-                )
+            if plan is None or not plan.modes:
+                continue
+            names = tuple((place.name, place.container) for place in moments_of[i][0])
+            carry_over = CarryOver(plan, rule, names) if names and rule != "reset" else None
+            own = tuple(tuple(inner_leaves[p.position] for p in ps) for ps in moments_of[i])
+            new, turned, following = refresh(
+                plan, find, carry_over, grads[i], bases[i], own if carry_over else ((),) * len(own),
+                due[i], count, gaps[i], kept, plan.keys(key),
+            )  # fmt: skip
+            refreshed[i] = (following != due[i]).reshape(-1)
+            bases[i], due[i] = new, following
+            for matrix, values in zip(moments_of[i], turned, strict=True):
+                for place, value in zip(matrix, values, strict=False):
+                    inner_leaves[place.position] = value
 
         def projected(leaves: Sequence[Array]) -> optax.Params:
-            pairs = zip(plans, bases, leaves, strict=True)
-            return tree.unflatten([x if p is None else p.into(basis, x) for p, basis, x in pairs])
+            triples = zip(plans, bases, leaves, strict=True)
+            return tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
+
+        weights = None if params is None else tree.flatten_up_to(params)
+        if rule == "reset":
+            inner_leaves = _reset(
+                lambda: inner.init(projected(grads if weights is None else weights)),
+                inner_leaves, moments_of, refreshed,
+            )  # fmt: skip
 
         def inner_update(
             updates: optax.Updates, state: optax.OptState, params: optax.Params | None
         ) -> tuple[optax.Updates, optax.OptState]:
             return inner.update(updates, state, params, **extra_args)
 
-        weights = None if params is None else tree.flatten_up_to(params)
         small, inner_state, slopes = update_and_slopes(
             inner.init,
             inner_update,
             projected(grads),
-            state.inner,
+            inner_tree.unflatten(inner_leaves),
             None if weights is None else projected(weights),
             decoupled_decay,
         )
@@ -201,7 +260,7 @@ def galore(
                     steps[i] = steps[i] + whole.astype(steps[i].dtype)
         return tree.unflatten(steps), GaLoreState(
             count=optax.safe_increment(state.count),
-            bases=tree.unflatten(bases),
+            bases=tree.unflatten([b[0] if len(b) == 1 else b for b in bases]),
             next_refresh=tree.unflatten(due),
             inner=inner_state,
         )
@@ -210,18 +269,74 @@ def galore(
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
-def _whole(value: int, name: str) -> int:
+def _gaps(
+    plans: Sequence[Projection | None],
+    due: Sequence[Any],
+    count: Array,
+    gap: int | optax.Schedule,
+    stagger: bool,
+) -> list[Any]:
+    """Steps from a refresh at this step to the next, for each matrix of each projected leaf."""
+    steps = jnp.maximum(jnp.asarray(gap(count) if callable(gap) else gap, jnp.int32), 1)
+    total = sum(plan.matrices for plan in plans if plan is not None)
+    gaps, before = [], 0
+    for plan, at in zip(plans, due, strict=True):
+        if plan is None:
+            gaps.append(None)
+            continue
+        own = jnp.full(at.shape, steps)
+        if stagger:
+            # From half a gap to one and a half after the first refresh, then a gap for each.
+            phase = (before + np.arange(plan.matrices) + 0.5) / total + 0.5
+            first = jnp.ceil(steps * phase.astype(np.float32)).astype(jnp.int32)
+            own = jnp.where(at == 0, first.reshape(at.shape), own)
+        gaps.append(own)
+        before += plan.matrices
+    return gaps
+
+
+def _reset(
+    init: Callable[[], optax.OptState],
+    leaves: list[Array],
+    moments_of: list[Any],
+    refreshed: list[Any],
+) -> list[Array]:
+    """The leaves of the inner's state, made anew where they belong to a refreshed matrix."""
+    moved = [
+        (place.position, refreshed[i][j])
+        for i, matrices in enumerate(moments_of)
+        for j, matrix in enumerate(matrices)
+        for place in matrix
+        if refreshed[i] is not None
+    ]
+    if not moved:
+        return leaves
+
+    def reset() -> list[Array]:
+        fresh, new = jax.tree.leaves(init()), list(leaves)
+        for position, found in moved:
+            new[position] = jnp.where(found, fresh[position], leaves[position])
+        return new
+
+    return jax.lax.cond(jnp.any(jnp.array([f for _, f in moved])), reset, lambda: leaves)
+
+
+def _check_static(value: Any, name: str) -> None:
     if isinstance(value, jax.Array):
         raise ValueError(
             f"{name}={value!r} is an array, yet it sets shapes; under optax.inject_hyperparams "
             'name it in static_args=("rank", "update_proj_gap", "seed")'
         )
+
+
+def _whole(value: int, name: str) -> int:
+    _check_static(value, name)
     if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
         raise ValueError(f"{name}={value!r} is no whole number of at least 1")
     return operator.index(value)
 
 
-def _check_choice(value: str, name: str, accepted: tuple[str, ...]) -> None:
+def _check_choice(value: Any, name: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(accepted)}")
 

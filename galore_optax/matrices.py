@@ -2,7 +2,8 @@
 
 GaLore (arXiv:2403.03507, section 4) projects weight *matrices*. A leaf may hold one matrix, a stack
 of them (the layers of a scanned model, the experts of a mixture), or a matrix whose input or output
-side is spread over several axes (attention's heads).
+side is spread over several axes (attention's heads). A leaf that is a true tensor (a convolution's
+kernel) is projected along each of its axes (Tensor-GaLore, arXiv:2501.02379).
 """
 
 import dataclasses
@@ -37,31 +38,60 @@ class GaLoreDimensionNumbers(NamedTuple):
     output_axis: int | Sequence[int] = 1
 
 
+class TuckerDimensionNumbers(NamedTuple):
+    """Says which axes of a leaf are projected, each by a basis of its own (a Tucker projection).
+
+    For tensors that are no matrices, such as a convolution's kernel: the gradient G becomes the
+    core G ×₁ P₁ᵀ ×₂ P₂ᵀ …, each basis found from the gradient's unfolding along its axis. An axis
+    no longer than the rank stays as it is. Axes that are not listed are batch axes.
+
+    Attributes:
+        axes: The axes that are projected.
+
+    References:
+        George et al., `Tensor-GaLore <https://arxiv.org/abs/2501.02379>`_, 2025, section 3.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from galore_optax import TuckerDimensionNumbers, galore
+        >>> kernel = TuckerDimensionNumbers(axes=(0, 1, 2, 3))  # (height, width, in, out)
+        >>> tx = galore(8, optax.adam(1e-3), weight_dimension_numbers={"kernel": kernel})
+        >>> state = tx.init({"kernel": jnp.ones((3, 3, 32, 64))})
+        >>> [basis.shape for basis in state.bases["kernel"]]
+        [(32, 8), (64, 8)]
+    """
+
+    axes: Sequence[int]
+
+
 WeightDimensionNumbers = (
-    GaLoreDimensionNumbers | optax.Params | Callable[[optax.Params], optax.Params] | None
+    GaLoreDimensionNumbers
+    | TuckerDimensionNumbers
+    | optax.Params
+    | Callable[[optax.Params], optax.Params]
+    | None
 )
 
 
 def _is_dimension_numbers(x: Any) -> bool:
     # By attribute, so that optax.contrib's tuple of the same name is taken as well.
-    return x is None or (hasattr(x, "reduction_axis") and hasattr(x, "output_axis"))
+    matrix = hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
+    return x is None or matrix or isinstance(x, TuckerDimensionNumbers)
 
 
 @dataclasses.dataclass(frozen=True)
-class MatrixView:
-    """One leaf as a stack of matrices `(*batch, in, out)`, and the way back.
+class LeafView:
+    """One leaf as a stack of matrices `(*batch, in, out)` or of tensors, and the way back.
 
     Attributes:
         shape: The leaf's own shape.
         batch_axes: Axes along which the matrices are stacked.
-        reduction_axes: Axes merged into the matrices' input.
-        output_axes: Axes merged into the matrices' output.
+        modes: For each axis of a matrix or tensor, the leaf's axes that are merged into it.
     """
 
     shape: tuple[int, ...]
     batch_axes: tuple[int, ...]
-    reduction_axes: tuple[int, ...]
-    output_axes: tuple[int, ...]
+    modes: tuple[tuple[int, ...], ...]
 
     def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in axes)
@@ -72,25 +102,22 @@ class MatrixView:
         return self._sizes(self.batch_axes)
 
     @property
-    def rows(self) -> int:
-        """Size of the matrices' input."""
-        return math.prod(self._sizes(self.reduction_axes))
+    def sizes(self) -> tuple[int, ...]:
+        """Shape of each matrix or tensor, `(in, out)` of a matrix."""
+        return tuple(math.prod(self._sizes(axes)) for axes in self.modes)
 
     @property
-    def columns(self) -> int:
-        """Size of the matrices' output."""
-        return math.prod(self._sizes(self.output_axes))
+    def _order(self) -> tuple[int, ...]:
+        return self.batch_axes + sum(self.modes, ())
 
-    def to_matrices(self, leaf: Float[Array, "..."]) -> Float[Array, "*batch in out"]:
-        """The leaf with its axes ordered and merged to `(*batch, in, out)`."""
-        ordered = leaf.transpose(self.batch_axes + self.reduction_axes + self.output_axes)
-        return ordered.reshape(*self.batch_shape, self.rows, self.columns)
+    def to_stack(self, leaf: Float[Array, "..."]) -> Float[Array, "*stack"]:
+        """The leaf with its axes ordered and merged to `(*batch, *sizes)`."""
+        return leaf.transpose(self._order).reshape(*self.batch_shape, *self.sizes)
 
-    def to_leaf(self, matrices: Float[Array, "*batch in out"]) -> Float[Array, "..."]:
-        """The inverse of `to_matrices`."""
-        order = self.batch_axes + self.reduction_axes + self.output_axes
-        inverse = tuple(order.index(axis) for axis in range(len(order)))
-        return matrices.reshape(self._sizes(order)).transpose(inverse)
+    def to_leaf(self, stack: Float[Array, "*stack"]) -> Float[Array, "..."]:
+        """The inverse of `to_stack`."""
+        inverse = tuple(self._order.index(axis) for axis in range(len(self.shape)))
+        return stack.reshape(self._sizes(self._order)).transpose(inverse)
 
 
 def _axes(axes: int | Sequence[int], name: str, path: str, ndim: int) -> tuple[int, ...]:
@@ -104,55 +131,66 @@ def _axes(axes: int | Sequence[int], name: str, path: str, ndim: int) -> tuple[i
 
 
 def _projectable(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating) and math.prod(leaf.shape) > 0
+    # Complex ones pass, to be refused by name.
+    return jnp.issubdtype(leaf.dtype, jnp.inexact) and math.prod(leaf.shape) > 0
+
+
+def _modes(numbers: Any, path: str, ndim: int) -> tuple[tuple[int, ...], ...]:
+    if isinstance(numbers, TuckerDimensionNumbers):
+        return tuple((axis,) for axis in _axes(numbers.axes, "axes", path, ndim))
+    return (
+        _axes(numbers.reduction_axis, "reduction_axis", path, ndim),
+        _axes(numbers.output_axis, "output_axis", path, ndim),
+    )
 
 
 def _axes_needed(numbers: Any) -> int:
     """The fewest axes of a leaf in which the dimension numbers can be found."""
-    merged = [
-        axis
-        for axes in (numbers.reduction_axis, numbers.output_axis)
-        for axis in ([axes] if isinstance(axes, int) else axes)
-    ]
+    if isinstance(numbers, TuckerDimensionNumbers):
+        named = (numbers.axes,)
+    else:
+        named = (numbers.reduction_axis, numbers.output_axis)
+    merged = [axis for axes in named for axis in ([axes] if isinstance(axes, int) else axes)]
     return max(len(merged), *(axis + 1 if axis >= 0 else -axis for axis in merged))
 
 
-def _view(leaf: Any, numbers: Any, path: str) -> MatrixView | None:
+def _view(leaf: Any, numbers: Any, path: str) -> LeafView | None:
     if numbers is None:
         return None
     if not _is_dimension_numbers(numbers):
         raise ValueError(
-            f"weight_dimension_numbers: {numbers!r} at {path} is neither GaLoreDimensionNumbers "
-            "nor None"
+            f"weight_dimension_numbers: {numbers!r} at {path} is neither GaLoreDimensionNumbers, "
+            "nor TuckerDimensionNumbers, nor None"
         )
     ndim = len(leaf.shape)
-    rows = _axes(numbers.reduction_axis, "reduction_axis", path, ndim)
-    columns = _axes(numbers.output_axis, "output_axis", path, ndim)
-    if len({*rows, *columns}) < len(rows) + len(columns):
+    modes = _modes(numbers, path, ndim)
+    named = sum(modes, ())
+    if len({*named}) < len(named):
         raise ValueError(
-            f"weight_dimension_numbers: reduction_axis={rows} and output_axis={columns} at {path} "
-            "name an axis twice; each axis is an input, an output, or (not named) a batch axis"
+            f"weight_dimension_numbers: {numbers} at {path} names an axis twice; each axis is in "
+            "one place, or (not named) a batch axis"
         )
-    batch = tuple(axis for axis in range(ndim) if axis not in rows + columns)
-    if not _projectable(leaf):
+    if not _projectable(leaf) or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         raise ValueError(
             f"weight_dimension_numbers: the leaf at {path} has shape {leaf.shape} and dtype "
-            f"{leaf.dtype}; only real floating-point matrices with elements can be projected, give "
-            "None for it"
+            f"{leaf.dtype}; only real floating-point matrices with elements can be projected: give "
+            "None in its place to leave it to the inner transformation as it is"
         )
-    return MatrixView(tuple(leaf.shape), batch, rows, columns)
+    batch = tuple(axis for axis in range(ndim) if axis not in named)
+    return LeafView(tuple(leaf.shape), batch, modes)
 
 
 def matrix_views(
     params: optax.Params, numbers: WeightDimensionNumbers
-) -> list[tuple[str, MatrixView | None]]:
+) -> list[tuple[str, LeafView | None]]:
     """Path and view of every leaf, in the order of `jax.tree.leaves`; no view where unprojected.
 
     Args:
         params: Tree of arrays or of `jax.ShapeDtypeStruct`.
-        numbers: `GaLoreDimensionNumbers` for all leaves with axes enough, a tree of them (or a
-            prefix of one) with `None` at leaves to leave out, a function of the params that gives
-            such a tree, or `None`: every leaf with two axes is a matrix.
+        numbers: `GaLoreDimensionNumbers` or `TuckerDimensionNumbers` for all leaves with axes
+            enough, a tree of them (or a prefix of one) with `None` at leaves to leave out, a
+            function of the params that gives such a tree, or `None`: every leaf with two axes is a
+            matrix.
 
     Raises:
         ValueError: If the dimension numbers do not fit the params.

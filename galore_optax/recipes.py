@@ -4,21 +4,27 @@ import optax
 
 from galore_optax.galore import galore
 from galore_optax.matrices import WeightDimensionNumbers
+from galore_optax.moments import MomentsFunction
+from galore_optax.projection import Rank
+from galore_optax.subspace import FindSubspace
 
 
 def galore_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int,
+    rank: Rank,
     *,
-    update_proj_gap: int = 200,
+    update_proj_gap: int | optax.Schedule = 200,
     scale: float = 0.25,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    subspace: str = "randomized",
+    subspace: str | FindSubspace = "randomized",
     side: str = "smaller",
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    moments: str | MomentsFunction | None = None,
+    stagger: bool = False,
+    rank_schedule: optax.Schedule | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore with AdamW: the recipe of the paper's pre-training runs.
@@ -35,6 +41,9 @@ def galore_adamw(
         subspace: As in `galore`.
         side: As in `galore`.
         weight_dimension_numbers: As in `galore`.
+        moments: As in `galore`.
+        stagger: As in `galore`.
+        rank_schedule: As in `galore`.
         seed: As in `galore`.
 
     Raises:
@@ -57,15 +66,18 @@ def galore_adamw(
         subspace=subspace,
         side=side,
         weight_dimension_numbers=weight_dimension_numbers,
+        moments=moments,
+        stagger=stagger,
+        rank_schedule=rank_schedule,
         seed=seed,
     )
 
 
 def galore_adafactor(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int,
+    rank: Rank,
     *,
-    update_proj_gap: int = 200,
+    update_proj_gap: int | optax.Schedule = 200,
     scale: float = 0.25,
     momentum: float | None = None,
     decay_rate: float = 0.8,
@@ -73,9 +85,12 @@ def galore_adafactor(
     clipping_threshold: float | None = 1.0,
     min_dim_size_to_factor: int = 1,
     weight_decay: float = 0.0,
-    subspace: str = "randomized",
+    subspace: str | FindSubspace = "randomized",
     side: str = "smaller",
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    moments: str | MomentsFunction | None = None,
+    stagger: bool = False,
+    rank_schedule: optax.Schedule | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore with Adafactor at a given learning rate (no scaling by the parameter's size).
@@ -95,6 +110,9 @@ def galore_adafactor(
         subspace: As in `galore`.
         side: As in `galore`.
         weight_dimension_numbers: As in `galore`.
+        moments: As in `galore`.
+        stagger: As in `galore`.
+        rank_schedule: As in `galore`.
         seed: As in `galore`.
 
     Raises:
@@ -133,5 +151,8 @@ def galore_adafactor(
         subspace=subspace,
         side=side,
         weight_dimension_numbers=weight_dimension_numbers,
+        moments=moments,
+        stagger=stagger,
+        rank_schedule=rank_schedule,
         seed=seed,
     )

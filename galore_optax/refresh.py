@@ -1,4 +1,5 @@
-"""When to look for a new subspace: every `update_proj_gap` steps (GaLore, algorithm 2).
+"""When to look for a new subspace, and the exchange: every `update_proj_gap` steps (GaLore,
+algorithm 2), the moments carried over to the new basis.
 
 A refresh stays due until a finite, non-zero gradient performs it.
 """
@@ -10,8 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from galore_optax.moments import CarryOver
 from galore_optax.projection import Projection
 from galore_optax.subspace import FindSubspace, refreshed
+
+Bases = tuple[Array, ...]
+Moments = tuple[tuple[Array, ...], ...]
 
 
 # Compiled on its own, since outside of jit every conditional would be compiled anew at every call.
@@ -19,13 +24,16 @@ from galore_optax.subspace import FindSubspace, refreshed
 def refresh(
     projection: Projection,
     find: FindSubspace,
-    gap: int,
+    carry_over: CarryOver | None,
     grad: Float[Array, "..."],
-    basis: Float[Array, "*batch n r"],
+    bases: tuple[Float[Array, "*batch n r"], ...],
+    moments: Moments,
     due: Int[Array, "*batch"],
     count: Int[Array, ""],
+    gaps: Int[Array, "*batch"],
+    kept: Float[Array, ""] | None,
     keys: PRNGKeyArray,
-) -> tuple[Float[Array, "*batch n r"], Int[Array, "*batch"]]:
+) -> tuple[Bases, Moments, Int[Array, "*batch"]]:
     """New bases for the matrices of a leaf that are due one; costs nothing on other steps.
 
     A conditional inside a loop over the stack: under `vmap` it would become a select, which
@@ -34,41 +42,80 @@ def refresh(
     Args:
         projection: How the leaf is projected.
         find: Finds a basis of one gradient `(n, m)`, the projected side first.
-        gap: Steps between refreshes.
+        carry_over: What becomes of the moments; None leaves them.
         grad: The leaf's gradient.
-        basis: The present bases.
+        bases: The present bases, of each projected side.
+        moments: For each matrix, its moments in the inner's state.
         due: The step from which each matrix's refresh is due.
         count: The present step.
+        gaps: Steps until the next refresh of each matrix, if one is performed now.
+        kept: Fraction of the rank that new bases use; None uses it all.
         keys: Randomness of this step for each matrix, `projection.keys(...)`.
 
     Returns:
-        The bases, and the steps from which the next refreshes are due.
+        The bases, the moments, and the steps from which the next refreshes are due.
     """
-    following = (count // gap + 1) * gap
 
     def matrix(
-        gradient: Callable[[], Float[Array, "n m"]], basis: Array, due: Array, key: PRNGKeyArray
-    ) -> tuple[Array, Array]:
-        def search() -> tuple[Array, Array]:
-            new, found = refreshed(find, gradient(), basis, key)
-            return new, jnp.where(found, following, due)
+        gradient: Callable[[int], Float[Array, "n m"]],
+        bases: Bases,
+        due: Array,
+        gap: Array,
+        key: PRNGKeyArray,
+    ) -> tuple[Bases, Array]:
+        def search() -> tuple[Bases, Array]:
+            pairs = [
+                refreshed(find, gradient(mode), basis, jax.random.fold_in(key, mode), kept)
+                for mode, basis in zip(projection.modes, bases, strict=True)
+            ]
+            found = jnp.all(jnp.array([ok for _, ok in pairs]))
+            new = tuple(jnp.where(found, b, old) for (b, _), old in zip(pairs, bases, strict=True))
+            return new, jnp.where(found, count + gap, due)
 
-        return jax.lax.cond(count >= due, search, lambda: (basis, due))
+        return jax.lax.cond(count >= due, search, lambda: (bases, due))
 
-    if not projection.view.batch_axes:
-        return matrix(lambda: projection.oriented(grad), basis, due, keys[0])
+    def carried(old: Bases, new: Bases, found: Array, moments: tuple[Array, ...]):
+        if carry_over is None:
+            return moments
+        return jax.lax.cond(found, lambda: carry_over(old, new, moments), lambda: moments)
 
-    def stack() -> tuple[Array, Array]:
-        gradients = projection.oriented(grad)
-        gradients = gradients.reshape(-1, *gradients.shape[-2:])
+    def single() -> tuple[Bases, Moments, Array]:
+        new, following = matrix(
+            lambda mode: projection.unfolded(grad, mode), bases, due, gaps, keys[0]
+        )
+        return new, (carried(bases, new, following != due, moments[0]),), following
 
-        def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            bases, dues = carry
-            new, new_due = matrix(lambda: gradients[i], bases[i], dues[i], keys[i])
-            return bases.at[i].set(new), dues.at[i].set(new_due)
+    def stack() -> tuple[Bases, Moments, Array]:
+        def flat(x: Array) -> Array:
+            return x.reshape(-1, *x.shape[len(projection.view.batch_axes) :])
 
-        carry = basis.reshape(-1, *basis.shape[-2:]), due.reshape(-1)
-        bases, dues = jax.lax.fori_loop(0, keys.shape[0], body, carry)
-        return bases.reshape(basis.shape), dues.reshape(due.shape)
+        gradients = {mode: flat(projection.unfolded(grad, mode)) for mode in projection.modes}
+        old, flat_due, flat_gaps = tuple(flat(basis) for basis in bases), flat(due), flat(gaps)
 
-    return jax.lax.cond(jnp.any(count >= due), stack, lambda: (basis, due))
+        def body(i: Array, state: tuple[Bases, Array]) -> tuple[Bases, Array]:
+            present, dues = state
+            new, following = matrix(
+                lambda mode: gradients[mode][i],
+                tuple(basis[i] for basis in present),
+                dues[i],
+                flat_gaps[i],
+                keys[i],
+            )
+            pairs = zip(present, new, strict=True)
+            return tuple(basis.at[i].set(b) for basis, b in pairs), dues.at[i].set(following)
+
+        new, dues = jax.lax.fori_loop(0, projection.matrices, body, (old, flat_due))
+        turned = tuple(
+            carried(
+                tuple(basis[i] for basis in old),
+                tuple(basis[i] for basis in new),
+                dues[i] != flat_due[i],
+                own,
+            )
+            for i, own in enumerate(moments)
+        )
+        shaped = tuple(b.reshape(basis.shape) for b, basis in zip(new, bases, strict=True))
+        return shaped, turned, dues.reshape(due.shape)
+
+    change = stack if projection.view.batch_axes else single
+    return jax.lax.cond(jnp.any(count >= due), change, lambda: (bases, moments, due))

@@ -140,18 +140,26 @@ def refreshed(
     gradient: Float[Array, "n m"],
     basis: Float[Array, "n r"],
     key: PRNGKeyArray,
+    kept: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, "n r"], Array]:
     """A new basis for `gradient`, and whether one was found.
 
     A gradient that is zero or not finite has no subspace: the present basis stays, and the caller
     tries again at the next step. Computed in float32 (float64 for float64 gradients), after a
-    division by the largest magnitude, so that no gradient leaves the dtype's range.
+    division by the largest magnitude, so that no gradient leaves the dtype's range. With `kept`,
+    a fraction, only so many of the rank's columns are used, those with most energy; the others are
+    zero.
     """
     wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
     largest = jnp.max(jnp.abs(wide))
 
     def search() -> tuple[Float[Array, "n r"], Array]:
-        found = find(wide / largest, basis.astype(wide.dtype), key)
+        unit = wide / largest
+        found = find(unit, basis.astype(wide.dtype), key)
+        if kept is not None:
+            rank = found.shape[-1]
+            used = jnp.arange(rank) < jnp.ceil(kept * rank)
+            found = jnp.where(used, by_energy(found, unit), 0)
         usable = jnp.all(jnp.isfinite(found))
         return jnp.where(usable, found.astype(basis.dtype), basis), usable
 

@@ -8,7 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import GaLoreDimensionNumbers, galore, galore_adafactor, galore_adamw
+from galore_optax import (
+    GaLoreDimensionNumbers,
+    TuckerDimensionNumbers,
+    galore,
+    galore_adafactor,
+    galore_adamw,
+)
 
 PUBLISHED = np.load(Path(__file__).with_name("fixtures") / "galore_torch.npz")
 SHAPES = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16), "odd": (13, 7)}
@@ -181,7 +187,7 @@ def test_no_nan_enters_the_basis_and_the_refresh_stays_due():
         np.testing.assert_array_equal(state.bases, random_basis)
     good = normal(1, 8, 12)
     _, state = tx.update(good, state, params)
-    assert state.next_refresh == 10
+    assert state.next_refresh == 3 + 10
     assert not np.allclose(state.bases, random_basis)
     np.testing.assert_allclose(state.bases.T @ state.bases, np.eye(4), atol=1e-6)
 
@@ -283,6 +289,8 @@ def test_warns_of_what_it_leaves_out():
     [
         (dict(rank=0), "rank=0"),
         (dict(rank=2.5), "rank=2.5"),
+        (dict(rank=True), "rank=True"),
+        (dict(moments="forget"), "moments=.forget."),
         (dict(update_proj_gap=0), "update_proj_gap=0"),
         (dict(scale=float("nan")), "scale=nan"),
         (dict(subspace="pca"), "subspace='pca'"),
@@ -327,3 +335,118 @@ def test_an_array_in_the_place_of_a_static_argument_says_what_to_do():
     params = normal(0, 8, 12)
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params)  # the scale is an array here
     assert jnp.isfinite(updates).all()
+
+
+def tucker(gradient, modes, rank):
+    """The gradient within the leading directions of its unfoldings, in float64."""
+    core, bases = np.asarray(gradient, np.float64), []
+    for mode in modes:
+        unfolded = np.moveaxis(np.asarray(gradient, np.float64), mode, 0)
+        basis = np.linalg.svd(unfolded.reshape(unfolded.shape[0], -1))[0][:, :rank]
+        bases.append(basis)
+    for mode, basis in zip(modes, bases, strict=True):
+        core = np.moveaxis(np.tensordot(basis @ basis.T, core, (1, mode)), 0, mode)
+    return core
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers", "side", "modes"),
+    [
+        ((8, 12), GaLoreDimensionNumbers(), "both", (0, 1)),
+        ((12, 8), GaLoreDimensionNumbers(), "both", (0, 1)),
+        ((3, 3, 8, 16), TuckerDimensionNumbers((0, 1, 2, 3)), "smaller", (2, 3)),
+        ((6, 7, 8), TuckerDimensionNumbers((2, 0, 1)), "smaller", (0, 1, 2)),
+        ((3, 2, 4), TuckerDimensionNumbers((0, 1, 2)), "smaller", ()),
+    ],
+)
+def test_several_sides_and_tensors_equal_a_float64_tucker_projection(shape, numbers, side, modes):
+    tx = galore(
+        4, optax.sgd(0.1), subspace="svd", side=side, update_proj_gap=1,
+        weight_dimension_numbers=numbers,
+    )  # fmt: skip
+    params, grads = normal(0, *shape), [normal(i, *shape) for i in range(1, 4)]
+    expected = np.asarray(params, np.float64)
+    for got, grad in zip(run(tx, params, grads), grads, strict=True):
+        expected = expected - 0.25 * 0.1 * tucker(grad, modes, 4)
+        np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+def test_a_batch_of_tensors_equals_its_tensors_apart():
+    stacked = TuckerDimensionNumbers((1, 2, 3))
+    grads = [normal(i, 2, 5, 6, 7) for i in range(3)]
+    options = dict(update_proj_gap=2, subspace="svd")
+    tx = galore(4, optax.adam(0.01), weight_dimension_numbers=stacked, **options)
+    one = galore(
+        4, optax.adam(0.01), weight_dimension_numbers=TuckerDimensionNumbers((0, 1, 2)), **options
+    )
+    got = run(tx, normal(9, 2, 5, 6, 7), grads)[-1]
+    expected = run(one, list(normal(9, 2, 5, 6, 7)), [list(g) for g in grads])[-1]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_rank_may_be_a_fraction_or_a_function_of_path_and_shape():
+    params = {"a": jnp.ones((8, 12)), "b": jnp.ones((40, 20)), "c": jnp.ones((2, 2))}
+
+    def ranks(rank):
+        state = galore(rank, optax.adam(1e-3)).init(params)
+        return jax.tree.map(lambda basis: basis.shape[-1], state.bases)
+
+    assert ranks(0.25) == {"a": 2, "b": 5, "c": 1}
+    assert ranks(1.0) == {"a": 8, "b": 20, "c": 2}
+    assert ranks(lambda path, shape: 3 if "a" in path else 0.5) == {"a": 3, "b": 10, "c": 1}
+    with pytest.raises(ValueError, match=r"rank\(.*'a'.*=0"):
+        ranks(lambda path, shape: 0)
+
+
+def test_the_gap_may_be_a_function_of_the_step():
+    tx = galore(4, optax.sgd(0.1), update_proj_gap=lambda step: jnp.where(step < 4, 2, 5))
+    params = normal(0, 8, 12)
+    state, refreshes = tx.init(params), []
+    for step in range(12):
+        before = state.bases
+        _, state = tx.update(normal(step + 1, 8, 12), state)
+        refreshes += [step] * (not np.array_equal(before, state.bases))
+    assert refreshes == [0, 2, 4, 9]
+
+
+def test_staggered_refreshes_are_spread_over_the_gap():
+    params = {"stack": normal(0, 3, 8, 12), "one": normal(1, 8, 12)}
+    numbers = {"stack": STACKED, "one": GaLoreDimensionNumbers()}
+    tx = galore(
+        4, optax.sgd(0.1), update_proj_gap=8, stagger=True, weight_dimension_numbers=numbers
+    )
+    state, refreshes = tx.init(params), []
+    for step in range(29):
+        before = state.bases
+        grads = jax.tree.map(lambda x, step=step: normal(step, *x.shape), params)
+        _, state = tx.update(grads, state)
+        moved = [before["one"] != state.bases["one"], *(before["stack"] != state.bases["stack"])]
+        refreshes.append([bool(m.any()) for m in moved])
+    steps = [[step for step, moved in enumerate(refreshes) if moved[i]] for i in range(4)]
+    assert steps == [[0, 5, 13, 21], [0, 7, 15, 23], [0, 9, 17, 25], [0, 11, 19, 27]]
+
+
+def test_a_rank_schedule_uses_fewer_directions_later_the_leading_ones():
+    tx = galore(
+        8, optax.sgd(0.1), update_proj_gap=2, rank_schedule=lambda step: jnp.where(step < 2, 1, 0.5)
+    )
+    params = normal(0, 12, 16)
+    state, used = tx.init(params), []
+    for i in range(3):
+        grad = normal(i + 1, 12, 16)
+        _, state = tx.update(grad, state)
+        used.append(int((jnp.abs(state.bases).max(axis=0) > 0).sum()))
+    assert used == [8, 8, 4]
+    _, values, _ = np.linalg.svd(grad)
+    kept = np.linalg.norm(state.bases.T @ grad) ** 2
+    assert kept > 0.9 * np.sum(values[:4] ** 2)  # of the range finder's eight the best four
+
+
+def test_a_complex_matrix_is_refused_and_other_complex_leaves_are_the_inners():
+    params = {"w": jnp.ones((8, 12), jnp.complex64)}
+    with pytest.raises(ValueError, match=r"'w'.*complex64.*give None"):
+        galore(4, optax.adam(1e-3)).init(params)
+    params = {"w": jnp.ones((8, 12)), "z": jnp.ones(3, jnp.complex64)}
+    tx = galore(4, optax.sgd(0.1))
+    updates, _ = tx.update(params, tx.init(params))
+    np.testing.assert_allclose(updates["z"], -0.1 * params["z"])

@@ -1,0 +1,182 @@
+"""What becomes of an inner optimizer's moments when a subspace changes.
+
+Moments live in the coordinates of the old basis. With the transition Q = P_newᵀ P_old between the
+two (LDAdam, arXiv:2410.16103, section 3.2), a first moment m becomes Q m, and a second moment v,
+with the first beside it,
+
+    v ← (Q∘Q) (v - m²) + (Q m)²
+
+since v - m² is a variance, whose covariances are taken as zero, and m² is turned as m is; a second
+moment that stands alone becomes (Q∘Q) v, as do Adafactor's factors along the rank. Of m² no more
+than v is counted, so that no second moment falls below zero.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from galore_optax.projection import Projection
+from galore_optax.sharding import matmul
+
+Turn = Callable[..., Array]
+MomentsFunction = Callable[[str, Array, Turn], Array]
+"""From a moment's name in the inner's state, the moment, and `turn(x, squared=False)`, which
+changes the basis of x by Q (or Q∘Q), to the moment in the new basis."""
+
+RULES = ("rotate", "keep", "reset")
+
+# Names of fields of optax's states (and of torch's, for states that follow them).
+_FIRST = ("mu", "trace", "m", "m1", "m2", "ema", "exp_avg")
+_SECOND = ("nu", "nu_max", "exp_avg_sq")
+_FACTORS = ("v_row", "v_col", "v")  # of FactoredState
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A leaf of the inner's state that belongs to a matrix.
+
+    Attributes:
+        position: Its index among the leaves of the state.
+        name: Its field's name.
+        container: The path of the state that has the field.
+    """
+
+    position: int
+    name: str
+    container: str
+
+
+class _Slot:
+    """Which matrix a place belongs to; no pytree, so that it is a leaf."""
+
+    def __init__(self, leaf: int, matrix: int):
+        self.leaf, self.matrix, self.depth = leaf, matrix, 0
+
+
+def places(
+    inner: optax.GradientTransformation,
+    state: optax.OptState,
+    params: optax.Params,
+    plans: Sequence[Projection | None],
+) -> list[list[list[Place]]]:
+    """Where the moments of each matrix lie in the inner's state.
+
+    Args:
+        inner: The inner transformation.
+        state: Its state.
+        params: Tree like the params, for its structure.
+        plans: How each leaf is projected.
+
+    Returns:
+        For each leaf and each of its matrices, the places; none for leaves that are not projected.
+    """
+    tree = jax.tree.structure(params)
+    slots = tree.unflatten(
+        [
+            _Slot(i, 0)
+            if plan is None or not plan.view.batch_axes
+            else tuple(_Slot(i, j) for j in range(plan.matrices))
+            for i, plan in enumerate(plans)
+        ]
+    )
+    for path, slot in jax.tree.leaves_with_path(slots):
+        slot.depth = len(path)
+    other = _Slot(-1, 0)
+    owners = optax.tree_utils.tree_map_params(
+        inner.init, lambda _, slot: slot, state, slots, transform_non_params=lambda _: other
+    )
+    found: list[list[list[Place]]] = [
+        [] if plan is None else [[] for _ in range(plan.matrices)] for plan in plans
+    ]
+    paths = [path for path, _ in jax.tree.leaves_with_path(state)]
+    for position, (path, slot) in enumerate(zip(paths, jax.tree.leaves(owners), strict=True)):
+        if slot is other or plans[slot.leaf] is None:
+            continue
+        field = path[: len(path) - slot.depth]
+        name = jax.tree_util.keystr(field[-1:], simple=True) if field else ""
+        container = jax.tree_util.keystr(field[:-1])
+        found[slot.leaf][slot.matrix].append(Place(position, name, container))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class CarryOver:
+    """Carries the moments of one matrix over to a new basis.
+
+    Attributes:
+        projection: How the matrix's leaf is projected.
+        rule: "rotate", or the user's own function.
+        names: For each moment, its field's name and the path of the state that has the field.
+    """
+
+    projection: Projection
+    rule: str | MomentsFunction
+    names: tuple[tuple[str, str], ...]
+
+    def __call__(
+        self,
+        old: Sequence[Float[Array, "n r"]],
+        new: Sequence[Float[Array, "n r"]],
+        moments: Sequence[Array],
+    ) -> tuple[Array, ...]:
+        """The moments in the new bases, each in its own shape and dtype."""
+        transitions = {
+            mode: matmul(_wide(after).T, _wide(before))
+            for mode, before, after in zip(self.projection.modes, old, new, strict=True)
+        }
+        carried = [self._carried(i, moments, transitions) for i in range(len(moments))]
+        return tuple(c.astype(m.dtype) for c, m in zip(carried, moments, strict=True))
+
+    def _carried(self, i: int, moments: Sequence[Array], transitions: dict[int, Array]) -> Array:
+        (name, container), moment = self.names[i], moments[i]
+        axes = self._axes(name, moment)
+
+        def turn(x: Array, squared: bool = False) -> Array:
+            for at, axis in enumerate(axes):
+                if axis in transitions:
+                    q = transitions[axis]
+                    turned = jnp.tensordot(q * q if squared else q, _wide(x), (1, at))
+                    x = jnp.moveaxis(turned, 0, at)
+            return x
+
+        if callable(self.rule):
+            return self.rule(name, moment, turn) if axes else moment
+        if not axes:
+            return moment
+        if name in _FIRST:
+            return turn(moment)
+        if name not in _SECOND:
+            return turn(moment, squared=True) if name in _FACTORS else moment
+        beside = [
+            _wide(other)
+            for other, (n, c) in zip(moments, self.names, strict=True)
+            if n in _FIRST and c == container and other.shape == moment.shape
+        ]
+        if not beside:
+            return turn(moment, squared=True)
+        second, first = _wide(moment), beside[0]
+        mean = jnp.minimum(second, first * first)
+        turned = turn(jnp.sign(first) * jnp.sqrt(mean))
+        return turn(second - mean, squared=True) + turned * turned
+
+    def _axes(self, name: str, moment: Array) -> tuple[int, ...]:
+        """Which axes of the projected matrix the moment has; none where it is to be kept."""
+        shape = self.projection.small_shape
+        if name in ("v_row", "v_col") and len(shape) > 1:
+            # optax drops the longest axis for the one, the second longest for the other.
+            second, longest = (int(axis) for axis in np.argsort(shape)[-2:])
+            dropped = longest if name == "v_row" else second
+            axes = tuple(axis for axis in range(len(shape)) if axis != dropped)
+        else:
+            axes = tuple(range(len(shape)))
+        return axes if moment.shape == tuple(shape[axis] for axis in axes) else ()
+
+
+def _wide(x: Any) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
