@@ -25,7 +25,7 @@ import optax
 import optax.contrib
 
 from galore_optax import GaLoreDimensionNumbers, galore
-from models import llama
+from models.llama_config import SIZES, weight_table
 from train.config import DEFAULTS
 
 PARTS = ("ordinary", "refresh", "energy", "memory", "compilations", "int4")
@@ -42,7 +42,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 def projected_shapes(model: str, layers: int | None) -> Shapes:
     """Shape (layers, in, out) of each stack of matrices that GaLore projects."""
-    table = llama.weight_table(llama.SIZES[model])["layers"]
+    table = weight_table(SIZES[model])["layers"]
     stacks = {**table["attention"], **table["mlp"]}
     return {name: (layers or w.shape[0], *w.shape[1:]) for name, w in stacks.items()}
 
@@ -390,7 +390,7 @@ def options(pairs: list[str]) -> Iterator[tuple[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="llama-60m", choices=[*llama.SIZES])
+    parser.add_argument("--model", default="llama-60m", choices=[*SIZES])
     parser.add_argument("--rank", type=int, help="by default the paper's for the model")
     parser.add_argument("--layers", type=int, help="instead of the model's, to fit the memory")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -21,11 +21,12 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from galore_optax.decoupled_decay import decay, remembers_params, update_and_slopes
+from galore_optax.decoupled_decay import decay, update_and_slopes
 from galore_optax.matrices import WeightDimensionNumbers
 from galore_optax.moments import RULES, CarryOver, MomentsFunction, places
 from galore_optax.projection import SIDES, Projection, Rank, checked_rank, projections
 from galore_optax.refresh import refresh
+from galore_optax.remembered_params import remembers_params
 from galore_optax.subspace import SUBSPACES, FindSubspace
 
 DEFAULT_MOMENTS = "rotate"
@@ -185,7 +186,8 @@ def galore(
             due[i] = jnp.zeros(plan.view.batch_shape, jnp.int32)
             leaves[i] = plan.into(found, leaves[i])
         small = tree.unflatten(leaves)
-        if moments is None and remembers_params(inner.init, small):
+        projected = tree.unflatten([plan is not None for plan in plans])
+        if moments is None and remembers_params(inner, small, projected):
             raise ValueError(
                 "inner: its state remembers the params, projected into the present subspace, which "
                 "mean nothing in the next one; choose with moments= what is to become of it: "

@@ -61,7 +61,7 @@ class Projection:
     def unfolded(self, leaf: Float[Array, "..."], mode: int) -> Float[Array, "*batch n m"]:
         """The leaf's matrices with one projected axis first and all others merged behind it."""
         stack = self.view.to_stack(leaf)
-        return _unfold(stack, len(self.view.batch_axes), mode)
+        return unfold(stack, mode, len(self.view.batch_axes))
 
     def into(self, bases: Sequence[Float[Array, "*batch n r"]], leaf: Float[Array, "..."]) -> Any:
         """R = PᵀG `(r, out)` or GP `(in, r)`; of stacked matrices a tuple, one array for each.
@@ -121,7 +121,8 @@ class Projection:
         return tuple(basis(*pair) for pair in zip(self.modes, self.ranks, strict=True))
 
 
-def _unfold(stack: Array, batch: int, mode: int) -> Array:
+def unfold(stack: Float[Array, "..."], mode: int, batch: int = 0) -> Float[Array, "*batch n m"]:
+    """One axis of each matrix or tensor first, all others merged behind it."""
     moved = jnp.moveaxis(stack, batch + mode, batch)
     return moved.reshape(*moved.shape[: batch + 1], -1)
 

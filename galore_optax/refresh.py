@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from galore_optax.moments import CarryOver, transition
-from galore_optax.projection import Projection
+from galore_optax.projection import Projection, unfold
 from galore_optax.subspace import FindSubspace, refreshed
 
 Bases = tuple[Array, ...]
@@ -108,14 +108,14 @@ def refresh(
         def flat(x: Array) -> Array:
             return x.reshape(-1, *x.shape[len(projection.view.batch_axes) :])
 
-        gradients = {mode: flat(projection.unfolded(grad, mode)) for mode in projection.modes}
+        gradients = flat(projection.view.to_stack(grad))
         present, flat_due, flat_gaps = tuple(flat(basis) for basis in bases), flat(due), flat(gaps)
 
         def body(i: Array, state: tuple[Bases, Bases, Array]) -> tuple[Bases, Bases, Array]:
             # The transitions are kept, not the old bases, so that new ones can take their place.
             stacks, turns, dues = state
             new, turn, following = matrix(
-                lambda mode: gradients[mode][i],
+                lambda mode: unfold(gradients[i], mode),
                 tuple(basis[i] for basis in stacks),
                 dues[i],
                 flat_gaps[i],
