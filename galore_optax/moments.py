@@ -85,11 +85,17 @@ def places(
             for i, plan in enumerate(plans)
         ]
     )
-    for path, slot in jax.tree.leaves_with_path(slots):
+    by_path = dict(jax.tree.leaves_with_path(slots))
+    for path, slot in by_path.items():
         slot.depth = len(path)
     other = _Slot(-1, 0)
+
+    def owner(like_params: Any) -> Any:
+        # By path, since a state may lack leaves (masked ones) or have several for one.
+        return jax.tree.map_with_path(lambda path, _: by_path.get(path, other), like_params)
+
     owners = optax.tree_utils.tree_map_params(
-        inner.init, lambda _, slot: slot, state, slots, transform_non_params=lambda _: other
+        inner.init, owner, state, transform_non_params=lambda _: other, is_leaf=lambda _: True
     )
     found: list[list[list[Place]]] = [
         [] if plan is None else [[] for _ in range(plan.matrices)] for plan in plans
