@@ -69,3 +69,43 @@ def test_sgd_follows_the_published_projector_over_refreshes(shape, side, proj_ty
     weights, _ = run(refreshed(optax.sgd(LEARNING_RATE), side=side), shape)
     # The subspace of float32's singular vectors, at their least gap.
     np.testing.assert_allclose(weights, REFRESHES[f"{shape}/sgd/{proj_type}"], atol=2e-6)
+
+
+# Published: the moments stay as they are when the basis changes.
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_second_moments_that_are_kept_follow_the_published_ones_over_refreshes(shape):
+    inner = optax.adafactor(
+        LEARNING_RATE, min_dim_size_to_factor=1, multiply_by_parameter_scale=False
+    )
+    weights, _ = run(refreshed(inner, moments="keep"), shape)
+    np.testing.assert_allclose(weights, REFRESHES[f"{shape}/adafactor"], atol=1e-5)
+
+
+def adam_in(bases, shape):
+    """GaLore's Adam with its moments kept, in float64, given the basis of every step."""
+    weight = PUBLISHED[f"{shape}/weight"].astype(np.float64)
+    left = bases.shape[1] == weight.shape[0] and weight.shape[0] <= weight.shape[1]
+    first = second = 0.0
+    weights = []
+    for t, grad in enumerate(PUBLISHED[f"{shape}/grads"].astype(np.float64), start=1):
+        basis = bases[t - 1].astype(np.float64)
+        small = basis.T @ grad if left else grad @ basis
+        first = 0.9 * first + 0.1 * small
+        second = 0.999 * second + 0.001 * small**2
+        step = first / (1 - 0.9**t) / np.sqrt(second / (1 - 0.999**t))
+        weight = weight - LEARNING_RATE * SCALE * (basis @ step if left else step @ basis.T)
+        weights.append(weight)
+    return np.stack(weights)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adam_differs_from_the_published_one_by_the_signs_of_singular_vectors_alone(shape):
+    weights, bases = run(refreshed(optax.adam(LEARNING_RATE, eps=1e-12), moments="keep"), shape)
+    published, their_bases = REFRESHES[f"{shape}/adamw"], REFRESHES[f"{shape}/adamw/bases"]
+    signs = np.sign(np.sum(bases * their_bases, axis=1, keepdims=True))
+    np.testing.assert_allclose(bases, signs * their_bases, atol=1e-5)
+    # The same steps, each in its own bases, to the rounding of float32 weights near 1.
+    np.testing.assert_allclose(weights, adam_in(bases, shape), atol=2e-6)
+    np.testing.assert_allclose(published, adam_in(their_bases, shape), atol=2e-6)
