@@ -77,17 +77,18 @@ def _arrays(traced: jax.extend.core.ClosedJaxpr, marks: list[bool]) -> list[bool
 
 
 def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict[str, Any]:
+    # Of constant curvature, since a Hessian's diagonal (Sophia) is no remembered value of params.
     # Line searches refuse arguments that their value_fn does not name.
     def value_fn(params: optax.Params, obj_fn: Any = None, grad_fn: Any = None) -> Any:
         del obj_fn, grad_fn
-        return sum(jnp.vdot(x, x).real for x in jax.tree.leaves(params))
+        return sum(jnp.sum(x * x).real for x in jax.tree.leaves(params))
 
     arguments = {
         "value": np.float32(0),
         "grad": updates,
         "value_fn": value_fn,
         "obj_fn": value_fn,
-        "grad_fn": lambda params, *_: params,
+        "grad_fn": lambda *_: updates,
     }
     taken = inspect.signature(update).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in taken):

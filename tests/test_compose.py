@@ -266,6 +266,23 @@ def test_lowers_a_convex_loss_around(name):
         assert not np.array_equal(before, after)
 
 
+@pytest.mark.parametrize("name", sorted(REMEMBER_PARAMS))
+def test_an_inner_that_remembers_params_is_refused_unless_told_what_to_do(name):
+    with pytest.raises(ValueError, match=r"(?s)inner.*params.*moments"):
+        around(INNERS[name]).init(START)
+    params, state = descend(around(INNERS[name], moments="keep"), name=name)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((params, state)))
+
+
+def test_params_may_be_remembered_of_leaves_that_are_not_projected():
+    def labels(params):
+        return jax.tree.map(lambda x: "matrix" if x.ndim == 2 else "rest", params)
+
+    inner = optax.partition({"matrix": optax.adam(0.05), "rest": contrib.dog(1.0)}, labels)
+    params, _ = descend(around(inner))
+    assert loss(params) < loss(START)
+
+
 @pytest.mark.parametrize("name", INNERS)
 def test_its_state_keeps_its_structure_shapes_and_dtypes_around(name):
     tx = around(INNERS[name], moments="keep" if name in REMEMBER_PARAMS else None)

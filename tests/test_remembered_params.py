@@ -50,6 +50,8 @@ def test_params_are_found_wherever_they_are_kept(inner):
         optax.adafactor(0.1, momentum=0.9),
         optax.lamb(0.1, weight_decay=0.1),
         optax.chain(optax.sgd(0.1), optax.scale_by_zoom_linesearch(5)),
+        optax.contrib.sophia(0.1),  # the curvature at the params
+        optax.contrib.sam(optax.adam(0.1), optax.sgd(0.1), opaque_mode=True),
         optax.snapshot("norm", lambda updates: optax.tree.norm(updates)),
         optax.MultiSteps(optax.adamw(0.1), 2).gradient_transformation(),
     ],
