@@ -14,6 +14,7 @@ import ast
 import functools
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -225,13 +226,15 @@ def kept_energy(args: argparse.Namespace, side: str, batches: list[Tree]) -> lis
     return found
 
 
-def compiled_text(args: argparse.Namespace, side: str, shapes: Shapes) -> tuple[Any, Tree]:
-    """A side's compiled step and its abstract params; nothing is allocated."""
+def compiled(args: argparse.Namespace, side: str, shapes: Shapes) -> tuple[Any, float]:
+    """A side's compiled step and the seconds that XLA took for it; nothing is allocated."""
     stacks = {name: jax.ShapeDtypeStruct(s, jnp.dtype(args.dtype)) for name, s in shapes.items()}
     params = stacks if side.endswith("stacked") else jax.eval_shape(separate, stacks)
     tx = transformation(side, args, 200)
     state = jax.eval_shape(tx.init, params)
-    return compiled_step(tx).lower(params, state, params).compile(), params
+    lowered = compiled_step(tx).lower(params, state, params)
+    start = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - start
 
 
 FACTORIZATION = re.compile(r"cholesky\(|custom_call_target=\"[^\"]*(potrf|gesdd|gesvd|geqrf|syev)")
@@ -366,16 +369,18 @@ def print_memory(args: argparse.Namespace, shapes: Shapes) -> None:
         f"\nTemporaries of the donated step; updates {updates / 2**20:.1f} MiB and the largest "
         f"matrix {largest / 2**20:.1f}: {(updates + largest) / 2**20:.1f} MiB\n"
     )
-    print("| side | temporaries MiB | of updates and matrix (aim 1) | conditionals "
-          "| factorizations outside of one |\n| --- | --- | --- | --- | --- |")  # fmt: skip
+    heads = ("side", "temporaries MiB", "of updates and matrix (aim 1)", "conditionals")
+    heads += ("factorizations outside of one", "compile s")
+    print(f"| {' | '.join(heads)} |\n{'| --- ' * len(heads)}|")
     for side in (OURS, SEPARATE, PEER, ADAMW):
         if side == PEER and args.one_leaf_at_a_time:
             continue
-        compiled, _ = compiled_text(args, side, shapes)
-        taken = compiled.memory_analysis().temp_size_in_bytes
-        counts = conditionals(compiled.as_text())
+        program, seconds = compiled(args, side, shapes)
+        taken = program.memory_analysis().temp_size_in_bytes
+        counts = conditionals(program.as_text())
         ratio = taken / (updates + largest)
-        print(f"| {side} | {taken / 2**20:.1f} | {ratio:.2f} | {counts[0]} | {counts[1]} |")
+        row = (side, f"{taken / 2**20:.1f}", f"{ratio:.2f}", *counts, f"{seconds:.1f}")
+        print(f"| {' | '.join(map(str, row))} |")
 
 
 def options(pairs: list[str]) -> Iterator[tuple[str, Any]]:
@@ -389,6 +394,7 @@ def options(pairs: list[str]) -> Iterator[tuple[str, Any]]:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # pyrefly: ignore[missing-attribute]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama-60m", choices=[*SIZES])
     parser.add_argument("--rank", type=int, help="by default the paper's for the model")
