@@ -47,6 +47,8 @@ def remembers_params(
         True
     """
     inner = optax.with_extra_args_support(inner)
+    # Without shardings, which some updates cannot be traced with, and which change nothing here.
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     counts = [bool(c) for c in jax.tree.leaves(jax.tree.broadcast(projected, params))]
     if not any(counts):
         return False
@@ -76,9 +78,9 @@ def _arrays(traced: jax.extend.core.ClosedJaxpr, marks: list[bool]) -> list[bool
 
 def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict[str, Any]:
     # Line searches refuse arguments that their value_fn does not name.
-    def value_fn(params: optax.Params, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
+    def value_fn(params: optax.Params, obj_fn: Any = None, grad_fn: Any = None) -> Any:
         del obj_fn, grad_fn
-        return sum((jnp.vdot(x, x).real for x in jax.tree.leaves(params)), jnp.zeros(()))
+        return sum(jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(params))
 
     arguments = {
         "value": np.float32(0),

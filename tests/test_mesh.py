@@ -153,3 +153,14 @@ def test_weights_and_moments_are_spread_over_the_devices():
     )
     # The norms, and what belongs to a rank of 4, are whole on each device.
     assert here < whole / 4
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Unable to\ninitialize"), AssertionError()])
+def test_a_platform_that_is_not_there_is_named(monkeypatch, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(ValueError, match=r"JAX has no device of cuda \([^\n]*\): set the env"):
+        make_mesh(None)

@@ -431,7 +431,24 @@ def test_too_many_such_steps_stop_the_run_and_name_the_last_good_checkpoint(
     assert len([1 for line in read_metrics(tmp_path / "run") if "loss" in line]) == 8
 
 
-def test_the_same_settings_from_config_json_give_the_same_run(finished, tmp_path):
-    config = dataclasses.replace(load(finished / "config.json"), out=str(tmp_path / "again"))
+def test_the_same_settings_from_config_json_give_the_same_run_and_lines(finished, tmp_path, capsys):
+    out = tmp_path / "again"
+    config = dataclasses.replace(load(finished / "config.json"), out=str(out))
     assert main(config) == 0
-    assert losses(tmp_path / "again") == losses(finished)
+    assert losses(out) == losses(finished)
+    said = capsys.readouterr().out
+    for line in read_metrics(out):
+        if "loss" in line:
+            assert f"step {line['step']:2d}/14  loss {line['loss']:.4f}  lr " in said
+            assert f"  {line['tokens_per_second']:,.0f} tokens/s" in said
+        else:
+            assert f"evaluation after step {line['step']}: loss {line['eval_loss']:.4f}" in said
+
+
+def test_out_of_memory_names_the_flags_that_help(tmp_path, monkeypatch):
+    def compile(run, batch):
+        return lambda state, batch: jnp.zeros(2**50).block_until_ready()  # a petabyte
+
+    monkeypatch.setattr(pretrain._Run, "_compile", compile)
+    with pytest.raises(OSError, match=r"^out of memory \(RESOURCE.*\): try a smaller --batch-size"):
+        main(small(tmp_path / "run"))

@@ -219,10 +219,9 @@ def load(path: str | os.PathLike[str]) -> Pretrain:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     known = {f.name for f in dataclasses.fields(Pretrain)} - set(NOT_STORED)
-    if not isinstance(fields, dict) or set(fields) - known:
-        unknown = (
-            ", ".join(sorted(set(fields) - known)) if isinstance(fields, dict) else "no object"
-        )
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a config.json of train.pretrain: it holds no object")
+    if unknown := ", ".join(sorted(set(fields) - known)):
         raise ValueError(f"{path} is not a config.json of train.pretrain: unknown {unknown}")
     config = Pretrain(**fields)
     _check_types(config)
@@ -281,6 +280,9 @@ def _check_values(config: Resolved) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ValueError(f"{flag(name)} {value}: expected {least} or more")
+        limit = 32 if name == "seed" else 31  # unsigned; the others are, or count in, int32
+        if value is not None and value >= 2**limit:
+            raise ValueError(f"{flag(name)} {value}: expected less than 2**{limit}")
     for name in ("scale", "learning_rate", "clip_norm"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -288,8 +290,6 @@ def _check_values(config: Resolved) -> None:
     decay = config.weight_decay
     if decay is not None and not (math.isfinite(decay) and decay >= 0):
         raise ValueError(f"--weight-decay {decay}: expected 0 or more")
-    if config.seed >= 2**32:
-        raise ValueError(f"--seed {config.seed}: expected less than 2**32")
     if config.warmup_steps >= config.steps:
         raise ValueError(
             f"--warmup-steps {config.warmup_steps}: expected fewer than --steps {config.steps}"

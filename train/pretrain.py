@@ -7,8 +7,8 @@ summary.json and loss.png.
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ def main(config: Pretrain) -> int:
 
     Raises:
         ValueError: for wrong use; nothing has been written then.
-        OSError: if the run's folder cannot be written.
+        OSError: if the run's folder cannot be written, or the memory is too small.
     """
     config = resolve(config)
     run_directory.check(config)
@@ -52,7 +52,23 @@ def main(config: Pretrain) -> int:
         with run_directory.hold(config) as note:
             if note:
                 _print(note)
-            return _Run(config, parts, stop).main()
+            with _out_of_memory_as_os_error():
+                return _Run(config, parts, stop).main()
+
+
+@contextmanager
+def _out_of_memory_as_os_error() -> Iterator[None]:
+    """NumPy's and XLA's complaints, as one that names the flags that help."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        raise OSError(
+            f"out of memory ({reason}): try a smaller --batch-size or a larger --accumulate, a "
+            "shorter --seq-len, --rematerialize, --dtype bfloat16 or a smaller --model"
+        ) from error
 
 
 def _print(text: str) -> None:

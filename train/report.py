@@ -55,7 +55,7 @@ def report(
         "weight_bytes": tree_bytes(parts.abstract.params),
         "peak_memory_bytes": peak_memory[0],
         "peak_memory_source": peak_memory[1],
-        "tokens_per_second": tokens_per_second(directory),
+        "tokens_per_second": tokens_per_second(lines),
         "steps": config.steps,
         "tokens": tokens,
         "skipped": int(state.optimizer.total_notfinite),
