@@ -193,11 +193,14 @@ def galore(
                 "mean nothing in the next one; choose with moments= what is to become of it: "
                 '"reset" makes it anew at every refresh, "keep" leaves it as it is'
             )
+        inner_state = inner.init(small)
+        if rule != "keep" and any(plans):
+            places(inner, inner_state, params, plans)  # raises here, not in the first update
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             bases=tree.unflatten(bases),
             next_refresh=tree.unflatten(due),
-            inner=inner.init(small),
+            inner=inner_state,
         )
 
     def update(

@@ -75,6 +75,9 @@ def places(
 
     Returns:
         For each leaf and each of its matrices, the places; none for leaves that are not projected.
+
+    Raises:
+        ValueError: If optax cannot map the state to the params, as that of `optax.flatten`.
     """
     tree = jax.tree.structure(params)
     slots = tree.unflatten(
@@ -85,12 +88,24 @@ def places(
             for i, plan in enumerate(plans)
         ]
     )
-    for path, slot in jax.tree.leaves_with_path(slots):
+    by_path = dict(jax.tree.leaves_with_path(slots))
+    for path, slot in by_path.items():
         slot.depth = len(path)
     other = _Slot(-1, 0)
-    owners = optax.tree_utils.tree_map_params(
-        inner.init, lambda _, slot: slot, state, slots, transform_non_params=lambda _: other
-    )
+
+    def owner(like_params: Any) -> Any:
+        # By path, since a state may lack leaves (masked ones) or have several for one.
+        return jax.tree.map_with_path(lambda path, _: by_path.get(path, other), like_params)
+
+    try:
+        owners = optax.tree_utils.tree_map_params(
+            inner.init, owner, state, transform_non_params=lambda _: other, is_leaf=lambda _: True
+        )
+    except Exception as error:  # whatever an init does with a tree that has no leaves
+        raise ValueError(
+            "inner: its moments cannot be told apart from the rest of its state, since its init "
+            f'does not map the params leaf by leaf ({error}); choose moments="keep"'
+        ) from error
     found: list[list[list[Place]]] = [
         [] if plan is None else [[] for _ in range(plan.matrices)] for plan in plans
     ]

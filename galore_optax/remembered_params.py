@@ -80,7 +80,7 @@ def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict
     # Line searches refuse arguments that their value_fn does not name.
     def value_fn(params: optax.Params, obj_fn: Any = None, grad_fn: Any = None) -> Any:
         del obj_fn, grad_fn
-        return sum(jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(params))
+        return sum(jnp.vdot(x, x).real for x in jax.tree.leaves(params))
 
     arguments = {
         "value": np.float32(0),
