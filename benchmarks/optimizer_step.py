@@ -13,7 +13,7 @@ import argparse
 import ast
 import functools
 import re
-import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -109,6 +109,7 @@ def transformation(
     return galore(args.rank, optax.adamw(rate, weight_decay=decay), **options)
 
 
+Seconds = np.ndarray  # on the clock, and of CPU time, which other processes disturb less
 Step = Callable[[Tree, Any, Tree], tuple[Tree, Any]]  # from params, state and gradients
 
 
@@ -149,7 +150,6 @@ class Turns:
 
     def __init__(self) -> None:
         self.steps: dict[str, Callable[[], Any]] = {}
-        self.seconds: dict[str, list[float]] = {}
 
     def add(self, side: str, step: Step, start: tuple[Tree, Any], grads: Tree) -> None:
         """One more side, with its params and state at the start."""
@@ -162,15 +162,17 @@ class Turns:
 
         self.steps[side] = once
 
-    def run(self, rounds: int, warm_up: int) -> dict[str, float]:
-        """Median seconds of each side."""
+    def run(self, rounds: int, warm_up: int) -> dict[str, Seconds]:
+        """Median seconds of each side, on the clock and of this process's CPU time."""
+        seconds: dict[str, list[Seconds]] = {side: [] for side in self.steps}
         for turn in range(-warm_up, rounds):
             for side, step in self.steps.items():
-                start = time.perf_counter()
+                start = np.array([time.perf_counter(), time.process_time()])
                 step()
                 if turn >= 0:
-                    self.seconds.setdefault(side, []).append(time.perf_counter() - start)
-        return {side: statistics.median(s) for side, s in self.seconds.items()}
+                    end = np.array([time.perf_counter(), time.process_time()])
+                    seconds[side].append(end - start)
+        return {side: np.median(taken, axis=0) for side, taken in seconds.items()}
 
 
 def zeros_and_state(tx: optax.GradientTransformation, grads: Tree) -> tuple[Tree, Any]:
@@ -179,7 +181,7 @@ def zeros_and_state(tx: optax.GradientTransformation, grads: Tree) -> tuple[Tree
     return params, jax.jit(tx.init)(params)
 
 
-def ordinary(args: argparse.Namespace, stacks: Tree) -> dict[str, float]:
+def ordinary(args: argparse.Namespace, stacks: Tree) -> dict[str, Seconds]:
     """Median seconds of a step without a refresh."""
     turns = Turns()
     for side in (OURS, SEPARATE, PEER, ADAMW, ADAMW_SEPARATE):
@@ -194,7 +196,7 @@ def ordinary(args: argparse.Namespace, stacks: Tree) -> dict[str, float]:
     return turns.run(args.rounds, warm_up=3)
 
 
-def refresh(args: argparse.Namespace, stacks: Tree) -> dict[str, float]:
+def refresh(args: argparse.Namespace, stacks: Tree) -> dict[str, Seconds]:
     """Median seconds of a step that refreshes every subspace."""
     turns = Turns()
     for side in (OURS, SEPARATE, PEER):
@@ -225,13 +227,15 @@ def kept_energy(args: argparse.Namespace, side: str, batches: list[Tree]) -> lis
     return found
 
 
-def compiled_text(args: argparse.Namespace, side: str, shapes: Shapes) -> tuple[Any, Tree]:
-    """A side's compiled step and its abstract params; nothing is allocated."""
+def compiled(args: argparse.Namespace, side: str, shapes: Shapes) -> tuple[Any, float]:
+    """A side's compiled step and the seconds that XLA took for it; nothing is allocated."""
     stacks = {name: jax.ShapeDtypeStruct(s, jnp.dtype(args.dtype)) for name, s in shapes.items()}
     params = stacks if side.endswith("stacked") else jax.eval_shape(separate, stacks)
     tx = transformation(side, args, 200)
     state = jax.eval_shape(tx.init, params)
-    return compiled_step(tx).lower(params, state, params).compile(), params
+    lowered = compiled_step(tx).lower(params, state, params)
+    start = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - start
 
 
 FACTORIZATION = re.compile(r"cholesky\(|custom_call_target=\"[^\"]*(potrf|gesdd|gesvd|geqrf|syev)")
@@ -292,13 +296,14 @@ def int4_bytes() -> str:
 # The report.
 
 
-def table(title: str, seconds: dict[str, float], ratios: list[tuple[str, str, str]]) -> None:
-    print(f"\n{title}\n\n| side | median ms |\n| --- | --- |")
-    for side, value in seconds.items():
-        print(f"| {side} | {value * 1e3:.2f} |")
+def table(title: str, seconds: dict[str, Seconds], ratios: list[tuple[str, str, str]]) -> None:
+    print(f"\n{title}\n\n| side | median ms | of CPU time |\n| --- | --- | --- |")
+    for side, (clock, cpu) in seconds.items():
+        print(f"| {side} | {clock * 1e3:.2f} | {cpu * 1e3:.2f} |")
     print()
     for above, below, aim in ratios:
-        print(f"- {above} / {below}: {seconds[above] / seconds[below]:.3f}{aim}")
+        clock, cpu = seconds[above] / seconds[below]
+        print(f"- {above} / {below}: {clock:.3f}{aim}; of CPU time {cpu:.3f}")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -317,9 +322,9 @@ def report(args: argparse.Namespace) -> None:
     )
     groups = [{n: s} for n, s in shapes.items()] if args.one_leaf_at_a_time else [shapes]
 
-    def total(measure: Callable[..., dict[str, float]]) -> dict[str, float]:
+    def total(measure: Callable[..., dict[str, Seconds]]) -> dict[str, Seconds]:
         found = [measure(args, gradients(args, group, 0)) for group in groups]
-        return {side: sum(f[side] for f in found) for side in found[0]}
+        return {side: np.sum([f[side] for f in found], axis=0) for side in found[0]}
 
     if "ordinary" in args.parts:
         ratios = [(OURS, PEER, " (aim 1.05)"), (OURS, ADAMW, " (aim 1.2)")]
@@ -366,16 +371,18 @@ def print_memory(args: argparse.Namespace, shapes: Shapes) -> None:
         f"\nTemporaries of the donated step; updates {updates / 2**20:.1f} MiB and the largest "
         f"matrix {largest / 2**20:.1f}: {(updates + largest) / 2**20:.1f} MiB\n"
     )
-    print("| side | temporaries MiB | of updates and matrix (aim 1) | conditionals "
-          "| factorizations outside of one |\n| --- | --- | --- | --- | --- |")  # fmt: skip
+    heads = ("side", "temporaries MiB", "of updates and matrix (aim 1)", "conditionals")
+    heads += ("factorizations outside of one", "compile s")
+    print(f"| {' | '.join(heads)} |\n{'| --- ' * len(heads)}|")
     for side in (OURS, SEPARATE, PEER, ADAMW):
         if side == PEER and args.one_leaf_at_a_time:
             continue
-        compiled, _ = compiled_text(args, side, shapes)
-        taken = compiled.memory_analysis().temp_size_in_bytes
-        counts = conditionals(compiled.as_text())
+        program, seconds = compiled(args, side, shapes)
+        taken = program.memory_analysis().temp_size_in_bytes
+        counts = conditionals(program.as_text())
         ratio = taken / (updates + largest)
-        print(f"| {side} | {taken / 2**20:.1f} | {ratio:.2f} | {counts[0]} | {counts[1]} |")
+        row = (side, f"{taken / 2**20:.1f}", f"{ratio:.2f}", *counts, f"{seconds:.1f}")
+        print(f"| {' | '.join(map(str, row))} |")
 
 
 def options(pairs: list[str]) -> Iterator[tuple[str, Any]]:
@@ -389,6 +396,7 @@ def options(pairs: list[str]) -> Iterator[tuple[str, Any]]:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # pyrefly: ignore[missing-attribute]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama-60m", choices=[*SIZES])
     parser.add_argument("--rank", type=int, help="by default the paper's for the model")
