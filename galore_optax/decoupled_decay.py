@@ -6,22 +6,19 @@ whole leaf, and a state that never sees the params' values.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, Float, PyTree
 
+from galore_optax.dataflow import depends
 from galore_optax.projection import Projection
 from galore_optax.sharding import first_element
 
 Update = Callable[
     [optax.Updates, optax.OptState, optax.Params | None], tuple[optax.Updates, optax.OptState]
 ]
-
-_LOOPS = ("scan", "while")  # their outputs feed their inputs: one look at the body is not enough
 
 
 def update_and_slopes(
@@ -70,13 +67,6 @@ def decay(
     return jnp.expand_dims(factors.reshape(view.batch_shape), others) * leaf
 
 
-def remembers_params(init: Callable[[optax.Params], optax.OptState], params: optax.Params) -> bool:
-    """Whether the state that `init` makes depends on the params' values (not only their shapes)."""
-    leaves, tree = jax.tree.flatten(params)
-    traced = jax.make_jaxpr(lambda leaves: jax.tree.leaves(init(tree.unflatten(leaves))))(leaves)
-    return any(_depends(traced, [True] * len(leaves)))
-
-
 def decay_slopes(
     init: Callable[[optax.Params], optax.OptState],
     update: Update,
@@ -102,9 +92,11 @@ def decay_slopes(
         leaf's update does not depend on params. None in place of the list where the use of params
         is not decoupled decay.
     """
-    if check and remembers_params(init, params):
-        return None
     params_leaves, params_tree = jax.tree.flatten(params)
+    if check:
+        made = jax.make_jaxpr(lambda leaves: init(params_tree.unflatten(leaves)))(params_leaves)
+        if any(depends(made, [True] * len(params_leaves))):
+            return None
     rest_leaves, rest_tree = jax.tree.flatten((updates, state))
     all_leaves = params_leaves
     # Integers and empty leaves have no slope.
@@ -127,10 +119,10 @@ def decay_slopes(
         return jax.jvp(lambda leaves: apply(rest, leaves)[0], (leaves,), (tangents,))[1]
 
     n_rest, n_params = len(rest_leaves), len(params_leaves)
-    depends = _depends(
+    uses = depends(
         jax.make_jaxpr(apply)(rest_leaves, params_leaves), [False] * n_rest + [True] * n_params
     )
-    in_updates, in_state = depends[:n_params], depends[n_params:]
+    in_updates, in_state = uses[:n_params], uses[n_params:]
     if check and any(in_state):
         return None
     if not any(in_updates):
@@ -139,11 +131,11 @@ def decay_slopes(
     if check:
         traced = jax.make_jaxpr(slope)(rest_leaves, params_leaves, ones)
         none, every = [False] * n_params, [True] * n_params
-        on_params = _depends(traced, [False] * n_rest + every + none)
-        on_tangents = _depends(traced, [False] * n_rest + none + every)
+        on_params = depends(traced, [False] * n_rest + every + none)
+        on_tangents = depends(traced, [False] * n_rest + none + every)
         # One number for a whole leaf: what has axes may enter the slope through a scalar only.
         of_arrays = [jnp.ndim(leaf) > 0 for leaf in rest_leaves]
-        on_arrays = _depends(traced, of_arrays + none + none, through_scalars=False)
+        on_arrays = depends(traced, of_arrays + none + none, through_scalars=False)
         # A use of params without a derivative, as in a sign, is not affine.
         if any(on_params) or any(on_arrays) or on_tangents != in_updates:
             return None
@@ -152,48 +144,3 @@ def decay_slopes(
     for i, s, used in zip(sloped, slopes, in_updates, strict=True):
         found[i] = first_element(s) if used else None
     return found
-
-
-def _depends(
-    traced: ClosedJaxpr | Jaxpr, inputs: Sequence[bool], *, through_scalars: bool = True
-) -> list[bool]:
-    """Which outputs of a traced function depend on the marked inputs.
-
-    With `through_scalars=False` a dependence through a value without axes does not count. Loops,
-    and whatever cannot be looked into, make each output depend on each input.
-    """
-    jaxpr = traced.jaxpr if isinstance(traced, ClosedJaxpr) else traced
-    marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
-
-    def is_marked(atom: Any) -> bool:
-        return not isinstance(atom, Literal) and atom in marked
-
-    for equation in jaxpr.eqns:
-        into = [is_marked(atom) for atom in equation.invars]
-        if not any(into):
-            continue
-        marks = _equation_depends(equation, into, through_scalars)
-        for var, mark in zip(equation.outvars, marks, strict=True):
-            if mark and (through_scalars or getattr(var.aval, "shape", ()) != ()):
-                marked.add(var)
-    return [is_marked(atom) for atom in jaxpr.outvars]
-
-
-def _equation_depends(equation: Any, into: list[bool], through_scalars: bool) -> list[bool]:
-    everything = [True] * len(equation.outvars)
-    if equation.primitive.name in _LOOPS:
-        return everything
-    if equation.primitive.name == "cond":
-        if into[0]:  # the predicate
-            return everything
-        branches = [
-            _depends(branch, into[1:], through_scalars=through_scalars)
-            for branch in equation.params["branches"]
-        ]
-        return [any(marks) for marks in zip(*branches, strict=True)]
-    bodies = [p for p in equation.params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]
-    if len(bodies) == 1:
-        body = bodies[0].jaxpr if isinstance(bodies[0], ClosedJaxpr) else bodies[0]
-        if len(body.invars) == len(into) and len(body.outvars) == len(everything):
-            return _depends(body, into, through_scalars=through_scalars)
-    return everything

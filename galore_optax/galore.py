@@ -21,11 +21,12 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from galore_optax.decoupled_decay import decay, remembers_params, update_and_slopes
+from galore_optax.decoupled_decay import decay, update_and_slopes
 from galore_optax.matrices import WeightDimensionNumbers
 from galore_optax.moments import RULES, CarryOver, MomentsFunction, places
 from galore_optax.projection import SIDES, Projection, Rank, checked_rank, projections
 from galore_optax.refresh import refresh
+from galore_optax.remembered_params import remembers_params
 from galore_optax.sharding import explain_sharding_errors, sharded_like
 from galore_optax.subspace import SUBSPACES, FindSubspace
 
@@ -44,6 +45,13 @@ class GaLoreState(NamedTuple):
         next_refresh: Like the params: the step from which a refresh is due, of each matrix of a
             projected leaf, of shape `(*batch,)`.
         inner: The inner transformation's state for the projected params.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from galore_optax import galore
+        >>> state = galore(8, optax.adam(1e-3)).init({"w": jnp.ones((64, 256)), "b": jnp.ones(3)})
+        >>> state.bases["w"].shape, state.inner[0].mu["w"].shape, state.inner[0].mu["b"].shape
+        ((64, 8), (8, 256), (3,))
     """
 
     count: ArrayLike  # int32 scalar
@@ -181,17 +189,21 @@ def galore(
             due[i] = jnp.zeros(plan.view.batch_shape, jnp.int32)
             leaves[i] = plan.into(found, leaves[i])
         small = tree.unflatten(leaves)
-        if moments is None and remembers_params(inner.init, small):
+        projected = tree.unflatten([plan is not None for plan in plans])
+        if moments is None and remembers_params(inner, small, projected):
             raise ValueError(
                 "inner: its state remembers the params, projected into the present subspace, which "
                 "mean nothing in the next one; choose with moments= what is to become of it: "
                 '"reset" makes it anew at every refresh, "keep" leaves it as it is'
             )
+        inner_state = inner.init(small)
+        if rule != "keep" and any(plans):
+            places(inner, inner_state, params, plans)  # raises here, not in the first update
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             bases=tree.unflatten(bases),
             next_refresh=tree.unflatten(due),
-            inner=inner.init(small),
+            inner=inner_state,
         )
 
     def update(
@@ -203,7 +215,7 @@ def galore(
         grads, tree = jax.tree.flatten(updates)
         plans = projections(updates, weight_dimension_numbers, rank, side)
         count = jnp.asarray(state.count)
-        key = jax.random.fold_in(jax.random.key(seed), count)
+        key = jax.random.key(seed)
         bases = [b if isinstance(b, tuple) else (b,) for b in tree.flatten_up_to(state.bases)]
         due = tree.flatten_up_to(state.next_refresh)
         gaps = _gaps(plans, due, count, update_proj_gap, stagger)
@@ -221,7 +233,7 @@ def galore(
             own = tuple(tuple(inner_leaves[p.position] for p in ps) for ps in moments_of[i])
             new, turned, following = refresh(
                 plan, find, carry_over, grads[i], bases[i], own if carry_over else ((),) * len(own),
-                due[i], count, gaps[i], kept, plan.keys(key),
+                due[i], count, gaps[i], kept, key, jnp.uint32(plan.path_hash),
             )  # fmt: skip
             refreshed[i] = (following != due[i]).reshape(-1)
             bases[i], due[i] = new, following

@@ -29,9 +29,18 @@ class GaLoreDimensionNumbers(NamedTuple):
         output_axis: Axis or axes of the output; several are merged in the order given.
 
     Examples:
-        >>> from galore_optax import GaLoreDimensionNumbers
+        >>> import jax.numpy as jnp, optax
+        >>> from galore_optax import GaLoreDimensionNumbers, galore
         >>> stacked_layers = GaLoreDimensionNumbers(1, 2)  # (layer, in, out)
         >>> heads = GaLoreDimensionNumbers(0, (1, 2))  # (width, head, head_width)
+        >>> numbers = {"mlp": stacked_layers, "query": heads, "norm": None}
+        >>> tx = galore(8, optax.adam(1e-3), weight_dimension_numbers=numbers)
+        >>> params = {
+        ...     "mlp": jnp.ones((2, 64, 256)), "query": jnp.ones((64, 4, 32)), "norm": jnp.ones(64)
+        ... }
+        >>> bases = tx.init(params).bases
+        >>> bases["mlp"].shape, bases["query"].shape
+        ((2, 64, 8), (64, 8))
     """
 
     reduction_axis: int | Sequence[int] = 0

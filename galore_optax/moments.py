@@ -74,6 +74,9 @@ def places(
 
     Returns:
         For each leaf and each of its matrices, the places; none for leaves that are not projected.
+
+    Raises:
+        ValueError: If optax cannot map the state to the params, as that of `optax.flatten`.
     """
     tree = jax.tree.structure(params)
     slots = tree.unflatten(
@@ -84,12 +87,24 @@ def places(
             for i, plan in enumerate(plans)
         ]
     )
-    for path, slot in jax.tree.leaves_with_path(slots):
+    by_path = dict(jax.tree.leaves_with_path(slots))
+    for path, slot in by_path.items():
         slot.depth = len(path)
     other = _Slot(-1, 0)
-    owners = optax.tree_utils.tree_map_params(
-        inner.init, lambda _, slot: slot, state, slots, transform_non_params=lambda _: other
-    )
+
+    def owner(like_params: Any) -> Any:
+        # By path, since a state may lack leaves (masked ones) or have several for one.
+        return jax.tree.map_with_path(lambda path, _: by_path.get(path, other), like_params)
+
+    try:
+        owners = optax.tree_utils.tree_map_params(
+            inner.init, owner, state, transform_non_params=lambda _: other, is_leaf=lambda _: True
+        )
+    except Exception as error:  # whatever an init does with a tree that has no leaves
+        raise ValueError(
+            "inner: its moments cannot be told apart from the rest of its state, since its init "
+            f'does not map the params leaf by leaf ({error}); choose moments="keep"'
+        ) from error
     found: list[list[list[Place]]] = [
         [] if plan is None else [[] for _ in range(plan.matrices)] for plan in plans
     ]
@@ -119,17 +134,11 @@ class CarryOver:
     names: tuple[tuple[str, str], ...]
 
     def __call__(
-        self,
-        old: Sequence[Float[Array, "n r"]],
-        new: Sequence[Float[Array, "n r"]],
-        moments: Sequence[Array],
+        self, transitions: Sequence[Float[Array, "r r"]], moments: Sequence[Array]
     ) -> tuple[Array, ...]:
         """The moments in the new bases, each in its own shape and dtype."""
-        transitions = {
-            mode: _wide(after).T @ _wide(before)
-            for mode, before, after in zip(self.projection.modes, old, new, strict=True)
-        }
-        carried = [self._carried(i, moments, transitions) for i in range(len(moments))]
+        by_mode = dict(zip(self.projection.modes, transitions, strict=True))
+        carried = [self._carried(i, moments, by_mode) for i in range(len(moments))]
         return tuple(c.astype(m.dtype) for c, m in zip(carried, moments, strict=True))
 
     def _carried(self, i: int, moments: Sequence[Array], transitions: dict[int, Array]) -> Array:
@@ -175,6 +184,11 @@ class CarryOver:
         else:
             axes = tuple(range(len(shape)))
         return axes if moment.shape == tuple(shape[axis] for axis in axes) else ()
+
+
+def transition(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Array, "r r"]:
+    """Q = P_newᵀ P_old, at least in float32."""
+    return _wide(new).T @ _wide(old)
 
 
 def _wide(x: Any) -> Array:

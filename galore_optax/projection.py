@@ -50,6 +50,11 @@ class Projection:
         return math.prod(self.view.batch_shape)
 
     @property
+    def path_hash(self) -> int:
+        """A number that tells the leaf's path apart from others, as randomness wants it."""
+        return zlib.crc32(self.path.encode())
+
+    @property
     def small_shape(self) -> tuple[int, ...]:
         """Shape of one projected matrix."""
         ranks = dict(zip(self.modes, self.ranks, strict=True))
@@ -110,7 +115,7 @@ class Projection:
 
     def keys(self, key: PRNGKeyArray) -> PRNGKeyArray:
         """A key for each matrix of the flattened stack, told apart by path and index."""
-        own = jax.random.fold_in(key, zlib.crc32(self.path.encode()))
+        own = jax.random.fold_in(key, self.path_hash)
         return jax.vmap(lambda i: jax.random.fold_in(own, i))(jnp.arange(self.matrices))
 
     def random_bases(

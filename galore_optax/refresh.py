@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from galore_optax.moments import CarryOver
+from galore_optax.moments import CarryOver, transition
 from galore_optax.projection import Projection, unfold
 from galore_optax.sharding import specs, with_automatic_axes
 from galore_optax.subspace import FindSubspace, refreshed
@@ -32,7 +32,8 @@ def refresh(
     count: Int[Array, ""],
     gaps: Int[Array, "*batch"],
     kept: Float[Array, ""] | None,
-    keys: PRNGKeyArray,
+    key: PRNGKeyArray,
+    path: Int[Array, ""],
 ) -> tuple[Bases, Moments, Int[Array, "*batch"]]:
     """New bases for the matrices of a leaf that are due one; costs nothing on other steps.
 
@@ -50,7 +51,8 @@ def refresh(
         count: The present step.
         gaps: Steps until the next refresh of each matrix, if one is performed now.
         kept: Fraction of the rank that new bases use; None uses it all.
-        keys: Randomness of this step for each matrix, `projection.keys(...)`.
+        key: Of the whole transformation; step, path and the matrix's index are folded in.
+        path: The hash of the leaf's path.
 
     Returns:
         The bases, the moments, and the steps from which the next refreshes are due.
@@ -58,7 +60,7 @@ def refresh(
     return with_automatic_axes(
         partial(_refresh, projection, find, carry_over),
         lambda _: specs((bases, moments, due)),
-        grad, bases, moments, due, count, gaps, kept, keys,
+        grad, bases, moments, due, count, gaps, kept, key, path,
     )  # fmt: skip
 
 
@@ -73,61 +75,81 @@ def _refresh(
     count: Array,
     gaps: Array,
     kept: Array | None,
-    keys: PRNGKeyArray,
+    key: PRNGKeyArray,
+    path: Array,
 ) -> tuple[Bases, Moments, Array]:
     def matrix(
         gradient: Float[Array, "*sizes"],
         bases: Bases,
         due: Array,
         gap: Array,
-        key: PRNGKeyArray,
-    ) -> tuple[Bases, Array]:
-        def search() -> tuple[Bases, Array]:
+        index: Array | int,
+    ) -> tuple[Bases, Bases, Array]:
+        """Of one matrix the new bases, the transitions to them, and when the next are due."""
+
+        def search() -> tuple[Bases, Bases, Array]:
+            own = jax.random.fold_in(
+                jax.random.fold_in(jax.random.fold_in(key, count), path), index
+            )
             pairs = [
-                refreshed(
-                    find,
-                    unfold(gradient, mode),
-                    basis,
-                    jax.random.fold_in(key, mode),
-                    kept,
-                )
+                refreshed(find, unfold(gradient, mode), basis, jax.random.fold_in(own, mode), kept)
                 for mode, basis in zip(projection.modes, bases, strict=True)
             ]
             found = jnp.all(jnp.array([ok for _, ok in pairs]))
             new = tuple(jnp.where(found, b, old) for (b, _), old in zip(pairs, bases, strict=True))
-            return new, jnp.where(found, count + gap, due)
+            return new, transitions(bases, new), jnp.where(found, count + gap, due)
 
-        return jax.lax.cond(count >= due, search, lambda: (bases, due))
+        def stay() -> tuple[Bases, Bases, Array]:
+            return (
+                bases,
+                jax.tree.map(jnp.zeros_like, jax.eval_shape(transitions, bases, bases)),
+                due,
+            )
 
-    def carried(old: Bases, new: Bases, found: Array, moments: tuple[Array, ...]):
+        return jax.lax.cond(count >= due, search, stay)
+
+    def transitions(old: Bases, new: Bases) -> Bases:
+        if carry_over is None:
+            return ()
+        return tuple(transition(a, b) for a, b in zip(old, new, strict=True))
+
+    def carried(turns: Bases, found: Array, moments: tuple[Array, ...]) -> tuple[Array, ...]:
         if carry_over is None:
             return moments
-        return jax.lax.cond(found, lambda: carry_over(old, new, moments), lambda: moments)
+        return jax.lax.cond(found, lambda: carry_over(turns, moments), lambda: moments)
 
     def single() -> tuple[Bases, Moments, Array]:
-        new, following = matrix(projection.view.to_stack(grad), bases, due, gaps, keys[0])
-        return new, (carried(bases, new, following != due, moments[0]),), following
+        new, turns, following = matrix(projection.view.to_stack(grad), bases, due, gaps, 0)
+        return new, (carried(turns, following != due, moments[0]),), following
 
     def stack() -> tuple[Bases, Moments, Array]:
-        gradients = projection.view.to_stack(grad)
+        gradients, shape = projection.view.to_stack(grad), projection.view.batch_shape
 
-        def body(i: Array, state: tuple[Bases, Array]) -> tuple[Bases, Array]:
-            own = partial(_matrix_of, i=i, batch_shape=projection.view.batch_shape)
-            new, following = matrix(
-                own(gradients), tuple(map(own, state[0])), own(state[1]), own(gaps), keys[i]
+        def body(i: Array, state: tuple[Bases, Bases, Array]) -> tuple[Bases, Bases, Array]:
+            # The transitions are kept, not the old bases, so that new ones can take their place.
+            own = partial(_matrix_of, i=i, batch_shape=shape)
+            stacks, turns, dues = state
+            new, turn, following = matrix(
+                own(gradients), tuple(map(own, stacks)), own(dues), own(gaps), i
             )
-            at = jnp.unravel_index(i, projection.view.batch_shape)
-            pairs = zip(state[0], new, strict=True)
-            return tuple(b.at[at].set(x) for b, x in pairs), state[1].at[at].set(following)
+            at = jnp.unravel_index(i, shape)
+            stacks = tuple(b.at[at].set(x) for b, x in zip(stacks, new, strict=True))
+            turns = tuple(t.at[i].set(x) for t, x in zip(turns, turn, strict=True))
+            return stacks, turns, dues.at[at].set(following)
 
-        new, dues = jax.lax.fori_loop(0, projection.matrices, body, (bases, due))
+        one = tuple(jax.ShapeDtypeStruct(b.shape[len(shape) :], b.dtype) for b in bases)
+        turns = jax.tree.map(
+            lambda t: jnp.zeros((projection.matrices, *t.shape), t.dtype),
+            jax.eval_shape(transitions, one, one),
+        )
+        state = bases, turns, due
+        new, turns, dues = jax.lax.fori_loop(0, projection.matrices, body, state)
         found = (dues != due).reshape(-1)
-        turned = []
-        for i, own in enumerate(moments):
-            at = jnp.unravel_index(i, projection.view.batch_shape)
-            old_of, new_of = tuple(b[at] for b in bases), tuple(b[at] for b in new)
-            turned.append(carried(old_of, new_of, found[i], own))
-        return new, tuple(turned), dues
+        turned = tuple(
+            carried(tuple(turn[i] for turn in turns), found[i], own)
+            for i, own in enumerate(moments)
+        )
+        return new, turned, dues
 
     change = stack if projection.view.batch_axes else single
     return jax.lax.cond(jnp.any(count >= due), change, lambda: (bases, moments, due))

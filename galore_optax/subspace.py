@@ -24,10 +24,11 @@ _SHIFT, _SHIFT_DECAY, _PASSES = 1e-6, 1 / 30, 3
 _NOISE = 1e-6  # relative; gives a basis of full rank to a gradient that lacks it
 
 
-def orthonormalize(y: Float[Array, "n r"]) -> Float[Array, "n r"]:
-    """An orthonormal basis of the columns of `y`, n >= r, by three passes of shifted Cholesky QR.
+def orthonormalize(y: Float[Array, "n r"], passes: int = _PASSES) -> Float[Array, "n r"]:
+    """An orthonormal basis of the columns of `y`, n >= r, by passes of shifted Cholesky QR.
 
-    Only the r x r Gram matrix is factorized. Columns may be of any condition, but none may be zero.
+    Only the r x r Gram matrix is factorized. Columns may be of any condition, but none may be zero;
+    after fewer passes those of a high condition are only nearer to orthonormal.
     One matrix at a time: LAPACK calls with a batch of matrices deadlock on the CPU with jaxlib 0.10
     where as many as there are threads run at once, since each waits, in a thread of the pool, for
     work that it queued in the same pool.
@@ -35,7 +36,7 @@ def orthonormalize(y: Float[Array, "n r"]) -> Float[Array, "n r"]:
     q = y / jnp.linalg.norm(y, axis=0, keepdims=True)
     rank = y.shape[-1]
     identity = jnp.eye(rank, dtype=y.dtype)
-    for i in range(_PASSES):
+    for i in range(passes):
         shift = _SHIFT * rank**0.5 * _SHIFT_DECAY**i
         lower = jnp.linalg.cholesky(q.T @ q + shift * identity)
         # The inverse of a small triangle and a product, since a triangular solve of the large
@@ -76,12 +77,14 @@ def randomized(
     rank = basis.shape[-1]
     sketch_key, noise_key = jax.random.split(key)
     columns = min(rank + oversampling, n, m)
-    test = _normal(sketch_key, gradient.T, columns)
-    noise = _normal(noise_key, gradient, columns)
-    found = orthonormalize(_with_noise(gradient @ test, noise))
+    test = _numbers(sketch_key, gradient.T, columns)
+    noise = _numbers(noise_key, gradient, columns)
+    # Between the products the columns need only be kept from all turning to the leading direction.
+    rows = test
     for _ in range(power_steps):
-        rows = orthonormalize(_with_noise(gradient.T @ found, test))
-        found = orthonormalize(_with_noise(gradient @ rows, noise))
+        found = orthonormalize(_with_noise(gradient @ rows, noise), passes=1)
+        rows = orthonormalize(_with_noise(gradient.T @ found, test), passes=1)
+    found = orthonormalize(_with_noise(gradient @ rows, noise))
     return found if columns == rank else by_energy(found, gradient)[:, :rank]
 
 
@@ -100,7 +103,7 @@ def power(
     The least work of those that look at the gradient: two products and one orthonormalization. It
     follows a subspace that turns slowly; the first bases, found from random ones, keep less.
     """
-    noise = _normal(key, gradient, basis.shape[-1])
+    noise = _numbers(key, gradient, basis.shape[-1])
     rows = gradient.T @ basis
     return orthonormalize(_with_noise(gradient @ rows, noise))
 
@@ -109,14 +112,18 @@ def random(
     gradient: Float[Array, "n m"], basis: Float[Array, "n r"], key: PRNGKeyArray
 ) -> Float[Array, "n r"]:
     """A random subspace, whatever the gradient: what the other methods are to be compared with."""
-    return orthonormalize(_normal(key, gradient, basis.shape[-1]))
+    return orthonormalize(_numbers(key, gradient, basis.shape[-1]))
 
 
-def _normal(
-    key: PRNGKeyArray, like: Float[Array, "n m"], columns: int
-) -> Float[Array, "n columns"]:
-    """Standard normal numbers, one row for each of `like`."""
-    return jax.random.normal(key, (like.shape[0], columns), like.dtype)
+def _numbers(key: PRNGKeyArray, like: Float[Array, "n m"], columns: int) -> Float[Array, "n c"]:
+    """Random numbers of mean 0 and variance 1, one row for each of `like`.
+
+    Uniform ones from single bytes: as good for a sketch as normal ones, and made in a tenth of the
+    time.
+    """
+    drawn = jax.random.bits(key, (like.shape[0], columns), jnp.uint8)
+    variance = (256**2 - 1) / 12
+    return (drawn.astype(like.dtype) - 127.5) / variance**0.5
 
 
 def _with_noise(sketch: Float[Array, "n r"], noise: Float[Array, "n r"]) -> Float[Array, "n r"]:

@@ -17,7 +17,8 @@ from jaxtyping import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from models.llama import Llama, LlamaConfig, Weight, weight_table
+from models.llama import Llama
+from models.llama_config import LlamaConfig, Weight, weight_table
 
 _INDEX = "model.safetensors.index.json"
 _EMBEDDING = "model.embed_tokens.weight"

@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from models.llama import SIZES, LlamaConfig
+from models.llama_config import SIZES, LlamaConfig
 from train.config import Pretrain
 
 MICRO = LlamaConfig(width=32, mlp_width=48, layers=2, heads=2, kv_heads=1, max_length=64)

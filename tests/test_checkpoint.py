@@ -66,13 +66,13 @@ def run(tmp_path: Path):
     """A folder with checkpoints of steps 10 and 20, and how to read it on any mesh."""
     mesh = make_mesh("fsdp=8")
     log: list[str] = []
-    with Checkpoints(tmp_path / "run", 5, log.append) as checkpoints:
+    with Checkpoints(tmp_path / "run", 5, log.append, {}) as checkpoints:
         for step in (10, 20):
-            checkpoints.save(step, *tree(step, mesh), {"position": [step, 3]}, None)
+            checkpoints.save(step, *tree(step, mesh), {"position": [step, 3]})
 
     def read(layout: str | None = "fsdp=8", directory: Path = tmp_path / "run", width: int = 64):
         state = tree(0, make_mesh(layout), width)
-        with Checkpoints(directory, 5, log.append, read_only=True) as checkpoints:
+        with Checkpoints(directory, 5, log.append, {}, read_only=True) as checkpoints:
             return checkpoints.restore(*map(abstract, state))
 
     return SimpleNamespace(read=read, log=log, directory=tmp_path / "run", mesh=mesh)
@@ -152,9 +152,12 @@ def test_an_empty_folder_has_nothing_to_restore(run, tmp_path):
 def test_the_newest_and_the_best_are_kept_and_the_best_is_sampled_from(tmp_path):
     mesh = make_mesh(None)
     losses = {1: 3.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: None, 6: 2.5}
-    with Checkpoints(tmp_path, 2, print) as checkpoints:
+    evaluations = {}
+    with Checkpoints(tmp_path, 2, print, evaluations) as checkpoints:
         for step, loss in losses.items():
-            checkpoints.save(step, *tree(step, mesh), {}, loss)
+            if loss is not None:
+                evaluations[step] = loss
+            checkpoints.save(step, *tree(step, mesh), {})
         checkpoints.wait()
         assert checkpoints.steps() == [2, 5, 6]
         step, params = checkpoints.restore_params(abstract(tree(0, mesh)[0]))
@@ -162,12 +165,26 @@ def test_the_newest_and_the_best_are_kept_and_the_best_is_sampled_from(tmp_path)
         assert bits(params) == bits(tree(2, mesh)[0])
 
 
+def test_a_step_that_is_evaluated_after_it_was_saved_can_be_the_best(tmp_path):
+    mesh = make_mesh(None)
+    with Checkpoints(tmp_path, 1, print, {}) as checkpoints:
+        checkpoints.save(1, *tree(1, mesh), {})  # stopped while it evaluated
+    evaluations = {1: 1.0}
+    with Checkpoints(tmp_path, 1, print, evaluations) as checkpoints:
+        for step in (2, 3):
+            evaluations[step] = 1.0 + step
+            checkpoints.save(step, *tree(step, mesh), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 3]
+        assert checkpoints.best_first() == [1, 3]
+
+
 def test_a_step_that_overwrites_its_state_does_not_reach_the_checkpoint_being_written(tmp_path):
     mesh = make_mesh(None)
     advance = jax.jit(lambda x: jax.tree.map(lambda v: v + 1, x), donate_argnums=0)
     params = {"w": jax.device_put(jnp.zeros((1024, 4096)), replicated(mesh))}
-    with Checkpoints(tmp_path, 2, print) as checkpoints:
-        checkpoints.save(1, params, {"step": jnp.int32(1)}, {}, None)
+    with Checkpoints(tmp_path, 2, print, {}) as checkpoints:
+        checkpoints.save(1, params, {"step": jnp.int32(1)}, {})
         for _ in range(5):
             params = advance(params)
         checkpoints.wait()
@@ -179,15 +196,15 @@ def test_a_step_that_overwrites_its_state_does_not_reach_the_checkpoint_being_wr
 def test_a_damaged_step_can_be_saved_again(run):
     (run.directory / "20" / "progress" / "metadata").unlink()
     assert run.read()[0] == 10
-    with Checkpoints(run.directory, 5, print) as checkpoints:
-        checkpoints.save(20, *tree(20, run.mesh), {"position": [20, 3]}, None)
+    with Checkpoints(run.directory, 5, print, {}) as checkpoints:
+        checkpoints.save(20, *tree(20, run.mesh), {"position": [20, 3]})
     assert run.read()[0] == 20
 
 
 def test_a_step_before_a_damaged_one_can_be_saved(run):
     shutil.rmtree(run.directory / "20" / "params")  # the run went on from step 10 and stops at 15
-    with Checkpoints(run.directory, 5, run.log.append) as checkpoints:
-        checkpoints.save(15, *tree(15, run.mesh), {"position": [15, 3]}, None)
+    with Checkpoints(run.directory, 5, run.log.append, {}) as checkpoints:
+        checkpoints.save(15, *tree(15, run.mesh), {"position": [15, 3]})
     assert run.read()[0] == 15
 
 
@@ -196,8 +213,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(run, tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save():
-        with Checkpoints(run.directory, 5, print) as checkpoints:
-            checkpoints.save(30, *tree(30, run.mesh, width=4096), {}, None)
+        with Checkpoints(run.directory, 5, print, {}) as checkpoints:
+            checkpoints.save(30, *tree(30, run.mesh, width=4096), {})
 
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))

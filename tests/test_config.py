@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from models.llama import SIZES
+from models.llama_config import SIZES
 from train import cli
 from train.config import DEFAULTS, Model, Pretrain, load, resolve, to_json
 from train.optimizers import OPTIMIZERS, learning_rate_schedule
@@ -45,6 +45,10 @@ def test_every_default_is_accepted(model, optimizer):
     config = resolve(Pretrain(model=model, optimizer=optimizer))
     assert config.batch_size % config.accumulate == 0
     assert (config.rank is not None) == optimizer.startswith("galore")
+
+
+def test_the_largest_rank_that_compresses_is_accepted():
+    assert resolve(Pretrain(rank=127)).rank == 127
 
 
 def test_galores_defaults_are_the_papers():
@@ -106,6 +110,8 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--rank", "--rank"),
         ("stray", "stray"),
         ("--rank 0", "--rank 0: expected 1 or more"),
+        ("--rank 128", "--rank 128: a rank of 128 or more compresses no matrix of tiny"),
+        ("--rank 600 --model llama-60m", "choose at most 511, or an --optimizer without rank"),
         ("--update-proj-gap 0", "--update-proj-gap 0: expected 1 or more"),
         ("--rank 4 --optimizer adamw", "of no use to --optimizer adamw"),
         ("--scale 1 --optimizer adafactor", "choose one of galore-adamw, galore-adafactor"),
@@ -122,6 +128,7 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--seq-len 513", "--seq-len 513: tiny takes at most 512 tokens"),
         ("--seed -1", "expected 0 or more"),
         ("--seed 4294967296", "less than 2**32"),
+        ("--steps 99999999999999999999", "expected less than 2**31"),
         ("--max-skipped 0", "expected 1 or more"),
         ("--workers -1", "expected 0 or more"),
         ("--data c4", "needs --data-dir"),
@@ -137,7 +144,7 @@ def test_wrong_use_is_one_line_and_exit_code_2(capsys, flags, says):
     ("text", "says"),
     [
         ("{", "is not JSON"),
-        ("[1]", "not a config.json"),
+        ("[1]", "not a config.json of train.pretrain: it holds no object"),
         ('{"modle": "tiny"}', "unknown modle"),
         ('{"steps": "ten"}', "--steps 'ten': expected int or null"),
         ('{"steps": true}', "--steps True: expected int or null"),
@@ -169,6 +176,16 @@ def test_a_full_disk_is_one_line_and_exit_code_2(capsys):
         cli.run(fail, Pretrain, "train", args=[])
     assert stop.value.code == 2
     assert "No space left on device: 'runs/x/metrics.jsonl'" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def stop(config: Pretrain) -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(stop, Pretrain, "train", args=[])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_the_exit_code_is_mains(capsys):

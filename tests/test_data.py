@@ -62,9 +62,22 @@ def test_builtin_text_is_pythons_documentation_and_needs_no_import():
     assert 1.5e6 < sum(map(len, train)) < 3e6
     assert sum(map(len, validation)) > 3e4
     assert not set(train) & set(validation)
+    assert len(set(train)) == len(train)
     everything = "\n".join([*train, *validation])
     assert "context manager" in everything
     assert subprocess.check_output.__doc__.split("\n")[0] in everything
+
+
+def test_builtin_documents_are_too_short_to_fill_a_batch_of_tiny():
+    # Of the bytes, a few are in paragraphs that alone are longer than a document is to be.
+    lengths = np.sort([len(document) for document in load_text("builtin", "train")])
+    assert lengths[lengths > 16 * 128].sum() < 0.05 * lengths.sum()
+
+
+def test_a_page_is_cut_between_paragraphs_and_nothing_of_it_is_lost():
+    paragraphs = ["a" * 300, "b" * 300, "c" * 200, "d" * 600, "e"]
+    documents = list(text._documents_of("\n\n".join(paragraphs)))
+    assert documents == [paragraphs[0], "\n\n".join(paragraphs[1:3]), *paragraphs[3:]]
 
 
 def test_c4_is_read_without_tensorflow(shared_data):

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from models.generate import generate, keep_likeliest
-from models.llama import Llama, LlamaConfig
+from models.llama import Llama
+from models.llama_config import LlamaConfig
 
 CONFIG = LlamaConfig(
     vocab_size=30, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, max_length=24

@@ -6,20 +6,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from galore_optax import GaLoreDimensionNumbers
+from galore_optax import GaLoreDimensionNumbers, galore
 from models.llama import (
-    SIZES,
     Llama,
-    LlamaConfig,
     attention_implementation,
-    count_params,
     dimension_numbers,
-    flops_per_token,
-    logical_axes,
+    largest_smaller_side,
 )
+from models.llama_config import SIZES, LlamaConfig, count_params, flops_per_token, logical_axes
 
 SMALL = LlamaConfig(
     vocab_size=50, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, max_length=32
@@ -185,6 +183,21 @@ def test_decoding_with_a_cache_gives_the_forward_passs_logits():
         pieces.append(logits)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), run(model, ids), **ROUNDING)
     assert cache.length == 12
+
+
+@pytest.mark.parametrize(("sizes", "side"), [((32, 48, 4), 32), ((32, 24, 4), 32), ((8, 48, 2), 8)])
+def test_a_rank_of_the_largest_smaller_side_compresses_nothing_and_one_less_does(sizes, side):
+    width, mlp_width, heads = sizes
+    config = LlamaConfig(width=width, mlp_width=mlp_width, layers=2, heads=heads, kv_heads=1)
+    assert largest_smaller_side(config) == side
+    params = params_of(Llama(config, rngs=nnx.Rngs(0)))
+
+    def state_shapes(rank):
+        tx = galore(rank, optax.sgd(0.1), weight_dimension_numbers=dimension_numbers)
+        return [x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params))]
+
+    assert state_shapes(side) == state_shapes(side + 1)
+    assert state_shapes(side) != state_shapes(side - 1)
 
 
 def test_params_are_one_nested_dict_that_the_tables_describe():

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small_run import MICRO, small
 
-from models import llama
+from models.llama_config import SIZES, LlamaConfig, Weight, logical_axes, weight_table
 from train.assemble import assemble
 from train.config import resolve
 from train.mesh import check_batch, make_mesh, param_shardings, parse_mesh, put_batch
@@ -46,17 +46,17 @@ def test_a_batch_that_the_devices_cannot_split_is_refused(batch, accumulate):
     check_batch(8 * accumulate, accumulate, make_mesh("data=4,fsdp=2"))
 
 
-def shardings_of(config: llama.LlamaConfig, mesh: str):
+def shardings_of(config: LlamaConfig, mesh: str):
     shapes = jax.tree.map(
         lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32),
-        llama.weight_table(config),
-        is_leaf=lambda x: isinstance(x, llama.Weight),
+        weight_table(config),
+        is_leaf=lambda x: isinstance(x, Weight),
     )
-    return param_shardings(make_mesh(mesh), shapes, llama.logical_axes(shapes))
+    return param_shardings(make_mesh(mesh), shapes, logical_axes(shapes))
 
 
 def test_every_matrix_of_the_papers_sizes_is_split_over_the_whole_mesh():
-    for name, config in llama.SIZES.items():
+    for name, config in SIZES.items():
         for mesh in ("fsdp=8", "tensor=8", "fsdp=4,tensor=2", "fsdp=2,tensor=4"):
             shardings, _ = shardings_of(config, mesh)
             for path, sharding in jax.tree.leaves_with_path(shardings):
@@ -66,7 +66,7 @@ def test_every_matrix_of_the_papers_sizes_is_split_over_the_whole_mesh():
 
 
 def test_where_an_axis_does_not_divide_the_other_one_is_split_and_it_is_said():
-    shardings, notes = shardings_of(llama.SIZES["llama-1b"], "fsdp=4,tensor=2")
+    shardings, notes = shardings_of(SIZES["llama-1b"], "fsdp=4,tensor=2")
     mlp = shardings["layers"]["mlp"]
     assert mlp["gate"].spec == P(None, ("fsdp", "tensor"), None)  # (24, 2048, 5461)
     assert mlp["down"].spec == P(None, None, ("fsdp", "tensor"))
@@ -153,3 +153,14 @@ def test_weights_and_moments_are_spread_over_the_devices():
     )
     # The norms, and what belongs to a rank of 4, are whole on each device.
     assert here < whole / 4
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Unable to\ninitialize"), AssertionError()])
+def test_a_platform_that_is_not_there_is_named(monkeypatch, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(ValueError, match=r"JAX has no device of cuda \([^\n]*\): set the env"):
+        make_mesh(None)

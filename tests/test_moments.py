@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from galore_optax import GaLoreDimensionNumbers, TuckerDimensionNumbers, galore
-from galore_optax.moments import CarryOver
+from galore_optax.moments import CarryOver, transition
 from galore_optax.projection import projections
 from tests.test_galore import normal, run
 
@@ -46,7 +46,8 @@ def carry(names, moments, *, shape=(8, 12), rank=4, old=None, new=None):
     plan = projections(jnp.ones(shape), None, rank, "smaller")[0]
     old = bases(0, 8, rank) if old is None else old
     new = bases(1, 8, rank) if new is None else new
-    carried = CarryOver(plan, "rotate", tuple((n, ".0") for n in names))((old,), (new,), moments)
+    carry_over = CarryOver(plan, "rotate", tuple((n, ".0") for n in names))
+    carried = carry_over((transition(old, new),), moments)
     q = np.asarray(new, np.float64).T @ np.asarray(old, np.float64)
     return [np.asarray(x) for x in carried], q
 

@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from small_run import small
 
 from train import assemble, pretrain
-from train.config import load
+from train.config import Pretrain, load
 from train.metrics import read_metrics
 from train.pretrain import main
 
@@ -68,6 +69,16 @@ def compiled_once(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
+def unfinished(run: Path, tmp_path: Path, *lost: str) -> Path:
+    """A copy of a run without its summary and some of its checkpoints."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "summary.json").unlink()
+    for step in lost:
+        shutil.rmtree(copy / "checkpoints" / step)
+    return copy
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A run that nothing interrupted."""
@@ -108,20 +119,20 @@ def test_the_learning_rate_rises_then_falls_to_a_tenth(finished):
 
 def run_killed(settings: dict, where: str, step: int, signum: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [
-            sys.executable,
-            ROOT / "tests/small_run.py",
-            json.dumps(settings),
-            where,
-            str(step),
-            signum,
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        **killed_command(settings, where, step, signum),
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def killed_command(settings: dict, where: str, step: int, signum: str) -> dict:
+    script = [sys.executable, ROOT / "tests/small_run.py"]
+    return {
+        "args": [*script, json.dumps(settings), where, str(step), signum],
+        "env": {**os.environ, "PYTHONPATH": str(ROOT)},
+    }
 
 
 @pytest.mark.parametrize(
@@ -160,11 +171,73 @@ def test_sigterm_saves_and_says_how_to_go_on(finished, tmp_path):
     assert losses(out) == losses(finished)
 
 
-def test_a_run_goes_on_with_other_devices_and_workers(finished, tmp_path):
+def stopped_in_evaluation(step: int, config: Pretrain) -> None:
+    """Runs until SIGTERM comes at the beginning of a step's evaluation."""
+    evaluate = pretrain._Run._evaluate
+
+    def stop_and_evaluate(run, state):
+        if run.host.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(run, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain._Run, "_evaluate", stop_and_evaluate)
+        assert main(config) == 128 + 15
+
+
+@pytest.mark.parametrize("step", [0, 7, 14])
+def test_an_evaluation_that_is_stopped_is_done_after_resuming(finished, tmp_path, step, capsys):
     out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    for step in ("12", "14"):
-        shutil.rmtree(out / "checkpoints" / step)
+    stopped_in_evaluation(step, small(out))
+    assert f"stopped by signal 15 after step {step}" in capsys.readouterr().out
+    assert ("eval_loss", step) not in losses(out)
+    assert main(small(out, resume=True)) == 0
+    assert list(losses(out).items()) == list(losses(finished).items())
+
+
+def test_the_best_checkpoint_is_kept_though_its_evaluation_was_stopped(tmp_path):
+    out = tmp_path / "run"
+    # A learning rate that makes the model worse from step to step.
+    worse = {"keep": 1, "save_every": 7, "learning_rate": 3.0, "warmup_steps": 13, "clip_norm": 1e9}
+    stopped_in_evaluation(7, small(out, **worse))
+    assert main(small(out, resume=True, **worse)) == 0
+    assert losses(out)["eval_loss", 7] < losses(out)["eval_loss", 14]
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"7", "14"}
+
+
+def test_one_process_at_a_time_trains_in_a_folder_and_a_killed_one_leaves_no_lock(
+    finished, tmp_path
+):
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        **killed_command({"out": str(out)}, "metrics", 5, "SIGSTOP"), stdout=subprocess.DEVNULL
+    ) as first:
+        try:
+            assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
+            before = everything_in(out)
+            for resume in (False, True):
+                with pytest.raises(ValueError, match="is in use: another process is training"):
+                    main(small(out, resume=resume))
+            assert everything_in(out) == before
+        finally:
+            first.kill()
+    assert main(small(out, resume=True)) == 0
+    assert losses(out) == losses(finished)
+
+
+def test_the_peak_of_memory_is_that_of_all_processes_of_a_run(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(pretrain, "peak_memory", lambda _: (10**15, "the first process"))
+    stopped_in_evaluation(7, small(out))
+    monkeypatch.setattr(pretrain, "peak_memory", lambda _: (5, "the second process"))
+    assert main(small(out, resume=True)) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["peak_memory_bytes"] == 10**15
+    assert summary["peak_memory_source"] == "the first process"
+
+
+def test_a_run_goes_on_with_other_devices_and_workers(finished, tmp_path):
+    out = unfinished(finished, tmp_path, "12", "14")
     assert main(small(out, resume=True, mesh="data=2,fsdp=4", workers=1)) == 0
     again, before = losses(out), losses(finished)
     assert again.keys() == before.keys()
@@ -173,20 +246,28 @@ def test_a_run_goes_on_with_other_devices_and_workers(finished, tmp_path):
     assert json.loads((out / "config.json").read_text())["mesh"] == "data=2,fsdp=4"
 
 
-def test_resuming_a_finished_run_changes_no_number(finished, tmp_path):
+def test_resuming_a_finished_run_says_so_and_does_nothing(finished, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    before = json.loads((out / "summary.json").read_text())
+    before = everything_in(out)
+    monkeypatch.setattr(pretrain, "assemble", None)  # neither data nor workers
+    assert main(small(out, resume=True, workers=2)) == 0
+    assert capsys.readouterr().out == f"the run in {out} is finished: nothing is left to do\n"
+    assert everything_in(out) == before
+
+
+def test_a_run_killed_before_its_summary_gets_the_same_one(finished, tmp_path):
+    out = unfinished(finished, tmp_path)
     assert main(small(out, resume=True)) == 0
-    after = json.loads((out / "summary.json").read_text())
+    before, after = (json.loads((r / "summary.json").read_text()) for r in (finished, out))
     assert losses(out) == losses(finished)
     same = set(before) - {"peak_memory_bytes"}
     assert {k: after[k] for k in same} == {k: before[k] for k in same}
+    assert after["peak_memory_bytes"] >= before["peak_memory_bytes"]
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
+    out = unfinished(finished, tmp_path)
     (out / "checkpoints" / "14" / "params" / "_METADATA").unlink()
     assert main(small(out, resume=True)) == 0
     said = capsys.readouterr().out
@@ -217,8 +298,7 @@ def test_resume_without_a_run_starts_one_and_says_so(tmp_path, capsys):
 def test_a_run_directory_of_another_run_is_refused_and_not_touched(
     finished, tmp_path, changes, message
 ):
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
+    out = unfinished(finished, tmp_path)
     before = everything_in(out)
     with pytest.raises(ValueError, match=message):
         main(small(out, **changes))
@@ -230,6 +310,7 @@ def test_checkpoints_of_another_model_are_refused_and_not_touched(finished, tmp_
     shutil.copytree(finished, out)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "rank": 5}))
+    (out / "summary.json").unlink()
     before = everything_in(out)
     with pytest.raises(ValueError, match="is a checkpoint of another model or optimizer"):
         main(small(out, rank=5, resume=True))
@@ -269,10 +350,9 @@ def test_an_unwritable_directory_is_an_error(out):
 # Where an error has ended a write, TensorStore calls back into its closed event loop.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(finished, tmp_path):
-    out = tmp_path / "run"
-    assert main(small(out, keep=5)) == 0
-    for step in ("12", "14"):
-        shutil.rmtree(out / "checkpoints" / step)
+    whole = tmp_path / "whole"
+    assert main(small(whole, keep=5)) == 0
+    out = unfinished(whole, tmp_path, "12", "14")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         # A limit on file sizes stands in for the full disk.
@@ -351,7 +431,24 @@ def test_too_many_such_steps_stop_the_run_and_name_the_last_good_checkpoint(
     assert len([1 for line in read_metrics(tmp_path / "run") if "loss" in line]) == 8
 
 
-def test_the_same_settings_from_config_json_give_the_same_run(finished, tmp_path):
-    config = dataclasses.replace(load(finished / "config.json"), out=str(tmp_path / "again"))
+def test_the_same_settings_from_config_json_give_the_same_run_and_lines(finished, tmp_path, capsys):
+    out = tmp_path / "again"
+    config = dataclasses.replace(load(finished / "config.json"), out=str(out))
     assert main(config) == 0
-    assert losses(tmp_path / "again") == losses(finished)
+    assert losses(out) == losses(finished)
+    said = capsys.readouterr().out
+    for line in read_metrics(out):
+        if "loss" in line:
+            assert f"step {line['step']:2d}/14  loss {line['loss']:.4f}  lr " in said
+            assert f"  {line['tokens_per_second']:,.0f} tokens/s" in said
+        else:
+            assert f"evaluation after step {line['step']}: loss {line['eval_loss']:.4f}" in said
+
+
+def test_out_of_memory_names_the_flags_that_help(tmp_path, monkeypatch):
+    def compile(run, batch):
+        return lambda state, batch: jnp.zeros(2**50).block_until_ready()  # a petabyte
+
+    monkeypatch.setattr(pretrain._Run, "_compile", compile)
+    with pytest.raises(OSError, match=r"^out of memory \(RESOURCE.*\): try a smaller --batch-size"):
+        main(small(tmp_path / "run"))

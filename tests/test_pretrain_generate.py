@@ -8,6 +8,7 @@ from small_run import small
 
 from train.checkpoint import Checkpoints
 from train.generate import Generate, main
+from train.metrics import evaluation_losses
 from train.pretrain import main as pretrain
 
 
@@ -35,7 +36,9 @@ def test_text_begins_with_the_prompt_and_a_seed_repeats_it(run, capsys):
 
 
 def test_the_best_checkpoint_is_used_and_a_damaged_one_passed_over(run, tmp_path, capsys):
-    with Checkpoints(run / "checkpoints", 1, print, read_only=True) as checkpoints:
+    evaluations = evaluation_losses(run)
+    assert evaluations[4] < evaluations[2]
+    with Checkpoints(run / "checkpoints", 1, print, evaluations, read_only=True) as checkpoints:
         assert checkpoints.best_first() == [4, 3]
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from galore_optax.memory import tree_bytes
 from galore_optax.sharding import state_shardings
 from models import llama
+from models.llama_config import SIZES, LlamaConfig, count_params, logical_axes
 from train.config import Pretrain, Resolved
 from train.data import TrainingData, evaluation_batches
 from train.mesh import check_batch, make_mesh, param_shardings, replicated
@@ -44,7 +45,7 @@ class Parts(NamedTuple):
         eval_step: from params and a batch to the summed loss and the number of tokens.
     """
 
-    model: llama.LlamaConfig
+    model: LlamaConfig
     tokenizer: Tokenizer
     mesh: Mesh
     data: TrainingData
@@ -55,9 +56,9 @@ class Parts(NamedTuple):
     eval_step: Any
 
 
-def model_config(config: Pretrain, tokenizer: Tokenizer) -> llama.LlamaConfig:
+def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
     """The model of a run: the papers' sizes keep their vocabulary where the tokenizer's fits."""
-    size = llama.SIZES[config.model]
+    size = SIZES[config.model]
     fits = tokenizer.vocab_size <= size.vocab_size and config.model.startswith("llama-")
     return dataclasses.replace(
         size,
@@ -68,7 +69,7 @@ def model_config(config: Pretrain, tokenizer: Tokenizer) -> llama.LlamaConfig:
     )
 
 
-def abstract_params(model: llama.LlamaConfig) -> tuple[nnx.GraphDef, Params]:
+def abstract_params(model: LlamaConfig) -> tuple[nnx.GraphDef, Params]:
     """The model without its weights, and their shapes."""
     abstract = nnx.eval_shape(lambda: llama.Llama(model, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract, nnx.Param)
@@ -125,7 +126,7 @@ def assemble(config: Resolved, log: Callable[[str], object]) -> Parts:
 
 def _compile_parts(
     config: Resolved,
-    model: llama.LlamaConfig,
+    model: LlamaConfig,
     tokenizer: Tokenizer,
     mesh: Mesh,
     data: TrainingData,
@@ -135,7 +136,7 @@ def _compile_parts(
     graph, shapes = abstract_params(model)
     forward = make_forward(graph, config.sequences)
     tx = make_optimizer(config, llama.dimension_numbers)
-    params_at, notes = param_shardings(mesh, shapes, llama.logical_axes(shapes))
+    params_at, notes = param_shardings(mesh, shapes, logical_axes(shapes))
     for note in notes:
         log(f"sharding: {note}")
     optimizer_at = state_shardings(tx, shapes, params_at)
@@ -154,7 +155,7 @@ def _compile_parts(
         shardings,
     )
     log(
-        f"model: {config.model}, {llama.count_params(model):,} params, {config.dtype}, "
+        f"model: {config.model}, {count_params(model):,} params, {config.dtype}, "
         f"{tree_bytes(shapes) / 1e6:,.1f} MB; attention by "
         f"{llama.attention_implementation(model, config.seq_len)}"
     )

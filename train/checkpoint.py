@@ -1,12 +1,14 @@
 """Checkpoints with Orbax: written in the background, the newest few and the best one kept.
 
 A checkpoint holds `params`, `rest` (the other fields of the train state) and `progress` (JSON: what
-the host knows). Orbax writes it under a temporary name and renames it when it is whole.
+the host knows). Orbax writes it under a temporary name and renames it when it is whole. Which one
+is the best is not in it: a run that is stopped while it evaluates saves first and evaluates later.
 """
 
+import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,30 +30,26 @@ class Checkpoints:
         directory: where they are; made by the first save.
         keep: how many of the newest are kept, beside the one with the lowest evaluation loss.
         log: is told in one line of what is passed over.
+        evaluations: loss of each evaluated step, in which the caller enters later ones.
         read_only: nothing is written or cleaned up.
     """
 
     def __init__(
-        self, directory: Path, keep: int, log: Callable[[str], object], *, read_only: bool = False
+        self,
+        directory: Path,
+        keep: int,
+        log: Callable[[str], object],
+        evaluations: Mapping[int, float],
+        *,
+        read_only: bool = False,
     ):
         self.directory = directory.absolute()
         self._log = log
+        self._evaluations = evaluations
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                best_fn=lambda metrics: metrics["eval_loss"],
-                best_mode="min",
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                    [
-                        checkpoint_managers.LatestN(keep),
-                        checkpoint_managers.BestN(
-                            get_metric_fn=lambda metrics: metrics["eval_loss"],
-                            reverse=True,
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
+                preservation_policy=_NewestAndBest(keep, evaluations),
                 create=not read_only,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
@@ -82,7 +80,6 @@ class Checkpoints:
         params: Tree,
         rest: Tree,
         progress: Mapping[str, Any],
-        eval_loss: float | None,
     ) -> None:
         """Copies the state to the host and writes it in the background.
 
@@ -91,12 +88,10 @@ class Checkpoints:
             params: the weights.
             rest: the other arrays.
             progress: what JSON can hold.
-            eval_loss: of these weights, if known; the lowest is the best.
 
         Raises:
             OSError: if this or the save before it could not be written.
         """
-        finite = eval_loss is not None and np.isfinite(eval_loss)
         with _as_os_error(self.directory):
             # Damaged ones were passed over when the run was resumed; Orbax saves nothing at a step
             # that is not beyond its newest.
@@ -109,7 +104,6 @@ class Checkpoints:
                     rest=ocp.args.StandardSave(rest),  # pyrefly: ignore
                     progress=ocp.args.JsonSave(dict(progress)),  # pyrefly: ignore
                 ),
-                metrics={"eval_loss": float(eval_loss)} if finite else None,  # pyrefly: ignore
             )
         if not saved:
             raise OSError(
@@ -141,15 +135,7 @@ class Checkpoints:
 
     def best_first(self) -> list[int]:
         """Steps with the lowest evaluation loss first, then those without, newest first."""
-
-        def rank(step: int) -> tuple[float, int]:
-            try:
-                metrics = self._manager.metrics(step)
-            except Exception:  # damaged: whatever Orbax raises
-                metrics = None
-            return (metrics["eval_loss"] if metrics else float("inf"), -step)
-
-        return sorted(self.steps(), key=rank)
+        return _best_first(self.steps(), self._evaluations)
 
     def restore(self, params: Tree, rest: Tree) -> tuple[int, Tree, Tree, dict[str, Any]] | None:
         """Reads the newest checkpoint that can be read; others are passed over with a line.
@@ -212,6 +198,32 @@ class Checkpoints:
         reason = one_line(error)
         reason = reason if len(reason) < 120 else reason[:117] + "..."
         self._log(f"checkpoint {step} is damaged and passed over ({reason})")
+
+
+class _NewestAndBest(checkpoint_managers.PreservationPolicy):
+    """Keeps the newest few, and the step with the lowest evaluation loss so far."""
+
+    def __init__(self, keep: int, evaluations: Mapping[int, float]):
+        self.keep, self.evaluations = keep, evaluations
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        # Where none has been evaluated, the first is the newest.
+        kept = {*steps[-self.keep :], *_best_first(steps, self.evaluations)[:1]}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _best_first(steps: Iterable[int], evaluations: Mapping[int, float]) -> list[int]:
+    def rank(step: int) -> tuple[float, int]:
+        loss = evaluations.get(step, math.inf)
+        return (loss if math.isfinite(loss) else math.inf, -step)
+
+    return sorted(steps, key=rank)
 
 
 def _shapes(tree: Tree) -> dict[str, str]:

@@ -6,6 +6,7 @@ Each command's configuration documents every field once, as its help text.
 import contextlib
 import io
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -34,7 +35,7 @@ def run(
 
     Raises:
         SystemExit: always. 2 for wrong use, unreadable files and full disks, after one line that
-            says what was wrong. `python -X dev` shows the traceback in its place.
+            says what was wrong. `python -X dev` shows the traceback in its place. 130 after Ctrl-C.
     """
     _quiet_libraries()
     try:
@@ -48,6 +49,9 @@ def run(
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def one_line(error: BaseException) -> str:

@@ -6,9 +6,12 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from train.optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from models.llama_config import LlamaConfig
 
 Model = Literal["tiny", "llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b"]
 
@@ -31,7 +34,8 @@ class Pretrain:
     optimizer: Literal["adamw", "adafactor", "galore-adamw", "galore-adafactor"] = "galore-adamw"
     """What updates the weights."""
     rank: int | None = None
-    """GaLore's rank. By default the paper's for the model; 32 for tiny."""
+    """GaLore's rank, below the width of the model. By default the paper's for the model; 32 for
+    tiny."""
     update_proj_gap: int | None = None
     """Steps between two of GaLore's subspaces. By default 200; 500 for llama-7b, 100 for tiny."""
     scale: float | None = None
@@ -143,7 +147,7 @@ def resolve(config: Pretrain) -> Resolved:
     Raises:
         ValueError: names the flag, its value and what is accepted.
     """
-    from models.llama import SIZES
+    from models.llama_config import SIZES
 
     _check_types(config)
     recipe = OPTIMIZERS[config.optimizer]
@@ -173,7 +177,8 @@ def resolve(config: Pretrain) -> Resolved:
     )
     config = _fill(config, {"save_every": config.eval_every})
     resolved = Resolved(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
-    _check_values(resolved, SIZES[config.model].max_length)
+    _check_values(resolved)
+    _check_model(resolved, SIZES[config.model])
     if config.data == "c4" and config.data_dir is None:
         raise ValueError(
             "--data c4 needs --data-dir, the folder of the data set: "
@@ -214,10 +219,9 @@ def load(path: str | os.PathLike[str]) -> Pretrain:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     known = {f.name for f in dataclasses.fields(Pretrain)} - set(NOT_STORED)
-    if not isinstance(fields, dict) or set(fields) - known:
-        unknown = (
-            ", ".join(sorted(set(fields) - known)) if isinstance(fields, dict) else "no object"
-        )
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a config.json of train.pretrain: it holds no object")
+    if unknown := ", ".join(sorted(set(fields) - known)):
         raise ValueError(f"{path} is not a config.json of train.pretrain: unknown {unknown}")
     config = Pretrain(**fields)
     _check_types(config)
@@ -248,7 +252,7 @@ def _fill(config: Pretrain, defaults: Mapping[str, Any]) -> Pretrain:
 
 def _check_types(config: Pretrain) -> None:
     """A config.json and Python callers can say anything; tyro has checked the command line."""
-    from models.llama import SIZES
+    from models.llama_config import SIZES
 
     for name, hint in get_type_hints(Pretrain).items():
         value = getattr(config, name)
@@ -266,7 +270,7 @@ def _check_types(config: Pretrain) -> None:
             raise ValueError(f"{flag(name)} {value!r}: expected {kinds}")
 
 
-def _check_values(config: Resolved, max_length: int) -> None:
+def _check_values(config: Resolved) -> None:
     at_least = {
         "rank": 1, "update_proj_gap": 1, "steps": 1, "warmup_steps": 0, "batch_size": 1,
         "accumulate": 1, "seq_len": 1, "eval_every": 1, "eval_tokens": 1, "save_every": 1,
@@ -276,6 +280,9 @@ def _check_values(config: Resolved, max_length: int) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ValueError(f"{flag(name)} {value}: expected {least} or more")
+        limit = 32 if name == "seed" else 31  # unsigned; the others are, or count in, int32
+        if value is not None and value >= 2**limit:
+            raise ValueError(f"{flag(name)} {value}: expected less than 2**{limit}")
     for name in ("scale", "learning_rate", "clip_norm"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -283,13 +290,22 @@ def _check_values(config: Resolved, max_length: int) -> None:
     decay = config.weight_decay
     if decay is not None and not (math.isfinite(decay) and decay >= 0):
         raise ValueError(f"--weight-decay {decay}: expected 0 or more")
-    if config.seed >= 2**32:
-        raise ValueError(f"--seed {config.seed}: expected less than 2**32")
-    if config.seq_len > max_length:
-        raise ValueError(
-            f"--seq-len {config.seq_len}: {config.model} takes at most {max_length} tokens"
-        )
     if config.warmup_steps >= config.steps:
         raise ValueError(
             f"--warmup-steps {config.warmup_steps}: expected fewer than --steps {config.steps}"
+        )
+
+
+def _check_model(config: Resolved, size: "LlamaConfig") -> None:
+    from models.llama import largest_smaller_side
+
+    if config.seq_len > size.max_length:
+        raise ValueError(
+            f"--seq-len {config.seq_len}: {config.model} takes at most {size.max_length} tokens"
+        )
+    side = largest_smaller_side(size)
+    if config.rank is not None and config.rank >= side:
+        raise ValueError(
+            f"--rank {config.rank}: a rank of {side} or more compresses no matrix of "
+            f"{config.model}; choose at most {side - 1}, or an --optimizer without rank"
         )

@@ -14,6 +14,8 @@ from train.assemble import abstract_params, model_config
 from train.checkpoint import Checkpoints
 from train.cli import run
 from train.config import load
+from train.mesh import available_devices
+from train.metrics import evaluation_losses
 from train.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -50,11 +52,12 @@ def main(config: Generate) -> int:
     settings = load(folder / "config.json")
     tokenizer = load_tokenizer(settings.tokenizer)
     graph, shapes = abstract_params(model_config(settings, tokenizer))
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = jax.sharding.SingleDeviceSharding(available_devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"--run {folder} has no checkpoint yet")
-    with Checkpoints(folder / "checkpoints", 1, print, read_only=True) as checkpoints:
+    evaluations = evaluation_losses(folder)
+    with Checkpoints(folder / "checkpoints", 1, print, evaluations, read_only=True) as checkpoints:
         _, params = checkpoints.restore_params(shapes)
     text = sample_text(
         nnx.merge(graph, params),

@@ -4,6 +4,7 @@ Three mesh axes: `data` splits the batch alone; `fsdp` splits the batch and the 
 model's width); `tensor` splits the weights' other axis. XLA inserts the communication.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def make_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) -> 
     Raises:
         ValueError: if the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = available_devices() if devices is None else devices
     sizes = parse_mesh(text)
     product = int(np.prod(list(sizes.values())))
     if text is None:
@@ -72,6 +73,24 @@ def make_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) -> 
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
+
+
+def available_devices() -> list[jax.Device]:
+    """`jax.devices()`.
+
+    Raises:
+        ValueError: if there is none of the platform that JAX was told to use.
+    """
+    try:
+        return jax.devices()
+    # JAX asserts where the environment names a platform whose plugin is not installed.
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS") or "any platform"
+        reason = " ".join(str(error).split()) or "no such platform here"
+        raise ValueError(
+            f"JAX has no device of {asked} ({reason}): set the environment variable JAX_PLATFORMS "
+            "to cpu, or install JAX for the device"
+        ) from error
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,22 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def tokens_per_second(directory: Path) -> float | None:
-    """Over all steps of a run: tokens by the time that they took."""
-    lines = [line for line in read_metrics(directory) if line.get("tokens_per_second")]
+def evaluation_losses(directory: Path) -> dict[int, float]:
+    """The loss of every evaluation in a run's metrics.jsonl, by step; NaN if it was not finite."""
+    return {
+        line["step"]: math.nan if line["eval_loss"] is None else line["eval_loss"]
+        for line in read_metrics(directory)
+        if "eval_loss" in line
+    }
+
+
+def tokens_per_second(lines: Iterable[Mapping[str, Any]]) -> float | None:
+    """Over all steps of a run: tokens by the time that they took.
+
+    Args:
+        lines: of `read_metrics`.
+    """
+    lines = [line for line in lines if line.get("tokens_per_second")]
     counts = [0, *(line["tokens"] for line in lines)]
     tokens = [after - before for before, after in itertools.pairwise(counts)]
     seconds = sum(n / line["tokens_per_second"] for n, line in zip(tokens, lines, strict=True))

@@ -7,14 +7,14 @@ summary.json and loss.png.
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 
-from models import llama
+from models.llama_config import flops_per_token
 from train import run_directory
 from train.assemble import Parts, assemble
 from train.checkpoint import Checkpoints
@@ -22,9 +22,9 @@ from train.cli import run
 from train.config import Pretrain, Resolved, load, resolve
 from train.data import prefetch
 from train.mesh import put_batch
-from train.metrics import MetricsLog, read_metrics
+from train.metrics import MetricsLog, evaluation_losses
 from train.progress import Progress, peak_flops
-from train.report import report
+from train.report import peak_memory, report
 from train.sequences import START, Position
 from train.signals import StopRequest
 from train.step import TrainState
@@ -39,16 +39,36 @@ def main(config: Pretrain) -> int:
 
     Raises:
         ValueError: for wrong use; nothing has been written then.
-        OSError: if the run's folder cannot be written.
+        OSError: if the run's folder cannot be written, or the memory is too small.
     """
     config = resolve(config)
-    note = run_directory.check(config)
+    run_directory.check(config)
+    if run_directory.finished(config):
+        _print(f"the run in {run_directory.directory(config)} is finished: nothing is left to do")
+        return 0
     # Before the data and the model are built: a signal that comes then still ends the run well.
     with StopRequest() as stop:
         parts = assemble(config, _print)
-        if note:
-            _print(note)
-        return _Run(config, parts, stop).main()
+        with run_directory.hold(config) as note:
+            if note:
+                _print(note)
+            with _out_of_memory_as_os_error():
+                return _Run(config, parts, stop).main()
+
+
+@contextmanager
+def _out_of_memory_as_os_error() -> Iterator[None]:
+    """NumPy's and XLA's complaints, as one that names the flags that help."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        raise OSError(
+            f"out of memory ({reason}): try a smaller --batch-size or a larger --accumulate, a "
+            "shorter --seq-len, --rematerialize, --dtype bfloat16 or a smaller --model"
+        ) from error
 
 
 def _print(text: str) -> None:
@@ -57,11 +77,21 @@ def _print(text: str) -> None:
 
 @dataclasses.dataclass
 class _Host:
-    """What the host knows of a run's progress; all of it but `evaluations` is in a checkpoint."""
+    """What the host knows of a run's progress; all of it but `evaluations` is in a checkpoint.
+
+    Attributes:
+        step: updates done.
+        tokens: targets trained on.
+        position: where the data go on.
+        peak_memory: most bytes that any process of the run had in use, and how that is known.
+        evaluations: loss by step, also in metrics.jsonl.
+        saved: step of the newest checkpoint.
+    """
 
     step: int = 0
     tokens: int = 0
     position: Position = START
+    peak_memory: tuple[int, str] = (0, "")
     evaluations: dict[int, float] = dataclasses.field(default_factory=dict)
     saved: int | None = None
 
@@ -85,15 +115,13 @@ class _Run:
         config, parts = self.config, self.parts
         state = self._restore()
         with ExitStack() as stack:
-            run_directory.create(config)
+            run_directory.write_config(config)
             self.metrics = stack.enter_context(closing(MetricsLog(self.directory, self.host.step)))
-            self.host.evaluations = {
-                line["step"]: math.nan if line["eval_loss"] is None else line["eval_loss"]
-                for line in read_metrics(self.directory)
-                if "eval_loss" in line
-            }
+            self.host.evaluations = evaluation_losses(self.directory)
             self.checkpoints = stack.enter_context(
-                Checkpoints(self.directory / "checkpoints", config.keep, _print)
+                Checkpoints(
+                    self.directory / "checkpoints", config.keep, _print, self.host.evaluations
+                )
             )
             if state is None:
                 state = parts.init(jax.random.key(config.seed))
@@ -102,7 +130,7 @@ class _Run:
                 Progress(
                     self.host.step,
                     config.steps,
-                    llama.flops_per_token(parts.model, config.seq_len),
+                    flops_per_token(parts.model, config.seq_len),
                     peak and peak * parts.mesh.size,
                 )
             )
@@ -120,7 +148,16 @@ class _Run:
                 f"  {run_directory.resume_command(config)}"
             )
             return 128 + self.stop.signum
-        report(config, parts, state, self.directory, _print)
+        self._note_peak_memory()
+        report(
+            config,
+            parts,
+            state,
+            self.directory,
+            _print,
+            tokens=self.host.tokens,
+            peak_memory=self.host.peak_memory,
+        )
         return 0
 
     def _restore(self) -> TrainState | None:
@@ -130,12 +167,16 @@ class _Run:
             return None
         if folder.is_dir():
             abstract = self.parts.abstract
-            with Checkpoints(folder, self.config.keep, _print, read_only=True) as checkpoints:
+            with Checkpoints(folder, self.config.keep, _print, {}, read_only=True) as checkpoints:
                 found = checkpoints.restore(abstract.params, abstract.rest())
             if found is not None:
                 step, params, rest, progress = found
                 self.host = _Host(
-                    step, progress["tokens"], Position(*progress["position"]), saved=step
+                    step,
+                    progress["tokens"],
+                    Position(*progress["position"]),
+                    tuple(progress["peak_memory"]),
+                    saved=step,
                 )
                 _print(f"resumed from step {step}")
                 return TrainState(params=params, **rest)
@@ -241,15 +282,20 @@ class _Run:
         host = self.host
         if host.saved == host.step:
             return
+        self._note_peak_memory()
         self.checkpoints.save(
             host.step,
             state.params,
             state.rest(),
-            {"tokens": host.tokens, "position": list(host.position)},
-            host.evaluations.get(host.step),
+            {"tokens": host.tokens, "position": host.position, "peak_memory": host.peak_memory},
         )
         host.saved = host.step
         self.clock = time.perf_counter()
+
+    def _note_peak_memory(self) -> None:
+        self.host.peak_memory = max(
+            self.host.peak_memory, peak_memory(self.parts.mesh.devices.flat[0])
+        )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from galore_optax.memory import state_bytes, tree_bytes
-from models import llama
+from models.llama_config import count_params
 from train.assemble import Parts, abstract_params
 from train.config import Resolved
 from train.generate import prompt_ids, sample_text
@@ -27,31 +27,43 @@ def report(
     state: TrainState,
     directory: Path,
     log: Callable[[str], object],
+    *,
+    tokens: int,
+    peak_memory: tuple[int, str],
 ) -> None:
-    """Writes the summary and the plot, and prints a sample and the table."""
+    """Writes the plot and the summary, and prints a sample and the table.
+
+    Args:
+        config: the run's settings.
+        parts: of `train.assemble`.
+        state: the last one.
+        directory: the run's folder, with its metrics.jsonl.
+        log: prints a line.
+        tokens: targets trained on.
+        peak_memory: most bytes that any process of the run had in use, and how that is known.
+    """
     lines = read_metrics(directory)
     last = [line for line in lines if "eval_loss" in line][-1]
     ours = state_bytes(parts.abstract.optimizer.inner_state)
     adamw = state_bytes(jax.eval_shape(optax.adamw(1e-3).init, parts.abstract.params))
-    peak, source = peak_memory(parts.mesh.devices.flat[0])
     summary = {
         "eval_loss": last["eval_loss"],
         "eval_perplexity": last["eval_perplexity"],
-        "params": llama.count_params(parts.model),
+        "params": count_params(parts.model),
         "optimizer_state_bytes": sum(ours.values()),
         "adamw_state_bytes": sum(adamw.values()),
         "weight_bytes": tree_bytes(parts.abstract.params),
-        "peak_memory_bytes": peak,
-        "peak_memory_source": source,
-        "tokens_per_second": tokens_per_second(directory),
+        "peak_memory_bytes": peak_memory[0],
+        "peak_memory_source": peak_memory[1],
+        "tokens_per_second": tokens_per_second(lines),
         "steps": config.steps,
-        "tokens": [line for line in lines if "tokens" in line][-1]["tokens"],
+        "tokens": tokens,
         "skipped": int(state.optimizer.total_notfinite),
     }
-    write_json(directory / "summary.json", summary)
     plot_loss(lines, directory / "loss.png", f"{config.model}, {config.optimizer}")
     log(f"sample: {sample(config, parts, state)}")
     _print_table(config.optimizer, ours, adamw)
+    write_json(directory / "summary.json", summary)  # last: it says that the run is finished
     perplexity = last["eval_perplexity"]
     log(f"perplexity {math.nan if perplexity is None else perplexity:.2f}; see {directory}")
 

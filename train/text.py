@@ -1,6 +1,7 @@
 """Where text comes from: the documentation that every Python ships, or C4 in TFDS' layout."""
 
 import ast
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,11 @@ from typing import Any
 SOURCES = ("builtin", "c4")
 SPLITS = ("train", "validation")
 
-# Every so many-th document of the built-in text is kept for validation.
+# Every so many-th page of the built-in text is kept for validation.
 _VALIDATION_EVERY = 20
+# Characters in a document of the built-in text. Documents are what is shuffled: of whole pages, up
+# to 70,000 characters long, each would fill many batches alone, and the loss follow its subject.
+_DOCUMENT_LENGTH = 512
 # Top-level parts of the standard library that are not of the library itself: installed packages,
 # tests, an application, and two packages that newer Pythons no longer ship.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "idlelib", "lib2to3", "distutils"}
@@ -40,11 +44,7 @@ def load_text(name: str, split: str, data_dir: str | Path | None = None) -> Sequ
         return C4Text(Path(data_dir), split)
     if data_dir is not None:
         raise ValueError(f"data_dir={str(data_dir)!r} is not used by data='builtin': leave it out")
-    documents = _builtin_documents()
-    held_out = documents[::_VALIDATION_EVERY]
-    if split == "validation":
-        return held_out
-    return [text for i, text in enumerate(documents) if i % _VALIDATION_EVERY]
+    return _builtin_documents()[split]
 
 
 class C4Text(Sequence[str]):
@@ -85,11 +85,34 @@ class C4Text(Sequence[str]):
 
 
 @cache
-def _builtin_documents() -> list[str]:
-    """One document for each topic of Python's `help` and for each module's docstrings."""
+def _builtin_documents() -> dict[str, list[str]]:
+    """The documents of each split; the pages that they are cut from are in one split alone."""
+    pages = _builtin_pages()
+    # The same paragraph may stand on two pages: it belongs to the first one's split.
+    splits: dict[str, str] = {}
+    for number, page in enumerate(pages):
+        for document in _documents_of(page):
+            splits.setdefault(document, SPLITS[number % _VALIDATION_EVERY == 0])
+    return {s: [document for document, split in splits.items() if split == s] for s in SPLITS}
+
+
+def _documents_of(page: str) -> Iterator[str]:
+    """Cuts a page between paragraphs; a document is longer than the limit if its paragraph is."""
+    document = ""
+    for paragraph in re.split(r"\n{2,}", page):
+        if document and len(document) + len(paragraph) > _DOCUMENT_LENGTH:
+            yield document
+            document = ""
+        document = f"{document}\n\n{paragraph}" if document else paragraph
+    if document:
+        yield document
+
+
+def _builtin_pages() -> list[str]:
+    """One page for each topic of Python's `help` and for each module's docstrings."""
     from pydoc_data.topics import topics
 
-    documents = [topics[name].strip() for name in sorted(topics)]
+    pages = [topics[name].strip() for name in sorted(topics)]
     library = Path(sysconfig.get_path("stdlib"))
     seen: set[str] = set()
     for path in sorted(library.rglob("*.py")):
@@ -100,13 +123,13 @@ def _builtin_documents() -> list[str]:
         new = [text for text in _docstrings(path) if text not in seen]
         seen.update(new)
         if new:
-            documents.append("\n\n".join(new))
-    if len(documents) < 2 * _VALIDATION_EVERY:
+            pages.append("\n\n".join(new))
+    if len(pages) < 2 * _VALIDATION_EVERY:
         raise ValueError(
             f"data='builtin' found no source files of Python's standard library at {library}: "
             "use data='c4' with a data_dir"
         )
-    return documents
+    return pages
 
 
 def _docstrings(path: Path) -> Iterator[str]:

@@ -1,0 +1,101 @@
+"""Which outputs of a traced function depend on which of its inputs, read from its jaxpr.
+
+A value is followed through every equation that it enters: calls, branches and loops are looked
+into. Nothing is computed, so that a question about an optimizer costs no more than tracing it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+
+def depends(
+    traced: ClosedJaxpr | Jaxpr,
+    inputs: Sequence[bool],
+    *,
+    through_scalars: bool = True,
+    through_choices: bool = True,
+) -> list[bool]:
+    """Which outputs of a traced function depend on the marked inputs.
+
+    Args:
+        traced: What `jax.make_jaxpr` gives.
+        inputs: A mark for each of its flattened inputs.
+        through_scalars: Whether a dependence through a value without axes counts.
+        through_choices: Whether it counts that a marked value decides which of others is taken (by
+            `jnp.where`, `jax.lax.cond`, or as the end of a `while_loop`).
+
+    Returns:
+        A mark for each output. What cannot be looked into makes every output depend on every input.
+    """
+    jaxpr = _open(traced)
+    marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
+
+    def is_marked(atom: Any) -> bool:
+        return not isinstance(atom, Literal) and atom in marked
+
+    def inside(
+        body: ClosedJaxpr | Jaxpr, inputs: Sequence[bool], through_scalars: bool = through_scalars
+    ) -> list[bool]:
+        return depends(
+            body, inputs, through_scalars=through_scalars, through_choices=through_choices
+        )
+
+    for equation in jaxpr.eqns:
+        into = [is_marked(atom) for atom in equation.invars]
+        if not any(into):
+            continue
+        marks = _equation_depends(equation, into, inside, through_choices)
+        for var, mark in zip(equation.outvars, marks, strict=True):
+            if mark and (through_scalars or getattr(var.aval, "shape", ()) != ()):
+                marked.add(var)
+    return [is_marked(atom) for atom in jaxpr.outvars]
+
+
+def _open(traced: ClosedJaxpr | Jaxpr) -> Jaxpr:
+    return traced.jaxpr if isinstance(traced, ClosedJaxpr) else traced
+
+
+def _equation_depends(
+    equation: Any, into: list[bool], inside: Any, through_choices: bool
+) -> list[bool]:
+    everything = [True] * len(equation.outvars)
+    params = equation.params
+    match equation.primitive.name:
+        case "select_n":
+            return [any(into) if through_choices else any(into[1:])]
+        case "cond":
+            if into[0] and through_choices:
+                return everything
+            branches = [inside(branch, into[1:]) for branch in params["branches"]]
+            return [any(marks) for marks in zip(*branches, strict=True)]
+        case "scan":
+            n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+            carry, rest = _carried(params["jaxpr"], inside, into[:n], into[n:m], into[m:])
+            return carry + rest
+        case "while":
+            n, m = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+            carry, _ = _carried(params["body_jaxpr"], inside, into[n:m], into[m:], [])
+            if through_choices and any(inside(params["cond_jaxpr"], into[:n] + carry)):
+                return everything
+            return carry
+    bodies = [p for p in params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]
+    if len(bodies) == 1:
+        body = _open(bodies[0])
+        if len(body.invars) == len(into) and len(body.outvars) == len(everything):
+            return inside(body, into)
+    return everything
+
+
+def _carried(
+    body: ClosedJaxpr, inside: Any, constants: list[bool], carry: list[bool], rest: list[bool]
+) -> tuple[list[bool], list[bool]]:
+    """Marks of a loop's carry and of its other outputs, once another turn would mark no more."""
+    while True:
+        # Through scalars: in a loop they may be the elements of an array.
+        outputs = inside(body, constants + carry + rest, True)
+        new = [a or b for a, b in zip(carry, outputs, strict=False)]
+        if new == carry:
+            return carry, outputs[len(carry) :]
+        carry = new
