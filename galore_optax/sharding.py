@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 
 def with_automatic_axes(
-    fun: Callable[..., Any], out_specs: Callable[[AbstractMesh], Any], *args: Any
+    fun: Callable[..., Any], out_specs: Callable[[Mesh | AbstractMesh], Any], *args: Any
 ) -> Any:
     """`fun(*args)`, in which the mesh axes that are explicit in the arguments' types are automatic.
 
