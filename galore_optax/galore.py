@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from galore_optax.decoupled_decay import decay, update_and_slopes
 from galore_optax.matrices import WeightDimensionNumbers
@@ -42,8 +42,8 @@ class GaLoreState(NamedTuple):
             the left side is projected, `(*batch, out, r)` where the right side is, in the leaf's
             dtype, a tuple of them where both sides (or a tensor's axes) are;
             `optax.MaskedNode` at others.
-        next_refresh: Like the params: the step from which a refresh is due, of each matrix of a
-            projected leaf, of shape `(*batch,)`.
+        next_refresh: The step from which a refresh is due, of every matrix, leaf by leaf in the
+            order of `jax.tree.leaves`, of shape `(matrices,)`.
         inner: The inner transformation's state for the projected params.
 
     Examples:
@@ -56,7 +56,7 @@ class GaLoreState(NamedTuple):
 
     count: ArrayLike  # int32 scalar
     bases: optax.Params
-    next_refresh: optax.Params
+    next_refresh: Int[Array, " matrices"]
     inner: optax.OptState
 
 
@@ -178,7 +178,6 @@ def galore(
         _warn_of_left_out(leaves, plans, weight_dimension_numbers)
         key = jax.random.key(seed)
         bases: list[Any] = [optax.MaskedNode()] * len(leaves)
-        due: list[Any] = [optax.MaskedNode()] * len(leaves)
         for i, plan in enumerate(plans):
             if isinstance(leaves[i], jax.ShapeDtypeStruct):
                 leaves[i] = jnp.zeros(leaves[i].shape, leaves[i].dtype)
@@ -186,7 +185,6 @@ def galore(
                 continue
             found = plan.random_bases(leaves[i], key)
             bases[i] = found[0] if len(found) == 1 else found
-            due[i] = jnp.zeros(plan.view.batch_shape, jnp.int32)
             leaves[i] = plan.into(found, leaves[i])
         small = tree.unflatten(leaves)
         projected = tree.unflatten([plan is not None for plan in plans])
@@ -202,7 +200,7 @@ def galore(
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             bases=tree.unflatten(bases),
-            next_refresh=tree.unflatten(due),
+            next_refresh=jnp.zeros(_matrices(plans), jnp.int32),
             inner=inner_state,
         )
 
@@ -217,7 +215,7 @@ def galore(
         count = jnp.asarray(state.count)
         key = jax.random.key(seed)
         bases = [b if isinstance(b, tuple) else (b,) for b in tree.flatten_up_to(state.bases)]
-        due = tree.flatten_up_to(state.next_refresh)
+        due = _by_leaf(plans, state.next_refresh)
         gaps = _gaps(plans, due, count, update_proj_gap, stagger)
         kept = None if rank_schedule is None else jnp.asarray(rank_schedule(count), jnp.float32)
         inner_leaves, inner_tree = jax.tree.flatten(state.inner)
@@ -277,12 +275,25 @@ def galore(
         return tree.unflatten(steps), GaLoreState(
             count=optax.safe_increment(state.count),
             bases=tree.unflatten([b[0] if len(b) == 1 else b for b in bases]),
-            next_refresh=tree.unflatten(due),
+            next_refresh=jnp.concatenate([jnp.zeros(0, jnp.int32), *(x.reshape(-1) for x in due)]),
             inner=sharded_like(inner_state, state.inner),
         )
 
     # optax's types say that a state is any tree, not which one.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
+
+
+def _matrices(plans: Sequence[Projection | None]) -> int:
+    return sum(plan.matrices for plan in plans if plan is not None)
+
+
+def _by_leaf(plans: Sequence[Projection | None], every: Int[Array, " matrices"]) -> list[Array]:
+    """Of one number for every matrix those of each leaf, `(*batch,)`; none of one unprojected."""
+    if not plans:
+        return []
+    shapes = [(0,) if plan is None else plan.view.batch_shape for plan in plans]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    return [x.reshape(shape) for x, shape in zip(jnp.split(every, ends), shapes, strict=True)]
 
 
 def _gaps(
@@ -294,7 +305,7 @@ def _gaps(
 ) -> list[Any]:
     """Steps from a refresh at this step to the next, for each matrix of each projected leaf."""
     steps = jnp.maximum(jnp.asarray(gap(count) if callable(gap) else gap, jnp.int32), 1)
-    total = sum(plan.matrices for plan in plans if plan is not None)
+    total = _matrices(plans)
     gaps, before = [], 0
     for plan, at in zip(plans, due, strict=True):
         if plan is None:

@@ -450,3 +450,11 @@ def test_a_complex_matrix_is_refused_and_other_complex_leaves_are_the_inners():
     tx = galore(4, optax.sgd(0.1))
     updates, _ = tx.update(params, tx.init(params))
     np.testing.assert_allclose(updates["z"], -0.1 * params["z"])
+
+
+def test_a_map_of_the_state_to_the_params_leaves_the_counters():
+    tx = galore(4, optax.adam(1e-3))
+    state = tx.init({"w": jnp.ones((8, 12)), "b": jnp.ones(12)})
+    halved = optax.tree_utils.tree_map_params(tx, lambda x: x.astype(jnp.bfloat16), state)
+    assert halved.bases["w"].dtype == halved.inner[0].mu["w"].dtype == jnp.bfloat16
+    assert halved.next_refresh.dtype == halved.count.dtype == jnp.int32
