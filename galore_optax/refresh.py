@@ -4,6 +4,7 @@ algorithm 2), the moments carried over to the new basis.
 A refresh stays due until a finite, non-zero gradient performs it.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -79,7 +80,7 @@ def _refresh(
     path: Array,
 ) -> tuple[Bases, Moments, Array]:
     def matrix(
-        gradient: Float[Array, "*sizes"],
+        gradient: Callable[[], Float[Array, "*sizes"]],
         bases: Bases,
         due: Array,
         gap: Array,
@@ -92,7 +93,9 @@ def _refresh(
                 jax.random.fold_in(jax.random.fold_in(key, count), path), index
             )
             pairs = [
-                refreshed(find, unfold(gradient, mode), basis, jax.random.fold_in(own, mode), kept)
+                refreshed(
+                    find, unfold(gradient(), mode), basis, jax.random.fold_in(own, mode), kept
+                )
                 for mode, basis in zip(projection.modes, bases, strict=True)
             ]
             found = jnp.all(jnp.array([ok for _, ok in pairs]))
@@ -119,7 +122,7 @@ def _refresh(
         return jax.lax.cond(found, lambda: carry_over(turns, moments), lambda: moments)
 
     def single() -> tuple[Bases, Moments, Array]:
-        new, turns, following = matrix(projection.view.to_stack(grad), bases, due, gaps, 0)
+        new, turns, following = matrix(lambda: projection.view.to_stack(grad), bases, due, gaps, 0)
         return new, (carried(turns, following != due, moments[0]),), following
 
     def stack() -> tuple[Bases, Moments, Array]:
@@ -129,8 +132,9 @@ def _refresh(
             # The transitions are kept, not the old bases, so that new ones can take their place.
             own = partial(_matrix_of, i=i, batch_shape=shape)
             stacks, turns, dues = state
+            # Read where a refresh is due only: a matrix of a sharded stack has to be sent.
             new, turn, following = matrix(
-                own(gradients), tuple(map(own, stacks)), own(dues), own(gaps), i
+                lambda: own(gradients), tuple(map(own, stacks)), own(dues), own(gaps), i
             )
             at = jnp.unravel_index(i, shape)
             stacks = tuple(b.at[at].set(x) for b, x in zip(stacks, new, strict=True))
