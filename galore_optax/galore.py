@@ -11,21 +11,20 @@ GaLore (arXiv:2403.03507, algorithm 2), for a weight W with gradient G and every
 import math
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from galore_optax.decoupled_decay import decay, update_and_slopes
 from galore_optax.matrices import WeightDimensionNumbers
-from galore_optax.moments import RULES, CarryOver, MomentsFunction, places
+from galore_optax.moments import RULES, CarryOver, MomentsFunction, places, reset
 from galore_optax.projection import SIDES, Projection, Rank, checked_rank, projections
-from galore_optax.refresh import refresh
+from galore_optax.refresh import by_leaf, matrices, refresh, steps_to_next
 from galore_optax.remembered_params import remembers_params
 from galore_optax.sharding import explain_sharding_errors, sharded_like
 from galore_optax.subspace import SUBSPACES, FindSubspace
@@ -200,7 +199,7 @@ def galore(
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             bases=tree.unflatten(bases),
-            next_refresh=jnp.zeros(_matrices(plans), jnp.int32),
+            next_refresh=jnp.zeros(matrices(plans), jnp.int32),
             inner=inner_state,
         )
 
@@ -215,8 +214,8 @@ def galore(
         count = jnp.asarray(state.count)
         key = jax.random.key(seed)
         bases = [b if isinstance(b, tuple) else (b,) for b in tree.flatten_up_to(state.bases)]
-        due = _by_leaf(plans, state.next_refresh)
-        gaps = _gaps(plans, due, count, update_proj_gap, stagger)
+        due = by_leaf(plans, state.next_refresh)
+        gaps = steps_to_next(plans, due, count, update_proj_gap, stagger)
         kept = None if rank_schedule is None else jnp.asarray(rank_schedule(count), jnp.float32)
         inner_leaves, inner_tree = jax.tree.flatten(state.inner)
         moments_of = [[[] for _ in range(plan.matrices)] if plan else [] for plan in plans]
@@ -245,7 +244,7 @@ def galore(
 
         weights = None if params is None else tree.flatten_up_to(params)
         if rule == "reset":
-            inner_leaves = _reset(
+            inner_leaves = reset(
                 lambda: inner.init(projected(grads if weights is None else weights)),
                 inner_leaves, moments_of, refreshed,
             )  # fmt: skip
@@ -281,71 +280,6 @@ def galore(
 
     # optax's types say that a state is any tree, not which one.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
-
-
-def _matrices(plans: Sequence[Projection | None]) -> int:
-    return sum(plan.matrices for plan in plans if plan is not None)
-
-
-def _by_leaf(plans: Sequence[Projection | None], every: Int[Array, " matrices"]) -> list[Array]:
-    """Of one number for every matrix those of each leaf, `(*batch,)`; none of one unprojected."""
-    if not plans:
-        return []
-    shapes = [(0,) if plan is None else plan.view.batch_shape for plan in plans]
-    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-    return [x.reshape(shape) for x, shape in zip(jnp.split(every, ends), shapes, strict=True)]
-
-
-def _gaps(
-    plans: Sequence[Projection | None],
-    due: Sequence[Any],
-    count: Array,
-    gap: int | optax.Schedule,
-    stagger: bool,
-) -> list[Any]:
-    """Steps from a refresh at this step to the next, for each matrix of each projected leaf."""
-    steps = jnp.maximum(jnp.asarray(gap(count) if callable(gap) else gap, jnp.int32), 1)
-    total = _matrices(plans)
-    gaps, before = [], 0
-    for plan, at in zip(plans, due, strict=True):
-        if plan is None:
-            gaps.append(None)
-            continue
-        own = jnp.full(at.shape, steps)
-        if stagger:
-            # From half a gap to one and a half after the first refresh, then a gap for each.
-            phase = (before + np.arange(plan.matrices) + 0.5) / total + 0.5
-            first = jnp.ceil(steps * phase.astype(np.float32)).astype(jnp.int32)
-            own = jnp.where(at == 0, first.reshape(at.shape), own)
-        gaps.append(own)
-        before += plan.matrices
-    return gaps
-
-
-def _reset(
-    init: Callable[[], optax.OptState],
-    leaves: list[Array],
-    moments_of: list[Any],
-    refreshed: list[Any],
-) -> list[Array]:
-    """The leaves of the inner's state, made anew where they belong to a refreshed matrix."""
-    moved = [
-        (place.position, refreshed[i][j])
-        for i, matrices in enumerate(moments_of)
-        for j, matrix in enumerate(matrices)
-        for place in matrix
-        if refreshed[i] is not None
-    ]
-    if not moved:
-        return leaves
-
-    def reset() -> list[Array]:
-        fresh, new = sharded_like(jax.tree.leaves(init()), leaves), list(leaves)
-        for position, found in moved:
-            new[position] = jnp.where(found, fresh[position], leaves[position])
-        return new
-
-    return jax.lax.cond(jnp.any(jnp.array([f for _, f in moved])), reset, lambda: leaves)
 
 
 def _check_static(value: Any, name: str) -> None:

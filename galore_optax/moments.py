@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Float
 
 from galore_optax.projection import Projection
+from galore_optax.sharding import sharded_like
 
 Turn = Callable[..., Array]
 MomentsFunction = Callable[[str, Array, Turn], Array]
@@ -117,6 +118,32 @@ def places(
         container = jax.tree_util.keystr(field[:-1])
         found[slot.leaf][slot.matrix].append(Place(position, name, container))
     return found
+
+
+def reset(
+    init: Callable[[], optax.OptState],
+    leaves: list[Array],
+    moments_of: Sequence[Sequence[Sequence[Place]]],
+    refreshed: list[Any],
+) -> list[Array]:
+    """The leaves of the inner's state, made anew where they belong to a refreshed matrix."""
+    moved = [
+        (place.position, refreshed[i][j])
+        for i, matrices in enumerate(moments_of)
+        for j, matrix in enumerate(matrices)
+        for place in matrix
+        if refreshed[i] is not None
+    ]
+    if not moved:
+        return leaves
+
+    def made_anew() -> list[Array]:
+        fresh, new = sharded_like(jax.tree.leaves(init()), leaves), list(leaves)
+        for position, found in moved:
+            new[position] = jnp.where(found, fresh[position], leaves[position])
+        return new
+
+    return jax.lax.cond(jnp.any(jnp.array([f for _, f in moved])), made_anew, lambda: leaves)
 
 
 @dataclasses.dataclass(frozen=True)

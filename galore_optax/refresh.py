@@ -4,11 +4,15 @@ algorithm 2), the moments carried over to the new basis.
 A refresh stays due until a finite, non-zero gradient performs it.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from galore_optax.moments import CarryOver, transition
@@ -18,6 +22,46 @@ from galore_optax.subspace import FindSubspace, refreshed
 
 Bases = tuple[Array, ...]
 Moments = tuple[tuple[Array, ...], ...]
+
+
+def matrices(plans: Sequence[Projection | None]) -> int:
+    """How many matrices are projected, over all leaves."""
+    return sum(plan.matrices for plan in plans if plan is not None)
+
+
+def by_leaf(plans: Sequence[Projection | None], every: Int[Array, " matrices"]) -> list[Array]:
+    """Of one number for every matrix those of each leaf, `(*batch,)`; none of one unprojected."""
+    if not plans:
+        return []
+    shapes = [(0,) if plan is None else plan.view.batch_shape for plan in plans]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    return [x.reshape(shape) for x, shape in zip(jnp.split(every, ends), shapes, strict=True)]
+
+
+def steps_to_next(
+    plans: Sequence[Projection | None],
+    due: Sequence[Any],
+    count: Array,
+    gap: int | optax.Schedule,
+    stagger: bool,
+) -> list[Any]:
+    """Steps from a refresh at this step to the next, for each matrix of each projected leaf."""
+    steps = jnp.maximum(jnp.asarray(gap(count) if callable(gap) else gap, jnp.int32), 1)
+    total = matrices(plans)
+    gaps, before = [], 0
+    for plan, at in zip(plans, due, strict=True):
+        if plan is None:
+            gaps.append(None)
+            continue
+        own = jnp.full(at.shape, steps)
+        if stagger:
+            # From half a gap to one and a half after the first refresh, then a gap for each.
+            phase = (before + np.arange(plan.matrices) + 0.5) / total + 0.5
+            first = jnp.ceil(steps * phase.astype(np.float32)).astype(jnp.int32)
+            own = jnp.where(at == 0, first.reshape(at.shape), own)
+        gaps.append(own)
+        before += plan.matrices
+    return gaps
 
 
 # Compiled on its own, since outside of jit every conditional would be compiled anew at every call.
