@@ -5,7 +5,7 @@ A refresh stays due until a finite, non-zero gradient performs it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -124,7 +124,7 @@ def _refresh(
     path: Array,
 ) -> tuple[Bases, Moments, Array]:
     def matrix(
-        gradient: Callable[[], Float[Array, "*sizes"]],
+        gradient: Float[Array, "*sizes"],
         bases: Bases,
         due: Array,
         gap: Array,
@@ -137,9 +137,7 @@ def _refresh(
                 jax.random.fold_in(jax.random.fold_in(key, count), path), index
             )
             pairs = [
-                refreshed(
-                    find, unfold(gradient(), mode), basis, jax.random.fold_in(own, mode), kept
-                )
+                refreshed(find, unfold(gradient, mode), basis, jax.random.fold_in(own, mode), kept)
                 for mode, basis in zip(projection.modes, bases, strict=True)
             ]
             found = jnp.all(jnp.array([ok for _, ok in pairs]))
@@ -166,7 +164,7 @@ def _refresh(
         return jax.lax.cond(found, lambda: carry_over(turns, moments), lambda: moments)
 
     def single() -> tuple[Bases, Moments, Array]:
-        new, turns, following = matrix(lambda: projection.view.to_stack(grad), bases, due, gaps, 0)
+        new, turns, following = matrix(projection.view.to_stack(grad), bases, due, gaps, 0)
         return new, (carried(turns, following != due, moments[0]),), following
 
     def stack() -> tuple[Bases, Moments, Array]:
@@ -176,9 +174,10 @@ def _refresh(
             # The transitions are kept, not the old bases, so that new ones can take their place.
             own = partial(_matrix_of, i=i, batch_shape=shape)
             stacks, turns, dues = state
-            # Read where a refresh is due only: a matrix of a sharded stack has to be sent.
+            # The gradient is read beside the condition: with the collectives that send a matrix of
+            # a sharded stack inside it, devices waited for each other forever (jaxlib 0.10, CPU).
             new, turn, following = matrix(
-                lambda: own(gradients), tuple(map(own, stacks)), own(dues), own(gaps), i
+                own(gradients), tuple(map(own, stacks)), own(dues), own(gaps), i
             )
             at = jnp.unravel_index(i, shape)
             stacks = tuple(b.at[at].set(x) for b, x in zip(stacks, new, strict=True))

@@ -155,7 +155,7 @@ def abstract(shapes, specs, mesh):
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
-def test_a_refresh_of_a_stack_split_by_layers_sends_the_matrix_that_is_due(axis_type):
+def test_a_stack_split_by_layers_is_refreshed_without_gathering_the_stack(axis_type):
     mesh = mesh_of(axis_type)
     params, shardings = abstract({"w": (8, 16, 32)}, {"w": P("fsdp")}, mesh)
     tx = galore(4, optax.adam(0.01), weight_dimension_numbers=LAYERS)
@@ -168,16 +168,6 @@ def test_a_refresh_of_a_stack_split_by_layers_sends_the_matrix_that_is_due(axis_
     update = jax.jit(tx.update, out_shardings=(shardings, wanted)).lower(params, state)
     program = update.compile(compiler_options=FAST).as_text()
     assert max(sizes(program)) == 2 * 16 * 32  # a device's own two layers
-    # Not in every turn of the loop over the layers, but in the branch taken where it is due.
-    turns = re.findall(r"body=%([\w.-]+)", program)
-    sending = [
-        re.match(r"%([\w.-]+)", computation)[1]
-        for computation in program.split("\n\n")
-        if re.search(r"f32\[1,16,32\][^\n]* all-reduce\(", computation)
-    ]
-    assert turns
-    assert len(sending) == 1
-    assert sending[0] not in turns
 
 
 def test_the_state_keeps_the_axes_that_it_shares_with_the_params():
