@@ -1,13 +1,46 @@
-"""Which outputs of a traced function depend on which of its inputs, read from its jaxpr.
+"""What an optimizer's traced update says: which of its outputs depend on which of its inputs.
 
 A value is followed through every equation that it enters: calls, branches and loops are looked
 into. Nothing is computed, so that a question about an optimizer costs no more than tracing it.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+
+def traced_update(
+    inner: optax.GradientTransformationExtraArgs, params: optax.Params, state: optax.OptState
+) -> ClosedJaxpr | None:
+    """The new state of an update, traced with optax's usual extra arguments.
+
+    They are `value`, `grad`, `value_fn`, `obj_fn` and `grad_fn`.
+
+    Args:
+        inner: The transformation.
+        params: Its params: arrays or `jax.ShapeDtypeStruct`; their values are not used.
+        state: Its state, in the same manner.
+
+    Returns:
+        From updates, params and state, in this order, to the new state; None where the
+        transformation wants arguments of its own.
+    """
+    # Without shardings, which some updates cannot be traced with, and which change nothing here.
+    params, state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, state))
+
+    def states(updates: optax.Updates, params: optax.Params, state: optax.OptState) -> Any:
+        return inner.update(updates, state, params, **_usual_arguments(inner.update, updates))[1]
+
+    try:
+        return jax.make_jaxpr(states)(params, params, state)
+    except Exception:  # it may miss its arguments in any manner
+        return None
 
 
 def depends(
@@ -99,3 +132,24 @@ def _carried(
         if new == carry:
             return carry, outputs[len(carry) :]
         carry = new
+
+
+def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict[str, Any]:
+    # Of constant curvature, since a Hessian's diagonal (Sophia) is no remembered value of params.
+    # Line searches refuse arguments that their value_fn does not name.
+    def value_fn(params: optax.Params, obj_fn: Any = None, grad_fn: Any = None) -> Any:
+        del obj_fn, grad_fn
+        return sum(jnp.sum(x * x).real for x in jax.tree.leaves(params))
+
+    arguments = {
+        "value": np.float32(0),
+        "grad": updates,
+        "value_fn": value_fn,
+        "obj_fn": value_fn,
+        "grad_fn": lambda *_: updates,
+    }
+    taken = inspect.signature(update).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in taken):
+        return arguments
+    names = {p.name for p in taken}
+    return {name: value for name, value in arguments.items() if name in names}

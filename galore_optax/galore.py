@@ -20,11 +20,13 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
+from galore_optax.adaptive_refresh import SIMILARITIES, AdaptiveRefresh
 from galore_optax.decoupled_decay import decay, update_and_slopes
 from galore_optax.matrices import WeightDimensionNumbers
 from galore_optax.moments import RULES, CarryOver, MomentsFunction, places, reset
 from galore_optax.projection import SIDES, Projection, Rank, checked_rank, projections
-from galore_optax.refresh import by_leaf, matrices, refresh, steps_to_next
+from galore_optax.quantized import dequantized, is_quantized
+from galore_optax.refresh import by_leaf, flat, matrices, refresh, steps_to_next
 from galore_optax.remembered_params import remembers_params
 from galore_optax.sharding import explain_sharding_errors, sharded_like
 from galore_optax.subspace import SUBSPACES, FindSubspace
@@ -39,10 +41,12 @@ class GaLoreState(NamedTuple):
         count: Updates done so far.
         bases: Like the params: at a projected leaf its orthonormal basis P, `(*batch, in, r)` where
             the left side is projected, `(*batch, out, r)` where the right side is, in the leaf's
-            dtype, a tuple of them where both sides (or a tensor's axes) are;
-            `optax.MaskedNode` at others.
+            dtype, a tuple of them where both sides (or a tensor's axes) are, a `QuantizedArray`
+            each with `projection_bits`; `optax.MaskedNode` at others.
         next_refresh: The step from which a refresh is due, of every matrix, leaf by leaf in the
             order of `jax.tree.leaves`, of shape `(matrices,)`.
+        refreshes: How many refreshes each matrix has had, in the same order.
+        adaptation: The `Adaptation` of `adaptive_refresh`; `()` without it.
         inner: The inner transformation's state for the projected params.
 
     Examples:
@@ -56,6 +60,8 @@ class GaLoreState(NamedTuple):
     count: ArrayLike  # int32 scalar
     bases: optax.Params
     next_refresh: Int[Array, " matrices"]
+    refreshes: Int[Array, " matrices"]
+    adaptation: Any
     inner: optax.OptState
 
 
@@ -70,7 +76,9 @@ def galore(
     weight_dimension_numbers: WeightDimensionNumbers = None,
     moments: str | MomentsFunction | None = None,
     stagger: bool = False,
+    adaptive_refresh: AdaptiveRefresh | None = None,
     rank_schedule: optax.Schedule | None = None,
+    projection_bits: int | None = None,
     decoupled_decay: bool | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -116,8 +124,12 @@ def galore(
             state remembers the params, which live in the old basis.
         stagger: Spreads the second and all later refreshes over the steps of a gap, so that no step
             carries all of them; the first refresh is every matrix's at once.
+        adaptive_refresh: Doubles the gap of a matrix whose subspace has stopped turning, as
+            Q-GaLore does; `AdaptiveRefresh()` has the paper's numbers.
         rank_schedule: From the step of a refresh to the fraction of the rank that the new bases
             use, the directions of most energy; the others are zero. Shapes stay.
+        projection_bits: Stores the bases in 4 or 8 bits, in groups of 256 elements (Q-GaLore); None
+            stores them in the dtype of the leaf.
         decoupled_decay: Overrides the rule above: True takes the use of params for decoupled decay,
             False for something else. None decides by the rule.
         seed: Of the random numbers, which are folded from it, the step, the leaf's path and the
@@ -162,6 +174,13 @@ def galore(
     # Under inject_hyperparams the scale is an array, whose value is not known here.
     if isinstance(scale, int | float) and not math.isfinite(scale):
         raise ValueError(f"scale={scale} is not finite; the paper uses 0.25")
+    if projection_bits not in (None, 4, 8):
+        raise ValueError(f"projection_bits={projection_bits!r}: choose 4, 8, or None for none")
+    if not (adaptive_refresh is None or isinstance(adaptive_refresh, AdaptiveRefresh)):
+        raise ValueError(
+            f"adaptive_refresh={adaptive_refresh!r} is no AdaptiveRefresh; give AdaptiveRefresh() "
+            "for the paper's numbers, or None"
+        )
     if not isinstance(inner, optax.GradientTransformation):
         raise ValueError(
             f"inner={inner!r} is no optax.GradientTransformation; give one with its learning rate, "
@@ -170,8 +189,10 @@ def galore(
     inner = explain_sharding_errors(optax.with_extra_args_support(inner))
     find = SUBSPACES[subspace] if isinstance(subspace, str) else subspace
     rule = DEFAULT_MOMENTS if moments is None else moments
+    similarity = SIMILARITIES[adaptive_refresh.similarity] if adaptive_refresh else None
 
     def init(params: optax.Params) -> GaLoreState:
+        params = dequantized(params)
         leaves, tree = jax.tree.flatten(params)
         plans = projections(params, weight_dimension_numbers, rank, side)
         _warn_of_left_out(leaves, plans, weight_dimension_numbers)
@@ -182,7 +203,7 @@ def galore(
                 leaves[i] = jnp.zeros(leaves[i].shape, leaves[i].dtype)
             if plan is None:
                 continue
-            found = plan.random_bases(leaves[i], key)
+            found = plan.random_bases(leaves[i], key, projection_bits)
             bases[i] = found[0] if len(found) == 1 else found
             leaves[i] = plan.into(found, leaves[i])
         small = tree.unflatten(leaves)
@@ -200,6 +221,8 @@ def galore(
             count=jnp.zeros([], jnp.int32),
             bases=tree.unflatten(bases),
             next_refresh=jnp.zeros(matrices(plans), jnp.int32),
+            refreshes=jnp.zeros(matrices(plans), jnp.int32),
+            adaptation=adaptive_refresh.init(matrices(plans)) if adaptive_refresh else (),
             inner=inner_state,
         )
 
@@ -216,20 +239,25 @@ def galore(
         bases = [b if isinstance(b, tuple) else (b,) for b in tree.flatten_up_to(state.bases)]
         due = by_leaf(plans, state.next_refresh)
         gaps = steps_to_next(plans, due, count, update_proj_gap, stagger)
+        if adaptive_refresh:
+            factors = by_leaf(plans, state.adaptation.factor)
+            gaps = [gap * factor for gap, factor in zip(gaps, factors, strict=True)]
         kept = None if rank_schedule is None else jnp.asarray(rank_schedule(count), jnp.float32)
-        inner_leaves, inner_tree = jax.tree.flatten(state.inner)
+        inner_leaves, inner_tree = jax.tree.flatten(state.inner, is_leaf=is_quantized)
         moments_of = [[[] for _ in range(plan.matrices)] if plan else [] for plan in plans]
         if rule != "keep":
             moments_of = places(inner, state.inner, updates, plans)
-        refreshed: list[Any] = [None] * len(plans)
+        refreshed = [jnp.zeros(plan.matrices if plan else 0, bool) for plan in plans]
+        similarities = [jnp.zeros(x.shape) for x in refreshed]
         for i, plan in enumerate(plans):
             if plan is None or not plan.modes:
                 continue
             names = tuple((place.name, place.container) for place in moments_of[i][0])
             carry_over = CarryOver(plan, rule, names) if names and rule != "reset" else None
             own = tuple(tuple(inner_leaves[p.position] for p in ps) for ps in moments_of[i])
-            new, turned, following = refresh(
-                plan, find, carry_over, grads[i], bases[i], own if carry_over else ((),) * len(own),
+            new, turned, following, similarities[i] = refresh(
+                plan, find, carry_over, similarity, grads[i], bases[i],
+                own if carry_over else ((),) * len(own),
                 due[i], count, gaps[i], kept, key, jnp.uint32(plan.path_hash),
             )  # fmt: skip
             refreshed[i] = (following != due[i]).reshape(-1)
@@ -242,7 +270,7 @@ def galore(
             triples = zip(plans, bases, leaves, strict=True)
             return tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
 
-        weights = None if params is None else tree.flatten_up_to(params)
+        weights = None if params is None else dequantized(tree.flatten_up_to(params))
         if rule == "reset":
             inner_leaves = reset(
                 lambda: inner.init(projected(grads if weights is None else weights)),
@@ -271,10 +299,22 @@ def galore(
             for i, slope in enumerate(tree.flatten_up_to(slopes)):
                 if (whole := decay(slope, plans[i], weights[i])) is not None:
                     steps[i] = steps[i] + whole.astype(steps[i].dtype)
+        happened, next_refresh = flat(refreshed, bool), flat(due, jnp.int32)
+        adaptation = state.adaptation
+        if adaptive_refresh:
+            # The first basis took the place of a random one.
+            comparable = happened & (state.refreshes > 0)
+            adaptation = adaptive_refresh.update(
+                adaptation, comparable, flat(similarities, jnp.float32)
+            )
+            longer = adaptation.factor // state.adaptation.factor - 1
+            next_refresh = next_refresh + longer * flat(gaps, jnp.int32)
         return tree.unflatten(steps), GaLoreState(
             count=optax.safe_increment(state.count),
             bases=tree.unflatten([b[0] if len(b) == 1 else b for b in bases]),
-            next_refresh=jnp.concatenate([jnp.zeros(0, jnp.int32), *(x.reshape(-1) for x in due)]),
+            next_refresh=next_refresh,
+            refreshes=state.refreshes + happened,
+            adaptation=adaptation,
             inner=sharded_like(inner_state, state.inner),
         )
 

@@ -13,6 +13,7 @@ than v is counted, so that no second moment falls below zero.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import optax
 from jaxtyping import Array, Float
 
 from galore_optax.projection import Projection
+from galore_optax.quantized import dequantized, is_quantized, stored_like
 from galore_optax.sharding import sharded_like
 
 Turn = Callable[..., Array]
@@ -42,7 +44,7 @@ class Place:
     """A leaf of the inner's state that belongs to a matrix.
 
     Attributes:
-        position: Its index among the leaves of the state.
+        position: Its index among the leaves of the state, a `QuantizedArray` being one.
         name: Its field's name.
         container: The path of the state that has the field.
     """
@@ -95,7 +97,9 @@ def places(
 
     def owner(like_params: Any) -> Any:
         # By path, since a state may lack leaves (masked ones) or have several for one.
-        return jax.tree.map_with_path(lambda path, _: by_path.get(path, other), like_params)
+        return jax.tree.map_with_path(
+            lambda path, _: by_path.get(path, other), like_params, is_leaf=is_quantized
+        )
 
     try:
         owners = optax.tree_utils.tree_map_params(
@@ -109,9 +113,10 @@ def places(
     found: list[list[list[Place]]] = [
         [] if plan is None else [[] for _ in range(plan.matrices)] for plan in plans
     ]
-    paths = [path for path, _ in jax.tree.leaves_with_path(state)]
-    for position, (path, slot) in enumerate(zip(paths, jax.tree.leaves(owners), strict=True)):
-        if slot is other or plans[slot.leaf] is None:
+    paths = [path for path, _ in jax.tree.leaves_with_path(state, is_leaf=is_quantized)]
+    slots = jax.tree.leaves(owners, is_leaf=is_quantized)
+    for position, (path, slot) in enumerate(zip(paths, slots, strict=True)):
+        if is_quantized(slot) or slot is other or plans[slot.leaf] is None:
             continue
         field = path[: len(path) - slot.depth]
         name = jax.tree_util.keystr(field[-1:], simple=True) if field else ""
@@ -132,15 +137,18 @@ def reset(
         for i, matrices in enumerate(moments_of)
         for j, matrix in enumerate(matrices)
         for place in matrix
-        if refreshed[i] is not None
+        if len(refreshed[i])
     ]
     if not moved:
         return leaves
 
     def made_anew() -> list[Array]:
-        fresh, new = sharded_like(jax.tree.leaves(init()), leaves), list(leaves)
+        fresh = sharded_like(jax.tree.leaves(init(), is_leaf=is_quantized), leaves)
+        new = list(leaves)
         for position, found in moved:
-            new[position] = jnp.where(found, fresh[position], leaves[position])
+            new[position] = jax.tree.map(
+                partial(jnp.where, found), fresh[position], leaves[position]
+            )
         return new
 
     return jax.lax.cond(jnp.any(jnp.array([f for _, f in moved])), made_anew, lambda: leaves)
@@ -161,12 +169,15 @@ class CarryOver:
     names: tuple[tuple[str, str], ...]
 
     def __call__(
-        self, transitions: Sequence[Float[Array, "r r"]], moments: Sequence[Array]
-    ) -> tuple[Array, ...]:
-        """The moments in the new bases, each in its own shape and dtype."""
+        self, transitions: Sequence[Float[Array, "r r"]], moments: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """The moments in the new bases, each in its own shape, dtype and code."""
         by_mode = dict(zip(self.projection.modes, transitions, strict=True))
-        carried = [self._carried(i, moments, by_mode) for i in range(len(moments))]
-        return tuple(c.astype(m.dtype) for c, m in zip(carried, moments, strict=True))
+        floats = dequantized(tuple(moments))
+        carried = [self._carried(i, floats, by_mode) for i in range(len(floats))]
+        return tuple(
+            stored_like(c.astype(m.dtype), m) for c, m in zip(carried, moments, strict=True)
+        )
 
     def _carried(self, i: int, moments: Sequence[Array], transitions: dict[int, Array]) -> Array:
         (name, container), moment = self.names[i], moments[i]

@@ -9,7 +9,7 @@ import math
 import operator
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,13 +18,19 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from galore_optax.codes import Affine
 from galore_optax.matrices import LeafView, WeightDimensionNumbers, matrix_views
+from galore_optax.quantized import QuantizedArray, dequantized, quantize
 from galore_optax.sharding import axis_specs, specs, with_automatic_axes
 
 SIDES = ("smaller", "larger", "left", "right", "both")
 
 Rank = int | float | Callable[[str, tuple[int, ...]], int | float]
 """A number of dimensions, a fraction of the smaller side, or a function of path and shape."""
+
+
+Bases = tuple[Float[Array, "*batch n r"] | QuantizedArray, ...]
+"""Of one leaf, for each side that is projected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +66,14 @@ class Projection:
         ranks = dict(zip(self.modes, self.ranks, strict=True))
         return tuple(ranks.get(mode, size) for mode, size in enumerate(self.view.sizes))
 
-    def into(self, bases: Sequence[Float[Array, "*batch n r"]], leaf: Float[Array, "..."]) -> Any:
+    def into(self, bases: Bases, leaf: Float[Array, "..."]) -> Any:
         """R = PᵀG `(r, out)` or GP `(in, r)`; of stacked matrices a tuple, one array for each.
 
         An inner transformation keeps statistics by leaf (Adafactor's clipping, LAMB's trust ratio,
         a threshold on size): they are to be those of a matrix, never of a stack.
         """
 
-        def project(bases: Sequence[Array], leaf: Array) -> Any:
+        def project(bases: Bases, leaf: Array) -> Any:
             operands = self._operands(bases, leaf.dtype)
             small = jnp.einsum(leaf, list(range(leaf.ndim)), *operands, self._small_axes())
             small = small.reshape(-1, *self.small_shape)
@@ -77,13 +83,13 @@ class Projection:
 
     def out_of(
         self,
-        bases: Sequence[Float[Array, "*batch n r"]],
+        bases: Bases,
         small: Any,
         like: Float[Array, "..."],
     ) -> Float[Array, "..."]:
         """P N or N Pᵀ from what `into` gives, in the shape of the leaf, sharded as `like` is."""
 
-        def back(bases: Sequence[Array], small: Any) -> Array:
+        def back(bases: Bases, small: Any) -> Array:
             small = jnp.stack(small) if self.view.batch_axes else small
             axes, sizes = self._small_axes(), self.view.shape + self.ranks
             small = small.reshape([sizes[axis] for axis in axes])
@@ -104,12 +110,12 @@ class Projection:
             axes += [self._rank_axis(mode)] if mode in self.modes else merged
         return axes
 
-    def _operands(self, bases: Sequence[Array], dtype: Any) -> list[Any]:
+    def _operands(self, bases: Bases, dtype: Any) -> list[Any]:
         operands = []
         for mode, basis in zip(self.modes, bases, strict=True):
             axes = [*self.view.batch_axes, *self.view.modes[mode]]
             shape = [self.view.shape[axis] for axis in axes]
-            split = basis.astype(dtype).reshape(*shape, basis.shape[-1])
+            split = dequantized(basis).astype(dtype).reshape(*shape, basis.shape[-1])
             operands += [split, [*axes, self._rank_axis(mode)]]
         return operands
 
@@ -119,12 +125,12 @@ class Projection:
         return jax.vmap(lambda i: jax.random.fold_in(own, i))(jnp.arange(self.matrices))
 
     def random_bases(
-        self, leaf: Float[Array, "..."], key: PRNGKeyArray
-    ) -> tuple[Float[Array, "*batch n r"], ...]:
+        self, leaf: Float[Array, "..."], key: PRNGKeyArray, bits: int | None = None
+    ) -> Bases:
         """Random orthonormal bases in the leaf's dtype, sharded as their axes of the leaf.
 
-        Their columns are coordinates, drawn without repetition: orthonormal in any dtype, and made
-        without a factorization.
+        Their columns are coordinates, drawn without repetition: orthonormal in any dtype and code,
+        and made without a factorization. With `bits` they are stored in so many each.
         """
 
         def basis(mode: int, rank: int) -> Array:
@@ -138,7 +144,8 @@ class Projection:
             del leaf
             return tuple(basis(*pair) for pair in zip(self.modes, self.ranks, strict=True))
 
-        return with_automatic_axes(draw, lambda mesh: self._specs(mesh, leaf)[0], leaf)
+        bases = with_automatic_axes(draw, lambda mesh: self._specs(mesh, leaf)[0], leaf)
+        return bases if bits is None else tuple(_stored(basis, bits) for basis in bases)
 
     def _specs(
         self, mesh: Mesh | AbstractMesh, leaf: Array
@@ -169,6 +176,11 @@ class Projection:
                 sides[mode], spare = sides[mode] + spare, ()
         small = PartitionSpec(*sides)
         return bases, (small,) * self.matrices if batch else small
+
+
+def _stored(basis: Float[Array, "*batch n r"], bits: int) -> QuantizedArray:
+    """In groups of 256 elements (Q-GaLore, arXiv:2407.08296, section 3.1) of one matrix."""
+    return quantize(basis, Affine(bits), block=256, axis=-1 if basis.shape[-1] >= 256 else -2)
 
 
 def unfold(matrix: Float[Array, "..."], mode: int) -> Float[Array, "n m"]:

@@ -13,15 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
+from galore_optax.adaptive_refresh import Similarity
 from galore_optax.moments import CarryOver, transition
-from galore_optax.projection import Projection, unfold
+from galore_optax.projection import Bases, Projection, unfold
+from galore_optax.quantized import dequantized, stored_like
 from galore_optax.sharding import specs, with_automatic_axes
 from galore_optax.subspace import FindSubspace, refreshed
 
-Bases = tuple[Array, ...]
-Moments = tuple[tuple[Array, ...], ...]
+Moments = tuple[tuple[Any, ...], ...]
+Change = tuple[tuple[Float[Array, "r r"], ...], Float[Array, ""]]
+"""The transitions from old bases to new ones, if moments are carried over, and their similarity."""
 
 
 def matrices(plans: Sequence[Projection | None]) -> int:
@@ -29,13 +33,18 @@ def matrices(plans: Sequence[Projection | None]) -> int:
     return sum(plan.matrices for plan in plans if plan is not None)
 
 
-def by_leaf(plans: Sequence[Projection | None], every: Int[Array, " matrices"]) -> list[Array]:
+def by_leaf(plans: Sequence[Projection | None], every: Shaped[Array, " matrices"]) -> list[Array]:
     """Of one number for every matrix those of each leaf, `(*batch,)`; none of one unprojected."""
     if not plans:
         return []
     shapes = [(0,) if plan is None else plan.view.batch_shape for plan in plans]
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
     return [x.reshape(shape) for x, shape in zip(jnp.split(every, ends), shapes, strict=True)]
+
+
+def flat(leaves: Sequence[Array], dtype: Any) -> Shaped[Array, " matrices"]:
+    """The inverse of `by_leaf`."""
+    return jnp.concatenate([jnp.zeros(0, dtype), *(x.reshape(-1).astype(dtype) for x in leaves)])
 
 
 def steps_to_next(
@@ -51,7 +60,7 @@ def steps_to_next(
     gaps, before = [], 0
     for plan, at in zip(plans, due, strict=True):
         if plan is None:
-            gaps.append(None)
+            gaps.append(at)
             continue
         own = jnp.full(at.shape, steps)
         if stagger:
@@ -65,13 +74,14 @@ def steps_to_next(
 
 
 # Compiled on its own, since outside of jit every conditional would be compiled anew at every call.
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def refresh(
     projection: Projection,
     find: FindSubspace,
     carry_over: CarryOver | None,
+    similarity: Similarity | None,
     grad: Float[Array, "..."],
-    bases: tuple[Float[Array, "*batch n r"], ...],
+    bases: Bases,
     moments: Moments,
     due: Int[Array, "*batch"],
     count: Int[Array, ""],
@@ -79,7 +89,7 @@ def refresh(
     kept: Float[Array, ""] | None,
     key: PRNGKeyArray,
     path: Int[Array, ""],
-) -> tuple[Bases, Moments, Int[Array, "*batch"]]:
+) -> tuple[Bases, Moments, Int[Array, "*batch"], Float[Array, " matrices"]]:
     """New bases for the matrices of a leaf that are due one; costs nothing on other steps.
 
     A conditional inside a loop over the stack: under `vmap` it would become a select, which
@@ -89,6 +99,7 @@ def refresh(
         projection: How the leaf is projected.
         find: Finds a basis of one gradient `(n, m)`, the projected side first.
         carry_over: What becomes of the moments; None leaves them.
+        similarity: Compares the new basis with the old one; None does not.
         grad: The leaf's gradient.
         bases: The present bases, of each projected side.
         moments: For each matrix, its moments in the inner's state.
@@ -100,11 +111,12 @@ def refresh(
         path: The hash of the leaf's path.
 
     Returns:
-        The bases, the moments, and the steps from which the next refreshes are due.
+        The bases, the moments, the steps from which the next refreshes are due, and of each
+        refreshed matrix the similarity, the mean of those of its sides.
     """
     return with_automatic_axes(
-        partial(_refresh, projection, find, carry_over),
-        lambda _: specs((bases, moments, due)),
+        partial(_refresh, projection, find, carry_over, similarity),
+        lambda _: (*specs((bases, moments, due)), PartitionSpec()),
         grad, bases, moments, due, count, gaps, kept, key, path,
     )  # fmt: skip
 
@@ -113,6 +125,7 @@ def _refresh(
     projection: Projection,
     find: FindSubspace,
     carry_over: CarryOver | None,
+    similarity: Similarity | None,
     grad: Array,
     bases: Bases,
     moments: Moments,
@@ -122,84 +135,91 @@ def _refresh(
     kept: Array | None,
     key: PRNGKeyArray,
     path: Array,
-) -> tuple[Bases, Moments, Array]:
+) -> tuple[Bases, Moments, Array, Array]:
     def matrix(
         gradient: Float[Array, "*sizes"],
         bases: Bases,
         due: Array,
         gap: Array,
         index: Array | int,
-    ) -> tuple[Bases, Bases, Array]:
-        """Of one matrix the new bases, the transitions to them, and when the next are due."""
+    ) -> tuple[Bases, Change, Array]:
+        """Of one matrix the new bases, what they are to the old, and when the next are due."""
 
-        def search() -> tuple[Bases, Bases, Array]:
+        def search() -> tuple[Bases, Change, Array]:
             own = jax.random.fold_in(
                 jax.random.fold_in(jax.random.fold_in(key, count), path), index
             )
+            old = dequantized(bases)
             pairs = [
                 refreshed(find, unfold(gradient, mode), basis, jax.random.fold_in(own, mode), kept)
-                for mode, basis in zip(projection.modes, bases, strict=True)
+                for mode, basis in zip(projection.modes, old, strict=True)
             ]
             found = jnp.all(jnp.array([ok for _, ok in pairs]))
-            new = tuple(jnp.where(found, b, old) for (b, _), old in zip(pairs, bases, strict=True))
-            return new, transitions(bases, new), jnp.where(found, count + gap, due)
+            new = tuple(stored_like(p[0], basis) for p, basis in zip(pairs, bases, strict=True))
+            new = jax.tree.map(partial(jnp.where, found), new, bases)
+            return new, change(old, dequantized(new)), jnp.where(found, count + gap, due)
 
-        def stay() -> tuple[Bases, Bases, Array]:
-            return (
-                bases,
-                jax.tree.map(jnp.zeros_like, jax.eval_shape(transitions, bases, bases)),
-                due,
-            )
+        def stay() -> tuple[Bases, Change, Array]:
+            none = jax.eval_shape(lambda b: change(dequantized(b), dequantized(b)), bases)
+            return bases, jax.tree.map(jnp.zeros_like, none), due
 
         return jax.lax.cond(count >= due, search, stay)
 
-    def transitions(old: Bases, new: Bases) -> Bases:
-        if carry_over is None:
-            return ()
-        return tuple(transition(a, b) for a, b in zip(old, new, strict=True))
+    def change(old: Sequence[Any], new: Sequence[Any]) -> Change:
+        pairs = list(zip(old, new, strict=True))
+        turns = () if carry_over is None else tuple(transition(a, b) for a, b in pairs)
+        if similarity is None:
+            return turns, jnp.zeros(())
+        wide = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in pairs]
+        return turns, jnp.mean(jnp.array([similarity(a, b) for a, b in wide]))
 
-    def carried(turns: Bases, found: Array, moments: tuple[Array, ...]) -> tuple[Array, ...]:
+    def carried(turns: Any, found: Array, moments: tuple[Any, ...]) -> tuple[Any, ...]:
         if carry_over is None:
             return moments
         return jax.lax.cond(found, lambda: carry_over(turns, moments), lambda: moments)
 
-    def single() -> tuple[Bases, Moments, Array]:
-        new, turns, following = matrix(projection.view.to_stack(grad), bases, due, gaps, 0)
-        return new, (carried(turns, following != due, moments[0]),), following
+    def single() -> tuple[Bases, Moments, Array, Array]:
+        stack = projection.view.to_stack(grad)
+        new, (turns, similar), following = matrix(stack, bases, due, gaps, 0)
+        return new, (carried(turns, following != due, moments[0]),), following, similar[None]
 
-    def stack() -> tuple[Bases, Moments, Array]:
+    def stack() -> tuple[Bases, Moments, Array, Array]:
         gradients, shape = projection.view.to_stack(grad), projection.view.batch_shape
 
-        def body(i: Array, state: tuple[Bases, Bases, Array]) -> tuple[Bases, Bases, Array]:
+        def body(i: Array, state: tuple[Bases, Change, Array]) -> tuple[Bases, Change, Array]:
             # The transitions are kept, not the old bases, so that new ones can take their place.
             own = partial(_matrix_of, i=i, batch_shape=shape)
-            stacks, turns, dues = state
+            stacks, changes, dues = state
             # The gradient is read beside the condition: with the collectives that send a matrix of
             # a sharded stack inside it, devices waited for each other forever (jaxlib 0.10, CPU).
-            new, turn, following = matrix(
-                own(gradients), tuple(map(own, stacks)), own(dues), own(gaps), i
+            new, one, following = matrix(
+                own(gradients), jax.tree.map(own, stacks), own(dues), own(gaps), i
             )
             at = jnp.unravel_index(i, shape)
-            stacks = tuple(b.at[at].set(x) for b, x in zip(stacks, new, strict=True))
-            turns = tuple(t.at[i].set(x) for t, x in zip(turns, turn, strict=True))
-            return stacks, turns, dues.at[at].set(following)
+            stacks = jax.tree.map(lambda b, x: b.at[at].set(x), stacks, new)
+            changes = jax.tree.map(lambda c, x: c.at[i].set(x), changes, one)
+            return stacks, changes, dues.at[at].set(following)
 
-        one = tuple(jax.ShapeDtypeStruct(b.shape[len(shape) :], b.dtype) for b in bases)
-        turns = jax.tree.map(
-            lambda t: jnp.zeros((projection.matrices, *t.shape), t.dtype),
-            jax.eval_shape(transitions, one, one),
+        def one_of(stacks: Bases) -> Bases:
+            return dequantized(jax.tree.map(lambda b: b[(0,) * len(shape)], stacks))
+
+        one = jax.eval_shape(lambda b: change(one_of(b), one_of(b)), bases)
+        changes = jax.tree.map(lambda c: jnp.zeros((projection.matrices, *c.shape), c.dtype), one)
+        new, (turns, similar), dues = jax.lax.fori_loop(
+            0, projection.matrices, body, (bases, changes, due)
         )
-        state = bases, turns, due
-        new, turns, dues = jax.lax.fori_loop(0, projection.matrices, body, state)
         found = (dues != due).reshape(-1)
         turned = tuple(
             carried(tuple(turn[i] for turn in turns), found[i], own)
             for i, own in enumerate(moments)
         )
-        return new, turned, dues
+        return new, turned, dues, similar
 
-    change = stack if projection.view.batch_axes else single
-    return jax.lax.cond(jnp.any(count >= due), change, lambda: (bases, moments, due))
+    def stay() -> tuple[Bases, Moments, Array, Array]:
+        return bases, moments, due, jnp.zeros(projection.matrices)
+
+    refresh_all = stack if projection.view.batch_axes else single
+    return jax.lax.cond(jnp.any(count >= due), refresh_all, stay)
 
 
 def _matrix_of(

@@ -5,17 +5,12 @@ more than any step of training moves it, and a remembered one can no longer be c
 Moments are another matter: they are averages of gradients, most of which a new basis still holds.
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from galore_optax.dataflow import depends
+from galore_optax.dataflow import depends, traced_update
 
 
 def remembers_params(
@@ -56,12 +51,8 @@ def remembers_params(
     if any(_arrays(made, depends(made, counts))):
         return True
 
-    def states(updates: optax.Updates, params: optax.Params, state: optax.OptState) -> Any:
-        return inner.update(updates, state, params, **_usual_arguments(inner.update, updates))[1]
-
-    try:
-        updated = jax.make_jaxpr(states)(params, params, state)
-    except Exception:  # it wants arguments of its own, and may miss them in any manner
+    updated = traced_update(inner, params, state)
+    if updated is None:
         return False
     others = [False] * len(jax.tree.leaves(state))
     nothing = [False] * len(counts)
@@ -74,24 +65,3 @@ def remembers_params(
 
 def _arrays(traced: jax.extend.core.ClosedJaxpr, marks: list[bool]) -> list[bool]:
     return [mark and np.ndim(aval) > 0 for mark, aval in zip(marks, traced.out_avals, strict=True)]
-
-
-def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict[str, Any]:
-    # Of constant curvature, since a Hessian's diagonal (Sophia) is no remembered value of params.
-    # Line searches refuse arguments that their value_fn does not name.
-    def value_fn(params: optax.Params, obj_fn: Any = None, grad_fn: Any = None) -> Any:
-        del obj_fn, grad_fn
-        return sum(jnp.sum(x * x).real for x in jax.tree.leaves(params))
-
-    arguments = {
-        "value": np.float32(0),
-        "grad": updates,
-        "value_fn": value_fn,
-        "obj_fn": value_fn,
-        "grad_fn": lambda *_: updates,
-    }
-    taken = inspect.signature(update).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in taken):
-        return arguments
-    names = {p.name for p in taken}
-    return {name: value for name, value in arguments.items() if name in names}

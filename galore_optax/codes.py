@@ -1,0 +1,209 @@
+"""Codes of 4 and 8 bits: a block of numbers as small integers, a scale, and perhaps an offset.
+
+Each code is a frozen dataclass with `bits`, `encode` and `decode`, which work on whole blocks along
+one axis. Numbers are found by arithmetic, without looking anything up: an accelerator's vector
+units and a CPU's have no gather worth the name.
+"""
+
+import dataclasses
+import itertools
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, UInt
+
+Encoded = tuple[
+    UInt[Array, "..."], Float[Array, "..."], Float[Array, "..."] | None
+]  # codes, scales, offsets
+
+
+class Code(Protocol):
+    """How blocks of numbers become codes and numbers again."""
+
+    @property
+    def bits(self) -> int:
+        """Of one code."""
+        ...
+
+    def encode(self, blocks: Float[Array, "..."], axis: int, key: PRNGKeyArray | None) -> Encoded:
+        """Codes like `blocks`, and scales and offsets with 1 along `axis`, that of a block.
+
+        Args:
+            blocks: Float32 or float64.
+            axis: Along which a block runs.
+            key: Rounds up or down at random, such that the mean is exact; None to the nearest.
+        """
+        ...
+
+    def decode(
+        self,
+        codes: UInt[Array, "..."],
+        scales: Float[Array, "..."],
+        offsets: Float[Array, "..."] | None,
+    ) -> Float[Array, "..."]:
+        """Numbers, in the scales' dtype."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic:
+    """The dynamic code of 8-bit optimizers (Dettmers et al., arXiv:2110.02861, section 1.2).
+
+    The same share of codes for every tenth of the last in number, evenly spaced within a factor of
+    ten in value: decade i holds n_i = 2^i magnitudes (2^(i+1) without a sign), the q-th of all,
+    n_i <= q < 2 n_i, of value
+
+        10^(i - 6) (0.1 + 0.9 (q - n_i + 0.5) / n_i)        for i from 0 to 6
+
+    after which come zero and the largest magnitude of the block, which is exact: with a sign the
+    scale takes that of the block's largest element. Codes are bitsandbytes' own. What is not zero
+    is never coded as zero: a second moment of zero would make the next update explode.
+
+    Attributes:
+        signed: Whether there are negative numbers; without a sign they become zero.
+        bits: 8.
+    """
+
+    signed: bool
+    bits: int = 8
+
+    @property
+    def _decades(self) -> list[tuple[float, float, float]]:
+        """Of each decade its threshold, n_i and the distance of its values; the last is 1 alone."""
+        decades, below = [], 0.0
+        for i in range(self.bits - 1):
+            n = 2.0**i if self.signed else 2.0 ** (i + 1)
+            end = 10.0 ** (i + 2 - self.bits)
+            step = 0.9 * end / n
+            first = 0.1 * end + step / 2
+            decades.append(((below + first) / 2, n, step))
+            below = end - step / 2
+        return [*decades, ((below + 1) / 2, 2 * decades[-1][1], 1.0)]
+
+    @property
+    def _zero(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.signed else -1
+
+    def encode(self, blocks, axis, key):
+        """See `Code.encode`; it does not round at random."""
+        _refuse(key)
+        scales = _scales(blocks, axis, self.signed)
+        x = blocks / jnp.where(scales == 0, 1, scales)
+        size = jnp.abs(x) if self.signed else x
+        (_, n, step), *later = self._decades
+        count, density = jnp.full_like(size, n), jnp.full_like(size, 1 / step)
+        for threshold, n, step in later:
+            above = size >= threshold
+            count = jnp.where(above, n, count)
+            density = jnp.where(above, 1 / step, density)
+        # The value of q is step (q + 1/2 - 8/9 n): this is the nearest within the decade.
+        q = jnp.clip(jnp.floor(size * density + 8 / 9 * count), count, 2 * count - 1)
+        if self.signed:
+            q = jnp.where(x < 0, -jnp.minimum(q, self._zero), q)
+            q = jnp.where(blocks == 0, 0, q)
+        else:
+            q = jnp.where(blocks > 0, jnp.minimum(q, 2.0**self.bits), 1)
+        # By way of int32, since the conversion of a float to uint8 is slow on a CPU.
+        return (q.astype(jnp.int32) + self._zero).astype(_dtype(self.bits)), scales, None
+
+    def decode(self, codes, scales, offsets):
+        """See `Code.decode`."""
+        del offsets
+        q = codes.astype(jnp.int32).astype(scales.dtype) - self._zero
+        size = jnp.abs(q) if self.signed else q
+        (_, n, step), *later = self._decades
+        zero = size < n
+        count, steps = jnp.full_like(size, n), jnp.full_like(size, step)
+        for _, n, step in later:
+            above = size >= n
+            count = jnp.where(above, n, count)
+            steps = jnp.where(above, step, steps)
+        value = jnp.minimum(steps * (size + 0.5 - 8 / 9 * count), 1)
+        value = jnp.where(zero, 0, jnp.where(q < 0, -value, value))
+        return value * scales
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A code of a few given values, between which the middle decides.
+
+    Attributes:
+        values: In ascending order, from -1 or 0 to 1, 2**bits of them.
+        bits: Of one code.
+    """
+
+    values: tuple[float, ...]
+    bits: int = 4
+
+    @property
+    def _signed(self) -> bool:
+        return self.values[0] < 0
+
+    def encode(self, blocks, axis, key):
+        """See `Code.encode`; it does not round at random."""
+        _refuse(key)
+        scales = _scales(blocks, axis, self._signed)
+        x = blocks / jnp.where(scales == 0, 1, scales)
+        codes = jnp.zeros(x.shape, jnp.int32)
+        for low, high in itertools.pairwise(self.values):
+            passed = x >= (low + high) / 2 if self._signed or low > 0 else blocks > 0
+            codes += passed.astype(jnp.int32)
+        return codes.astype(_dtype(self.bits)), scales, None
+
+    def decode(self, codes, scales, offsets):
+        """See `Code.decode`."""
+        del offsets
+        numbers = codes.astype(jnp.int32)
+        values = jnp.full(codes.shape, self.values[0], scales.dtype)
+        for i, value in enumerate(self.values[1:], 1):
+            values = jnp.where(numbers >= i, value, values)
+        return values * scales
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """Evenly spaced numbers from a block's least to its largest, both of which are exact.
+
+    The offset is the least number itself, not a code for zero, which would have to be clamped where
+    a block's numbers have one sign (a fault of published code). A block of one number is exact.
+
+    Attributes:
+        bits: Of one code.
+    """
+
+    bits: int
+
+    def encode(self, blocks, axis, key):
+        """See `Code.encode`."""
+        low, high = (f(blocks, axis, keepdims=True) for f in (jnp.min, jnp.max))
+        last = 2**self.bits - 1
+        scales = _normal((high - low) / last)
+        x = (blocks - low) / jnp.where(scales == 0, 1, scales)
+        up = 0.5 if key is None else jax.random.uniform(key, blocks.shape, blocks.dtype)
+        codes = jnp.clip(jnp.floor(x + up), 0, last)
+        return codes.astype(jnp.int32).astype(_dtype(self.bits)), scales, low
+
+    def decode(self, codes, scales, offsets):
+        """See `Code.decode`."""
+        return codes.astype(jnp.int32).astype(scales.dtype) * scales + offsets
+
+
+def _scales(blocks: Float[Array, "..."], axis: int, signed: bool) -> Float[Array, "..."]:
+    """What a block is divided by: its element of largest magnitude, with its sign."""
+    low, high = (f(blocks, axis, keepdims=True) for f in (jnp.min, jnp.max))
+    return _normal(jnp.where(high >= -low, high, low) if signed else jnp.maximum(high, 0))
+
+
+def _normal(scales: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Zero below the smallest normal number, which a CPU may take for zero as a divisor."""
+    return jnp.where(jnp.abs(scales) < jnp.finfo(scales.dtype).tiny, 0, scales)
+
+
+def _refuse(key: PRNGKeyArray | None) -> None:
+    if key is not None:
+        raise ValueError("key: only the affine codes round at random; leave it out")
+
+
+def _dtype(bits: int) -> type:
+    return {8: jnp.uint8, 4: jnp.uint4}[bits]
