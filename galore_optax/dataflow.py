@@ -134,6 +134,44 @@ def _carried(
         carry = new
 
 
+# Primitives that give zero where their first operand, or where all of them, are zero.
+_ZERO_IF_FIRST = {
+    "neg", "div", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "transpose",
+    "reduce_sum", "copy", "slice", "sign", "reduce_precision",
+}  # fmt: skip
+_ZERO_IF_ALL = {"add", "add_any", "sub", "max", "min", "concatenate"}
+
+
+def zeros(traced: ClosedJaxpr | Jaxpr, inputs: Sequence[bool] = ()) -> list[bool]:
+    """Which outputs of a traced function are zero, whatever its inputs but those marked as zero.
+
+    A product with zero counts as zero, although one with an infinite or undefined number is not.
+    """
+    jaxpr = _open(traced)
+    marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=False) if mark}
+
+    def is_marked(atom: Any) -> bool:
+        if isinstance(atom, Literal):
+            return np.ndim(atom.val) == 0 and atom.val == 0
+        return atom in marked
+
+    for equation in jaxpr.eqns:
+        into = [is_marked(atom) for atom in equation.invars]
+        name = equation.primitive.name
+        bodies = [p for p in equation.params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]
+        if name in ("jit", "pjit", "closed_call") and len(bodies) == 1:
+            marks = zeros(bodies[0], into)
+        else:
+            zero = (
+                (name == "mul" and any(into))
+                or (name in _ZERO_IF_FIRST and into[0])
+                or (name in _ZERO_IF_ALL and all(into))
+            )
+            marks = [zero] * len(equation.outvars)
+        marked |= {var for var, mark in zip(equation.outvars, marks, strict=True) if mark}
+    return [is_marked(atom) for atom in jaxpr.outvars]
+
+
 def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict[str, Any]:
     # Of constant curvature, since a Hessian's diagonal (Sophia) is no remembered value of params.
     # Line searches refuse arguments that their value_fn does not name.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from galore_optax.dataflow import depends
+from galore_optax.dataflow import depends, zeros
 from galore_optax.projection import Projection
 from galore_optax.sharding import first_element
 
@@ -128,8 +128,8 @@ def decay_slopes(
     if not any(in_updates):
         return [None] * len(all_leaves)
     ones = [jnp.ones_like(leaf) for leaf in params_leaves]
+    traced = jax.make_jaxpr(slope)(rest_leaves, params_leaves, ones)
     if check:
-        traced = jax.make_jaxpr(slope)(rest_leaves, params_leaves, ones)
         none, every = [False] * n_params, [True] * n_params
         on_params = depends(traced, [False] * n_rest + every + none)
         on_tangents = depends(traced, [False] * n_rest + none + every)
@@ -139,6 +139,8 @@ def decay_slopes(
         # A use of params without a derivative, as in a sign, is not affine.
         if any(on_params) or any(on_arrays) or on_tangents != in_updates:
             return None
+    # A decay of zero, such as that of many recipes by default, needs no pass over the weights.
+    in_updates = [used and not z for used, z in zip(in_updates, zeros(traced), strict=True)]
     slopes = slope(rest_leaves, [jnp.zeros_like(leaf) for leaf in params_leaves], ones)
     found: list[Array | None] = [None] * len(all_leaves)
     for i, s, used in zip(sloped, slopes, in_updates, strict=True):
