@@ -5,7 +5,14 @@ from galore_optax.galore import GaLoreState, galore
 from galore_optax.matrices import GaLoreDimensionNumbers, TuckerDimensionNumbers
 from galore_optax.quantize_state import quantize_state
 from galore_optax.quantized import QuantizedArray
-from galore_optax.recipes import galore_adafactor, galore_adamw
+from galore_optax.quantized_weights import apply_updates, quantize_weights
+from galore_optax.recipes import (
+    adamw8bit,
+    galore_adafactor,
+    galore_adamw,
+    galore_adamw8bit,
+    q_galore_adamw8bit,
+)
 
 __all__ = [
     "AdaptiveRefresh",
@@ -13,8 +20,13 @@ __all__ = [
     "GaLoreState",
     "QuantizedArray",
     "TuckerDimensionNumbers",
+    "adamw8bit",
+    "apply_updates",
     "galore",
     "galore_adafactor",
     "galore_adamw",
+    "galore_adamw8bit",
+    "q_galore_adamw8bit",
     "quantize_state",
+    "quantize_weights",
 ]

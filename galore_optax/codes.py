@@ -7,7 +7,7 @@ units and a CPU's have no gather worth the name.
 
 import dataclasses
 import itertools
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -180,8 +180,7 @@ class Affine:
         last = 2**self.bits - 1
         scales = _normal((high - low) / last)
         x = (blocks - low) / jnp.where(scales == 0, 1, scales)
-        up = 0.5 if key is None else jax.random.uniform(key, blocks.shape, blocks.dtype)
-        codes = jnp.clip(jnp.floor(x + up), 0, last)
+        codes = jnp.clip(jnp.floor(x + _up(key, x)), 0, last)
         return codes.astype(jnp.int32).astype(_dtype(self.bits)), scales, low
 
     def decode(self, codes, scales, offsets):
@@ -198,6 +197,13 @@ def _scales(blocks: Float[Array, "..."], axis: int, signed: bool) -> Float[Array
 def _normal(scales: Float[Array, "..."]) -> Float[Array, "..."]:
     """Zero below the smallest normal number, which a CPU may take for zero as a divisor."""
     return jnp.where(jnp.abs(scales) < jnp.finfo(scales.dtype).tiny, 0, scales)
+
+
+def _up(key: PRNGKeyArray | None, like: Float[Array, "..."]) -> Any:
+    """What a number is raised by before it is rounded down: a half, or anything below one."""
+    if key is None:
+        return 0.5
+    return (jax.random.bits(key, like.shape, jnp.uint16).astype(like.dtype) + 0.5) / 2**16
 
 
 def _refuse(key: PRNGKeyArray | None) -> None:

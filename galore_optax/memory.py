@@ -5,11 +5,12 @@ import optax
 from jaxtyping import PyTree
 
 from galore_optax.galore import GaLoreState
+from galore_optax.quantized import array_bytes
 
 
 def tree_bytes(tree: PyTree) -> int:
     """Bytes of all arrays in a tree (arrays or `jax.ShapeDtypeStruct`), over all devices once."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(array_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def state_bytes(state: optax.OptState) -> dict[str, int]:
@@ -36,7 +37,9 @@ def state_bytes(state: optax.OptState) -> dict[str, int]:
         galore = isinstance(part, GaLoreState)
         if galore:
             kinds["projections"] += tree_bytes(part.bases)
-            kinds["counters"] += tree_bytes((part.count, part.next_refresh))
+            kinds["counters"] += tree_bytes(
+                (part.count, part.next_refresh, part.refreshes, part.adaptation)
+            )
         for leaf in jax.tree.leaves(part.inner if galore else part):
             kinds["moments" if leaf.ndim > 0 else "counters"] += tree_bytes(leaf)
     return kinds

@@ -73,8 +73,8 @@ class QuantizedArray:
         """Bytes that this takes: a 4-bit code counts half a byte."""
         return sum(array_bytes(leaf) for leaf in jax.tree.leaves(self))
 
-    def dequantize(self) -> Float[Array, "..."]:
-        """The array that this stands for, in its dtype and sharded as the codes are."""
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """The array that this stands for, in its dtype or another, sharded as the codes are."""
 
         def decoded(codes, scales, offsets):
             blocks = _blocks(codes, self.axis, self.block)
@@ -82,7 +82,7 @@ class QuantizedArray:
                 lambda x: jnp.expand_dims(x, self.axis), (scales, offsets)
             )
             values = self.code.decode(blocks, scales, offsets)
-            return _merged(values, self.axis, codes.shape).astype(self.dtype)
+            return _merged(values, self.axis, codes.shape).astype(dtype or self.dtype)
 
         return with_automatic_axes(
             decoded, lambda _: specs(self.codes), self.codes, self.scales, self.offsets
@@ -140,10 +140,11 @@ def quantize(
 
 
 def stored_like(x: Float[Array, "..."], like: Any, key: PRNGKeyArray | None = None) -> Any:
-    """An array in the code of another, or as it is where the other has none."""
+    """An array in the code and dtype of another, or as it is where the other has none."""
     if not isinstance(like, QuantizedArray):
         return x
-    return quantize(x, like.code, block=like.block, axis=like.axis, key=key)
+    stored = quantize(x, like.code, block=like.block, axis=like.axis, key=key)
+    return dataclasses.replace(stored, dtype=like.dtype)
 
 
 def is_quantized(x: Any) -> bool:
@@ -152,10 +153,36 @@ def is_quantized(x: Any) -> bool:
 
 
 def dequantized(tree: Any) -> Any:
-    """A tree with every `QuantizedArray` in it dequantized."""
-    return jax.tree.map(
-        lambda x: x.dequantize() if is_quantized(x) else x, tree, is_leaf=is_quantized
-    )
+    """A tree with all that has a `dequantize()`, as a `QuantizedArray` has, dequantized."""
+
+    def can(x: Any) -> bool:
+        return hasattr(x, "dequantize")
+
+    return jax.tree.map(lambda x: x.dequantize() if can(x) else x, tree, is_leaf=can)
+
+
+def added(
+    x: QuantizedArray, update: Float[Array, "..."], key: PRNGKeyArray | None
+) -> QuantizedArray:
+    """The sum of both in the code of `x`, computed in float32; blocks without update stay.
+
+    Args:
+        x: Held in a code that can round at random, if there is a key.
+        update: Of the same shape.
+        key: Rounds the sum at random, such that its mean is exact; None to the nearest.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    new = stored_like(x.dequantize(wide) + update.astype(wide), x, key)
+
+    def kept(update: Array, new: QuantizedArray, old: QuantizedArray) -> QuantizedArray:
+        touched = jnp.any(_blocks(update != 0, x.axis, x.block), x.axis, keepdims=True)
+        blocks = jnp.broadcast_to(touched, _blocks(update, x.axis, x.block).shape)
+        element, block = _merged(blocks, x.axis, x.shape), jnp.squeeze(touched, x.axis)
+        return jax.tree.map(
+            lambda a, b: jnp.where(element if a is new.codes else block, a, b), new, old
+        )
+
+    return with_automatic_axes(kept, lambda _: specs(x), update, new, x)
 
 
 def array_bytes(x: Any) -> int:

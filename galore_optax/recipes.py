@@ -2,10 +2,12 @@
 
 import optax
 
+from galore_optax.adaptive_refresh import AdaptiveRefresh
 from galore_optax.galore import galore
 from galore_optax.matrices import WeightDimensionNumbers
 from galore_optax.moments import MomentsFunction
 from galore_optax.projection import Rank
+from galore_optax.quantize_state import quantize_state
 from galore_optax.subspace import FindSubspace
 
 
@@ -25,6 +27,8 @@ def galore_adamw(
     moments: str | MomentsFunction | None = None,
     stagger: bool = False,
     rank_schedule: optax.Schedule | None = None,
+    projection_bits: int | None = None,
+    adaptive_refresh: AdaptiveRefresh | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore with AdamW: the recipe of the paper's pre-training runs.
@@ -44,6 +48,8 @@ def galore_adamw(
         moments: As in `galore`.
         stagger: As in `galore`.
         rank_schedule: As in `galore`.
+        projection_bits: As in `galore`.
+        adaptive_refresh: As in `galore`.
         seed: As in `galore`.
 
     Raises:
@@ -69,6 +75,205 @@ def galore_adamw(
         moments=moments,
         stagger=stagger,
         rank_schedule=rank_schedule,
+        projection_bits=projection_bits,
+        adaptive_refresh=adaptive_refresh,
+        seed=seed,
+    )
+
+
+def adamw8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    bits: int = 8,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW at full rank, its moments held in 8 bits.
+
+    Args:
+        learning_rate: Learning rate or schedule.
+        b1: Decay rate of the first moment.
+        b2: Decay rate of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        bits: Of a moment's code, 8 or 4, as in `quantize_state`.
+
+    Raises:
+        ValueError: As `quantize_state`.
+
+    References:
+        Dettmers et al., `8-bit Optimizers <https://arxiv.org/abs/2110.02861>`_, 2021.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from galore_optax import adamw8bit
+        >>> state = adamw8bit(1e-3).init({"w": jnp.ones((64, 256))})
+        >>> state[0].mu["w"].nbytes
+        16640
+    """
+    return quantize_state(
+        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+        bits,
+    )
+
+
+def galore_adamw8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank,
+    *,
+    update_proj_gap: int | optax.Schedule = 200,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    bits: int = 8,
+    subspace: str | FindSubspace = "randomized",
+    side: str = "smaller",
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    moments: str | MomentsFunction | None = None,
+    stagger: bool = False,
+    rank_schedule: optax.Schedule | None = None,
+    projection_bits: int | None = None,
+    adaptive_refresh: AdaptiveRefresh | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore with AdamW whose moments are held in 8 bits: the paper's recipe for a 7B model.
+
+    Args:
+        learning_rate: Learning rate or schedule; the paper's 7B uses 0.005.
+        rank: Dimensions of the subspace.
+        update_proj_gap: Steps between refreshes of the subspace.
+        scale: Factor on the update of projected leaves (α).
+        b1: Decay rate of the first moment.
+        b2: Decay rate of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay, of the whole matrix and without the scale.
+        bits: Of a moment's code, 8 or 4, as in `quantize_state`.
+        subspace: As in `galore`.
+        side: As in `galore`.
+        weight_dimension_numbers: As in `galore`.
+        moments: As in `galore`.
+        stagger: As in `galore`.
+        rank_schedule: As in `galore`.
+        projection_bits: As in `galore`.
+        adaptive_refresh: As in `galore`.
+        seed: As in `galore`.
+
+    Raises:
+        ValueError: As `galore` and `quantize_state`.
+
+    References:
+        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, section 4.3.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from galore_optax import galore_adamw8bit
+        >>> tx = galore_adamw8bit(0.01, rank=16)
+        >>> state = tx.init({"w": jnp.ones((64, 256))})
+        >>> state.inner[0].mu["w"].nbytes  # of 16 x 256 moments
+        4160
+    """
+    return galore(
+        rank,
+        quantize_state(
+            optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+            bits,
+        ),
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        subspace=subspace,
+        side=side,
+        weight_dimension_numbers=weight_dimension_numbers,
+        moments=moments,
+        stagger=stagger,
+        rank_schedule=rank_schedule,
+        projection_bits=projection_bits,
+        adaptive_refresh=adaptive_refresh,
+        seed=seed,
+    )
+
+
+def q_galore_adamw8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank,
+    *,
+    update_proj_gap: int | optax.Schedule = 200,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    bits: int = 8,
+    subspace: str | FindSubspace = "randomized",
+    side: str = "smaller",
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    moments: str | MomentsFunction | None = None,
+    stagger: bool = False,
+    rank_schedule: optax.Schedule | None = None,
+    projection_bits: int | None = 4,
+    adaptive_refresh: AdaptiveRefresh | None = AdaptiveRefresh(),  # noqa: B008 (frozen)
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Q-GaLore: 8-bit AdamW, bases in 4 bits, and refreshes that become rarer where they can.
+
+    Its third part is about weights: `quantize_weights` holds them in 8 bits, `apply_updates` writes
+    them back with stochastic rounding.
+
+    Args:
+        learning_rate: Learning rate or schedule; the paper uses 0.015 to 0.004, by size.
+        rank: Dimensions of the subspace.
+        update_proj_gap: Steps between refreshes of the subspace at first.
+        scale: Factor on the update of projected leaves (α).
+        b1: Decay rate of the first moment.
+        b2: Decay rate of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay, of the whole matrix and without the scale.
+        bits: Of a moment's code, 8 or 4, as in `quantize_state`.
+        subspace: As in `galore`.
+        side: As in `galore`.
+        weight_dimension_numbers: As in `galore`.
+        moments: As in `galore`.
+        stagger: As in `galore`.
+        rank_schedule: As in `galore`.
+        projection_bits: As in `galore`; the paper's 4.
+        adaptive_refresh: As in `galore`; with the paper's numbers.
+        seed: As in `galore`.
+
+    Raises:
+        ValueError: As `galore` and `quantize_state`.
+
+    References:
+        Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, algorithm 1.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from galore_optax import apply_updates, q_galore_adamw8bit, quantize_weights
+        >>> params = quantize_weights({"w": jnp.ones((64, 256))})
+        >>> tx = q_galore_adamw8bit(0.01, rank=16)
+        >>> state = tx.init(params)
+        >>> grads = {"w": jnp.ones((64, 256))}  # with respect to the dequantized weight
+        >>> updates, state = tx.update(grads, state, params)
+        >>> params = apply_updates(params, updates, jax.random.key(0))
+    """
+    return galore(
+        rank,
+        quantize_state(
+            optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+            bits,
+        ),
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        subspace=subspace,
+        side=side,
+        weight_dimension_numbers=weight_dimension_numbers,
+        moments=moments,
+        stagger=stagger,
+        rank_schedule=rank_schedule,
+        projection_bits=projection_bits,
+        adaptive_refresh=adaptive_refresh,
         seed=seed,
     )
 
@@ -91,6 +296,8 @@ def galore_adafactor(
     moments: str | MomentsFunction | None = None,
     stagger: bool = False,
     rank_schedule: optax.Schedule | None = None,
+    projection_bits: int | None = None,
+    adaptive_refresh: AdaptiveRefresh | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore with Adafactor at a given learning rate (no scaling by the parameter's size).
@@ -113,6 +320,8 @@ def galore_adafactor(
         moments: As in `galore`.
         stagger: As in `galore`.
         rank_schedule: As in `galore`.
+        projection_bits: As in `galore`.
+        adaptive_refresh: As in `galore`.
         seed: As in `galore`.
 
     Raises:
@@ -154,5 +363,7 @@ def galore_adafactor(
         moments=moments,
         stagger=stagger,
         rank_schedule=rank_schedule,
+        projection_bits=projection_bits,
+        adaptive_refresh=adaptive_refresh,
         seed=seed,
     )
