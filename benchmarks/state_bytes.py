@@ -17,12 +17,12 @@ from galore_optax import (
     galore_adamw,
     galore_adamw8bit,
     q_galore_adamw8bit,
-    quantize_weights,
 )
 from galore_optax.memory import state_bytes, tree_bytes
 from models.llama import dimension_numbers
 from models.llama_config import SIZES, Weight, weight_table
-from train.config import DEFAULTS
+from train.config import DEFAULTS, Pretrain, resolve
+from train.optimizers import held_weights
 
 # Weights and states of the papers' tables in GB, by method and model.
 PAPER = {
@@ -43,14 +43,13 @@ def params_of(model: str) -> Any:
 
 def quantized(params: Any) -> Any:
     """The projected matrices in INT8, as Q-GaLore has them."""
-    numbers = dimension_numbers(params)
-    which = jax.tree.map(lambda n: n is not None, numbers, is_leaf=lambda n: not isinstance(n, dict))
-    return jax.eval_shape(lambda p: quantize_weights(p, which), params)
+    config = resolve(Pretrain(optimizer="q-galore-adamw8bit"))
+    return jax.eval_shape(lambda p: held_weights(config, p, dimension_numbers), params)
 
 
 def methods(rank: int) -> dict[str, optax.GradientTransformation]:
     """By name, the last ones over INT8 weights."""
-    where = {"weight_dimension_numbers": dimension_numbers}
+    where: dict[str, Any] = {"weight_dimension_numbers": dimension_numbers}
     return {
         "Adam": optax.adam(1e-3),
         "8-bit Adam": adamw8bit(1e-3),

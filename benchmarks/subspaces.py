@@ -94,7 +94,7 @@ def recorded(config: Comparison) -> Iterator[tuple[int, Gradients, Gradients]]:
 
 def gradient_of_matrices(parts: Parts, settings: Resolved):
     """A function of params and a batch: the gradients of the matrices that GaLore projects."""
-    forward = make_forward(abstract_params(parts.model)[0], settings.sequences)
+    forward = make_forward(abstract_params(settings, parts.model)[0], settings.sequences)
 
     @jax.jit
     def gradient(params, batch) -> Gradients:

@@ -105,7 +105,7 @@ class Dynamic:
         else:
             q = jnp.where(blocks > 0, jnp.minimum(q, 2.0**self.bits), 1)
         # By way of int32, since the conversion of a float to uint8 is slow on a CPU.
-        return (q.astype(jnp.int32) + self._zero).astype(_dtype(self.bits)), scales, None
+        return (q.astype(jnp.int32) + self._zero).astype(jnp.uint8), scales, None
 
     def decode(self, codes, scales, offsets):
         """See `Code.decode`."""
@@ -149,7 +149,7 @@ class Table:
         for low, high in itertools.pairwise(self.values):
             passed = x >= (low + high) / 2 if self._signed or low > 0 else blocks > 0
             codes += passed.astype(jnp.int32)
-        return codes.astype(_dtype(self.bits)), scales, None
+        return codes.astype(jnp.uint8), scales, None
 
     def decode(self, codes, scales, offsets):
         """See `Code.decode`."""
@@ -181,7 +181,7 @@ class Affine:
         scales = _normal((high - low) / last)
         x = (blocks - low) / jnp.where(scales == 0, 1, scales)
         codes = jnp.clip(jnp.floor(x + _up(key, x)), 0, last)
-        return codes.astype(jnp.int32).astype(_dtype(self.bits)), scales, low
+        return codes.astype(jnp.int32).astype(jnp.uint8), scales, low
 
     def decode(self, codes, scales, offsets):
         """See `Code.decode`."""
@@ -209,7 +209,3 @@ def _up(key: PRNGKeyArray | None, like: Float[Array, "..."]) -> Any:
 def _refuse(key: PRNGKeyArray | None) -> None:
     if key is not None:
         raise ValueError("key: only the affine codes round at random; leave it out")
-
-
-def _dtype(bits: int) -> type:
-    return {8: jnp.uint8, 4: jnp.uint4}[bits]

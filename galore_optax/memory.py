@@ -5,12 +5,11 @@ import optax
 from jaxtyping import PyTree
 
 from galore_optax.galore import GaLoreState
-from galore_optax.quantized import array_bytes
 
 
 def tree_bytes(tree: PyTree) -> int:
     """Bytes of all arrays in a tree (arrays or `jax.ShapeDtypeStruct`), over all devices once."""
-    return sum(array_bytes(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def state_bytes(state: optax.OptState) -> dict[str, int]:

@@ -25,13 +25,15 @@ class QuantizedArray:
     index along a leading axis, or a `vmap` over it, leaves a whole `QuantizedArray`.
 
     Attributes:
-        codes: Of the array's shape; 4-bit codes lie two in a byte.
+        codes: Bytes of the array's shape; 4-bit codes lie two in a byte along the blocks' axis,
+            which has half the length, rounded up.
         scales: Of that shape with the number of blocks in the place of the axis.
         offsets: Like the scales; None where the code has none.
         code: What codes mean.
         block: Elements in a block.
         axis: Along which blocks run, counted from the last.
         dtype: Of the array that this stands for.
+        odd: Whether the last of the bytes with two codes has only one.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -52,11 +54,15 @@ class QuantizedArray:
     block: int = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
+    odd: bool = dataclasses.field(metadata={"static": True}, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array that this stands for."""
-        return self.codes.shape
+        shape = list(self.codes.shape)
+        if self.code.bits == 4:
+            shape[self.axis] = 2 * shape[self.axis] - self.odd
+        return tuple(shape)
 
     @property
     def ndim(self) -> int:
@@ -70,19 +76,20 @@ class QuantizedArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this takes: a 4-bit code counts half a byte."""
-        return sum(array_bytes(leaf) for leaf in jax.tree.leaves(self))
+        """Bytes that this takes, scales and offsets included."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
         """The array that this stands for, in its dtype or another, sharded as the codes are."""
 
         def decoded(codes, scales, offsets):
+            codes = _unpacked(codes, self.axis, self.shape) if self.code.bits == 4 else codes
             blocks = _blocks(codes, self.axis, self.block)
             scales, offsets = jax.tree.map(
                 lambda x: jnp.expand_dims(x, self.axis), (scales, offsets)
             )
             values = self.code.decode(blocks, scales, offsets)
-            return _merged(values, self.axis, codes.shape).astype(dtype or self.dtype)
+            return _merged(values, self.axis, self.shape).astype(dtype or self.dtype)
 
         return with_automatic_axes(
             decoded, lambda _: specs(self.codes), self.codes, self.scales, self.offsets
@@ -116,27 +123,34 @@ def quantize(
             f"x of shape {np.shape(x)} and dtype {x.dtype} has no code; give a floating-point "
             "array with elements and at least one axis"
         )
-    if block < 1:
-        raise ValueError(f"block={block} is no number of elements; give at least 1, such as 256")
+    if block < 1 or (code.bits == 4 and block % 2):
+        raise ValueError(
+            f"block={block} is no number of elements for {code.bits} bits; give at least 1, and an "
+            "even one for 4 bits, such as 256"
+        )
     axis = _block_axis(x.shape, block) if axis is None else axis % x.ndim - x.ndim
 
     def encoded(x: Array, key: PRNGKeyArray | None) -> Any:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         codes, *rest = code.encode(_blocks(wide, axis, block), axis, key)
         codes = _merged(codes, axis, x.shape)
+        codes = _packed(codes, axis) if code.bits == 4 else codes
         return codes, *(None if part is None else jnp.squeeze(part, axis) for part in rest)
 
     def out_specs(mesh: Any) -> Any:
-        split = axis_specs(x)
-        blocks = -(-x.shape[axis] // block)
-        # Blocks are split as their axis is, where they divide.
-        if blocks % math.prod(mesh.shape[name] for name in split[axis]):
-            split[axis] = ()
-        scales = PartitionSpec(*split)
-        return specs(x), scales, scales if isinstance(code, Affine) else None
+        def split(length: int) -> PartitionSpec:  # as x is, along the axis where it divides
+            axes = axis_specs(x)
+            if length % math.prod(mesh.shape[name] for name in axes[axis]):
+                axes[axis] = ()
+            return PartitionSpec(*axes)
+
+        codes = split(-(-x.shape[axis] // (8 // code.bits)))
+        scales = split(-(-x.shape[axis] // block))
+        return codes, scales, scales if isinstance(code, Affine) else None
 
     codes, scales, offsets = with_automatic_axes(encoded, out_specs, x, key)
-    return QuantizedArray(codes, scales, offsets, code, block, axis, jnp.dtype(x.dtype))
+    odd = code.bits == 4 and x.shape[axis] % 2 == 1
+    return QuantizedArray(codes, scales, offsets, code, block, axis, jnp.dtype(x.dtype), odd)
 
 
 def stored_like(x: Float[Array, "..."], like: Any, key: PRNGKeyArray | None = None) -> Any:
@@ -175,21 +189,17 @@ def added(
     new = stored_like(x.dequantize(wide) + update.astype(wide), x, key)
 
     def kept(update: Array, new: QuantizedArray, old: QuantizedArray) -> QuantizedArray:
-        touched = jnp.any(_blocks(update != 0, x.axis, x.block), x.axis, keepdims=True)
-        blocks = jnp.broadcast_to(touched, _blocks(update, x.axis, x.block).shape)
-        element, block = _merged(blocks, x.axis, x.shape), jnp.squeeze(touched, x.axis)
+        blocks = _blocks(update != 0, x.axis, x.block)
+        touched = jnp.any(blocks, x.axis, keepdims=True)
+        elements = _merged(jnp.broadcast_to(touched, blocks.shape), x.axis, x.shape)
+        if x.code.bits == 4:  # both of a byte are in one block
+            elements = jax.lax.slice_in_dim(elements, 0, None, 2, axis=x.ndim + x.axis)
+        block = jnp.squeeze(touched, x.axis)
         return jax.tree.map(
-            lambda a, b: jnp.where(element if a is new.codes else block, a, b), new, old
+            lambda a, b: jnp.where(elements if a is new.codes else block, a, b), new, old
         )
 
     return with_automatic_axes(kept, lambda _: specs(x), update, new, x)
-
-
-def array_bytes(x: Any) -> int:
-    """Bytes of an array or of its `jax.ShapeDtypeStruct`; two 4-bit integers are one byte."""
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        return math.ceil(math.prod(x.shape) * jnp.iinfo(x.dtype).bits / 8)
-    return math.prod(x.shape) * x.dtype.itemsize
 
 
 def _block_axis(shape: tuple[int, ...], block: int) -> int:
@@ -214,3 +224,21 @@ def _merged(blocks: Array, axis: int, shape: tuple[int, ...]) -> Array:
     at = len(shape) + axis
     merged = blocks.reshape(*shape[:at], -1, *shape[at + 1 :])
     return jax.lax.slice_in_dim(merged, 0, shape[axis], axis=at)
+
+
+def _packed(codes: Array, axis: int) -> Array:
+    """Two codes of 4 bits in a byte, the first of them in its lower half."""
+    at = codes.ndim + axis
+    if codes.shape[at] % 2:
+        codes = jnp.pad(codes, [(0, int(i == at)) for i in range(codes.ndim)])
+    pairs = codes.reshape(*codes.shape[:at], -1, 2, *codes.shape[at + 1 :])
+    first, second = (jax.lax.index_in_dim(pairs, i, at + 1, keepdims=False) for i in (0, 1))
+    return first | (second << 4)
+
+
+def _unpacked(codes: Array, axis: int, shape: tuple[int, ...]) -> Array:
+    """The inverse of `_packed`."""
+    at = codes.ndim + axis
+    pairs = jnp.stack([codes & 15, codes >> 4], at + 1)
+    merged = pairs.reshape(*shape[:at], -1, *shape[at + 1 :])
+    return jax.lax.slice_in_dim(merged, 0, shape[at], axis=at)

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from galore_optax import GaLoreDimensionNumbers
+from galore_optax.quantized import dequantized, is_quantized
 from models.llama_config import LlamaConfig, Params, Weight, weight_table
 
 
@@ -200,7 +201,8 @@ def apply_layer(
         rotary: `rotary_angles` of the tokens' positions.
         attend: Attention proper, of rotated queries (B, L, N, K), keys and values (B, L, G, K).
     """
-    weights = jax.tree.map(lambda w: w.astype(config.dtype), params)
+    # Quantized weights are dequantized here, so that one layer's are there at a time.
+    weights = jax.tree.map(lambda w: w.astype(config.dtype), dequantized(params))
     batch, length, _ = hidden.shape
 
     def heads(x: Float[Array, "B L NK"]) -> Float[Array, "B L N K"]:
@@ -299,7 +301,7 @@ def dimension_numbers(params: Params) -> Params:
         names = {entry.key for entry in path}
         return GaLoreDimensionNumbers(1, 2) if names & {"attention", "mlp"} else None
 
-    return jax.tree_util.tree_map_with_path(choose, params)
+    return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
 
 
 def largest_smaller_side(config: LlamaConfig) -> int:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
+from galore_optax.quantized import is_quantized
+
 Params = dict[str, Any]
 """A nested dict of arrays, as `nnx.to_pure_dict` gives it."""
 
@@ -144,7 +146,7 @@ def logical_axes(params: Params) -> Params:
             entry = entry[key.key]
         return entry.axes
 
-    return jax.tree_util.tree_map_with_path(choose, params)
+    return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
 
 
 def count_params(config: LlamaConfig) -> int:

@@ -17,7 +17,7 @@ from models.llama_config import SIZES, LlamaConfig, count_params, logical_axes
 from train.config import Pretrain, Resolved
 from train.data import TrainingData, evaluation_batches
 from train.mesh import check_batch, make_mesh, param_shardings, replicated
-from train.optimizers import learning_rate_schedule, make_optimizer
+from train.optimizers import held_weights, learning_rate_schedule, make_optimizer
 from train.sequences import Batch
 from train.step import (
     Forward,
@@ -69,13 +69,13 @@ def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
     )
 
 
-def abstract_params(model: LlamaConfig) -> tuple[nnx.GraphDef, Params]:
-    """The model without its weights, and their shapes."""
+def abstract_params(config: Pretrain, model: LlamaConfig) -> tuple[nnx.GraphDef, Params]:
+    """The model without its weights, and their shapes as a run holds them."""
     abstract = nnx.eval_shape(lambda: llama.Llama(model, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract, nnx.Param)
-    return graph, jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state)
-    )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state))
+    held = jax.eval_shape(lambda p: held_weights(config, p, llama.dimension_numbers), shapes)
+    return graph, held
 
 
 def assemble(config: Resolved, log: Callable[[str], object]) -> Parts:
@@ -133,7 +133,7 @@ def _compile_parts(
     evaluation: list[Batch],
     log: Callable[[str], object],
 ) -> Parts:
-    graph, shapes = abstract_params(model)
+    graph, shapes = abstract_params(config, model)
     forward = make_forward(graph, config.sequences)
     tx = make_optimizer(config, llama.dimension_numbers)
     params_at, notes = param_shardings(mesh, shapes, logical_axes(shapes))
@@ -145,6 +145,7 @@ def _compile_parts(
     def init(key: jax.Array) -> TrainState:
         weights = llama.Llama(model, rngs=nnx.Rngs(jax.random.fold_in(key, 0)))
         params = nnx.to_pure_dict(nnx.state(weights, nnx.Param))
+        params = held_weights(config, params, llama.dimension_numbers)
         optimizer = tx.init(params)
         assert isinstance(optimizer, optax.ApplyIfFiniteState)
         return TrainState(params, optimizer, jnp.zeros((), jnp.int32), key)
@@ -178,6 +179,7 @@ def _compile_parts(
             tx,
             learning_rate_schedule(config),
             accumulate=config.accumulate,
+            stochastic_rounding=bool(config.stochastic_rounding),
             mesh=mesh,
             state_shardings=shardings,
             compiler_options=options,

@@ -31,7 +31,15 @@ class Pretrain:
     sequences: Literal["packed", "document"] = "packed"
     """`packed`: no padding, no attention across documents. `document`: one document a row, cut or
     padded, as published."""
-    optimizer: Literal["adamw", "adafactor", "galore-adamw", "galore-adafactor"] = "galore-adamw"
+    optimizer: Literal[
+        "adamw",
+        "adamw8bit",
+        "adafactor",
+        "galore-adamw",
+        "galore-adamw8bit",
+        "galore-adafactor",
+        "q-galore-adamw8bit",
+    ] = "galore-adamw"
     """What updates the weights."""
     rank: int | None = None
     """GaLore's rank, below the width of the model. By default the paper's for the model; 32 for
@@ -40,6 +48,19 @@ class Pretrain:
     """Steps between two of GaLore's subspaces. By default 200; 500 for llama-7b, 100 for tiny."""
     scale: float | None = None
     """GaLore's scale of the projected update. By default 0.25."""
+    moment_bits: int | None = None
+    """Bits that the 8-bit optimizers hold a moment in, 8 or 4. By default 8."""
+    projection_bits: int | None = None
+    """Bits that a number of GaLore's bases is held in, 4 or 8. By default those of --dtype; 4 with
+    q-galore-adamw8bit."""
+    adaptive_refresh: bool | None = None
+    """Look for new subspaces more rarely where they have stopped turning. By default with
+    q-galore-adamw8bit."""
+    weight_bits: int | None = None
+    """Bits that q-galore-adamw8bit holds the matrices of the layers in, 8 or 4. By default 8."""
+    stochastic_rounding: bool | None = None
+    """Round new weights up or down at random, such that no update is lost in the mean, where they
+    have less bits than float32. By default with q-galore-adamw8bit."""
     learning_rate: float | None = None
     """Peak learning rate. By default the paper's for GaLore (tiny: 0.02), 0.001 or 0.0005 for
     others."""
@@ -112,23 +133,24 @@ class Resolved(Pretrain):
     out: str
 
 
-# What each model's flags default to. GaLore's rank, gap and learning rate, and steps, batch and
-# length: papers.md (GaLore, table 2 and recipe); AdamW's learning rates and all of `tiny` are ours.
+# What each model's flags default to. GaLore's and Q-GaLore's rank, gap and learning rate, steps,
+# batch and length: papers.md; AdamW's learning rates and all of `tiny` are ours.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "tiny": dict(
-        rank=32, update_proj_gap=100, galore=0.02, full=0.001,
+        rank=32, update_proj_gap=100, galore=0.02, q_galore=0.02, full=0.001,
         steps=600, batch_size=16, seq_len=128, accumulate=1,
     ),
-    "llama-60m": dict(rank=128, steps=10_000, accumulate=4),
-    "llama-130m": dict(rank=256, steps=20_000, accumulate=8),
+    "llama-60m": dict(rank=128, q_galore=0.015, steps=10_000, accumulate=4),
+    "llama-130m": dict(rank=256, q_galore=0.015, steps=20_000, accumulate=8),
     "llama-350m": dict(rank=256, steps=60_000, accumulate=16),
     "llama-1b": dict(rank=512, steps=100_000, accumulate=32, full=0.0005),
     "llama-7b": dict(
-        rank=1024, update_proj_gap=500, galore=0.005, full=0.0005, steps=150_000, accumulate=32
+        rank=1024, update_proj_gap=500, galore=0.005, q_galore=0.004, full=0.0005,
+        steps=150_000, accumulate=32,
     ),
 }  # fmt: skip
 PAPER = dict(
-    update_proj_gap=200, scale=0.25, galore=0.01, full=0.001,
+    update_proj_gap=200, scale=0.25, galore=0.01, q_galore=0.01, full=0.001,
     batch_size=512, accumulate=1, seq_len=256,
 )  # fmt: skip
 
@@ -151,7 +173,8 @@ def resolve(config: Pretrain) -> Resolved:
 
     _check_types(config)
     recipe = OPTIMIZERS[config.optimizer]
-    for name in ("rank", "update_proj_gap", "scale", "weight_decay"):
+    options = {name for recipe in OPTIMIZERS.values() for name in recipe.options}
+    for name in sorted(options):
         if getattr(config, name) is not None and name not in recipe.options:
             users = ", ".join(n for n, r in OPTIMIZERS.items() if name in r.options)
             raise ValueError(
@@ -160,9 +183,12 @@ def resolve(config: Pretrain) -> Resolved:
             )
     defaults = {**PAPER, **DEFAULTS.get(config.model, {})}
     family = "galore" if "rank" in recipe.options else "full"
-    defaults |= {"weight_decay": 0.0, "learning_rate": defaults[family]}
-    for name in {"rank", "update_proj_gap", "scale", "weight_decay"} - set(recipe.options):
+    if "weight_bits" in recipe.options:
+        family = "q_galore"
+    defaults["learning_rate"] = defaults[family]
+    for name in options - set(recipe.options):
         defaults.pop(name, None)
+    defaults |= recipe.defaults
     config = _fill(config, defaults)
     steps = config.steps or 0
     config = _fill(
@@ -287,6 +313,15 @@ def _check_values(config: Resolved) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{flag(name)} {value}: expected a positive number")
+    for name in ("moment_bits", "projection_bits", "weight_bits"):
+        value = getattr(config, name)
+        if value not in (None, 4, 8):
+            raise ValueError(f"{flag(name)} {value}: choose 4 or 8")
+    if config.stochastic_rounding and config.dtype == "float32" and config.weight_bits is None:
+        raise ValueError(
+            "--stochastic-rounding: float32 weights need no rounding; leave it out, or choose "
+            "--dtype bfloat16"
+        )
     decay = config.weight_decay
     if decay is not None and not (math.isfinite(decay) and decay >= 0):
         raise ValueError(f"--weight-decay {decay}: expected 0 or more")

@@ -51,7 +51,7 @@ def main(config: Generate) -> int:
         raise ValueError(f"--run {folder} is not a run of train.pretrain (no config.json)")
     settings = load(folder / "config.json")
     tokenizer = load_tokenizer(settings.tokenizer)
-    graph, shapes = abstract_params(model_config(settings, tokenizer))
+    graph, shapes = abstract_params(settings, model_config(settings, tokenizer))
     place = jax.sharding.SingleDeviceSharding(available_devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     if not (folder / "checkpoints").is_dir():

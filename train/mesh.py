@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from galore_optax.quantized import is_quantized
+
 AXES = ("data", "fsdp", "tensor")
 
 # Which mesh axis splits an array's axis of that name.
@@ -110,7 +112,7 @@ def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, li
 
     Args:
         mesh: with the axes `AXES`.
-        shapes: tree of arrays or `ShapeDtypeStruct`.
+        shapes: tree of arrays or `ShapeDtypeStruct`, and `QuantizedArray`s of such.
         logical_axes: the same tree with a tuple of names (keys of `RULES`) for each leaf.
 
     Returns:
@@ -122,9 +124,14 @@ def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, li
         spec, note = _place(dict(mesh.shape), leaf.shape, names)
         if note:
             notes.append(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {note}")
+        if is_quantized(leaf):  # its blocks are whole on each device
+            blocks = [None if i - leaf.ndim == leaf.axis else axes for i, axes in enumerate(spec)]
+            scales = NamedSharding(mesh, PartitionSpec(*blocks))
+            codes = NamedSharding(mesh, spec) if leaf.code.bits == 8 else scales
+            return jax.tree.map(lambda part: codes if part is leaf.codes else scales, leaf)
         return NamedSharding(mesh, spec)
 
-    return jax.tree.map_with_path(place, shapes, logical_axes), notes
+    return jax.tree.map_with_path(place, shapes, logical_axes, is_leaf=is_quantized), notes
 
 
 def _place(

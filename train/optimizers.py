@@ -1,22 +1,39 @@
 """Optimizers by name, and what every run has around them: schedule, clipping, skipped steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import galore_adafactor, galore_adamw
+from galore_optax import (
+    AdaptiveRefresh,
+    adamw8bit,
+    galore_adafactor,
+    galore_adamw,
+    galore_adamw8bit,
+    q_galore_adamw8bit,
+    quantize_weights,
+)
 
 if TYPE_CHECKING:
-    from train.config import Resolved
+    from train.config import Pretrain, Resolved
 
 
 class Recipe(NamedTuple):
-    """How a named optimizer is made, and which flags it listens to."""
+    """How a named optimizer is made, and which flags it listens to.
+
+    Attributes:
+        make: from the schedule of the learning rate and the options to the optimizer.
+        options: fields of the settings, those of `WEIGHTS` being about the weights.
+        defaults: of the options that have others than None.
+    """
 
     make: Callable[..., optax.GradientTransformation]
     options: tuple[str, ...]
+    defaults: Mapping[str, Any] = MappingProxyType({})
 
 
 def _adafactor(learning_rate: optax.Schedule) -> optax.GradientTransformation:
@@ -30,12 +47,41 @@ def _galore_adafactor(learning_rate: optax.Schedule, **options: Any):
     return galore_adafactor(learning_rate, momentum=0.9, min_dim_size_to_factor=128, **options)
 
 
-_GALORE = ("rank", "update_proj_gap", "scale", "weight_decay")
+# What an optimizer's own arguments are named in the settings, where they are not named alike.
+_ARGUMENTS = {"moment_bits": "bits"}
+WEIGHTS = ("weight_bits", "stochastic_rounding")
+
+_DECAY = MappingProxyType({"weight_decay": 0.0, "stochastic_rounding": False})
+_GALORE = (
+    "rank", "update_proj_gap", "scale", "weight_decay", "projection_bits", "adaptive_refresh",
+    "stochastic_rounding",
+)  # fmt: skip
+_GALORE_DEFAULTS = MappingProxyType({**_DECAY, "adaptive_refresh": False})
+_EIGHT_BITS = MappingProxyType({**_GALORE_DEFAULTS, "moment_bits": 8})
+_Q_GALORE = MappingProxyType({
+    **_EIGHT_BITS, "projection_bits": 4, "adaptive_refresh": True, "weight_bits": 8,
+    "stochastic_rounding": True,
+})  # fmt: skip
 OPTIMIZERS: dict[str, Recipe] = {
-    "adamw": Recipe(lambda rate, **options: optax.adamw(rate, **options), ("weight_decay",)),
-    "adafactor": Recipe(_adafactor, ()),
-    "galore-adamw": Recipe(galore_adamw, _GALORE),
-    "galore-adafactor": Recipe(_galore_adafactor, _GALORE),
+    "adamw": Recipe(
+        lambda rate, **options: optax.adamw(rate, **options),
+        ("weight_decay", "stochastic_rounding"),
+        _DECAY,
+    ),
+    "adamw8bit": Recipe(
+        adamw8bit,
+        ("weight_decay", "moment_bits", "stochastic_rounding"),
+        MappingProxyType({**_DECAY, "moment_bits": 8}),
+    ),
+    "adafactor": Recipe(
+        _adafactor, ("stochastic_rounding",), MappingProxyType({"stochastic_rounding": False})
+    ),
+    "galore-adamw": Recipe(galore_adamw, _GALORE, _GALORE_DEFAULTS),
+    "galore-adamw8bit": Recipe(galore_adamw8bit, (*_GALORE, "moment_bits"), _EIGHT_BITS),
+    "galore-adafactor": Recipe(_galore_adafactor, _GALORE, _GALORE_DEFAULTS),
+    "q-galore-adamw8bit": Recipe(
+        q_galore_adamw8bit, (*_GALORE, "moment_bits", "weight_bits"), _Q_GALORE
+    ),
 }
 
 
@@ -64,8 +110,13 @@ def make_optimizer(
         dimension_numbers: from the params to which of them GaLore projects, and how.
     """
     recipe = OPTIMIZERS[config.optimizer]
-    options = {name: getattr(config, name) for name in recipe.options}
+    options = {
+        _ARGUMENTS.get(name, name): getattr(config, name)
+        for name in recipe.options
+        if name not in WEIGHTS
+    }
     if "rank" in options:
+        options["adaptive_refresh"] = AdaptiveRefresh() if config.adaptive_refresh else None
         options |= {"weight_dimension_numbers": dimension_numbers, "seed": config.seed}
     return optax.apply_if_finite(  # pyrefly: ignore[bad-return]
         optax.chain(
@@ -75,3 +126,19 @@ def make_optimizer(
         # Never gives up and applies one: the trainer stops after --max-skipped in a row.
         max_consecutive_errors=int(jnp.iinfo(jnp.int32).max),
     )
+
+
+def held_weights(
+    config: "Pretrain",
+    params: dict[str, Any],
+    dimension_numbers: Callable[[dict[str, Any]], Any],
+) -> dict[str, Any]:
+    """The params as a run holds them: with --weight-bits the projected matrices in so many bits."""
+    if config.weight_bits is None:
+        return params
+    which = jax.tree.map(
+        lambda numbers: numbers is not None,
+        dimension_numbers(params),
+        is_leaf=lambda x: not isinstance(x, dict),
+    )
+    return quantize_weights(params, which, bits=config.weight_bits)  # pyrefly: ignore[bad-return]

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from galore_optax.memory import state_bytes, tree_bytes
+from galore_optax.quantized import dequantized
 from models.llama_config import count_params
 from train.assemble import Parts, abstract_params
 from train.config import Resolved
@@ -45,7 +46,8 @@ def report(
     lines = read_metrics(directory)
     last = [line for line in lines if "eval_loss" in line][-1]
     ours = state_bytes(parts.abstract.optimizer.inner_state)
-    adamw = state_bytes(jax.eval_shape(optax.adamw(1e-3).init, parts.abstract.params))
+    whole = jax.eval_shape(dequantized, parts.abstract.params)
+    adamw = state_bytes(jax.eval_shape(optax.adamw(1e-3).init, whole))
     summary = {
         "eval_loss": last["eval_loss"],
         "eval_perplexity": last["eval_perplexity"],
@@ -71,7 +73,7 @@ def report(
 def sample(config: Resolved, parts: Parts, state: TrainState) -> str:
     """Text by the model from the run's prompt on, as long as the sequences it was trained on."""
     prompt = len(prompt_ids(parts.tokenizer, config.prompt))
-    graph, _ = abstract_params(parts.model)
+    graph, _ = abstract_params(config, parts.model)
     return sample_text(
         nnx.merge(graph, state.params),
         parts.tokenizer,

@@ -14,6 +14,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from galore_optax import apply_updates
+from galore_optax.quantized import is_quantized
+from galore_optax.quantized_weights import value_and_grad
 from train.loss import summed_cross_entropy
 from train.mesh import BATCH, replicated
 
@@ -71,7 +74,7 @@ def loss_and_gradient(
     def objective(params, microbatch):
         return summed_loss(forward, params, microbatch) / jnp.maximum(tokens, 1)
 
-    gradient_of = jax.value_and_grad(objective)
+    gradient_of: Callable[..., Any] = value_and_grad(objective)
     if accumulate == 1:
         loss, gradient = gradient_of(params, batch)
         return loss, _spoilt_unless_finite(gradient, loss), tokens
@@ -90,7 +93,7 @@ def loss_and_gradient(
         summed = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total_gradient, gradient)
         return (total_loss + loss, summed), None
 
-    zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params, is_leaf=is_quantized)
     (loss, gradient), _ = jax.lax.scan(add, (jnp.zeros(()), zero), jax.tree.map(cut, dict(batch)))
     gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
     return loss, _spoilt_unless_finite(gradient, loss), tokens
@@ -112,6 +115,7 @@ def train_step(
     tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     accumulate: int,
+    stochastic_rounding: bool,
     mesh: Mesh,
     state: TrainState,
     batch: Batch,
@@ -129,7 +133,11 @@ def train_step(
         "skipped": optimizer.total_notfinite,
         "skipped_in_a_row": optimizer.notfinite_count,
     }
-    params = optax.apply_updates(state.params, updates)
+    refreshes = optax.tree.get(optimizer, "refreshes")
+    if refreshes is not None:
+        metrics["refreshes"] = jnp.sum(refreshes)
+    key = jax.random.fold_in(state.key, state.step) if stochastic_rounding else None
+    params = apply_updates(state.params, updates, key)
     return TrainState(params, optimizer, state.step + 1, state.key), metrics  # pyrefly: ignore
 
 
@@ -139,13 +147,14 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     accumulate: int,
+    stochastic_rounding: bool,
     mesh: Mesh,
     state_shardings: TrainState,
     compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`train_step` compiled for a mesh; it overwrites the state that it is given."""
     return jax.jit(
-        partial(train_step, forward, tx, schedule, accumulate, mesh),
+        partial(train_step, forward, tx, schedule, accumulate, stochastic_rounding, mesh),
         in_shardings=(state_shardings, NamedSharding(mesh, BATCH)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,

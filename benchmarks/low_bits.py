@@ -1,0 +1,118 @@
+"""Perplexity with states, bases and weights of few bits, over several seeds.
+
+    python -m benchmarks.low_bits --data-dir DIR --out DIR
+
+DIR is a data set written by `python -m train.prepare_c4`. Every run is `python -m train.pretrain`
+with the same settings, but for what the table's rows name; a seed sets the weights and the order of
+the data, the same for every row.
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from train.metrics import read_metrics
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "GaLore": ("--optimizer", "galore-adamw"),
+    "8-bit GaLore": ("--optimizer", "galore-adamw8bit"),
+    "4-bit GaLore": ("--optimizer", "galore-adamw8bit", "--moment-bits", "4"),
+    "Q-GaLore": ("--optimizer", "q-galore-adamw8bit"),
+    "Q-GaLore, fixed gap": (
+        "--optimizer", "q-galore-adamw8bit", "--adaptive-refresh", "False",
+    ),
+    "Q-GaLore, rounded to nearest": (
+        "--optimizer", "q-galore-adamw8bit", "--stochastic-rounding", "False",
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LowBits:
+    """Trains each variant with each seed and prints a table."""
+
+    data_dir: Path
+    """A data set written by `python -m train.prepare_c4`."""
+    out: Path
+    """Folder for the runs; those that have finished are not repeated."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the runs."""
+    model: str = "tiny"
+    """Model to train."""
+    tokenizer: str = "bytes"
+    """`bytes` or a tokenizer.json."""
+    learning_rate: float = 0.01
+    """Peak learning rate."""
+    update_proj_gap: int = 25
+    """Steps between subspaces, at first where that adapts."""
+    steps: int = 800
+    """Steps of every run."""
+    batch_size: int = 8
+    """Sequences in a step."""
+    seq_len: int = 128
+    """Tokens in a sequence."""
+    eval_tokens: int = 100_000
+    """Validation tokens."""
+
+
+def run(config: LowBits, name: str, seed: int) -> tuple[float, int, int, int]:
+    """Perplexity, bytes of states and of weights, and the count of refreshes."""
+    out = config.out / f"{name.replace(' ', '-').replace(',', '').lower()}-{seed}"
+    if not (out / "summary.json").exists():
+        flags = {
+            "model": config.model,
+            "data": "c4",
+            "data-dir": config.data_dir,
+            "tokenizer": config.tokenizer,
+            "learning-rate": config.learning_rate,
+            "update-proj-gap": config.update_proj_gap,
+            "steps": config.steps,
+            "batch-size": config.batch_size,
+            "seq-len": config.seq_len,
+            "eval-every": config.steps,
+            "eval-tokens": config.eval_tokens,
+            "seed": seed,
+            "out": out,
+        }
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+        command = [sys.executable, "-m", "train.pretrain", *VARIANTS[name], *words, "--resume"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    summary = json.loads((out / "summary.json").read_text())
+    refreshes = [line["refreshes"] for line in read_metrics(out) if "refreshes" in line]
+    return (
+        summary["eval_perplexity"],
+        summary["optimizer_state_bytes"],
+        summary["weight_bytes"],
+        int(refreshes[-1]),
+    )
+
+
+def main(config: LowBits) -> None:
+    """Runs what is missing, seed by seed, and prints a table in Markdown."""
+    results = {name: [] for name in VARIANTS}
+    for seed in config.seeds:
+        for name in VARIANTS:
+            results[name].append(run(config, name, seed))
+            print(f"{name}, seed {seed}: {results[name][-1]}", file=sys.stderr, flush=True)
+    print(
+        "| | perplexity by seed | mean | to GaLore's | states, bytes | weights, bytes | refreshes |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    reference = statistics.mean(r[0] for r in results["GaLore"])
+    for name, rows in results.items():
+        perplexities = [row[0] for row in rows]
+        mean = statistics.mean(perplexities)
+        print(
+            f"| {name} | {', '.join(f'{p:.3f}' for p in perplexities)} | {mean:.3f} "
+            f"| {mean / reference - 1:+.1%} | {rows[0][1]:,} | {rows[0][2]:,} "
+            f"| {statistics.mean(row[3] for row in rows):.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(LowBits))
