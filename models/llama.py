@@ -18,7 +18,11 @@ from jaxtyping import Array, Float, Int
 
 from galore_optax import GaLoreDimensionNumbers
 from galore_optax.quantized import dequantized, is_quantized
+from galore_optax.quantized_weights import DEQUANTIZED
 from models.llama_config import LlamaConfig, Params, Weight, weight_table
+
+KEEP_ALL_BUT_DEQUANTIZED = jax.checkpoint_policies.save_anything_except_these_names(DEQUANTIZED)
+"""A float copy of all layers' weights would lie among the activations otherwise."""
 
 
 class KVCache(NamedTuple):
@@ -113,6 +117,8 @@ class Llama(nnx.Module):
             # Not with cuDNN: its attention is no plain product, and would run twice.
             keep_products = jax.checkpoint_policies.dots_saveable
             step = jax.checkpoint(step, prevent_cse=False, policy=keep_products)
+        else:
+            step = jax.checkpoint(step, prevent_cse=False, policy=KEEP_ALL_BUT_DEQUANTIZED)
         hidden = self.embedding[...][token_ids].astype(config.dtype)
         hidden, _ = jax.lax.scan(step, hidden, nnx.to_pure_dict(nnx.state(self.layers)))
         return rms_norm(hidden, self.norm[...], config.norm_eps)

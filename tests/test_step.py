@@ -120,7 +120,13 @@ def one_step(params, batch, forward=forward, accumulate=1, tx=None):
     state = TrainState(params, tx.init(params), jnp.int32(0), jax.random.key(0))
     place = jax.tree.map(lambda _: replicated(mesh), state)
     step = make_train_step(
-        forward, tx, schedule, accumulate=accumulate, mesh=mesh, state_shardings=place
+        forward,
+        tx,
+        schedule,
+        accumulate=accumulate,
+        stochastic_rounding=False,
+        mesh=mesh,
+        state_shardings=place,
     )
     return step, jax.device_put(jax.tree.map(jnp.array, state), place), put_batch(mesh, batch)
 
