@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from galore_optax.codes import Code, Dynamic, Table
 from galore_optax.nonnegative import nonnegative_state
@@ -95,7 +96,9 @@ def quantize_state(
             paths = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
             marks = [unsigned(jax.tree_util.keystr(path)) for path, _ in paths]
         return tree.unflatten(
-            quantize(x, unsigned_code if mark else signed_code, block=block) if large(x) else x
+            quantize(_opaque(x), unsigned_code if mark else signed_code, block=block)
+            if large(x)
+            else x
             for x, mark in zip(leaves, marks, strict=True)
         )
 
@@ -113,3 +116,12 @@ def quantize_state(
 
     # optax's types say that a state is any tree, not which one.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
+
+
+def _opaque(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The same numbers, not known to the compiler.
+
+    XLA would encode the zeros that most states start as while it compiles, which took it minutes
+    for a large embedding. Behind a barrier themselves they would all be in memory as floats.
+    """
+    return x + jax.lax.optimization_barrier(jnp.zeros((), x.dtype))

@@ -62,6 +62,15 @@ def train(mesh: str | None, **changes) -> list[float]:
     return found
 
 
+@pytest.fixture
+def quick_compilation():
+    """Compiling takes nearly all of the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weights_in_codes_are_split_over_devices_and_train_alike(bits):
     changes = {**Q_GALORE, "weight_bits": bits, "stochastic_rounding": False}
@@ -72,6 +81,7 @@ def test_weights_in_codes_are_split_over_devices_and_train_alike(bits):
     )
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_bfloat16_weights_are_rounded_at_random_if_asked():
     common = {"dtype": "bfloat16"}
     nearest, random = (train(None, **common, stochastic_rounding=on) for on in (False, True))
