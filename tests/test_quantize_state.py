@@ -1,0 +1,412 @@
+"""`quantize_state`: any optimizer with its moments in few bits, beside the one with floats."""
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from galore_optax import GaLoreDimensionNumbers, QuantizedArray, galore, quantize_state
+from galore_optax.quantized import array_bytes, dequantized, is_quantized
+from galore_optax.sharding import state_shardings
+from tests.test_compose import FEW, INNERS, REMEMBER_PARAMS, WITHOUT_SCALARS, arguments, loss
+
+PUBLISHED = np.load(Path(__file__).with_name("fixtures") / "bitsandbytes.npz")
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def run(tx, params, grads):
+    """Params and state after a step for each of the gradients."""
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def step(params, state, grad):
+        updates, state = tx.update(grad, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for grad in grads:
+        params, state = step(params, state, grad)
+    return params, state
+
+
+def quantized_leaves(state):
+    return [x for x in jax.tree.leaves(state, is_leaf=is_quantized) if is_quantized(x)]
+
+
+# bitsandbytes.
+
+LEARNING_RATE, DECAY, RANK = 0.01, 0.1, 16
+RECORDED = {
+    "adamw/blocks are rows": lambda x: x,
+    "adamw/blocks are no rows": lambda x: x.reshape(*x.shape[:-2], 16, 320),
+    # Theirs are (out, in).
+    "galore/blocks are rows": lambda x: np.swapaxes(x, -2, -1),
+    "galore/blocks are no rows": lambda x: x,
+}
+
+
+def recorded(name):
+    order = RECORDED[name]
+    return order(PUBLISHED["weight"]).astype(np.float32), order(PUBLISHED["grads"])
+
+
+def moved(name, quantized):
+    """By how much the recorded gradients move the weights."""
+    weight, grads = recorded(name)
+    rate, decay = LEARNING_RATE, DECAY if name.startswith("adamw") else 0.0
+    tx = optax.adamw(rate, weight_decay=decay)
+    tx = quantize_state(tx) if quantized else tx
+    if name.startswith("galore"):
+        tx = galore(RANK, tx, subspace="svd", moments="keep")
+    params, state = run(tx, jnp.asarray(weight), jnp.asarray(grads, jnp.float32))
+    assert len(quantized_leaves(state)) == (2 if quantized else 0)
+    return np.asarray(params) - weight
+
+
+def off(a, b):
+    """Root mean square of a difference, beside that of what is right."""
+    return np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2))
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_adamw_follows_bitsandbytes_also_inside_galore(name):
+    """Blocks of ours lie within rows. Where theirs do too the two are one optimizer, but that
+
+    - the largest of a block is exact here where it is negative too (0.7% off with them),
+    - what is not zero is never coded as zero here,
+    - their kernel for CPUs has one code for all below 2^-15 of the largest; a search for the
+      nearest, as on GPUs, is recorded beside it.
+    """
+    kernel, nearest = (PUBLISHED[f"{name}/{how}"] for how in ("kernel", "nearest"))
+    if name.startswith("galore"):
+        kernel, nearest = kernel.T, nearest.T
+    ours, floats = moved(name, quantized=True), moved(name, quantized=False)
+    if name.endswith("no rows"):
+        # Another block has another largest element, here up to 100 times as large: as far from
+        # each other as each is from AdamW with floats.
+        assert off(ours, nearest) < 1.5 * (off(ours, floats) + off(nearest, floats))
+        return
+    # Six steps, each with moments that are up to 0.7% off where a block has its largest.
+    assert off(ours, nearest) < 0.004 < off(floats, nearest)
+    assert off(ours, kernel) < 0.005 < off(floats, kernel)
+    # All but a few elements take the same codes, and are equal to float32's rounding of weights.
+    assert np.quantile(np.abs(ours - nearest), 0.6) < 1e-6 * (1 if "adamw" in name else 10)
+
+
+def published_moment(x, signed):
+    """A moment coded and read, by the published map and the two rules above, in float64."""
+    table = PUBLISHED["map/signed" if signed else "map/unsigned"].astype(np.float64)
+    scale = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
+    unit = x / scale
+    found = table[np.abs(table[:, None] - unit[:, None, :]).argmin(axis=1)]
+    least = np.abs(table[table != 0]).min()
+    return np.where((found == 0) & (x != 0), np.sign(unit) * least, found) * scale
+
+
+def test_it_is_the_published_update_step_by_step():
+    weight, grads = recorded("adamw/blocks are rows")
+    x, first, second = weight.astype(np.float64), 0.0, 0.0
+    for t, grad in enumerate(grads.astype(np.float64), start=1):
+        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+        step = first / (1 - 0.9**t) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+        x = x - LEARNING_RATE * (step + DECAY * x)
+        first, second = published_moment(first, True), published_moment(second, False)
+    ours = moved("adamw/blocks are rows", quantized=True)
+    apart = np.abs(ours - (x - weight))
+    # float32's rounding, but where it takes a number to the other side of a middle: a step of a
+    # code is up to a half of a small number.
+    assert np.quantile(apart, 0.99) < 2e-6
+    assert off(ours, x - weight) < 1e-3
+
+
+# What is stored, and how.
+
+PARAMS = {"w": normal(0, 16, 512), "b": normal(1, 512), "s": jnp.float32(1)}
+GRADS = [jax.tree.map(lambda x: normal(i, *jnp.shape(x)), PARAMS) for i in range(3)]  # noqa: B023
+
+
+@pytest.mark.parametrize(("bits", "block"), [(8, 256), (4, 128)])
+def test_large_arrays_of_floats_are_stored_and_others_stay(bits, block):
+    floats = jax.eval_shape(optax.adam(0.1).init, PARAMS)
+    state = jax.eval_shape(quantize_state(optax.adam(0.1), bits).init, PARAMS)
+    assert jax.tree.structure(dequantized(state)) == jax.tree.structure(floats)
+    for moment, signed in ((state[0].mu, True), (state[0].nu, False)):
+        assert isinstance(moment["w"], QuantizedArray)
+        assert (moment["w"].code.bits, moment["w"].block) == (bits, block)
+        assert moment["w"].shape == (16, 512)
+        table = moment["w"].code.decode(jnp.arange(2**bits), jnp.float32(1), None)
+        assert (table.min() < 0) == signed
+        assert moment["b"].shape == (512,)
+        assert not is_quantized(moment["b"])
+    assert state[0].count.dtype == jnp.int32
+    # The threshold is of elements, and integers are left whatever it is.
+    few = jax.eval_shape(quantize_state(optax.adam(0.1), bits, min_size=512).init, PARAMS)
+    assert len(quantized_leaves(few)) == 4
+    every = jax.eval_shape(quantize_state(optax.adam(0.1), bits, min_size=0).init, PARAMS)
+    assert len(quantized_leaves(every)) == 4
+    none = jax.eval_shape(quantize_state(optax.adam(0.1), bits, min_size=8193).init, PARAMS)
+    assert none == floats
+
+
+def test_which_have_no_sign_can_be_told():
+    paths = []
+
+    def unsigned(path):
+        paths.append(path)
+        return "nu" in path
+
+    state = jax.eval_shape(quantize_state(optax.adam(0.1), unsigned=unsigned).init, PARAMS)
+    by_itself = jax.eval_shape(quantize_state(optax.adam(0.1)).init, PARAMS)
+    assert state == by_itself
+    assert "[0].nu['w']" in paths
+    wrong = quantize_state(optax.sgd(0.1, momentum=0.9), unsigned=lambda path: True)
+    state = wrong.update(GRADS[0], wrong.init(PARAMS))[1]
+    np.testing.assert_array_equal(state[0].trace["w"].dequantize() == 0, GRADS[0]["w"] <= 0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_updates_are_close_to_those_with_floats(bits):
+    exact, _ = run(optax.adamw(0.01), PARAMS, GRADS)
+    got, state = run(quantize_state(optax.adamw(0.01), bits), PARAMS, GRADS)
+    np.testing.assert_array_equal(got["b"], exact["b"])  # left as it is
+    moved = np.asarray(exact["w"] - PARAMS["w"])
+    # Root mean square; measured 1.0% and 11%.
+    assert off(np.asarray(got["w"] - PARAMS["w"]), moved) < (0.02 if bits == 8 else 0.2)
+    assert (np.asarray(state[0].nu["w"].dequantize()) > 0).all()
+
+
+def test_other_dtypes_and_zero_gradients_stay():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    tx = quantize_state(optax.adam(0.01))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    got, state = run(tx, params, [zeros, zeros])
+    jax.tree.map(np.testing.assert_array_equal, got, params)
+    moment = state[0].mu["w"]
+    assert moment.dtype == jnp.bfloat16
+    assert moment.scales.dtype == jnp.float32
+    assert not any(x.dequantize().any() for x in quantized_leaves(state))
+
+
+def rounding_to_zero(x):
+    """A naive signed 8-bit code: the nearest of even steps, of which one is zero."""
+    scale = jnp.abs(x).max(axis=-1, keepdims=True) / 127
+    return jnp.round(x / scale) * scale
+
+
+def test_a_tiny_second_moment_beside_a_large_one_does_not_become_zero():
+    """Where it does, the next update is a first moment over eps, or a square root of little."""
+    sizes = 10.0 ** -jnp.arange(0, 8, 8 / 512)  # of one row, from 1 to 1e-8
+    steady = [jnp.tile(sizes, (16, 1))] * 20
+    largest = {}
+    for bits in (8, 4):
+        _, state = run(tx := quantize_state(optax.scale_by_adam(), bits), steady[0], steady)
+        updates, _ = tx.update(steady[0] * 0, state)
+        largest[bits] = jnp.abs(updates).max()
+    adam = optax.scale_by_adam()
+    state = run(adam, steady[0], steady)[1]
+    exact = jnp.abs(adam.update(steady[0] * 0, state)[0]).max()
+    state = state._replace(nu=rounding_to_zero(state.nu))
+    naive = jnp.abs(adam.update(steady[0] * 0, state)[0]).max()
+    assert exact < 1
+    # A second moment may be too large, never too small by more than its code.
+    assert max(largest.values()) < 2
+    assert naive > 1000
+
+
+# What is compiled.
+
+
+def compiled(inner, donate=(1,)):
+    tx = quantize_state(inner)
+    params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
+    state = jax.eval_shape(tx.init, params)
+    return state, jax.jit(tx.update, donate_argnums=donate).lower(params, state, params).compile()
+
+
+def tree_bytes(tree):
+    return sum(map(array_bytes, jax.tree.leaves(tree)))
+
+
+@pytest.mark.parametrize("inner", [optax.adamw(0.1), optax.sgd(0.1, momentum=0.9)])
+def test_no_float_moment_outlives_a_step(inner):
+    state, program = compiled(inner)
+    floats = 4 * 1024 * 1024
+    assert tree_bytes(state) < 0.51 * floats  # two moments of one byte and 1/64
+    memory = program.memory_analysis()
+    # Buffers of a few bytes, as counters and the pointers of the outputs, are padded.
+    room = 1024
+    assert memory.argument_size_in_bytes - (2 * floats + tree_bytes(state)) < room
+    assert memory.output_size_in_bytes - (floats + tree_bytes(state)) < room
+    # Nothing of the state is held twice.
+    assert memory.alias_size_in_bytes >= tree_bytes(state)
+
+
+def test_no_code_is_looked_up():
+    for bits in (8, 4):
+        tx = quantize_state(optax.adamw(0.1), bits)
+        state = jax.eval_shape(tx.init, PARAMS)
+        program = jax.jit(tx.update).lower(PARAMS, state, PARAMS).compile().as_text()
+        assert not re.search(r"\b(gather|scatter|sort|dynamic-slice)\(", program)
+
+
+# Where JAX carries it.
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """What a loop of jitted steps gives."""
+    return {bits: run(quantize_state(optax.adamw(0.01), bits), PARAMS, GRADS) for bits in (8, 4)}
+
+
+def assert_close(got, expected):
+    """Params to float32's rounding; codes to a step of one where a middle is near."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got[0], expected[0])
+    for a, b in zip(quantized_leaves(got[1]), quantized_leaves(expected[1]), strict=True):
+        apart = np.abs(np.asarray(a.codes, int) - np.asarray(b.codes, int))
+        assert apart.max() <= 1
+        assert apart.mean() < 1e-3
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_it_is_carried_by_a_scan_and_donated(bits, plain):
+    tx = quantize_state(optax.adamw(0.01), bits)
+
+    def step(carry, grad):
+        params, state = carry
+        updates, state = tx.update(grad, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=FAST)
+    def train(carry, grads):
+        return jax.lax.scan(step, carry, grads)[0]
+
+    carry = jax.tree.map(jnp.copy, (PARAMS, tx.init(PARAMS)))
+    got = train(carry, jax.tree.map(lambda *x: jnp.stack(x), *GRADS))
+    assert all(x.is_deleted() for x in jax.tree.leaves(carry))
+    assert_close(got, plain[bits])
+
+
+def test_vmap_over_layers_gives_each_layer_its_own():
+    """As an update layer by layer has it: `init` mapped over a stack, one layer read at a time."""
+    tx = quantize_state(optax.adam(0.01))
+    stack, grads = normal(0, 3, 16, 512), normal(1, 3, 16, 512)
+    state = jax.jit(jax.vmap(tx.init))(stack)
+    assert state[0].mu.codes.shape == (3, 16, 512)
+    assert state[0].mu.scales.shape == (3, 16, 2)
+    updates, new = jax.jit(jax.vmap(tx.update), compiler_options=FAST)(grads, state, stack)
+    update = jax.jit(tx.update, compiler_options=FAST)
+    for i in range(3):
+        one, own = update(grads[i], jax.tree.map(lambda x: x[i], state), stack[i])  # noqa: B023
+        np.testing.assert_allclose(updates[i], one, atol=1e-8)
+        there = jax.tree.map(lambda x: x[i], new)  # noqa: B023
+        assert jax.tree.structure(there) == jax.tree.structure(own)
+        assert_close((one, there), (one, own))
+
+
+SPECS = [P("data", "fsdp"), P(None, ("data", "fsdp")), P("fsdp")]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", SPECS)
+def test_sharded_state_is_the_unsharded_one_and_sharded_as_the_params(spec, axis_type):
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(axis_type,) * 2)
+    # 2,048 are 8 blocks, which divide over 8 devices; 768 are 3, and 520 are 3, one of them short.
+    params = {str(n): normal(n, 8, n) for n in (2048, 768, 520)}
+    grads = [jax.tree.map(lambda x: normal(i, *x.shape), params) for i in range(2)]  # noqa: B023
+    tx = quantize_state(optax.adam(0.01), 8)
+    expected = run(tx, params, grads)
+    shardings = {name: NamedSharding(mesh, spec) for name in params}
+    wanted = state_shardings(tx, params, shardings)
+    columns = spec[1] if len(spec) > 1 else None
+    # Codes as the params; scales too where blocks divide.
+    for name, x in wanted[0].mu.items():
+        assert tuple(x.codes.spec) == (spec[0], columns), name
+    assert tuple(wanted[0].mu["2048"].scales.spec) == (spec[0], columns)
+    assert tuple(wanted[0].mu["768"].scales.spec) == (spec[0], None)
+    placed = jax.device_put(params, shardings)
+    state = jax.jit(tx.init, out_shardings=wanted)(placed)
+    at = {} if axis_type is AxisType.Explicit else {"out_shardings": (shardings, wanted)}
+    update = jax.jit(tx.update, compiler_options=FAST, **at)
+    for grad in grads:
+        updates, state = update(jax.device_put(grad, shardings), state, placed)
+        placed = optax.apply_updates(placed, updates)
+    assert_close((placed, state), expected)
+    stayed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, wanted)
+    assert all(jax.tree.leaves(stayed))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_checkpoint_brings_it_back_bit_for_bit(bits, tmp_path, plain):
+    params, state = plain[bits]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        back = checkpointer.restore(tmp_path / "state", abstract)
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: galore(8, tx, subspace="svd")])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_nnx_optimizer_takes_it(bits, wrap):
+    model = nnx.Linear(64, 256, rngs=nnx.Rngs(0))
+    tx = wrap(quantize_state(optax.adamw(0.01), bits, min_size=1024))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def train_step(model, optimizer, x):
+        value, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - x.sum()) ** 2))(model)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [train_step(model, optimizer, normal(0, 32, 64)) for _ in range(4)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
+# Every optimizer.
+
+SKIPPED = {"muon": "its state is of matrices"}
+
+
+def descend(tx, name, params):
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params, **arguments(name, value))
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(3):
+        params, new = step(params, state)
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        state = new
+    return params, state
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_any_optimizer_runs_in_it_and_in_galore(name):
+    inner = quantize_state(INNERS[name], min_size=8)
+    around = galore(
+        4, inner, update_proj_gap=2, subspace="svd",
+        moments="keep" if name in REMEMBER_PARAMS else None,
+    )  # fmt: skip
+    for tx in (inner, around):
+        params, state = descend(tx, name, FEW)
+        floats = jax.tree.leaves((params, dequantized(state)))
+        assert all(jnp.isfinite(x).all() for x in floats)
