@@ -24,6 +24,7 @@ from galore_optax.adaptive_refresh import SIMILARITIES, AdaptiveRefresh
 from galore_optax.decoupled_decay import decay, update_and_slopes
 from galore_optax.matrices import WeightDimensionNumbers
 from galore_optax.moments import RULES, CarryOver, MomentsFunction, places, reset
+from galore_optax.nnx_variables import without_variables
 from galore_optax.projection import SIDES, Projection, Rank, checked_rank, projections
 from galore_optax.quantized import dequantized, is_quantized
 from galore_optax.refresh import by_leaf, flat, matrices, refresh, steps_to_next
@@ -192,7 +193,7 @@ def galore(
     similarity = SIMILARITIES[adaptive_refresh.similarity] if adaptive_refresh else None
 
     def init(params: optax.Params) -> GaLoreState:
-        params = dequantized(params)
+        params = dequantized(without_variables(params))
         leaves, tree = jax.tree.flatten(params)
         plans = projections(params, weight_dimension_numbers, rank, side)
         _warn_of_left_out(leaves, plans, weight_dimension_numbers)

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from galore_optax.codes import Code, Dynamic, Table
+from galore_optax.nnx_variables import without_variables
 from galore_optax.nonnegative import nonnegative_state
 from galore_optax.quantized import dequantized, is_quantized, quantize, stored_like
 
@@ -86,6 +87,7 @@ def quantize_state(
         return floating and np.ndim(leaf) > 0 and np.size(leaf) >= max(min_size, 1)
 
     def init(params: optax.Params) -> optax.OptState:
+        params = without_variables(params)
         state = inner.init(params)
         leaves, tree = jax.tree.flatten(state, is_leaf=is_quantized)
         if not any(map(large, leaves)):
