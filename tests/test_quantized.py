@@ -18,6 +18,8 @@ from galore_optax.codes import Affine, Dynamic, Table
 from galore_optax.quantize_state import CODES
 from galore_optax.quantized import dequantized, quantize, stored_like
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 PUBLISHED = np.load(Path(__file__).with_name("fixtures") / "bitsandbytes.npz")
 
 SIGNED = {"8-bit": (Dynamic(signed=True), 256), "4-bit": (CODES[4][0], 128)}
@@ -67,17 +69,15 @@ arrays = st.builds(
     st.integers(0, 2**16),
     st.sampled_from(DTYPES),
 )
-# A fraction of the time to compile, which is most of a test's.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick = settings(max_examples=25, deadline=None)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2), compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def stored(x, code, block):
     return quantize(x, code, block=block)
 
 
-@functools.partial(jax.jit, compiler_options=FAST)
+@jax.jit
 def read(q):
     return q.dequantize()
 
@@ -284,7 +284,7 @@ def same(a, b):
 def test_it_passes_through_jit_scan_vmap_and_tree_map(name):
     q = FORMS[name]
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def carried(q):
         kept, rows = jax.lax.scan(lambda q, _: (q, jax.tree.map(lambda x: x[1], q)), q, length=2)
         # One matrix after the other, as a scan over layers has them, or all of them at once.
@@ -309,7 +309,7 @@ def test_it_passes_through_jit_scan_vmap_and_tree_map(name):
 def test_vmap_over_a_leading_axis_makes_the_whole(name):
     q = FORMS[name]
     make = functools.partial(quantize, code=q.code, block=q.block)
-    made = jax.jit(jax.vmap(make), compiler_options=FAST)(X)
+    made = jax.jit(jax.vmap(make))(X)
     same(made, q)
     assert made.shape == X.shape
 
@@ -378,7 +378,7 @@ def test_sharded_codes_are_the_unsharded_ones(name, spec, axis_type):
     # 2,048 elements are 8 blocks, 768 are 3, and 264 are 2 of which one is short.
     xs = [jax.random.normal(jax.random.key(n), (2, 4, n)) for n in (2048, 768, 264)]
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def there_and_back(xs):
         qs = [quantize(x, code, block=block) for x in xs]
         return qs, [q.dequantize() for q in qs]
@@ -391,11 +391,11 @@ def test_sharded_codes_are_the_unsharded_ones(name, spec, axis_type):
         # An affine code is a product and a sum, which XLA may fuse.
         np.testing.assert_allclose(y, read(expected), rtol=0, atol=5e-7 if name in AFFINE else 0)
         if axis_type is AxisType.Explicit:
-            assert q.codes.sharding.spec == y.sharding.spec == spec
-            axes = spec[2] if isinstance(spec[2], tuple) else (spec[2],)
-            split = math.prod(mesh.shape[a] for a in axes if a)
-            whole = q.scales.shape[2] % split != 0
-            assert q.scales.sharding.spec[2] == (None if whole else spec[2])
+            assert q.codes.sharding.spec == y.sharding.spec
+            split = math.prod(mesh.shape[a] for a in np.atleast_1d(spec[2]))
+            for part in (q.codes, q.scales):  # as x is, where they divide
+                last = spec[2] if part.shape[2] % split == 0 else None
+                assert part.sharding.spec == P(*spec[:2], last)
 
 
 # Bad input.
@@ -407,7 +407,8 @@ def test_sharded_codes_are_the_unsharded_ones(name, spec, axis_type):
         (jnp.ones(()), {}, r"x of shape \(\) and dtype float32 has no code; give a floating-point"),
         (jnp.ones((0, 3)), {}, r"x of shape \(0, 3\)"),
         (jnp.ones(3, jnp.int32), {}, "dtype int32 has no code"),
-        (jnp.ones(3), {"block": 0}, "block=0 is no number of elements; give at least 1"),
+        (jnp.ones(3), {"block": 0}, "block=0 is no number of elements for 8 bits; give"),
+        (jnp.ones(3), {"code": Affine(4), "block": 3}, "block=3 .* for 4 bits; .* an even one"),
         (jnp.ones(3), {"key": jax.random.key(0)}, "key: only the affine codes round at random"),
         (
             jnp.ones(3),
