@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -81,19 +82,7 @@ class QuantizedArray:
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
         """The array that this stands for, in its dtype or another, sharded as the codes are."""
-
-        def decoded(codes, scales, offsets):
-            codes = _unpacked(codes, self.axis, self.shape) if self.code.bits == 4 else codes
-            blocks = _blocks(codes, self.axis, self.block)
-            scales, offsets = jax.tree.map(
-                lambda x: jnp.expand_dims(x, self.axis), (scales, offsets)
-            )
-            values = self.code.decode(blocks, scales, offsets)
-            return _merged(values, self.axis, self.shape).astype(dtype or self.dtype)
-
-        return with_automatic_axes(
-            decoded, lambda _: specs(self.codes), self.codes, self.scales, self.offsets
-        )
+        return _dequantized(self, jnp.dtype(dtype or self.dtype))
 
 
 def quantize(
@@ -130,6 +119,15 @@ def quantize(
         )
     axis = _block_axis(x.shape, block) if axis is None else axis % x.ndim - x.ndim
 
+    return _quantized(x, key, code, block, axis)
+
+
+# Both are compiled on their own, since outside of jit, where an optimizer's state is made as a
+# rule, they would be compiled operation by operation.
+@partial(jax.jit, static_argnames=("code", "block", "axis"))
+def _quantized(
+    x: Array, key: PRNGKeyArray | None, code: Code, block: int, axis: int
+) -> QuantizedArray:
     def encoded(x: Array, key: PRNGKeyArray | None) -> Any:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         codes, *rest = code.encode(_blocks(wide, axis, block), axis, key)
@@ -151,6 +149,18 @@ def quantize(
     codes, scales, offsets = with_automatic_axes(encoded, out_specs, x, key)
     odd = code.bits == 4 and x.shape[axis] % 2 == 1
     return QuantizedArray(codes, scales, offsets, code, block, axis, jnp.dtype(x.dtype), odd)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _dequantized(q: QuantizedArray, dtype: Any) -> Array:
+    def decoded(codes, scales, offsets):
+        codes = _unpacked(codes, q.axis, q.shape) if q.code.bits == 4 else codes
+        blocks = _blocks(codes, q.axis, q.block)
+        scales, offsets = jax.tree.map(lambda x: jnp.expand_dims(x, q.axis), (scales, offsets))
+        values = q.code.decode(blocks, scales, offsets)
+        return _merged(values, q.axis, q.shape).astype(dtype)
+
+    return with_automatic_axes(decoded, lambda _: specs(q.codes), q.codes, q.scales, q.offsets)
 
 
 def stored_like(x: Float[Array, "..."], like: Any, key: PRNGKeyArray | None = None) -> Any:
