@@ -18,7 +18,7 @@ from galore_optax import GaLoreDimensionNumbers, QuantizedArray, galore, quantiz
 from galore_optax.memory import tree_bytes
 from galore_optax.quantized import dequantized, is_quantized
 from galore_optax.sharding import state_shardings
-from tests.test_compose import FEW, INNERS, arguments, loss
+from tests.test_compose import FEW, INNERS, TARGET, arguments
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -216,7 +216,7 @@ def rounding_to_zero(x):
 def test_a_tiny_second_moment_beside_a_large_one_does_not_become_zero():
     """Where it does, the next update is a first moment over eps, or a square root of little."""
     sizes = 10.0 ** -jnp.arange(0, 8, 8 / 512)  # of one row, from 1 to 1e-8
-    steady = [jnp.tile(sizes, (16, 1))] * 20
+    steady = [jnp.tile(sizes, (16, 1))] * 10
     largest = {}
     for bits in (8, 4):
         _, state = run(tx := quantize_state(optax.scale_by_adam(), bits), steady[0], steady)
@@ -411,15 +411,21 @@ def test_nnx_optimizer_takes_it(name):
 
 # Every optimizer.
 
-# Outside of jit, where most operations are compiled for another optimizer already.
+ONE = {"w": FEW["w"]}
+# Others run outside of jit, where most operations are compiled for another optimizer already.
+WITH_LOOPS = {"lbfgs", "scale_by_lbfgs", "galore", "scale_by_galore", "muon", "sophia"}
 
 
-def descend(tx, name):
-    params, state = FEW, tx.init(FEW)
-    for _ in range(3):
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, new = tx.update(grads, state, params, **arguments(name, value))
-        params = optax.apply_updates(params, updates)
+def descend(tx, name, steps):
+    def step(params, state):
+        value, grads = jax.value_and_grad(distance)(params)
+        updates, state = tx.update(grads, state, params, **arguments(name, value))
+        return optax.apply_updates(params, updates), state
+
+    params, state = ONE, tx.init(ONE)
+    step = jax.jit(step) if name in WITH_LOOPS else step
+    for _ in range(steps):
+        params, new = step(params, state)
         assert jax.tree.structure(new) == jax.tree.structure(state)
         state = new
     floats = jax.tree.leaves((params, dequantized(state)))
@@ -427,14 +433,19 @@ def descend(tx, name):
     return params, state
 
 
+def distance(params):
+    return jnp.sum((params["w"] - TARGET["w"]) ** 2) / 2
+
+
 @pytest.mark.parametrize("name", INNERS)
 def test_any_optimizer_runs_in_it(name):
-    descend(quantize_state(INNERS[name], min_size=8), name)
+    descend(quantize_state(INNERS[name], min_size=8), name, steps=2)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "adan", "lion", "muon", "sophia"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "adan", "lion"])
 def test_several_run_in_it_within_galore(name):
     inner = quantize_state(INNERS[name], min_size=8)
-    params, state = descend(galore(4, inner, update_proj_gap=2, subspace="svd"), name)
+    tx = galore(4, inner, update_proj_gap=2, subspace="svd")
+    params, state = descend(tx, name, steps=3)  # the third with a refresh
     assert quantized_leaves(state.inner)
-    assert loss(params) < loss(FEW)
+    assert distance(params) < distance(ONE)
