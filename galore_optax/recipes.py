@@ -436,7 +436,7 @@ def gradnorm_lorp_adamw(
         >>> from galore_optax import gradnorm_lorp_adamw
         >>> from galore_optax.adapter import split
         >>> from galore_optax.weight_norm import GradNormLoRP
-        >>> adapter = GradNormLoRP.create(jnp.ones((64, 256)), rank=8, key=jax.random.key(0))
+        >>> adapter = GradNormLoRP.create(jnp.ones((64, 256)), jax.random.key(0), rank=8)
         >>> trained, frozen = split({"w": adapter})
         >>> state = gradnorm_lorp_adamw(0.01, rank=4).init(trained)
         >>> state.bases["w"].b.shape, state.inner[0].mu["w"].b.shape

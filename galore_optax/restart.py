@@ -50,7 +50,7 @@ def restart(
         >>> from galore_optax.restart import restart
         >>> from galore_optax.weight_norm import GradNormLoRP
         >>> w = jax.random.normal(jax.random.key(0), (64, 32))
-        >>> params = {"w": GradNormLoRP.create(w, rank=8, key=jax.random.key(1))}
+        >>> params = {"w": GradNormLoRP.create(w, jax.random.key(1), rank=8)}
         >>> tx = optax.adamw(0.01)
         >>> state = tx.init(split(params)[0])
         >>> params, state = restart(tx, params, state, jax.random.key(2))

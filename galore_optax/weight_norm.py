@@ -38,17 +38,13 @@ def column_norms(v: Float[Array, "*layers in out"]) -> Float[Array, "*layers out
 
 
 def weight_norm(
-    magnitude: Float[Array, "*layers out"],
-    v: Float[Array, "*layers in out"],
-    *,
-    norm_gradient: bool = True,
+    magnitude: Float[Array, "*layers out"], v: Float[Array, "*layers in out"]
 ) -> Float[Array, "*layers in out"]:
-    """W = m ⊙ V / ‖V‖, in the dtype of V.
+    """W = m ⊙ V / ‖V‖.
 
     Args:
         magnitude: m, one for each output.
         v: V.
-        norm_gradient: Whether ‖V‖ is differentiated; False takes it for a constant, as DoRA does.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -58,10 +54,7 @@ def weight_norm(
         [[6. 0.]
          [8. 0.]]
     """
-    norms = column_norms(v)
-    if not norm_gradient:
-        norms = jax.lax.stop_gradient(norms)
-    return (magnitude / norms)[..., None, :] * v
+    return (magnitude / column_norms(v))[..., None, :] * v
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +81,7 @@ class GradNormLoRP(Adapter):
         >>> from galore_optax.adapter import join, merge, product, split
         >>> from galore_optax.weight_norm import GradNormLoRP
         >>> w = jax.random.normal(jax.random.key(0), (64, 32))
-        >>> params = {"w": GradNormLoRP.create(w, rank=8, key=jax.random.key(1))}
+        >>> params = {"w": GradNormLoRP.create(w, jax.random.key(1), rank=8)}
         >>> trained, frozen = split(params)
         >>> x = jnp.ones((5, 64))
         >>> loss = lambda trained: jnp.mean(product(x, join(trained, frozen)["w"]) ** 2)
@@ -102,31 +95,26 @@ class GradNormLoRP(Adapter):
     magnitude: Float[Array, "*layers out"]
 
     @classmethod
-    def create(cls, weight: Any, rank: int, key: PRNGKeyArray, **options: Any) -> Self:
+    def create(cls, weight: Any, key: PRNGKeyArray, rank: int) -> Self:
         """An adapter of a weight that does not change it yet.
 
         Args:
             weight: `(*layers, in, out)`: an array, or anything whose `dequantize()` gives one.
-            rank: Of the factors.
             key: Of the factor at the input; that at the output is zero.
-            **options: Further fields, of subclasses.
+            rank: Of the factors.
 
         Raises:
             ValueError: If the weight is no matrix, or the rank does not fit it.
         """
-        a, b = new_factors(weight, rank, key)
+        a, b = new_factors(weight, key, rank)
         magnitude = column_norms(wide(weight)).astype(b.dtype)
-        return cls(weight, a, b, magnitude, **options)
-
-    def direction(self) -> Float[Array, "*layers in out"]:
-        """V = W₀ + a b, in float32 at least."""
-        return wide(self.base) + wide(self.a) @ wide(self.b)
+        return cls(weight, a, b, magnitude)
 
     def matrix(self) -> Float[Array, "*layers in out"]:
         """W = m ⊙ V / ‖V‖, in the dtype of the base."""
-        return weight_norm(wide(self.magnitude), self.direction()).astype(dtype_of(self.base))
+        v = wide(self.base) + wide(self.a) @ wide(self.b)
+        return weight_norm(wide(self.magnitude), v).astype(dtype_of(self.base))
 
     def restarted(self, key: PRNGKeyArray) -> Self:
         """W in the place of W₀, with an adapter that does not change it yet."""
-        new = self.create(self.merged(), self.a.shape[-1], key)
-        return dataclasses.replace(self, base=new.base, a=new.a, b=new.b, magnitude=new.magnitude)
+        return self.create(self.merged(), key, self.a.shape[-1])
