@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from galore_optax.codes import Affine
 from galore_optax.matrices import GaLoreDimensionNumbers
+from galore_optax.quantized import QuantizedArray, dequantized, is_quantized, stored_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Adapter:
     """A frozen weight and the factors that are trained in its place; subclasses say what for.
 
     Attributes:
-        base: The frozen weight, `(*layers, in, out)`: an array, or anything whose `dequantize()`
-            gives one; None among the trained params, and where there is none.
+        base: The frozen weight, `(*layers, in, out)`, which may be quantized; None among the
+            trained params, and where there is none.
         a: The factor at the input, `(*layers, in, rank)`.
         b: The factor at the output, `(*layers, rank, out)`.
     """
@@ -50,7 +52,7 @@ class Adapter:
         return rows @ self.matrix().astype(rows.dtype)
 
     def restarted(self, key: PRNGKeyArray) -> Self:
-        """The merged weight with an adapter that does not change it yet."""
+        """The merged weight, stored as the base is, with an adapter that does not change it yet."""
         raise NotImplementedError
 
 
@@ -59,45 +61,40 @@ def is_adapter(x: Any) -> bool:
     return isinstance(x, Adapter)
 
 
-def dense(weight: Any) -> Float[Array, "..."]:
-    """A weight as an array, whether it is one or has to be dequantized."""
-    return weight.dequantize() if hasattr(weight, "dequantize") else weight
-
-
-def dtype_of(weight: Any) -> Any:
-    """The dtype of `dense(weight)`."""
-    return jax.eval_shape(dense, weight).dtype
-
-
-def wide(weight: Any) -> Float[Array, "..."]:
+def wide(weight: Array | QuantizedArray) -> Float[Array, "..."]:
     """A weight in float32 at least, in which a small correction of it is not lost."""
-    array = dense(weight)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    dtype = jnp.promote_types(weight.dtype, jnp.float32)
+    return weight.dequantize(dtype) if isinstance(weight, QuantizedArray) else weight.astype(dtype)
+
+
+def stored(merged: Float[Array, "..."], base: Any, key: PRNGKeyArray) -> Any:
+    """A merged weight in the code of its base, in which affine codes round at random."""
+    affine = is_quantized(base) and isinstance(base.code, Affine)
+    return stored_like(merged, base, key if affine else None)
 
 
 def new_factors(
-    weight: Any, key: PRNGKeyArray, rank: int
+    weight: Array | QuantizedArray, key: PRNGKeyArray, rank: int
 ) -> tuple[Float[Array, "*layers in r"], Float[Array, "*layers r out"]]:
     """Factors whose product is zero: a uniform within ±1/√in, as PEFT draws it, and b zero.
 
     Raises:
         ValueError: If the weight is no matrix, or the rank not from 1 to its smaller side.
     """
-    like = jax.eval_shape(dense, weight)
-    if len(like.shape) < 2:
+    if len(weight.shape) < 2:
         raise ValueError(
-            f"a weight of shape {like.shape} has no low-rank factors; adapt matrices (in, out) or "
-            "stacks of them only"
+            f"a weight of shape {weight.shape} has no low-rank factors; adapt only matrices "
+            "(in, out) or stacks of them"
         )
-    *layers, rows, columns = like.shape
+    *layers, rows, columns = weight.shape
     most = min(rows, columns)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
         raise ValueError(
-            f"rank={rank!r} for a weight of shape {like.shape}: a whole number from 1 to its "
+            f"rank={rank!r} for a weight of shape {weight.shape}: a whole number from 1 to its "
             f"smaller side, {most}, is needed"
         )
-    a = jax.random.uniform(key, (*layers, rows, rank), like.dtype, -1, 1) / rows**0.5
-    return a, jnp.zeros((*layers, rank, columns), like.dtype)
+    a = jax.random.uniform(key, (*layers, rows, rank), weight.dtype, -1, 1) / rows**0.5
+    return a, jnp.zeros((*layers, rank, columns), weight.dtype)
 
 
 def product(rows: Float[Array, "N in"], weight: Any) -> Float[Array, "N out"]:
@@ -114,7 +111,9 @@ def product(rows: Float[Array, "N in"], weight: Any) -> Float[Array, "N out"]:
 
 
 def _product(rows: Array, weight: Any) -> Array:
-    return weight.times(rows) if is_adapter(weight) else rows @ dense(weight).astype(rows.dtype)
+    return (
+        weight.times(rows) if is_adapter(weight) else rows @ dequantized(weight).astype(rows.dtype)
+    )
 
 
 # No jax.checkpoint: one around this, whose policy keeps all products, would keep a @ b, too.
@@ -173,11 +172,13 @@ def merge(params: PyTree) -> PyTree:
 
 
 def restart(params: PyTree, key: PRNGKeyArray) -> PyTree:
-    """Params with each adapter merged into its weight, and begun anew: equal outputs.
+    """Params with each adapter merged into its weight, and begun anew.
+
+    Outputs are equal, to the rounding of the weights' dtype or code.
 
     Args:
         params: Tree of arrays and adapters.
-        key: Of the new factors; paths are folded in.
+        key: Of the new factors, and of the rounding of quantized weights; paths are folded in.
     """
 
     def one(path: Any, x: Any) -> Any:

@@ -423,8 +423,8 @@ def gradnorm_lorp_adamw(
         seed: As in `galore`.
 
     Raises:
-        ValueError: As `galore` and `quantize_state`; at `init`, if `rank` is not below the smaller side of every factor,
-            or the params hold the frozen weights.
+        ValueError: As `galore` and `quantize_state`; at `init`, if `rank` is not below the smaller
+            side of every factor, or the params hold the frozen weights.
 
     References:
         Huang et al., `GradNormLoRP <https://arxiv.org/abs/2412.19616>`_, 2024. That low-rank

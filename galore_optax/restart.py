@@ -14,6 +14,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from galore_optax import adapter
 from galore_optax.galore import GaLoreState
+from galore_optax.quantized import dequantized, is_quantized, stored_like
 
 
 def restart(
@@ -76,23 +77,22 @@ def _pruned(
         tx.init, belongs, state, transform_non_params=lambda _: False, is_leaf=lambda _: True
     )
 
-    def prune(moment: Array, belongs: bool) -> Array:
-        return _largest(moment, keep) if belongs else moment
-
     def part(old: Any, marks: Any) -> Any:
-        if not isinstance(old, GaLoreState):
-            return prune(old, marks)
-        # The bases are no moments.
-        return old._replace(
-            next_refresh=jnp.full_like(old.next_refresh, old.count),
-            inner=jax.tree.map(part, old.inner, marks.inner, is_leaf=_is_galore),
-        )
+        if isinstance(old, GaLoreState):
+            # The bases are no moments.
+            return old._replace(
+                next_refresh=jnp.full_like(old.next_refresh, old.count),
+                inner=jax.tree.map(part, old.inner, marks.inner, is_leaf=_is_part),
+            )
+        if not all(jax.tree.leaves(marks)):
+            return old
+        return stored_like(_largest(dequantized(old), keep), old)
 
-    return jax.tree.map(part, state, marks, is_leaf=_is_galore)
+    return jax.tree.map(part, state, marks, is_leaf=_is_part)
 
 
-def _is_galore(x: Any) -> bool:
-    return isinstance(x, GaLoreState)
+def _is_part(x: Any) -> bool:
+    return isinstance(x, GaLoreState) or is_quantized(x)
 
 
 def _largest(moment: Array, keep: float) -> Array:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from galore_optax.adapter import Adapter, dtype_of, new_factors, wide
+from galore_optax.adapter import Adapter, new_factors, stored, wide
 
 # Far below the norm of any column that matters, and its square far above float32's least number.
 _LEAST_NORM = 1e-6
@@ -66,7 +66,7 @@ class GradNormLoRP(Adapter):
     magnitude of 1e-6, at which its factors have the gradient of a plain weight.
 
     Attributes:
-        base: W₀, `(*layers, in, out)`: an array, or anything whose `dequantize()` gives one.
+        base: W₀, `(*layers, in, out)`, an array or a `QuantizedArray`.
         a: The factor at the input.
         b: The factor at the output.
         magnitude: m, the norm of each column of W.
@@ -99,7 +99,7 @@ class GradNormLoRP(Adapter):
         """An adapter of a weight that does not change it yet.
 
         Args:
-            weight: `(*layers, in, out)`: an array, or anything whose `dequantize()` gives one.
+            weight: `(*layers, in, out)`, an array or a `QuantizedArray`.
             key: Of the factor at the input; that at the output is zero.
             rank: Of the factors.
 
@@ -113,8 +113,9 @@ class GradNormLoRP(Adapter):
     def matrix(self) -> Float[Array, "*layers in out"]:
         """W = m ⊙ V / ‖V‖, in the dtype of the base."""
         v = wide(self.base) + wide(self.a) @ wide(self.b)
-        return weight_norm(wide(self.magnitude), v).astype(dtype_of(self.base))
+        return weight_norm(wide(self.magnitude), v).astype(self.base.dtype)
 
     def restarted(self, key: PRNGKeyArray) -> Self:
         """W in the place of W₀, with an adapter that does not change it yet."""
-        return self.create(self.merged(), key, self.a.shape[-1])
+        new, old = jax.random.split(key)
+        return self.create(stored(self.merged(), self.base, old), new, self.a.shape[-1])

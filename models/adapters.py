@@ -26,14 +26,14 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 from galore_optax import subspace
 from galore_optax.adapter import (
     Adapter,
-    dense,
-    dtype_of,
     folded,
     is_adapter,
     merge,
     new_factors,
+    stored,
     wide,
 )
+from galore_optax.quantized import dequantized, is_quantized
 from galore_optax.weight_norm import column_norms, weight_norm
 from models import llama_config
 
@@ -91,7 +91,7 @@ class LoRA(Adapter):
         """An adapter of a weight that does not change it yet.
 
         Args:
-            weight: `(*layers, in, out)`: an array, or anything whose `dequantize()` gives one.
+            weight: `(*layers, in, out)`, an array or a `QuantizedArray`.
             key: Of the factor at the input; that at the output is zero.
             rank: Of the factors.
             alpha: Numerator of the scale, alpha / rank; the rank by default.
@@ -111,7 +111,7 @@ class LoRA(Adapter):
 
     def matrix(self) -> Float[Array, "*layers in out"]:
         """The sum, in the dtype of the base."""
-        return self.sum().astype(dtype_of(self.base))
+        return self.sum().astype(self.base.dtype)
 
     def times(self, rows: Float[Array, "N in"]) -> Float[Array, "N out"]:
         """The rows through W₀ and, beside it, through both factors.
@@ -124,12 +124,13 @@ class LoRA(Adapter):
             mask = jax.random.bernoulli(self.key, 1 - self.dropout, rows.shape)
             kept = jnp.where(mask, rows / (1 - self.dropout), 0)
         a, b = (factor.astype(rows.dtype) for factor in (self.a, self.b))
-        return rows @ dense(self.base).astype(rows.dtype) + self.scale * ((kept @ a) @ b)
+        return rows @ dequantized(self.base).astype(rows.dtype) + self.scale * ((kept @ a) @ b)
 
     def restarted(self, key: PRNGKeyArray) -> Self:
         """W in the place of W₀, with factors that do not change it yet."""
-        base = self.merged()
-        a, b = new_factors(base, key, self.a.shape[-1])
+        new, old = jax.random.split(key)
+        base = stored(self.merged(), self.base, old)
+        a, b = new_factors(base, new, self.a.shape[-1])
         return dataclasses.replace(self, base=base, a=a, b=b)
 
 
@@ -170,7 +171,7 @@ class DoRA(LoRA):
 
     def matrix(self) -> Float[Array, "*layers in out"]:
         """W = m ⊙ V / ‖V‖, in the dtype of the base."""
-        return weight_norm(wide(self.magnitude), self.sum()).astype(dtype_of(self.base))
+        return weight_norm(wide(self.magnitude), self.sum()).astype(self.base.dtype)
 
     def times(self, rows: Float[Array, "N in"]) -> Float[Array, "N out"]:
         """LoRA's product, each column scaled."""
@@ -219,7 +220,7 @@ class LowRank(Adapter):
         trained one is compressed.
 
         Args:
-            weight: `(*layers, in, out)`: an array, or anything whose `dequantize()` gives one.
+            weight: `(*layers, in, out)`, an array or a `QuantizedArray`.
             key: Of the sketch.
             rank: Of the factors.
 
@@ -230,7 +231,7 @@ class LowRank(Adapter):
         w = wide(weight)
         a = _leading_directions(w, key, rank)
         b = a.mT @ w
-        return cls(None, *(factor.astype(dtype_of(weight)) for factor in (a, b)))
+        return cls(None, *(factor.astype(weight.dtype) for factor in (a, b)))
 
     def matrix(self) -> Float[Array, "*layers in out"]:
         """W = a b."""
@@ -266,8 +267,8 @@ def adapt(
     Raises:
         ValueError: If no matrix's path has the pattern, or one cannot be adapted.
     """
-    leaves = jax.tree.leaves_with_path(params, is_leaf=_is_weight)
-    matrices = [_name(path) for path, x in leaves if len(jax.eval_shape(dense, x).shape) == 3]
+    leaves = jax.tree.leaves_with_path(params, is_leaf=is_quantized)
+    matrices = [_name(path) for path, x in leaves if x.ndim == 3]
     chosen = {name for name in matrices if re.search(pattern, name)}
     if not chosen:
         raise ValueError(
@@ -278,11 +279,7 @@ def adapt(
     def one(path: Any, x: Any) -> Any:
         return create(x, folded(key, path)) if _name(path) in chosen else x
 
-    return jax.tree.map_with_path(one, params, is_leaf=_is_weight)
-
-
-def _is_weight(x: Any) -> bool:
-    return hasattr(x, "dequantize")
+    return jax.tree.map_with_path(one, params, is_leaf=is_quantized)
 
 
 def _name(path: Any) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 from safetensors.numpy import load_file, save_file
 
-from galore_optax.adapter import Adapter, dense, is_adapter
+from galore_optax.adapter import Adapter, is_adapter
 from galore_optax.weight_norm import GradNormLoRP
 from models.adapters import DoRA, LoRA
 from models.hugging_face import MODULES
@@ -75,10 +75,9 @@ def load_adapters(params: PyTree, directory: str | os.PathLike[str]) -> PyTree:
         for name in path[:-1]:
             parent = parent[name]
         base = parent[path[-1]]
-        like = jax.eval_shape(dense, base)
         parts = {}
         for field, (end, transposed) in _PARTS.items():
-            names = [f"{_PREFIX}{module.format(i)}{end}" for i in range(like.shape[0])]
+            names = [f"{_PREFIX}{module.format(i)}{end}" for i in range(base.shape[0])]
             present = [name for name in names if name in tensors]
             found |= {*present}
             if not present:
@@ -90,7 +89,7 @@ def load_adapters(params: PyTree, directory: str | os.PathLike[str]) -> PyTree:
                     "some layers only; adapters here are of all layers or none"
                 )
             stack = [tensors[name].T if transposed else tensors[name] for name in names]
-            parts[field] = jnp.asarray(_stacked(stack, like.shape, field, rank, names), like.dtype)
+            parts[field] = jnp.asarray(_stacked(stack, base.shape, field, rank, names), base.dtype)
         if parts:
             parent[path[-1]] = _adapter(base, parts, config, scale, module)
     if unknown := sorted({*tensors} - found):

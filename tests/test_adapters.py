@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import zlib
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,9 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from galore_optax import quantize_weights
 from galore_optax.adapter import Adapter, is_adapter, join, merge, product, restart, split
+from galore_optax.quantized import dequantized
 from galore_optax.weight_norm import GradNormLoRP
 from models.adapters import DoRA, LoRA, LowRank, adapt, logical_axes, with_dropout_keys
 from models.llama import Llama
@@ -234,29 +235,8 @@ def test_dropout_keeps_the_mean_and_its_gradient_is_of_the_same_inputs():
     np.testing.assert_allclose(of_b, wanted, rtol=1e-5)
 
 
-class Halves(NamedTuple):
-    """A stand-in for a quantized weight: integer codes and scales, stacked over layers."""
-
-    codes: jax.Array
-    scales: jax.Array
-
-    def dequantize(self):
-        return self.codes.astype(jnp.float32) * self.scales
-
-
-def quantized(w):
-    scales = jnp.abs(w).max(axis=-1, keepdims=True) / 127
-    return Halves(jnp.round(w / scales).astype(jnp.int8), scales)
-
-
-QUANTIZED = BASE | {
-    "layers": jax.tree.map(lambda w: quantized(w) if w.ndim == 3 else w, BASE["layers"])
-}
-DEQUANTIZED = jax.tree.map(
-    lambda x: x.dequantize() if isinstance(x, Halves) else x,
-    QUANTIZED,
-    is_leaf=lambda x: isinstance(x, Halves),
-)
+QUANTIZED = quantize_weights(BASE, lambda path, x: x.ndim == 3, block=16)
+DEQUANTIZED = dequantized(QUANTIZED)
 
 
 @pytest.mark.parametrize("kind", [None, LoRA, GradNormLoRP])
@@ -282,7 +262,7 @@ def test_no_float_copy_of_quantized_weights_is_kept_for_the_backward_pass(kind):
 
         pullback = jax.eval_shape(lambda t, f=loss: jax.vjp(f, t)[1], trained)
         kept = [(x.shape, x.dtype) for x in jax.tree.leaves(pullback)]
-        assert not [shape for shape, dtype in kept if shape in matrices and dtype != jnp.int8]
+        assert not [shape for shape, dtype in kept if shape in matrices and dtype != jnp.uint8]
     gradient = jax.jit(jax.grad(loss))(trained)
     assert all(bool(jnp.any(x.b != 0)) for x in adapters_of(gradient).values())
 

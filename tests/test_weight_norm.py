@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import galore_adamw, gradnorm_lorp_adamw
+from galore_optax import galore, galore_adamw, gradnorm_lorp_adamw, quantize_state, quantize_weights
 from galore_optax.adapter import (
     Adapter,
     factor_dimension_numbers,
@@ -17,6 +17,7 @@ from galore_optax.adapter import (
     product,
     split,
 )
+from galore_optax.quantized import dequantized
 from galore_optax.restart import restart
 from galore_optax.weight_norm import GradNormLoRP
 
@@ -208,7 +209,7 @@ def test_factors_are_projected_below_the_adapters_rank_and_nothing_else_is():
 
 
 def test_the_optimizer_is_galores_on_the_factors():
-    trained, _ = split(params_of_a_model())
+    trained, _ = split({"w": trained_a_while(), "norm": normal(21, IN)})
     ours = gradnorm_lorp_adamw(0.01, 2, weight_decay=0.1, update_proj_gap=2)
     theirs = galore_adamw(
         0.01, 2, weight_decay=0.1, update_proj_gap=2,
@@ -289,11 +290,22 @@ def test_restarts_reach_what_one_adapter_of_the_rank_cannot():
     assert again[-1] < 0.6 * once[-1]
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.1])
-@pytest.mark.parametrize("projected", [False, True])
-def test_a_restart_keeps_the_outputs_and_drops_the_factors_moments(projected, keep):
+@pytest.mark.parametrize(
+    ("inner", "keep"),
+    [("adamw", 0.0), ("adamw", 0.1), ("galore", 0.0), ("galore", 0.1), ("8-bit galore", 0.1)],
+)
+def test_a_restart_keeps_the_outputs_and_drops_the_factors_moments(inner, keep):
     params = {"w": trained_a_while(2), "norm": normal(21, IN)}
-    inner = gradnorm_lorp_adamw(0.01, 2, update_proj_gap=50) if projected else optax.adamw(0.01)
+    projected = inner != "adamw"
+    inner = {
+        "adamw": optax.adamw(0.01),
+        "galore": gradnorm_lorp_adamw(0.01, 2, update_proj_gap=50),
+        "8-bit galore": galore(
+            2,
+            quantize_state(optax.adamw(0.01), min_size=0),
+            weight_dimension_numbers=factor_dimension_numbers,
+        ),
+    }[inner]
     tx = optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), inner), 5)
     trained, _ = split(params)
     state = tx.init(trained)
@@ -317,7 +329,7 @@ def test_a_restart_keeps_the_outputs_and_drops_the_factors_moments(projected, ke
     old, adam = old[0], state[0]
     assert int(adam.count) == 2
     for name in ("mu", "nu"):
-        before, after = getattr(old, name), getattr(adam, name)
+        before, after = dequantized((getattr(old, name), getattr(adam, name)))
         np.testing.assert_array_equal(after["norm"], before["norm"])
         np.testing.assert_array_equal(after["w"].magnitude, before["w"].magnitude)
         for x, y in zip(
@@ -332,6 +344,30 @@ def test_a_restart_keeps_the_outputs_and_drops_the_factors_moments(projected, ke
                 assert kept.mean() == pytest.approx(keep, abs=1.5 / kept.size)
                 np.testing.assert_array_equal(n[kept], m[kept])
                 assert keep == 0 or np.abs(m)[kept].min() >= np.abs(m)[~kept].max()
+
+
+def test_moments_may_be_held_in_8_bits():
+    trained, _ = split({"w": GradNormLoRP.create(normal(0, 96, 128), jax.random.key(1), 64)})
+    state = jax.eval_shape(gradnorm_lorp_adamw(0.01, 48, bits=8).init, trained)
+    moment = state.inner[0].mu["w"].b
+    assert moment.shape == (48, 128)
+    assert moment.nbytes < 0.3 * 4 * moment.size
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_adapter_of_a_quantized_weight_merges_into_its_code(bits):
+    base = quantize_weights(normal(0, 2, 64, 96), bits=bits)
+    node = GradNormLoRP.create(base, jax.random.key(1), RANK)
+    np.testing.assert_allclose(node.matrix(), base.dequantize(), rtol=1e-5)
+    node = GradNormLoRP(base, node.a, normal(2, 2, RANK, 96) / 4, 2 * node.magnitude)
+    new = jax.jit(GradNormLoRP.restarted)(node, jax.random.key(3))
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, node)
+    assert jax.tree.structure(new) == jax.tree.structure(node)
+    # Rounded up or down at random: by less than a step of the code, and by none in the mean.
+    error = np.asarray(new.matrix() - node.matrix())
+    step = np.asarray(jnp.max(new.base.scales))
+    assert np.abs(error).max() < 1.001 * step
+    assert abs(error.mean()) < 4 * step / error.size**0.5
 
 
 @pytest.mark.parametrize("keep", [-0.1, 1.0])
