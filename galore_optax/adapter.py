@@ -133,7 +133,10 @@ def _backward(residuals: tuple[Array, Any], cotangent: Array) -> tuple[Any, ...]
 _product_made_again.defvjp(_forward, _backward)
 
 
-def split(params: PyTree, *, adapters_only: bool = False) -> tuple[PyTree, PyTree]:
+Frozen = dict[str, Any]
+
+
+def split(params: PyTree, *, adapters_only: bool = False) -> tuple[PyTree, Frozen]:
     """Params with adapters in them as what is trained and what is frozen.
 
     Gradients and an optimizer's state are for the first alone: `jax.grad` of
@@ -144,26 +147,34 @@ def split(params: PyTree, *, adapters_only: bool = False) -> tuple[PyTree, PyTre
         adapters_only: Freezes params that have no adapter; they are trained otherwise.
 
     Returns:
-        The tree with each adapter's base left out (and None in place of what is frozen), and the
-        tree of these bases (and None in place of what is trained).
+        The tree with each adapter's base left out (and None in place of what is frozen), and what
+        is frozen, by path.
     """
 
     def trained(x: Any) -> Any:
         return dataclasses.replace(x, base=None) if is_adapter(x) else None if adapters_only else x
 
-    def frozen(x: Any) -> Any:
-        return x.base if is_adapter(x) else x if adapters_only else None
+    leaves = jax.tree.leaves_with_path(params, is_leaf=_is_one)
+    frozen = {
+        jax.tree_util.keystr(path): x.base if is_adapter(x) else x
+        for path, x in leaves
+        if adapters_only or is_adapter(x)
+    }
+    return jax.tree.map(trained, params, is_leaf=_is_one), frozen
 
-    return tuple(jax.tree.map(part, params, is_leaf=is_adapter) for part in (trained, frozen))
+
+def _is_one(x: Any) -> bool:
+    return is_adapter(x) or is_quantized(x)
 
 
-def join(trained: PyTree, frozen: PyTree) -> PyTree:
+def join(trained: PyTree, frozen: Frozen) -> PyTree:
     """The inverse of `split`."""
 
-    def one(x: Any, other: Any) -> Any:
-        return dataclasses.replace(x, base=other) if is_adapter(x) else other if x is None else x
+    def one(path: Any, x: Any) -> Any:
+        held = frozen.get(jax.tree_util.keystr(path))
+        return dataclasses.replace(x, base=held) if is_adapter(x) else held if x is None else x
 
-    return jax.tree.map(one, trained, frozen, is_leaf=lambda x: x is None or is_adapter(x))
+    return jax.tree.map_with_path(one, trained, is_leaf=lambda x: x is None or is_adapter(x))
 
 
 def merge(params: PyTree) -> PyTree:

@@ -311,29 +311,25 @@ def dimension_numbers(params: Params) -> Params:
     return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
 
 
-def largest_smaller_side(config: LlamaConfig) -> int:
-    """The largest, over the matrices that GaLore projects, of a matrix's smaller side.
+def smaller_sides(config: LlamaConfig) -> list[int]:
+    """Of each kind of matrix that GaLore projects, the smaller side.
 
-    A matrix is compressed by ranks below its smaller side, so at this rank none is.
+    A matrix is compressed by ranks below its smaller side, so at the largest of these none is.
     """
     shapes = jax.tree.map(
         lambda weight: jax.ShapeDtypeStruct(weight.shape, config.param_dtype),
         weight_table(config),
         is_leaf=lambda x: isinstance(x, Weight),
     )
-
-    def smaller_side(numbers, x):
-        if numbers is None:
-            return 0
-        return min(x.shape[numbers.reduction_axis], x.shape[numbers.output_axis])
-
-    sides = jax.tree.map(
-        smaller_side,
+    numbers = jax.tree.leaves(
         dimension_numbers(shapes),
-        shapes,
         is_leaf=lambda x: x is None or isinstance(x, GaLoreDimensionNumbers),
     )
-    return max(jax.tree.leaves(sides))
+    return [
+        min(x.shape[n.reduction_axis], x.shape[n.output_axis])
+        for n, x in zip(numbers, jax.tree.leaves(shapes), strict=True)
+        if n is not None
+    ]
 
 
 def _check_length(length: int, config: LlamaConfig) -> None:
