@@ -22,7 +22,7 @@ from galore_optax.memory import state_bytes, tree_bytes
 from models.llama import dimension_numbers
 from models.llama_config import SIZES, Weight, weight_table
 from train.config import DEFAULTS, Pretrain, resolve
-from train.optimizers import held_weights
+from train.weights import held_weights
 
 # Weights and states of the papers' tables in GB, by method and model.
 PAPER = {
@@ -44,7 +44,8 @@ def params_of(model: str) -> Any:
 def quantized(params: Any) -> Any:
     """The projected matrices in INT8, as Q-GaLore has them."""
     config = resolve(Pretrain(optimizer="q-galore-adamw8bit"))
-    return jax.eval_shape(lambda p: held_weights(config, p, dimension_numbers), params)
+    key = jax.random.key(0)
+    return jax.eval_shape(lambda p: held_weights(config, p, dimension_numbers, key), params)
 
 
 def methods(rank: int) -> dict[str, optax.GradientTransformation]:

@@ -11,6 +11,7 @@ from galore_optax.recipes import (
     galore_adafactor,
     galore_adamw,
     galore_adamw8bit,
+    gradnorm_lorp_adamw,
     q_galore_adamw8bit,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "galore_adafactor",
     "galore_adamw",
     "galore_adamw8bit",
+    "gradnorm_lorp_adamw",
     "q_galore_adamw8bit",
     "quantize_state",
     "quantize_weights",

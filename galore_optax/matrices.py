@@ -215,14 +215,17 @@ def matrix_views(
         flat = [numbers if len(x.shape) >= needed and _projectable(x) else None for _, x in leaves]
     else:
         tree = numbers(params) if callable(numbers) else numbers
+        given, prefix = jax.tree.flatten(tree, is_leaf=_is_dimension_numbers)
         try:
-            full = jax.tree.broadcast(tree, params, is_leaf=_is_dimension_numbers)
+            parts = prefix.flatten_up_to(params)
         except ValueError as error:
             raise ValueError(
                 "weight_dimension_numbers: its tree is no prefix of the params' tree; give one "
                 f"with GaLoreDimensionNumbers or None in the place of each leaf ({error})"
             ) from error
-        flat = jax.tree.leaves(full, is_leaf=_is_dimension_numbers)
+        # Leaf by leaf, since a None among the params, such as a bias left out, is no leaf.
+        pairs = zip(given, parts, strict=True)
+        flat = [dims for dims, part in pairs for _ in jax.tree.leaves(part)]
     return [
         (path := jax.tree_util.keystr(key), _view(leaf, dims, path))
         for (key, leaf), dims in zip(leaves, flat, strict=True)

@@ -1,12 +1,16 @@
 """Whole optimizers: GaLore around the inner optimizers of the paper, learning rate included."""
 
+from typing import Any
+
+import jax
 import optax
 
+from galore_optax.adapter import factor_dimension_numbers, is_adapter
 from galore_optax.adaptive_refresh import AdaptiveRefresh
 from galore_optax.galore import galore
-from galore_optax.matrices import WeightDimensionNumbers
+from galore_optax.matrices import GaLoreDimensionNumbers, WeightDimensionNumbers
 from galore_optax.moments import MomentsFunction
-from galore_optax.projection import Rank
+from galore_optax.projection import Rank, projections
 from galore_optax.quantize_state import quantize_state
 from galore_optax.subspace import FindSubspace
 
@@ -367,3 +371,122 @@ def galore_adafactor(
         adaptive_refresh=adaptive_refresh,
         seed=seed,
     )
+
+
+def gradnorm_lorp_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank,
+    *,
+    update_proj_gap: int | optax.Schedule = 200,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    bits: int | None = None,
+    subspace: str | FindSubspace = "randomized",
+    side: str = "smaller",
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    moments: str | MomentsFunction | None = None,
+    stagger: bool = False,
+    rank_schedule: optax.Schedule | None = None,
+    projection_bits: int | None = None,
+    adaptive_refresh: AdaptiveRefresh | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of GradNormLoRP: AdamW, with GaLore on the gradients of an adapter's factors.
+
+    The weights' part of the method, the weight-normalised adapter, is in the params
+    (`galore_optax.weight_norm.GradNormLoRP`). Magnitudes, and params without an adapter, have
+    AdamW's update at full size.
+
+    Args:
+        learning_rate: Learning rate or schedule.
+        rank: Dimensions of the subspace of the factors' gradients, as in `galore`: the gradient's
+            rank, below the adapter's, which the params say. A fraction is of the adapter's.
+        update_proj_gap: As in `galore`.
+        scale: Factor on the update of the factors.
+        b1: As in `galore_adamw`.
+        b2: As in `galore_adamw`.
+        eps: As in `galore_adamw`.
+        weight_decay: Decoupled weight decay, of the trained params.
+        bits: Of a moment's code, 8 or 4, as in `quantize_state`; None holds them as they are.
+        subspace: As in `galore`.
+        side: As in `galore`; the smaller one of a factor is the adapter's rank.
+        weight_dimension_numbers: As in `galore`; None projects the factors of every adapter, and
+            where there is none (factors kept in arrays of your own) every leaf with two axes.
+        moments: As in `galore`.
+        stagger: As in `galore`.
+        rank_schedule: As in `galore`.
+        projection_bits: As in `galore`.
+        adaptive_refresh: As in `galore`.
+        seed: As in `galore`.
+
+    Raises:
+        ValueError: As `galore` and `quantize_state`; at `init`, if `rank` is not below the smaller
+            side of every factor, or the params hold the frozen weights.
+
+    References:
+        Huang et al., `GradNormLoRP <https://arxiv.org/abs/2412.19616>`_, 2024. That low-rank
+        approximations are applied to the gradient matrices is the paper's; that these are the
+        gradients of a and b, and GaLore's the projection, is reconstructed.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from galore_optax import gradnorm_lorp_adamw
+        >>> from galore_optax.adapter import split
+        >>> from galore_optax.weight_norm import GradNormLoRP
+        >>> adapter = GradNormLoRP.create(jnp.ones((64, 256)), jax.random.key(0), rank=8)
+        >>> trained, frozen = split({"w": adapter})
+        >>> state = gradnorm_lorp_adamw(0.01, rank=4).init(trained)
+        >>> state.bases["w"].b.shape, state.inner[0].mu["w"].b.shape
+        ((8, 4), (4, 256))
+    """
+    numbers = weight_dimension_numbers
+    if numbers is None:
+        numbers = _factors_or_matrices
+    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    tx = galore(
+        rank,
+        adamw if bits is None else quantize_state(adamw, bits),
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        subspace=subspace,
+        side=side,
+        weight_dimension_numbers=numbers,
+        moments=moments,
+        stagger=stagger,
+        rank_schedule=rank_schedule,
+        projection_bits=projection_bits,
+        adaptive_refresh=adaptive_refresh,
+        seed=seed,
+    )
+
+    def init(params: optax.Params) -> optax.OptState:
+        for path, x in jax.tree.leaves_with_path(params, is_leaf=is_adapter):
+            if is_adapter(x) and x.base is not None:
+                raise ValueError(
+                    f"the params at {jax.tree_util.keystr(path)} hold the frozen weight; give the "
+                    "first part of galore_optax.adapter.split(params)"
+                )
+        for plan in projections(params, numbers, rank, side):
+            if plan is not None and max(plan.ranks, default=0) >= (least := min(plan.view.sizes)):
+                raise ValueError(
+                    f"rank={rank!r} compresses nothing of the factor at {plan.path}, whose shape "
+                    f"is {plan.view.shape}: choose a gradient's rank below {least}, the adapter's, "
+                    "or an adapter of higher rank"
+                )
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def _factors_or_matrices(params: optax.Params) -> optax.Params:
+    """The factors of adapters, or every leaf with two axes where there is no adapter."""
+    if any(map(is_adapter, jax.tree.leaves(params, is_leaf=is_adapter))):
+        return factor_dimension_numbers(params)
+
+    def numbers(x: Any) -> Any:
+        return GaLoreDimensionNumbers() if len(x.shape) == 2 else None
+
+    return jax.tree.map(numbers, params)

@@ -40,6 +40,9 @@ _NAMES = {
     _HEAD: ("head",),
 }
 
+MODULES = {name.removesuffix(".weight"): path for name, path in _NAMES.items() if "_proj" in name}
+"""The layers' matrices by the names of their modules there, {} for the layer."""
+
 # Our sizes by their names there.
 _SIZES = {
     "vocab_size": "vocab_size",

@@ -14,15 +14,20 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from galore_optax import GaLoreDimensionNumbers
-from galore_optax.quantized import dequantized, is_quantized
-from galore_optax.quantized_weights import DEQUANTIZED
+from galore_optax.adapter import product
+from galore_optax.quantized import is_quantized
 from models.llama_config import LlamaConfig, Params, Weight, weight_table
 
-KEEP_ALL_BUT_DEQUANTIZED = jax.checkpoint_policies.save_anything_except_these_names(DEQUANTIZED)
-"""A float copy of all layers' weights would lie among the activations otherwise."""
+# Attention's products, and of the linear layers what comes out: with an adapter that is a sum of
+# products, each as large.
+_KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.save_only_these_names("product"),
+)
 
 
 class KVCache(NamedTuple):
@@ -115,10 +120,7 @@ class Llama(nnx.Module):
         elif implementation == "xla":
             # Norms, rotations and softmax take less time to compute again than to write and read.
             # Not with cuDNN: its attention is no plain product, and would run twice.
-            keep_products = jax.checkpoint_policies.dots_saveable
-            step = jax.checkpoint(step, prevent_cse=False, policy=keep_products)
-        else:
-            step = jax.checkpoint(step, prevent_cse=False, policy=KEEP_ALL_BUT_DEQUANTIZED)
+            step = jax.checkpoint(step, prevent_cse=False, policy=_KEEP_PRODUCTS)
         hidden = self.embedding[...][token_ids].astype(config.dtype)
         hidden, _ = jax.lax.scan(step, hidden, nnx.to_pure_dict(nnx.state(self.layers)))
         return rms_norm(hidden, self.norm[...], config.norm_eps)
@@ -202,35 +204,34 @@ def apply_layer(
 
     Args:
         config: Sizes and numerics.
-        params: One layer's slice of the params under "layers".
+        params: One layer's slice of the params under "layers"; its matrices may be quantized, or
+            have adapters.
         hidden: The residual stream, (B, L, D).
         rotary: `rotary_angles` of the tokens' positions.
         attend: Attention proper, of rotated queries (B, L, N, K), keys and values (B, L, G, K).
     """
-    # Quantized weights are dequantized here, so that one layer's are there at a time.
-    weights = jax.tree.map(lambda w: w.astype(config.dtype), dequantized(params))
     batch, length, _ = hidden.shape
 
     def heads(x: Float[Array, "B L NK"]) -> Float[Array, "B L N K"]:
         return x.reshape(batch, length, -1, config.head_width)
 
-    attention, mlp = weights["attention"], weights["mlp"]
-    x = rms_norm(hidden, weights["attention_norm"], config.norm_eps)
+    attention, mlp = params["attention"], params["mlp"]
+    x = rms_norm(hidden, params["attention_norm"], config.norm_eps)
     query = rotate(heads(linear(x, attention["query"])), rotary)
     key = rotate(heads(linear(x, attention["key"])), rotary)
     mixed = attend(query, key, heads(linear(x, attention["value"])))
     hidden = hidden + linear(mixed.reshape(hidden.shape), attention["out"])
 
-    x = rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
+    x = rms_norm(hidden, params["mlp_norm"], config.norm_eps)
     activation = gated(linear(x, mlp["gate"]), linear(x, mlp["up"]))
     return hidden + linear(activation, mlp["down"])
 
 
-def linear(x: Float[Array, "B L in"], weight: Float[Array, "in out"]) -> Float[Array, "B L out"]:
-    """Rows times a matrix."""
+def linear(x: Float[Array, "B L in"], weight: Any) -> Float[Array, "B L out"]:
+    """Rows times a matrix (in, out), or times what stands in its place (`galore_optax.adapter`)."""
     # With rows in one axis the weight's gradient is xᵀg as it stands. Of a (B, L, out) gradient
     # XLA's CPU backend makes a transposed copy first, which takes longer than the product.
-    rows = x.reshape(-1, x.shape[-1]) @ weight
+    rows = checkpoint_name(product(x.reshape(-1, x.shape[-1]), weight), "product")
     return rows.reshape(*x.shape[:-1], -1)
 
 
@@ -310,29 +311,25 @@ def dimension_numbers(params: Params) -> Params:
     return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
 
 
-def largest_smaller_side(config: LlamaConfig) -> int:
-    """The largest, over the matrices that GaLore projects, of a matrix's smaller side.
+def smaller_sides(config: LlamaConfig) -> list[int]:
+    """Of each kind of matrix that GaLore projects, the smaller side.
 
-    A matrix is compressed by ranks below its smaller side, so at this rank none is.
+    A matrix is compressed by ranks below its smaller side, so at the largest of these none is.
     """
     shapes = jax.tree.map(
         lambda weight: jax.ShapeDtypeStruct(weight.shape, config.param_dtype),
         weight_table(config),
         is_leaf=lambda x: isinstance(x, Weight),
     )
-
-    def smaller_side(numbers, x):
-        if numbers is None:
-            return 0
-        return min(x.shape[numbers.reduction_axis], x.shape[numbers.output_axis])
-
-    sides = jax.tree.map(
-        smaller_side,
+    numbers = jax.tree.leaves(
         dimension_numbers(shapes),
-        shapes,
         is_leaf=lambda x: x is None or isinstance(x, GaLoreDimensionNumbers),
     )
-    return max(jax.tree.leaves(sides))
+    return [
+        min(x.shape[n.reduction_axis], x.shape[n.output_axis])
+        for n, x in zip(numbers, jax.tree.leaves(shapes), strict=True)
+        if n is not None
+    ]
 
 
 def _check_length(length: int, config: LlamaConfig) -> None:

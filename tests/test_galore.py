@@ -177,6 +177,13 @@ def test_dimension_numbers_may_be_a_tree_a_prefix_or_a_function():
     assert states[0].bases["layers"]["a"].shape == (3, 8, 4)
 
 
+def test_a_param_that_is_none_takes_no_dimension_numbers():
+    params = {"bias": None, "w": normal(0, 8, 12), "z": normal(1, 8)}
+    numbers = {"bias": None, "w": GaLoreDimensionNumbers(), "z": None}
+    bases = galore(4, optax.sgd(1.0), weight_dimension_numbers=numbers).init(params).bases
+    assert jax.tree.map(jnp.shape, bases) == {"bias": None, "w": (8, 4), "z": optax.MaskedNode()}
+
+
 def test_no_nan_enters_the_basis_and_the_refresh_stays_due():
     tx = galore(4, optax.sgd(1.0), update_proj_gap=10)
     params = normal(0, 8, 12)

@@ -15,7 +15,7 @@ from models.llama import (
     Llama,
     attention_implementation,
     dimension_numbers,
-    largest_smaller_side,
+    smaller_sides,
 )
 from models.llama_config import SIZES, LlamaConfig, count_params, flops_per_token, logical_axes
 
@@ -189,7 +189,7 @@ def test_decoding_with_a_cache_gives_the_forward_passs_logits():
 def test_a_rank_of_the_largest_smaller_side_compresses_nothing_and_one_less_does(sizes, side):
     width, mlp_width, heads = sizes
     config = LlamaConfig(width=width, mlp_width=mlp_width, layers=2, heads=heads, kv_heads=1)
-    assert largest_smaller_side(config) == side
+    assert max(smaller_sides(config)) == side
     params = params_of(Llama(config, rngs=nnx.Rngs(0)))
 
     def state_shapes(rank):

@@ -10,24 +10,28 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from galore_optax.adapter import split
 from galore_optax.memory import tree_bytes
 from galore_optax.sharding import state_shardings
 from models import llama
-from models.llama_config import SIZES, LlamaConfig, count_params, logical_axes
+from models.adapters import logical_axes
+from models.llama_config import SIZES, LlamaConfig, count_params
 from train.config import Pretrain, Resolved
 from train.data import TrainingData, evaluation_batches
 from train.mesh import check_batch, make_mesh, param_shardings, replicated
-from train.optimizers import held_weights, learning_rate_schedule, make_optimizer
+from train.optimizers import learning_rate_schedule, make_optimizer
 from train.sequences import Batch
 from train.step import (
     Forward,
     Params,
     TrainState,
     make_eval_step,
+    make_restart,
     make_train_step,
 )
 from train.text import load_text
 from train.tokenizer import Tokenizer, load_tokenizer
+from train.weights import ADAPTERS, held_weights
 
 
 class Parts(NamedTuple):
@@ -42,6 +46,7 @@ class Parts(NamedTuple):
         abstract: the train state as `ShapeDtypeStruct` with its shardings.
         init: makes the first train state, already sharded, from the run's key.
         train_step: overwrites a train state by the next one.
+        restart: overwrites a train state by one whose adapters begin anew; None without restarts.
         eval_step: from params and a batch to the summed loss and the number of tokens.
     """
 
@@ -53,6 +58,7 @@ class Parts(NamedTuple):
     abstract: TrainState
     init: Callable[[jax.Array], TrainState]
     train_step: Any
+    restart: Callable[[TrainState], TrainState] | None
     eval_step: Any
 
 
@@ -74,7 +80,11 @@ def abstract_params(config: Pretrain, model: LlamaConfig) -> tuple[nnx.GraphDef,
     abstract = nnx.eval_shape(lambda: llama.Llama(model, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract, nnx.Param)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state))
-    held = jax.eval_shape(lambda p: held_weights(config, p, llama.dimension_numbers), shapes)
+    held = jax.eval_shape(
+        lambda p, key: held_weights(config, p, llama.dimension_numbers, key),
+        shapes,
+        jax.random.key(0),
+    )
     return graph, held
 
 
@@ -139,14 +149,15 @@ def _compile_parts(
     params_at, notes = param_shardings(mesh, shapes, logical_axes(shapes))
     for note in notes:
         log(f"sharding: {note}")
-    optimizer_at = state_shardings(tx, shapes, params_at)
+    optimizer_at = state_shardings(tx, split(shapes)[0], split(params_at)[0])
     shardings = TrainState._make((params_at, optimizer_at, replicated(mesh), replicated(mesh)))
 
     def init(key: jax.Array) -> TrainState:
         weights = llama.Llama(model, rngs=nnx.Rngs(jax.random.fold_in(key, 0)))
         params = nnx.to_pure_dict(nnx.state(weights, nnx.Param))
-        params = held_weights(config, params, llama.dimension_numbers)
-        optimizer = tx.init(params)
+        own = jax.random.fold_in(key, 1)
+        params = held_weights(config, params, llama.dimension_numbers, own)
+        optimizer = tx.init(split(params)[0])
         assert isinstance(optimizer, optax.ApplyIfFiniteState)
         return TrainState(params, optimizer, jnp.zeros((), jnp.int32), key)
 
@@ -160,12 +171,23 @@ def _compile_parts(
         f"{tree_bytes(shapes) / 1e6:,.1f} MB; attention by "
         f"{llama.attention_implementation(model, config.seq_len)}"
     )
+    if config.adapter is not None:
+        trained = sum(x.size for x in jax.tree.leaves(split(shapes)[0]))
+        log(
+            f"adapter: {config.adapter}, rank {config.rank}, {trained:,} params trained"
+            + (f", begun anew every {config.restart_every} steps" if config.restart_every else "")
+        )
+    rank = config.rank if config.gradient_rank is None else config.gradient_rank
+    gap = config.update_proj_gap
     log(
         f"optimizer: {config.optimizer}, state of {tree_bytes(abstract.optimizer) / 1e6:,.1f} MB"
-        + (f", rank {config.rank}, a subspace every {config.update_proj_gap} steps"
-           if config.rank else "")
-    )  # fmt: skip
+        + (f", rank {rank}, a subspace every {gap} steps" if gap else "")
+    )
     options = {"xla_gpu_deterministic_ops": True} if config.deterministic else None
+    again = None
+    if config.adapter is not None and config.restart_every is not None:
+        keep = ADAPTERS[config.adapter].keep
+        again = make_restart(tx, keep=keep, state_shardings=shardings, compiler_options=options)
     return Parts(
         model=model,
         tokenizer=tokenizer,
@@ -184,6 +206,7 @@ def _compile_parts(
             state_shardings=shardings,
             compiler_options=options,
         ),
+        restart=again,
         eval_step=make_eval_step(
             forward, mesh=mesh, param_shardings=params_at, compiler_options=options
         ),

@@ -116,5 +116,6 @@ def _without_none(help_text: str) -> str:
     """Help in which a flag that may be left out is `INT`, not `{None}|INT (default: None)`."""
     # The box that tyro draws keeps its width: spaces take the place of what is left out.
     text = re.sub(r"(?m)^([│ ].*)\{None\}\|(\w+)", r"\1\2       ", help_text)
+    text = re.sub(r"\{None,([^}]*)\}", r"{\1}     ", text)
     text = re.sub(r"\(default:([\s│]*)None\)", r"         \1     ", text)
     return re.sub(r"(?m)^[│ ] +[│ ]\n", "", text)

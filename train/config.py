@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from train.optimizers import OPTIMIZERS
+from train.weights import ADAPTERS
 
 if TYPE_CHECKING:
     from models.llama_config import LlamaConfig
@@ -39,17 +40,41 @@ class Pretrain:
         "galore-adamw8bit",
         "galore-adafactor",
         "q-galore-adamw8bit",
+        "gradnorm-lorp-adamw",
+        "lora-adamw",
+        "relora-adamw",
+        "qlora-adamw",
     ] = "galore-adamw"
-    """What updates the weights."""
+    """What updates the weights; the last four with the adapter of their name."""
+    adapter: Literal["lora", "dora", "relora", "qlora", "low-rank", "gradnorm-lorp"] | None = None
+    """What is trained in the place of the layers' matrices, which are frozen (low-rank: replaced);
+    embedding, norms and head are trained as they are."""
+    adapter_pattern: str | None = None
+    """Regular expression for the matrices that get adapters, such as query|value. By default
+    all."""
     rank: int | None = None
-    """GaLore's rank, below the width of the model. By default the paper's for the model; 32 for
-    tiny."""
+    """GaLore's rank, below the width of the model, or the adapter's. By default the paper's for the
+    model; 32 for tiny."""
+    gradient_rank: int | None = None
+    """Rank that gradnorm-lorp-adamw projects the gradients of the adapter's factors to, below
+    --rank. By default half of it."""
+    alpha: float | None = None
+    """An adapter of LoRA or DoRA is scaled by alpha / rank. By default the rank."""
+    dropout: float | None = None
+    """Share of the inputs that such an adapter does not see in training. By default 0."""
+    restart_every: int | None = None
+    """Steps after which relora and gradnorm-lorp merge their adapters and begin anew. By default a
+    fifth of the steps; never, if as many as --steps."""
+    restart_warmup: int | None = None
+    """Steps over which the learning rate rises again then. By default a tenth of
+    --restart-every."""
     update_proj_gap: int | None = None
     """Steps between two of GaLore's subspaces. By default 200; 500 for llama-7b, 100 for tiny."""
     scale: float | None = None
     """GaLore's scale of the projected update. By default 0.25."""
     moment_bits: int | None = None
-    """Bits that the 8-bit optimizers hold a moment in, 8 or 4. By default 8."""
+    """Bits that the 8-bit optimizers and gradnorm-lorp-adamw hold a moment in, 8 or 4. By default 8
+    with those, else those of --dtype."""
     projection_bits: int | None = None
     """Bits that a number of GaLore's bases is held in, 4 or 8. By default those of --dtype; 4 with
     q-galore-adamw8bit."""
@@ -57,7 +82,8 @@ class Pretrain:
     """Look for new subspaces more rarely where they have stopped turning. By default with
     q-galore-adamw8bit."""
     weight_bits: int | None = None
-    """Bits that q-galore-adamw8bit holds the matrices of the layers in, 8 or 4. By default 8."""
+    """Bits that q-galore-adamw8bit, or an adapter, holds the matrices of the layers in, 8 or 4. By
+    default 8 with q-galore-adamw8bit, 4 with qlora, else those of --dtype."""
     stochastic_rounding: bool | None = None
     """Round new weights up or down at random, such that no update is lost in the mean, where they
     have less bits than float32. By default with q-galore-adamw8bit."""
@@ -110,7 +136,8 @@ class Pretrain:
     seed: int = 0
     """Of the weights, the order of the data and GaLore's random choices."""
     out: str | None = None
-    """Folder of the run. By default runs/MODEL-OPTIMIZER; with --resume that of --config."""
+    """Folder of the run. By default runs/MODEL-OPTIMIZER, with an --adapter in the middle; with
+    --resume that of --config."""
     resume: bool = False
     """Go on from the newest checkpoint in --out; begin where there is none yet."""
     config: str | None = None
@@ -173,24 +200,32 @@ def resolve(config: Pretrain) -> Resolved:
 
     _check_types(config)
     recipe = OPTIMIZERS[config.optimizer]
-    options = {name for recipe in OPTIMIZERS.values() for name in recipe.options}
-    for name in sorted(options):
-        if getattr(config, name) is not None and name not in recipe.options:
-            users = ", ".join(n for n, r in OPTIMIZERS.items() if name in r.options)
+    config = _with_adapter(config)
+    kind = ADAPTERS[config.adapter] if config.adapter else None
+    listened = {*recipe.options, *(kind.options if kind else ())}
+    options = {name for part in (OPTIMIZERS, ADAPTERS) for r in part.values() for name in r.options}
+    for name in sorted(options - listened):
+        if getattr(config, name) is not None:
+            users = [n for n, r in OPTIMIZERS.items() if name in r.options]
+            users += [f"--adapter {n}" for n, r in ADAPTERS.items() if name in r.options]
             raise ValueError(
                 f"{flag(name)} {getattr(config, name)} is of no use to --optimizer "
-                f"{config.optimizer}: leave it out (or None), or choose one of {users}"
+                f"{config.optimizer}: leave it out (or None), or choose one of {', '.join(users)}"
             )
     defaults = {**PAPER, **DEFAULTS.get(config.model, {})}
-    family = "galore" if "rank" in recipe.options else "full"
+    family = "galore" if "scale" in recipe.options else "full"
     if "weight_bits" in recipe.options:
         family = "q_galore"
     defaults["learning_rate"] = defaults[family]
-    for name in options - set(recipe.options):
+    for name in options - listened:
         defaults.pop(name, None)
-    defaults |= recipe.defaults
-    config = _fill(config, defaults)
+    config = _fill(config, {**defaults, **recipe.defaults, **(kind.defaults if kind else {})})
     steps = config.steps or 0
+    if "gradient_rank" in listened:
+        config = _fill(config, {"gradient_rank": max(1, (config.rank or 0) // 2)})
+    if "restart_every" in listened:
+        config = _fill(config, {"restart_every": max(1, steps // 5)})
+        config = _fill(config, {"restart_warmup": (config.restart_every or 0) // 10})
     config = _fill(
         config,
         {
@@ -217,6 +252,22 @@ def resolve(config: Pretrain) -> Resolved:
         resolved,  # absolute, so that a run can be resumed from another folder
         **{k: os.path.abspath(v) for k, v in files.items() if v is not None and v != "bytes"},
     )
+
+
+def _with_adapter(config: Pretrain) -> Pretrain:
+    """The settings with the adapter that comes with the optimizer's name."""
+    own = OPTIMIZERS[config.optimizer].adapter
+    if config.adapter in (None, own):
+        return dataclasses.replace(config, adapter=own)  # pyrefly: ignore[bad-argument-type]
+    has_rank = "rank" in OPTIMIZERS[config.optimizer].options
+    if own is not None or has_rank:
+        others = [n for n, r in OPTIMIZERS.items() if not (r.adapter or "rank" in r.options)]
+        raise ValueError(
+            f"--adapter {config.adapter}: --optimizer {config.optimizer} has "
+            f"{'a rank' if has_rank else 'an adapter'} of its own; choose one of "
+            f"{', '.join(others)}, or leave --adapter out"
+        )
+    return config
 
 
 def flag(name: str) -> str:
@@ -266,7 +317,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _default_out(config: Pretrain) -> str:
     if config.resume and config.config is not None:
         return os.path.dirname(config.config) or "."
-    return os.path.join("runs", f"{config.model}-{config.optimizer}")
+    named = config.adapter != OPTIMIZERS[config.optimizer].adapter
+    parts = [config.model, *([config.adapter] if named and config.adapter else [])]
+    return os.path.join("runs", "-".join([*parts, config.optimizer]))
 
 
 def _fill(config: Pretrain, defaults: Mapping[str, Any]) -> Pretrain:
@@ -282,14 +335,14 @@ def _check_types(config: Pretrain) -> None:
 
     for name, hint in get_type_hints(Pretrain).items():
         value = getattr(config, name)
-        if get_origin(hint) is Literal:
-            accepted = get_args(hint)
+        accepted = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+        if get_origin(accepted[0]) is Literal:
+            choices = get_args(accepted[0])
             if name == "model":  # a program may have added sizes of its own
-                accepted = tuple({**dict.fromkeys(accepted), **SIZES})
-            if value not in accepted:
-                raise ValueError(f"{flag(name)} {value!r}: choose one of {', '.join(accepted)}")
+                choices = tuple({**dict.fromkeys(choices), **SIZES})
+            if value not in choices and not (value is None and type(None) in accepted):
+                raise ValueError(f"{flag(name)} {value!r}: choose one of {', '.join(choices)}")
             continue
-        accepted = get_args(hint) or (hint,)
         fits = type(value) in accepted or (type(value) is int and float in accepted)
         if not fits:
             kinds = " or ".join("null" if t is type(None) else t.__name__ for t in accepted)
@@ -301,6 +354,7 @@ def _check_values(config: Resolved) -> None:
         "rank": 1, "update_proj_gap": 1, "steps": 1, "warmup_steps": 0, "batch_size": 1,
         "accumulate": 1, "seq_len": 1, "eval_every": 1, "eval_tokens": 1, "save_every": 1,
         "keep": 1, "log_every": 1, "max_skipped": 1, "workers": 0, "seed": 0,
+        "gradient_rank": 1, "restart_every": 1, "restart_warmup": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         value = getattr(config, name)
@@ -309,7 +363,7 @@ def _check_values(config: Resolved) -> None:
         limit = 32 if name == "seed" else 31  # unsigned; the others are, or count in, int32
         if value is not None and value >= 2**limit:
             raise ValueError(f"{flag(name)} {value}: expected less than 2**{limit}")
-    for name in ("scale", "learning_rate", "clip_norm"):
+    for name in ("scale", "learning_rate", "clip_norm", "alpha"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{flag(name)} {value}: expected a positive number")
@@ -317,10 +371,23 @@ def _check_values(config: Resolved) -> None:
         value = getattr(config, name)
         if value not in (None, 4, 8):
             raise ValueError(f"{flag(name)} {value}: choose 4 or 8")
-    if config.stochastic_rounding and config.dtype == "float32" and config.weight_bits is None:
+    held = config.weight_bits is not None and config.adapter is None
+    if config.stochastic_rounding and config.dtype == "float32" and not held:
         raise ValueError(
             "--stochastic-rounding: float32 weights need no rounding; leave it out, or choose "
             "--dtype bfloat16"
+        )
+    if config.dropout is not None and not 0 <= config.dropout < 1:
+        raise ValueError(f"--dropout {config.dropout}: expected a share from 0 to below 1")
+    gradient_rank, rank = config.gradient_rank, config.rank
+    if gradient_rank is not None and rank is not None and gradient_rank >= rank:
+        raise ValueError(
+            f"--gradient-rank {gradient_rank}: expected less than --rank {rank}, the adapter's"
+        )
+    every, warmup = config.restart_every, config.restart_warmup
+    if every is not None and warmup is not None and warmup >= every:
+        raise ValueError(
+            f"--restart-warmup {warmup}: expected fewer steps than --restart-every {every}"
         )
     decay = config.weight_decay
     if decay is not None and not (math.isfinite(decay) and decay >= 0):
@@ -332,15 +399,22 @@ def _check_values(config: Resolved) -> None:
 
 
 def _check_model(config: Resolved, size: "LlamaConfig") -> None:
-    from models.llama import largest_smaller_side
+    from models.llama import smaller_sides
 
     if config.seq_len > size.max_length:
         raise ValueError(
             f"--seq-len {config.seq_len}: {config.model} takes at most {size.max_length} tokens"
         )
-    side = largest_smaller_side(size)
-    if config.rank is not None and config.rank >= side:
+    if config.rank is None:
+        return
+    sides = smaller_sides(size)
+    if config.adapter is None and config.rank >= max(sides):
         raise ValueError(
-            f"--rank {config.rank}: a rank of {side} or more compresses no matrix of "
-            f"{config.model}; choose at most {side - 1}, or an --optimizer without rank"
+            f"--rank {config.rank}: a rank of {max(sides)} or more compresses no matrix of "
+            f"{config.model}; choose at most {max(sides) - 1}, or an --optimizer without rank"
+        )
+    if config.adapter is not None and config.rank > min(sides):
+        raise ValueError(
+            f"--rank {config.rank}: an adapter's rank is at most the smaller side of a matrix, "
+            f"{min(sides)} in {config.model}"
         )

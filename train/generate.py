@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from galore_optax.adapter import merge
 from models.generate import generate
 from models.llama import Llama
 from train.assemble import abstract_params, model_config
@@ -60,7 +61,7 @@ def main(config: Generate) -> int:
     with Checkpoints(folder / "checkpoints", 1, print, evaluations, read_only=True) as checkpoints:
         _, params = checkpoints.restore_params(shapes)
     text = sample_text(
-        nnx.merge(graph, params),
+        nnx.merge(graph, merge(params)),
         tokenizer,
         config.prompt,
         max_new_tokens=config.max_new_tokens,

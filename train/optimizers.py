@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -14,12 +13,12 @@ from galore_optax import (
     galore_adafactor,
     galore_adamw,
     galore_adamw8bit,
+    gradnorm_lorp_adamw,
     q_galore_adamw8bit,
-    quantize_weights,
 )
 
 if TYPE_CHECKING:
-    from train.config import Pretrain, Resolved
+    from train.config import Resolved
 
 
 class Recipe(NamedTuple):
@@ -27,13 +26,15 @@ class Recipe(NamedTuple):
 
     Attributes:
         make: from the schedule of the learning rate and the options to the optimizer.
-        options: fields of the settings, those of `WEIGHTS` being about the weights.
+        options: fields of the settings, those of `_OF_WEIGHTS` being about the weights.
         defaults: of the options that have others than None.
+        adapter: that of `train.weights.ADAPTERS` which comes with the name.
     """
 
     make: Callable[..., optax.GradientTransformation]
     options: tuple[str, ...]
     defaults: Mapping[str, Any] = MappingProxyType({})
+    adapter: str | None = None
 
 
 def _adafactor(learning_rate: optax.Schedule) -> optax.GradientTransformation:
@@ -48,8 +49,8 @@ def _galore_adafactor(learning_rate: optax.Schedule, **options: Any):
 
 
 # What an optimizer's own arguments are named in the settings, where they are not named alike.
-_ARGUMENTS = {"moment_bits": "bits"}
-WEIGHTS = ("weight_bits", "stochastic_rounding")
+_ARGUMENTS = {"moment_bits": "bits", "gradient_rank": "rank"}
+_OF_WEIGHTS = ("weight_bits", "stochastic_rounding")
 
 _DECAY = MappingProxyType({"weight_decay": 0.0, "stochastic_rounding": False})
 _GALORE = (
@@ -62,12 +63,13 @@ _Q_GALORE = MappingProxyType({
     **_EIGHT_BITS, "projection_bits": 4, "adaptive_refresh": True, "weight_bits": 8,
     "stochastic_rounding": True,
 })  # fmt: skip
+_ADAMW = Recipe(
+    lambda rate, **options: optax.adamw(rate, **options),
+    ("weight_decay", "stochastic_rounding"),
+    _DECAY,
+)
 OPTIMIZERS: dict[str, Recipe] = {
-    "adamw": Recipe(
-        lambda rate, **options: optax.adamw(rate, **options),
-        ("weight_decay", "stochastic_rounding"),
-        _DECAY,
-    ),
+    "adamw": _ADAMW,
     "adamw8bit": Recipe(
         adamw8bit,
         ("weight_decay", "moment_bits", "stochastic_rounding"),
@@ -82,6 +84,15 @@ OPTIMIZERS: dict[str, Recipe] = {
     "q-galore-adamw8bit": Recipe(
         q_galore_adamw8bit, (*_GALORE, "moment_bits", "weight_bits"), _Q_GALORE
     ),
+    "gradnorm-lorp-adamw": Recipe(
+        gradnorm_lorp_adamw,
+        ("gradient_rank", *_GALORE[1:], "moment_bits"),
+        _GALORE_DEFAULTS,
+        adapter="gradnorm-lorp",
+    ),
+    "lora-adamw": _ADAMW._replace(adapter="lora"),
+    "relora-adamw": _ADAMW._replace(adapter="relora"),
+    "qlora-adamw": _ADAMW._replace(adapter="qlora"),
 }
 
 
@@ -89,15 +100,25 @@ def learning_rate_schedule(config: "Resolved") -> optax.Schedule:
     """A linear rise over the warm-up steps, then a cosine to a tenth of the peak.
 
     Update t (from 0) of the warm-up uses (t + 1) / (warmup + 1) of the peak: none is wasted on a
-    learning rate of zero.
+    learning rate of zero. After each restart of adapters it rises again in the same manner, to
+    where the cosine is by then (ReLoRA, arXiv:2307.05695, section 3).
     """
-    return optax.warmup_cosine_decay_schedule(
+    cosine = optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (config.warmup_steps + 1),
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
         decay_steps=config.steps,
         end_value=config.learning_rate / 10,
     )
+    every, warmup = config.restart_every, config.restart_warmup
+    if every is None or warmup is None:
+        return cosine
+
+    def restarted(count: Any) -> Any:
+        rise = jnp.minimum((count % every + 1) / (warmup + 1), 1)
+        return cosine(count) * jnp.where(count < every, 1, rise)
+
+    return restarted
 
 
 def make_optimizer(
@@ -113,11 +134,13 @@ def make_optimizer(
     options = {
         _ARGUMENTS.get(name, name): getattr(config, name)
         for name in recipe.options
-        if name not in WEIGHTS
+        if name not in _OF_WEIGHTS
     }
     if "rank" in options:
         options["adaptive_refresh"] = AdaptiveRefresh() if config.adaptive_refresh else None
-        options |= {"weight_dimension_numbers": dimension_numbers, "seed": config.seed}
+        options["seed"] = config.seed
+        if recipe.adapter is None:
+            options["weight_dimension_numbers"] = dimension_numbers
     return optax.apply_if_finite(  # pyrefly: ignore[bad-return]
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
@@ -126,19 +149,3 @@ def make_optimizer(
         # Never gives up and applies one: the trainer stops after --max-skipped in a row.
         max_consecutive_errors=int(jnp.iinfo(jnp.int32).max),
     )
-
-
-def held_weights(
-    config: "Pretrain",
-    params: dict[str, Any],
-    dimension_numbers: Callable[[dict[str, Any]], Any],
-) -> dict[str, Any]:
-    """The params as a run holds them: with --weight-bits the projected matrices in so many bits."""
-    if config.weight_bits is None:
-        return params
-    which = jax.tree.map(
-        lambda numbers: numbers is not None,
-        dimension_numbers(params),
-        is_leaf=lambda x: not isinstance(x, dict),
-    )
-    return quantize_weights(params, which, bits=config.weight_bits)  # pyrefly: ignore[bad-return]

@@ -84,6 +84,7 @@ class _Host:
         tokens: targets trained on.
         position: where the data go on.
         peak_memory: most bytes that any process of the run had in use, and how that is known.
+        skipped: how many of the updates were not finite, as far as it has been read.
         evaluations: loss by step, also in metrics.jsonl.
         saved: step of the newest checkpoint.
     """
@@ -92,6 +93,7 @@ class _Host:
     tokens: int = 0
     position: Position = START
     peak_memory: tuple[int, str] = (0, "")
+    skipped: int = 0
     evaluations: dict[int, float] = dataclasses.field(default_factory=dict)
     saved: int | None = None
 
@@ -176,6 +178,7 @@ class _Run:
                     progress["tokens"],
                     Position(*progress["position"]),
                     tuple(progress["peak_memory"]),
+                    int(rest["optimizer"].total_notfinite),
                     saved=step,
                 )
                 _print(f"resumed from step {step}")
@@ -209,6 +212,9 @@ class _Run:
                     break
                 if train_step is None:
                     train_step = self._compile(batch)
+                if self.parts.restart is not None and self._restart_due():
+                    state = self.parts.restart(state)
+                    self.progress.log(f"adapters merged and begun anew after step {host.step}")
                 state, metrics = train_step(state, batch)
                 host.step += 1
                 self.checkpoints.check()
@@ -221,6 +227,18 @@ class _Run:
             if self.stop.signum is not None:
                 self._save(state)
         return state
+
+    def _restart_due(self) -> bool:
+        """Whether the updates that were applied are a multiple of --restart-every."""
+        host, every = self.host, self.config.restart_every
+        assert every is not None
+        # Of the step that runs it is not known yet whether it was skipped: it is waited for where
+        # that matters.
+        if host.step == 0 or (host.step - host.skipped) % every > 1:
+            return False
+        self._report_pending()
+        applied = host.step - host.skipped
+        return applied > 0 and applied % every == 0
 
     def _compile(self, batch: dict[str, jax.Array]) -> Callable[..., Any]:
         start = time.perf_counter()
@@ -240,6 +258,7 @@ class _Run:
         tokens = round(values["tokens"])
         self.host.tokens += tokens
         in_a_row = values.pop("skipped_in_a_row")
+        self.host.skipped = values["skipped"]
         line = {
             "step": step,
             **values,

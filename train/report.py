@@ -10,8 +10,9 @@ import jax
 import optax
 from flax import nnx
 
+from galore_optax.adapter import merge, split
 from galore_optax.memory import state_bytes, tree_bytes
-from galore_optax.quantized import dequantized
+from galore_optax.quantized import dequantized, is_quantized
 from models.llama_config import count_params
 from train.assemble import Parts, abstract_params
 from train.config import Resolved
@@ -46,12 +47,14 @@ def report(
     lines = read_metrics(directory)
     last = [line for line in lines if "eval_loss" in line][-1]
     ours = state_bytes(parts.abstract.optimizer.inner_state)
-    whole = jax.eval_shape(dequantized, parts.abstract.params)
+    trained, _ = split(parts.abstract.params)
+    whole = jax.eval_shape(lambda params: dequantized(merge(params)), parts.abstract.params)
     adamw = state_bytes(jax.eval_shape(optax.adamw(1e-3).init, whole))
     summary = {
         "eval_loss": last["eval_loss"],
         "eval_perplexity": last["eval_perplexity"],
         "params": count_params(parts.model),
+        "trained_params": sum(x.size for x in jax.tree.leaves(trained, is_leaf=is_quantized)),
         "optimizer_state_bytes": sum(ours.values()),
         "adamw_state_bytes": sum(adamw.values()),
         "weight_bytes": tree_bytes(parts.abstract.params),
@@ -75,7 +78,7 @@ def sample(config: Resolved, parts: Parts, state: TrainState) -> str:
     prompt = len(prompt_ids(parts.tokenizer, config.prompt))
     graph, _ = abstract_params(config, parts.model)
     return sample_text(
-        nnx.merge(graph, state.params),
+        nnx.merge(graph, merge(state.params)),
         parts.tokenizer,
         config.prompt,
         max_new_tokens=max(1, config.seq_len - prompt),

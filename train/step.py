@@ -15,8 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from galore_optax import apply_updates
+from galore_optax.adapter import join, split
 from galore_optax.quantized import is_quantized
 from galore_optax.quantized_weights import value_and_grad
+from galore_optax.restart import restart
+from models.adapters import with_dropout_keys
 from train.loss import summed_cross_entropy
 from train.mesh import BATCH, replicated
 
@@ -30,8 +33,8 @@ class TrainState(NamedTuple):
     """All that a step changes.
 
     Attributes:
-        params: the weights.
-        optimizer: state of `optax.apply_if_finite(...)`.
+        params: the weights, and adapters in the place of some.
+        optimizer: state of `optax.apply_if_finite(...)`, of what is trained of the params.
         step: batches seen.
         key: of the run's seed; what needs randomness in a step folds the step into it.
     """
@@ -60,7 +63,8 @@ def loss_and_gradient(
     """The loss over a batch, its gradient, and the number of targets that count.
 
     Args:
-        forward: from params and a batch to the last hidden states and the head's matrix.
+        forward: from params and a batch to the last hidden states and the head's matrix; the batch
+            has the number of the microbatch in it, too, as `microbatch`.
         params: the weights.
         batch: arrays `(B, L)`: what `forward` reads, and `targets` and `weights`.
         accumulate: into how many microbatches B is cut; their gradients are summed in float32.
@@ -76,7 +80,7 @@ def loss_and_gradient(
 
     gradient_of: Callable[..., Any] = value_and_grad(objective)
     if accumulate == 1:
-        loss, gradient = gradient_of(params, batch)
+        loss, gradient = gradient_of(params, {**batch, "microbatch": jnp.int32(0)})
         return loss, _spoilt_unless_finite(gradient, loss), tokens
 
     def cut(x: Array) -> Array:
@@ -94,7 +98,8 @@ def loss_and_gradient(
         return (total_loss + loss, summed), None
 
     zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params, is_leaf=is_quantized)
-    (loss, gradient), _ = jax.lax.scan(add, (jnp.zeros(()), zero), jax.tree.map(cut, dict(batch)))
+    microbatches = {**jax.tree.map(cut, dict(batch)), "microbatch": jnp.arange(accumulate)}
+    (loss, gradient), _ = jax.lax.scan(add, (jnp.zeros(()), zero), microbatches)
     gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
     return loss, _spoilt_unless_finite(gradient, loss), tokens
 
@@ -121,9 +126,16 @@ def train_step(
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """One update. A loss or gradient that is not finite leaves params and moments as they are."""
-    loss, gradient, tokens = loss_and_gradient(forward, state.params, batch, accumulate, mesh)
+    trained, frozen = split(state.params)
+    rounding, dropout = (_folded(state, i) for i in range(2))
+
+    def of_trained(trained: Params, batch: Batch) -> tuple[Array, Array]:
+        own = jax.random.fold_in(dropout, batch["microbatch"])
+        return forward(with_dropout_keys(join(trained, frozen), own), batch)
+
+    loss, gradient, tokens = loss_and_gradient(of_trained, trained, batch, accumulate, mesh)
     applied = state.step - state.optimizer.total_notfinite
-    updates, optimizer = tx.update(gradient, state.optimizer, state.params)
+    updates, optimizer = tx.update(gradient, state.optimizer, trained)
     assert isinstance(optimizer, optax.ApplyIfFiniteState)
     metrics = {
         "loss": loss,
@@ -136,9 +148,39 @@ def train_step(
     refreshes = optax.tree.get(optimizer, "refreshes")
     if refreshes is not None:
         metrics["refreshes"] = jnp.sum(refreshes)
-    key = jax.random.fold_in(state.key, state.step) if stochastic_rounding else None
-    params = apply_updates(state.params, updates, key)
+    trained = apply_updates(trained, updates, rounding if stochastic_rounding else None)
+    params = join(trained, frozen)
     return TrainState(params, optimizer, state.step + 1, state.key), metrics  # pyrefly: ignore
+
+
+def _folded(state: TrainState, use: int) -> Key[Array, ""]:
+    """A key for one use of randomness in a step."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), use)
+
+
+def make_restart(
+    tx: optax.GradientTransformationExtraArgs,
+    *,
+    keep: float,
+    state_shardings: TrainState,
+    compiler_options: dict[str, Any] | None = None,
+) -> Callable[[TrainState], TrainState]:
+    """Merges adapters and begins anew, compiled for a mesh; overwrites what it is given.
+
+    A program of its own, so that no other step pays for it.
+    """
+
+    def again(state: TrainState) -> TrainState:
+        params, optimizer = restart(tx, state.params, state.optimizer, _folded(state, 2), keep=keep)
+        return TrainState(params, optimizer, state.step, state.key)  # pyrefly: ignore
+
+    return jax.jit(
+        again,
+        in_shardings=(state_shardings,),
+        out_shardings=state_shardings,
+        donate_argnums=0,
+        compiler_options=compiler_options,
+    )
 
 
 def make_train_step(
