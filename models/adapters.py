@@ -322,4 +322,4 @@ def logical_axes(params: PyTree) -> PyTree:
         return dataclasses.replace(x, **{n: a for n, a in parts.items() if n in present})
 
     plain = llama_config.logical_axes(jax.eval_shape(merge, params))
-    return jax.tree.map(one, params, plain, is_leaf=is_adapter)
+    return jax.tree.map(one, params, plain, is_leaf=lambda x: is_adapter(x) or is_quantized(x))
