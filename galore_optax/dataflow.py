@@ -174,13 +174,14 @@ def zeros(traced: ClosedJaxpr | Jaxpr, inputs: Sequence[bool] = ()) -> list[bool
 
 def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict[str, Any]:
     # Of constant curvature, since a Hessian's diagonal (Sophia) is no remembered value of params.
-    # Line searches refuse arguments that their value_fn does not name.
+    # Line searches refuse arguments that their value_fn does not name. Values are below zero, as a
+    # loss may be.
     def value_fn(params: optax.Params, obj_fn: Any = None, grad_fn: Any = None) -> Any:
         del obj_fn, grad_fn
-        return sum(jnp.sum(x * x).real for x in jax.tree.leaves(params))
+        return -sum(jnp.sum(x * x).real for x in jax.tree.leaves(params))
 
     arguments = {
-        "value": np.float32(0),
+        "value": np.float32(-1),
         "grad": updates,
         "value_fn": value_fn,
         "obj_fn": value_fn,
