@@ -89,6 +89,10 @@ def galore(
     scalars, its use of params *is* decoupled decay: then it is evaluated at params zero, and slope
     times W is added. The matrices of a stacked leaf are separate leaves to `inner`.
 
+    Its update takes the extra arguments `layer` and `layers`, where it is called for one layer of a
+    stack at a time (`galore_optax.layerwise`): which layer of how many. Random numbers and the
+    steps of refreshes are then what they are where it is called for the whole stack.
+
     Args:
         rank: Dimensions of the subspace: a whole number from 1 (a matrix whose smaller side is less
             is projected at full rank), a float up to 1 for a fraction of the smaller side, or a
@@ -207,6 +211,9 @@ def galore(
         updates: optax.Updates,
         state: GaLoreState,
         params: optax.Params | None = None,
+        *,
+        layer: ArrayLike | None = None,
+        layers: int = 1,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         grads, tree = jax.tree.flatten(updates)
@@ -215,7 +222,8 @@ def galore(
         key = jax.random.key(seed)
         bases = [b if isinstance(b, tuple) else (b,) for b in tree.flatten_up_to(state.bases)]
         due = by_leaf(plans, state.next_refresh)
-        gaps = steps_to_next(plans, due, count, update_proj_gap, stagger)
+        which = (0, 1) if layer is None else (layer, layers)
+        gaps = steps_to_next(plans, due, count, update_proj_gap, stagger, *which)
         kept = None if rank_schedule is None else jnp.asarray(rank_schedule(count), jnp.float32)
         inner_leaves, inner_tree = jax.tree.flatten(state.inner)
         moments_of = [[[] for _ in range(plan.matrices)] if plan else [] for plan in plans]
@@ -231,6 +239,7 @@ def galore(
             new, turned, following = refresh(
                 plan, find, carry_over, grads[i], bases[i], own if carry_over else ((),) * len(own),
                 due[i], count, gaps[i], kept, key, jnp.uint32(plan.path_hash),
+                jnp.asarray(which[0], jnp.int32) * plan.matrices,
             )  # fmt: skip
             refreshed[i] = (following != due[i]).reshape(-1)
             bases[i], due[i] = new, following
@@ -242,6 +251,8 @@ def galore(
             triples = zip(plans, bases, leaves, strict=True)
             return tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
 
+        if layer is not None:
+            extra_args |= {"layer": layer, "layers": layers}
         weights = None if params is None else tree.flatten_up_to(params)
         if rule == "reset":
             inner_leaves = reset(

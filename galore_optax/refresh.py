@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from galore_optax.moments import CarryOver, transition
@@ -44,10 +45,15 @@ def steps_to_next(
     count: Array,
     gap: int | optax.Schedule,
     stagger: bool,
+    layer: ArrayLike = 0,
+    layers: int = 1,
 ) -> list[Any]:
-    """Steps from a refresh at this step to the next, for each matrix of each projected leaf."""
+    """Steps from a refresh at this step to the next, for each matrix of each projected leaf.
+
+    Of `layers` layers these are the leaves of `layer`; all layers' are counted leaf by leaf.
+    """
     steps = jnp.maximum(jnp.asarray(gap(count) if callable(gap) else gap, jnp.int32), 1)
-    total = matrices(plans)
+    total = matrices(plans) * layers
     gaps, before = [], 0
     for plan, at in zip(plans, due, strict=True):
         if plan is None:
@@ -56,11 +62,11 @@ def steps_to_next(
         own = jnp.full(at.shape, steps)
         if stagger:
             # From half a gap to one and a half after the first refresh, then a gap for each.
-            phase = (before + np.arange(plan.matrices) + 0.5) / total + 0.5
-            first = jnp.ceil(steps * phase.astype(np.float32)).astype(jnp.int32)
-            own = jnp.where(at == 0, first.reshape(at.shape), own)
+            phase = (before + np.arange(layers * plan.matrices) + 0.5) / total + 0.5
+            phase = jnp.asarray(phase.reshape(layers, *at.shape), jnp.float32)[layer]
+            own = jnp.where(at == 0, jnp.ceil(steps * phase).astype(jnp.int32), own)
         gaps.append(own)
-        before += plan.matrices
+        before += layers * plan.matrices
     return gaps
 
 
@@ -79,6 +85,7 @@ def refresh(
     kept: Float[Array, ""] | None,
     key: PRNGKeyArray,
     path: Int[Array, ""],
+    first: Int[Array, ""],
 ) -> tuple[Bases, Moments, Int[Array, "*batch"]]:
     """New bases for the matrices of a leaf that are due one; costs nothing on other steps.
 
@@ -98,6 +105,7 @@ def refresh(
         kept: Fraction of the rank that new bases use; None uses it all.
         key: Of the whole transformation; step, path and the matrix's index are folded in.
         path: The hash of the leaf's path.
+        first: The index of the leaf's first matrix; not 0 where other layers are before it.
 
     Returns:
         The bases, the moments, and the steps from which the next refreshes are due.
@@ -105,7 +113,7 @@ def refresh(
     return with_automatic_axes(
         partial(_refresh, projection, find, carry_over),
         lambda _: specs((bases, moments, due)),
-        grad, bases, moments, due, count, gaps, kept, key, path,
+        grad, bases, moments, due, count, gaps, kept, key, path, first,
     )  # fmt: skip
 
 
@@ -122,6 +130,7 @@ def _refresh(
     kept: Array | None,
     key: PRNGKeyArray,
     path: Array,
+    first: Array,
 ) -> tuple[Bases, Moments, Array]:
     def matrix(
         gradient: Float[Array, "*sizes"],
@@ -134,7 +143,7 @@ def _refresh(
 
         def search() -> tuple[Bases, Bases, Array]:
             own = jax.random.fold_in(
-                jax.random.fold_in(jax.random.fold_in(key, count), path), index
+                jax.random.fold_in(jax.random.fold_in(key, count), path), first + index
             )
             pairs = [
                 refreshed(find, unfold(gradient, mode), basis, jax.random.fold_in(own, mode), kept)

@@ -1,0 +1,333 @@
+"""Backward pass and update in one: a training step that holds one layer's gradient at a time.
+
+A gradient is as large as the weights. In a model of repeated layers that of a layer can be used,
+and forgotten, as soon as the backward pass has made it (LOMO, arXiv:2306.09782, section 3.1;
+GaLore, arXiv:2403.03507, section 4.3). The stacked layers, their weights and optimizer states, stay
+in the carry of one loop, from the last layer to the first, and are overwritten where they are.
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from galore_optax.layered import Batch, Layered, Params, at, forward, squares, written
+from galore_optax.leaf_by_leaf import coupled_leaves
+from galore_optax.sharding import state_shardings
+
+CLIPS = ("exact", "previous")
+
+
+class LayerwiseState(NamedTuple):
+    """State of a layer-wise optimizer.
+
+    Attributes:
+        count: Steps done so far.
+        norm: Global norm of the last gradient that was finite; 0 before there is one.
+        layers: The transformation's state for one layer, stacked over the layers.
+        rest: Its state for every other entry of the params, by key.
+    """
+
+    count: ArrayLike  # int32 scalar
+    norm: Float[Array, ""]
+    layers: optax.OptState
+    rest: dict[str, optax.OptState]
+
+
+class Metrics(NamedTuple):
+    """What a step tells.
+
+    Attributes:
+        loss: The sum of the microbatches' losses.
+        grad_norm: Global norm of the gradient before clipping; not finite where that is not.
+        finite: Whether everything was updated.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    finite: Bool[Array, ""]
+
+
+ApplyUpdates = Callable[[Params, optax.Updates, Array, Array | None], Params]
+"""From a part of the params, its updates, the steps done so far and the layer (None where it is not
+one) to the new part."""
+
+
+def _apply_updates(
+    part: Params, updates: optax.Updates, count: Array, layer: Array | None
+) -> Params:
+    del count, layer
+    return optax.apply_updates(part, updates)  # pyrefly: ignore[bad-return]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layerwise:
+    """A training step that updates each layer as soon as the backward pass has its gradient.
+
+    Any transformation will do that updates every leaf from that leaf's gradient. Its `init` is
+    mapped over the layers, so that it sees one layer's leaves, `(in, out)` of a stack `(layers, in,
+    out)`: dimension numbers, masks and labels are to be given for those (an axis counted from the
+    end fits both). Its update gets the extra argument `value`, the loss, and for a layer `layer`
+    and `layers`, which of how many. With random numbers of its own, from a key in its state, it
+    draws the same ones in each layer; `galore` does not.
+
+    The result is that of the ordinary step, to rounding, where each layer's leaves are leaves of
+    their own there, as they are to what runs inside `galore`.
+
+    A loss or gradient that is not finite is never applied. With `clip="exact"` it is known before
+    anything is changed, and the whole step is left out, as `optax.apply_if_finite` does. Else it is
+    found as the backward pass goes on: from the first gradient on that is not finite nothing is
+    updated, but what lies nearer to the loss has been, and is an update ahead from then on, its
+    learning rate schedule too. (What counts is the sum of squares, in float32: it is not finite
+    either where an element is beyond 1e19.)
+
+    Attributes:
+        model: The model. Hidden states are kept between its layers, not within.
+        tx: The transformation, with its learning rate in it.
+        clip_norm: Gradients are scaled down to this global norm; None leaves them.
+        clip: By which norm: "exact" (a backward pass before, which finds it) or "previous" (that of
+            the step before; the first step's is its own).
+        accumulate: Where it is more than one, every leaf of a batch has a first axis of so many
+            microbatches. Their losses, and gradients in float32, are summed, layer by layer, so
+            that one layer's gradient is all that there is of them; hidden states between layers are
+            kept of all microbatches.
+        dequantize: From a part of the params (a dict of some of their entries; of the layers' one
+            layer) to the weights that the model sees and gradients are taken for.
+        apply_updates: From a part of the params, its updates, the steps done so far and the layer
+            (None for other entries) to the new part.
+
+    Raises:
+        ValueError: If an argument is out of range, at construction.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from galore_optax import galore
+        >>> from galore_optax.layerwise import Layered, Layerwise
+        >>> model = Layered(
+        ...     embed=lambda params, batch: batch["x"] @ params["into"],
+        ...     layer=lambda layer, x, batch: x + jnp.tanh(x @ layer["w"]),
+        ...     head=lambda params, x, batch: jnp.mean((x @ params["out"] - batch["y"]) ** 2),
+        ... )
+        >>> params = {
+        ...     "into": jnp.ones((3, 16)),
+        ...     "layers": {"w": jnp.ones((4, 16, 16))},
+        ...     "out": jnp.ones((16, 1)),
+        ... }
+        >>> optimizer = Layerwise(model, galore(4, optax.adamw(1e-2)), clip_norm=1.0)
+        >>> state = optimizer.init(params)
+        >>> step = jax.jit(optimizer.step, donate_argnums=(0, 1))
+        >>> batch = {"x": jnp.ones((8, 3)), "y": jnp.ones((8, 1))}
+        >>> params, state, metrics = step(params, state, batch)
+        >>> bool(metrics.finite), state.layers.bases["layers"]["w"].shape
+        (True, (4, 16, 4))
+    """
+
+    model: Layered
+    tx: optax.GradientTransformation
+    clip_norm: float | None = None
+    clip: str = "exact"
+    accumulate: int = 1
+    dequantize: Callable[[Params], Params] = lambda part: part
+    apply_updates: ApplyUpdates = _apply_updates
+
+    def __post_init__(self):
+        if self.clip not in CLIPS:
+            raise ValueError(f"clip={self.clip!r} is unknown; choose one of {', '.join(CLIPS)}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ValueError(
+                f"clip_norm={self.clip_norm} is no positive number; None clips nothing"
+            )
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate={self.accumulate}: expected at least 1 microbatch")
+
+    def init(self, params: Params) -> LayerwiseState:
+        """The state of params.
+
+        Raises:
+            ValueError: If the transformation needs all gradients at once, or the layers of the
+                params are not stacked.
+        """
+        key = self.model.layers
+        stack, rest, layers = self.model.split(params)
+        one = jax.eval_shape(lambda p: self.dequantize({**p, key: at(p[key], 0)}), params)
+        # This warns of what there is to be warned of: a part may lack what the whole has.
+        tx = optax.with_extra_args_support(self.tx)
+        coupled = coupled_leaves(tx, one, layer=jnp.int32(0), layers=layers, value=jnp.float32(0))
+        if coupled is not None:
+            raise ValueError(
+                f"tx: its update of {coupled[0]} depends on the gradient of {coupled[1]}, as that "
+                "of optax.clip_by_global_norm and optax.apply_if_finite does, and a layer-wise "
+                "step never has all gradients at once: take it out of tx (clip_norm= clips by the "
+                "global norm, and what is not finite is not applied anyway)"
+            )
+        absent = _absent(one)
+
+        def of_part(part: Params) -> optax.OptState:
+            return self.tx.init({**absent, **self.dequantize(part)})
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return LayerwiseState(
+                count=jnp.zeros((), jnp.int32),
+                norm=jnp.zeros((), jnp.float32),
+                layers=jax.vmap(lambda own: of_part({key: own}))(stack),
+                rest={k: of_part({k: part}) for k, part in rest.items()},
+            )
+
+    def step(
+        self, params: Params, state: LayerwiseState, batch: Batch
+    ) -> tuple[Params, LayerwiseState, Metrics]:
+        """One update; to be compiled with params and state donated.
+
+        Args:
+            params: The params.
+            state: The state.
+            batch: What the model's functions take, with a first axis of microbatches where there
+                are several.
+
+        Returns:
+            The new params and state, and metrics.
+        """
+        key = self.model.layers
+        stack, rest, layers = self.model.split(params)
+        batches = batch if self.accumulate > 1 else jax.tree.map(lambda x: x[None], batch)
+        backward = forward(self.model, self.dequantize, params, batches)
+        norm = None
+        if self.clip_norm is not None and self.clip == "exact":
+            norm = backward.norm(stack)
+            # Behind the barrier the head is computed again: else its gradient would be kept.
+            last, norm = jax.lax.optimization_barrier((backward.last, norm))
+            backward = dataclasses.replace(backward, last=last)
+        elif self.clip_norm is not None:
+            norm = jax.lax.cond(state.norm > 0, lambda: state.norm, lambda: backward.norm(stack))
+        loss, from_head, cotangent = backward.head()
+        absent = _absent(jax.eval_shape(self.dequantize, params))
+        update = functools.partial(self._update, absent, jnp.asarray(state.count), norm, loss)
+
+        def update_rest(gradients: Params, ok: Array) -> tuple[Params, dict[str, optax.OptState]]:
+            parts, states = {}, {}
+            for k, gradient in gradients.items():
+                part, states[k] = update({k: rest[k]}, state.rest[k], {k: gradient}, ok)
+                parts |= part
+            return parts, states
+
+        early = {k: from_head[k] for k in backward.early}
+        total = squares(early)
+        ok = jnp.isfinite(loss) & jnp.isfinite(total)
+        ok = ok if norm is None else ok & jnp.isfinite(norm)
+        # The barrier has these updates done first: their gradients would be alive in the loop.
+        cotangent, done = jax.lax.optimization_barrier((cotangent, update_rest(early, ok)))
+
+        def turn(turns: Array, carry: Any) -> Any:
+            stacks, above, cotangent, total, ok = carry
+            i = layers - 1 - turns
+            # A layer is written at the beginning of the next turn, before anything is read: where
+            # one turn both reads and writes, XLA copies the whole stacks, in every turn.
+            stacks = written(stacks, jnp.minimum(i + 1, layers - 1), above)
+            own, own_state = at(stacks, i)
+            gradient, cotangent = backward.layer(own, i, cotangent)
+            total += squares(gradient)
+            ok &= jnp.isfinite(total)
+            part, own_state = update({key: own}, own_state, gradient, ok, layer=i, layers=layers)
+            return stacks, (part[key], own_state), cotangent, total, ok
+
+        stacks = stack, state.layers
+        carry = stacks, at(stacks, layers - 1), cotangent, total, ok
+        stacks, above, cotangent, total, ok = jax.lax.fori_loop(0, layers, turn, carry)
+        stack, layer_states = written(stacks, 0, above)
+
+        late = backward.embed(cotangent, from_head)
+        total += squares(late)
+        ok &= jnp.isfinite(total)
+        parts, states = update_rest(late, ok)
+        grad_norm = jnp.sqrt(total)
+        new_state = LayerwiseState(
+            count=optax.safe_increment(state.count),
+            norm=jnp.where(jnp.isfinite(grad_norm), grad_norm, state.norm),
+            layers=layer_states,
+            rest=done[1] | states,
+        )
+        return done[0] | parts | {key: stack}, new_state, Metrics(loss, grad_norm, ok)
+
+    def _update(
+        self,
+        absent: Params,
+        count: Array,
+        norm: Array | None,
+        loss: Array,
+        part: Params,
+        state: optax.OptState,
+        gradient: Params,
+        ok: Array,
+        **layer: Any,
+    ) -> tuple[Params, optax.OptState]:
+        """A part of the params and its state, updated where that is `ok`."""
+        if norm is not None and self.clip_norm is not None:
+            gradient = _clipped(gradient, norm, self.clip_norm)
+        updates, new_state = optax.with_extra_args_support(self.tx).update(
+            {**absent, **gradient},
+            state,
+            {**absent, **self.dequantize(part)},
+            value=loss,
+            **layer,
+        )
+        updates = {k: updates[k] for k in part}  # pyrefly: ignore[bad-index]
+        new = self.apply_updates(part, updates, count, layer.get("layer"))
+        chosen = functools.partial(jnp.where, ok)
+        return jax.tree.map(chosen, (new, new_state), (part, state))
+
+    def state_shardings(self, weights: Params, weight_shardings: Params) -> LayerwiseState:
+        """Shardings for the state, from the weights'.
+
+        Args:
+            weights: Tree of arrays or of `jax.ShapeDtypeStruct`.
+            weight_shardings: The same tree of `jax.sharding.NamedSharding`, all over one mesh, none
+                of which splits the layers' axis.
+
+        Raises:
+            ValueError: If the shardings are others.
+        """
+        key, absent = self.model.layers, _absent(weights)
+        at_all, at_one = weight_shardings, jax.tree.map(_of_a_layer, weight_shardings[key])
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), weights[key])
+
+        def of_part(part: Params, at_part: Params) -> optax.OptState:
+            return state_shardings(self.tx, {**absent, **part}, {**absent, **at_part})
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layers = of_part({key: one}, {key: at_one})
+            rest = {k: of_part({k: weights[k]}, {k: at_all[k]}) for k in weights if k != key}
+        mesh = jax.tree.leaves(weight_shardings)[0].mesh
+        whole = NamedSharding(mesh, PartitionSpec())
+        stacked = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(None, *s.spec)), layers)
+        return LayerwiseState(whole, whole, stacked, rest)  # pyrefly: ignore
+
+
+def _clipped(gradient: Params, norm: Array, at: float) -> Params:
+    # As optax.clip_by_global_norm rounds it.
+    return jax.tree.map(lambda g: jnp.where(norm < at, g, g / norm.astype(g.dtype) * at), gradient)
+
+
+def _absent(params: Params) -> Params:
+    """The params as `optax.masked` shows them where no leaf is meant, for a part to be put in."""
+    return jax.tree.map(lambda _: optax.MaskedNode(), params)
+
+
+def _of_a_layer(sharding: NamedSharding) -> NamedSharding:
+    layers, *spec = (*sharding.spec, None)
+    if layers is not None:
+        raise ValueError(
+            f"weight_shardings: {sharding.spec} splits the layers' axis, over which a loop runs; "
+            "split another axis"
+        )
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
