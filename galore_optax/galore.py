@@ -42,7 +42,8 @@ class GaLoreState(NamedTuple):
             dtype, a tuple of them where both sides (or a tensor's axes) are;
             `optax.MaskedNode` at others.
         next_refresh: The step from which a refresh is due, of every matrix, leaf by leaf in the
-            order of `jax.tree.leaves`, of shape `(matrices,)`.
+            order of `jax.tree.leaves`, of shape `(matrices,)`; `(1,)` where none is projected,
+            since Orbax saves no array without elements.
         inner: The inner transformation's state for the projected params.
 
     Examples:
@@ -203,7 +204,7 @@ def galore(
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             bases=tree.unflatten(bases),
-            next_refresh=jnp.zeros(matrices(plans), jnp.int32),
+            next_refresh=jnp.zeros(max(1, matrices(plans)), jnp.int32),
             inner=inner_state,
         )
 
@@ -285,7 +286,11 @@ def galore(
         return tree.unflatten(steps), GaLoreState(
             count=optax.safe_increment(state.count),
             bases=tree.unflatten([b[0] if len(b) == 1 else b for b in bases]),
-            next_refresh=jnp.concatenate([jnp.zeros(0, jnp.int32), *(x.reshape(-1) for x in due)]),
+            next_refresh=(
+                jnp.concatenate([x.reshape(-1) for x in due if x is not None])
+                if any(plans)
+                else state.next_refresh
+            ),
             inner=sharded_like(inner_state, state.inner),
         )
 

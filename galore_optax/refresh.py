@@ -30,10 +30,10 @@ def matrices(plans: Sequence[Projection | None]) -> int:
     return sum(plan.matrices for plan in plans if plan is not None)
 
 
-def by_leaf(plans: Sequence[Projection | None], every: Int[Array, " matrices"]) -> list[Array]:
+def by_leaf(plans: Sequence[Projection | None], every: Any) -> list[Any]:
     """Of one number for every matrix those of each leaf, `(*batch,)`; none of one unprojected."""
-    if not plans:
-        return []
+    if not any(plans):
+        return [None] * len(plans)
     shapes = [(0,) if plan is None else plan.view.batch_shape for plan in plans]
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
     return [x.reshape(shape) for x, shape in zip(jnp.split(every, ends), shapes, strict=True)]

@@ -85,35 +85,13 @@ class Llama(nnx.Module):
             ValueError: If L is above `config.max_length`.
         """
         config = self.config
-        length = token_ids.shape[1]
-        _check_length(length, config)
+        _check_length(token_ids.shape[1], config)
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(length), token_ids.shape)
-        mask = None
-        if segment_ids is not None:
-            mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]  # (B, 1, L, L)
-        implementation = attention_implementation(config, length)
-
-        def attend(query, key, value):
-            return jax.nn.dot_product_attention(
-                query, key, value, mask=mask, is_causal=True, implementation=implementation
-            )
-
-        rotary = rotary_angles(config, positions)
-
-        def step(hidden, layer_params):
-            return apply_layer(config, layer_params, hidden, rotary, attend), None
-
-        # A scan's body is never merged with its recomputation, so no barrier is needed.
-        if config.rematerialize:
-            step = jax.checkpoint(step, prevent_cse=False)
-        elif implementation == "xla":
-            # Norms, rotations and softmax take less time to compute again than to write and read.
-            # Not with cuDNN: its attention is no plain product, and would run twice.
-            keep_products = jax.checkpoint_policies.dots_saveable
-            step = jax.checkpoint(step, prevent_cse=False, policy=keep_products)
+            positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
+        layer = training_layer(config, positions, segment_ids)
         hidden = self.embedding[...][token_ids].astype(config.dtype)
-        hidden, _ = jax.lax.scan(step, hidden, nnx.to_pure_dict(nnx.state(self.layers)))
+        layers = nnx.to_pure_dict(nnx.state(self.layers))
+        hidden, _ = jax.lax.scan(lambda x, params: (layer(params, x), None), hidden, layers)
         return rms_norm(hidden, self.norm[...], config.norm_eps)
 
     def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
@@ -218,6 +196,44 @@ def apply_layer(
     return hidden + linear(activation, mlp["down"])
 
 
+def training_layer(
+    config: LlamaConfig,
+    positions: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"] | None = None,
+) -> Callable[[Params, Float[Array, "B L D"]], Float[Array, "B L D"]]:
+    """One layer over whole sequences, as a function of its params and the hidden states before it.
+
+    Args:
+        config: Sizes and numerics.
+        positions: Of each token for the rotary embedding, (B, L).
+        segment_ids: Document of each token, (B, L); one document a row if not given.
+    """
+    length = positions.shape[1]
+    mask = None
+    if segment_ids is not None:
+        mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]  # (B, 1, L, L)
+    implementation = attention_implementation(config, length)
+    rotary = rotary_angles(config, positions)
+
+    def attend(query, key, value):
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, is_causal=True, implementation=implementation
+        )
+
+    def layer(params, hidden):
+        return apply_layer(config, params, hidden, rotary, attend)
+
+    # A loop's body is never merged with its recomputation, so no barrier is needed.
+    if config.rematerialize:
+        return jax.checkpoint(layer, prevent_cse=False)
+    if implementation == "xla":
+        # Norms, rotations and softmax take less time to compute again than to write and read.
+        # Not with cuDNN: its attention is no plain product, and would run twice.
+        keep_products = jax.checkpoint_policies.dots_saveable
+        return jax.checkpoint(layer, prevent_cse=False, policy=keep_products)
+    return layer
+
+
 def linear(x: Float[Array, "B L in"], weight: Float[Array, "in out"]) -> Float[Array, "B L out"]:
     """Rows times a matrix."""
     # With rows in one axis the weight's gradient is xᵀg as it stands. Of a (B, L, out) gradient
@@ -291,13 +307,14 @@ def dimension_numbers(params: Params) -> Params:
         params: The model's params, or a part of them, as a nested dict.
 
     Returns:
-        A tree like `params` of `GaLoreDimensionNumbers(1, 2)`, and None for the embedding, the
-        norms and the head, which are trained at full rank as published.
+        A tree like `params` of `GaLoreDimensionNumbers(-2, -1)`, which fit one layer as well as the
+        stack, and None for the embedding, the norms and the head, which are trained at full rank as
+        published.
     """
 
     def choose(path, _):
         names = {entry.key for entry in path}
-        return GaLoreDimensionNumbers(1, 2) if names & {"attention", "mlp"} else None
+        return GaLoreDimensionNumbers(-2, -1) if names & {"attention", "mlp"} else None
 
     return jax.tree_util.tree_map_with_path(choose, params)
 

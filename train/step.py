@@ -5,7 +5,6 @@ Letters: B batch, L length, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -76,14 +75,6 @@ def loss_and_gradient(
         loss, gradient = gradient_of(params, batch)
         return loss, _spoilt_unless_finite(gradient, loss), tokens
 
-    def cut(x: Array) -> Array:
-        # Row i goes to microbatch i mod accumulate: (B, L) -> (B/A, A, L) -> (A, B/A, L) moves
-        # nothing between devices, as each holds a range of rows.
-        x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
-        if mesh is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
-
     def add(total, microbatch):
         loss, gradient = gradient_of(params, microbatch)
         total_loss, total_gradient = total
@@ -91,9 +82,24 @@ def loss_and_gradient(
         return (total_loss + loss, summed), None
 
     zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    (loss, gradient), _ = jax.lax.scan(add, (jnp.zeros(()), zero), jax.tree.map(cut, dict(batch)))
+    microbatches = cut(batch, accumulate, mesh)
+    (loss, gradient), _ = jax.lax.scan(add, (jnp.zeros(()), zero), microbatches)
     gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
     return loss, _spoilt_unless_finite(gradient, loss), tokens
+
+
+def cut(batch: Batch, accumulate: int, mesh: Mesh | None) -> dict[str, Array]:
+    """A batch's arrays `(B, ...)` as microbatches `(accumulate, B / accumulate, ...)`."""
+
+    def cut_one(x: Array) -> Array:
+        # Row i goes to microbatch i mod accumulate: (B, L) -> (B/A, A, L) -> (A, B/A, L) moves
+        # nothing between devices, as each holds a range of rows.
+        x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        if mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
+
+    return {name: cut_one(x) for name, x in batch.items()}
 
 
 def _spoilt_unless_finite(gradient: Params, loss: Float[Array, ""]) -> Params:
@@ -118,34 +124,44 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update. A loss or gradient that is not finite leaves params and moments as they are."""
     loss, gradient, tokens = loss_and_gradient(forward, state.params, batch, accumulate, mesh)
-    applied = state.step - state.optimizer.total_notfinite
     updates, optimizer = tx.update(gradient, state.optimizer, state.params)
     assert isinstance(optimizer, optax.ApplyIfFiniteState)
-    metrics = {
-        "loss": loss,
-        "learning_rate": jnp.asarray(schedule(applied), jnp.float32),
-        "grad_norm": optax.tree.norm(gradient).astype(jnp.float32),
-        "tokens": tokens,
-        "skipped": optimizer.total_notfinite,
-        "skipped_in_a_row": optimizer.notfinite_count,
-    }
+    norm = optax.tree.norm(gradient)
+    metrics = step_metrics(schedule, state, optimizer, loss, norm, tokens)
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, optimizer, state.step + 1, state.key), metrics  # pyrefly: ignore
 
 
-def make_train_step(
-    forward: Forward,
-    tx: optax.GradientTransformationExtraArgs,
+def step_metrics(
     schedule: optax.Schedule,
+    before: TrainState,
+    optimizer: optax.ApplyIfFiniteState,
+    loss: Float[Array, ""],
+    grad_norm: Float[Array, ""],
+    tokens: Float[Array, ""],
+) -> Metrics:
+    """What a step tells, from the state before it and the optimizer's state after it."""
+    applied = before.step - before.optimizer.total_notfinite
+    return {
+        "loss": loss,
+        "learning_rate": jnp.asarray(schedule(applied), jnp.float32),
+        "grad_norm": grad_norm.astype(jnp.float32),
+        "tokens": tokens,
+        "skipped": optimizer.total_notfinite,
+        "skipped_in_a_row": optimizer.notfinite_count,
+    }
+
+
+def make_train_step(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     *,
-    accumulate: int,
     mesh: Mesh,
     state_shardings: TrainState,
     compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`train_step` compiled for a mesh; it overwrites the state that it is given."""
+    """A step compiled for a mesh; it overwrites the state that it is given."""
     return jax.jit(
-        partial(train_step, forward, tx, schedule, accumulate, mesh),
+        step,
         in_shardings=(state_shardings, NamedSharding(mesh, BATCH)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
