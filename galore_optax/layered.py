@@ -1,7 +1,7 @@
 """A model of repeated layers, run forward as a whole and backward one piece at a time.
 
-The hidden states between layers are kept; within a layer they are computed again when its turn
-comes (activation checkpointing, Chen et al., arXiv:1604.06174, at the layers' boundaries).
+Of a layer is kept what its backward pass needs, or, with activation checkpointing at the layers'
+boundaries (Chen et al., arXiv:1604.06174), the hidden states before it.
 """
 
 import dataclasses
@@ -69,7 +69,9 @@ class Backward:
         dequantize: From a part of the params to its weights.
         weights: Those of all entries but the layers'.
         batches: Tree of arrays with a first axis of microbatches.
-        hidden: Before each layer, `(layers, microbatches, ...)`.
+        checkpoint: Whether a layer is computed again in the backward pass.
+        kept: Of each layer, `(layers, microbatches, ...)`, the hidden states before it or, without
+            checkpointing, its backward pass as `jax.vjp` gives it.
         last: Hidden states after the last layer.
         early: Entries of the weights whose gradients are whole when the head's is known; the others
             are embedded with, or tied, or not used.
@@ -79,7 +81,8 @@ class Backward:
     dequantize: Callable[[Params], Params]
     weights: Params
     batches: Batch
-    hidden: Hidden
+    checkpoint: bool
+    kept: PyTree
     last: Hidden
     early: frozenset[str]
     _in_head: frozenset[str]
@@ -102,10 +105,14 @@ class Backward:
         key = self.model.layers
         weights = self.dequantize({key: own})
 
-        def pull(h: Hidden, b: Batch, c: Hidden) -> tuple[Params, Hidden]:
-            return jax.vjp(lambda w, h: self.model.layer(w[key], h, b), weights, h)[1](c)
+        def pull(kept: Any, b: Batch, c: Hidden) -> tuple[Params, Hidden]:
+            if self.checkpoint:
+                back = jax.vjp(lambda w, h: self.model.layer(w[key], h, b), weights, kept)[1]
+            else:
+                back = _put_back(kept, (weights, b))
+            return back(c)
 
-        return over_microbatches(pull, at(self.hidden, i), self.batches, cotangent)
+        return over_microbatches(pull, at(self.kept, i), self.batches, cotangent)
 
     def embed(self, cotangent: Hidden, from_head: Params) -> Params:
         """The gradients of all entries that are not early, the head's share of them included."""
@@ -140,7 +147,12 @@ class Backward:
 
 
 def forward(
-    model: Layered, dequantize: Callable[[Params], Params], params: Params, batches: Batch
+    model: Layered,
+    dequantize: Callable[[Params], Params],
+    params: Params,
+    batches: Batch,
+    *,
+    checkpoint: bool,
 ) -> Backward:
     """Runs a model, and keeps what its backward pass needs.
 
@@ -149,22 +161,53 @@ def forward(
         dequantize: From a part of the params to its weights.
         params: Its params.
         batches: Tree of arrays with a first axis of microbatches.
+        checkpoint: Whether a layer is computed again in the backward pass.
     """
     stack, rest, _ = model.split(params)
-    weights = dequantize(rest)
+    key, weights = model.layers, dequantize(rest)
 
-    def one_layer(hidden: Hidden, own: PyTree) -> tuple[Hidden, Hidden]:
-        layer = dequantize({model.layers: own})[model.layers]
-        _, after = over_microbatches(lambda h, b: ((), model.layer(layer, h, b)), hidden, batches)
-        return after, hidden
+    def one_layer(hidden: Hidden, own: PyTree) -> tuple[Hidden, PyTree]:
+        layer = dequantize({key: own})
+
+        def run(h: Hidden, b: Batch) -> tuple[tuple[()], tuple[Hidden, PyTree]]:
+            if checkpoint:
+                return (), (model.layer(layer[key], h, b), h)
+            after, back = jax.vjp(lambda w, h: model.layer(w[key], h, b), layer, h)
+            return (), (after, _leave_out(back, (layer, b)))
+
+        return over_microbatches(run, hidden, batches)[1]
 
     _, first = over_microbatches(lambda b: ((), model.embed(weights, b)), batches)
-    last, hidden = jax.lax.scan(one_layer, first, stack)
+    last, kept = jax.lax.scan(one_layer, first, stack)
     h, b = jax.tree.map(lambda x: x[0], (first, batches))
     in_embed = _used(lambda weights: model.embed(weights, b), weights)
     in_head = _used(lambda weights: model.head(weights, h, b), weights)
     return Backward(
-        model, dequantize, weights, batches, hidden, last, in_head - in_embed, in_head, in_embed
+        model, dequantize, weights, batches, checkpoint, kept, last,
+        in_head - in_embed, in_head, in_embed,
+    )  # fmt: skip
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _There:
+    """In the place of an array that is at hand in the backward pass: the leaf of that number."""
+
+    leaf: int
+
+
+def _leave_out(back: PyTree, there: PyTree) -> PyTree:
+    """A backward pass, which is a tree of the arrays it has kept, without those that are there."""
+    numbers = {id(x): i for i, x in enumerate(jax.tree.leaves(there))}
+    return jax.tree.map(lambda x: _There(numbers[id(x)]) if id(x) in numbers else x, back)
+
+
+def _put_back(back: PyTree, there: PyTree) -> PyTree:
+    leaves = jax.tree.leaves(there)
+    return jax.tree.map(
+        lambda x: leaves[x.leaf] if isinstance(x, _There) else x,
+        back,
+        is_leaf=lambda x: isinstance(x, _There),
     )
 
 

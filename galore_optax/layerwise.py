@@ -91,15 +91,17 @@ class Layerwise:
     either where an element is beyond 1e19.)
 
     Attributes:
-        model: The model. Hidden states are kept between its layers, not within.
+        model: The model.
         tx: The transformation, with its learning rate in it.
         clip_norm: Gradients are scaled down to this global norm; None leaves them.
         clip: By which norm: "exact" (a backward pass before, which finds it) or "previous" (that of
             the step before; the first step's is its own).
         accumulate: Where it is more than one, every leaf of a batch has a first axis of so many
             microbatches. Their losses, and gradients in float32, are summed, layer by layer, so
-            that one layer's gradient is all that there is of them; hidden states between layers are
-            kept of all microbatches.
+            that one layer's gradient is all that there is of them; what is kept for the backward
+            pass is kept of all microbatches.
+        checkpoint: Whether a layer is computed again in the backward pass, from the hidden states
+            before it; else all that its backward pass needs is kept, of every layer.
         dequantize: From a part of the params (a dict of some of their entries; of the layers' one
             layer) to the weights that the model sees and gradients are taken for.
         apply_updates: From a part of the params, its updates, the steps done so far and the layer
@@ -136,6 +138,7 @@ class Layerwise:
     clip_norm: float | None = None
     clip: str = "exact"
     accumulate: int = 1
+    checkpoint: bool = True
     dequantize: Callable[[Params], Params] = lambda part: part
     apply_updates: ApplyUpdates = _apply_updates
 
@@ -200,7 +203,7 @@ class Layerwise:
         key = self.model.layers
         stack, rest, layers = self.model.split(params)
         batches = batch if self.accumulate > 1 else jax.tree.map(lambda x: x[None], batch)
-        backward = forward(self.model, self.dequantize, params, batches)
+        backward = forward(self.model, self.dequantize, params, batches, checkpoint=self.checkpoint)
         norm = None
         if self.clip_norm is not None and self.clip == "exact":
             norm = backward.norm(stack)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from galore_optax import GaLoreDimensionNumbers
 from models.llama_config import LlamaConfig, Params, Weight, weight_table
@@ -85,13 +85,15 @@ class Llama(nnx.Module):
             ValueError: If L is above `config.max_length`.
         """
         config = self.config
-        _check_length(token_ids.shape[1], config)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
-        layer = training_layer(config, positions, segment_ids)
+        sequences = sequences_of(config, positions, segment_ids)
         hidden = self.embedding[...][token_ids].astype(config.dtype)
-        layers = nnx.to_pure_dict(nnx.state(self.layers))
-        hidden, _ = jax.lax.scan(lambda x, params: (layer(params, x), None), hidden, layers)
+        hidden, _ = jax.lax.scan(
+            lambda hidden, layer: (training_layer(config, sequences, layer, hidden), None),
+            hidden,
+            nnx.to_pure_dict(nnx.state(self.layers)),
+        )
         return rms_norm(hidden, self.norm[...], config.norm_eps)
 
     def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
@@ -196,42 +198,70 @@ def apply_layer(
     return hidden + linear(activation, mlp["down"])
 
 
-def training_layer(
+class Sequences(NamedTuple):
+    """What every layer needs to know of a batch of whole sequences.
+
+    Attributes:
+        rotary: `rotary_angles` of the tokens' positions.
+        mask: Which keys (last) a query may see, other than later ones; None where it may see all.
+    """
+
+    rotary: Rotary
+    mask: Bool[Array, "B 1 L L"] | None
+
+
+def sequences_of(
     config: LlamaConfig,
-    positions: Int[Array, "B L"],
-    segment_ids: Int[Array, "B L"] | None = None,
-) -> Callable[[Params, Float[Array, "B L D"]], Float[Array, "B L D"]]:
-    """One layer over whole sequences, as a function of its params and the hidden states before it.
+    positions: Int[Array, "*A B L"],
+    segment_ids: Int[Array, "*A B L"] | None = None,
+) -> Sequences:
+    """`Sequences` of positions and, where rows hold several documents, the document of each token.
+
+    Raises:
+        ValueError: If L is above `config.max_length`.
+    """
+    _check_length(positions.shape[-1], config)
+    mask = None
+    if segment_ids is not None:
+        mask = (segment_ids[..., :, None] == segment_ids[..., None, :])[..., None, :, :]
+    return Sequences(rotary_angles(config, positions), mask)
+
+
+def training_layer(
+    config: LlamaConfig, sequences: Sequences, params: Params, hidden: Float[Array, "B L D"]
+) -> Float[Array, "B L D"]:
+    """One layer over whole sequences; what its backward pass keeps is what the configuration says.
 
     Args:
         config: Sizes and numerics.
-        positions: Of each token for the rotary embedding, (B, L).
-        segment_ids: Document of each token, (B, L); one document a row if not given.
+        sequences: Of the batch.
+        params: One layer's slice of the params under "layers".
+        hidden: The residual stream, (B, L, D).
     """
-    length = positions.shape[1]
-    mask = None
-    if segment_ids is not None:
-        mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]  # (B, 1, L, L)
-    implementation = attention_implementation(config, length)
-    rotary = rotary_angles(config, positions)
-
-    def attend(query, key, value):
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, is_causal=True, implementation=implementation
-        )
+    implementation = attention_implementation(config, hidden.shape[1])
 
     def layer(params, hidden):
-        return apply_layer(config, params, hidden, rotary, attend)
+        def attend(query, key, value):
+            return jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                mask=sequences.mask,
+                is_causal=True,
+                implementation=implementation,
+            )
+
+        return apply_layer(config, params, hidden, sequences.rotary, attend)
 
     # A loop's body is never merged with its recomputation, so no barrier is needed.
     if config.rematerialize:
-        return jax.checkpoint(layer, prevent_cse=False)
-    if implementation == "xla":
+        layer = jax.checkpoint(layer, prevent_cse=False)
+    elif implementation == "xla":
         # Norms, rotations and softmax take less time to compute again than to write and read.
         # Not with cuDNN: its attention is no plain product, and would run twice.
         keep_products = jax.checkpoint_policies.dots_saveable
-        return jax.checkpoint(layer, prevent_cse=False, policy=keep_products)
-    return layer
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=keep_products)
+    return layer(params, hidden)
 
 
 def linear(x: Float[Array, "B L in"], weight: Float[Array, "in out"]) -> Float[Array, "B L out"]:

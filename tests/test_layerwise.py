@@ -133,7 +133,10 @@ INNERS = {
 
 @pytest.mark.parametrize("name", INNERS)
 def test_it_equals_the_ordinary_step(name):
-    assert_equal(by_layers(INNERS[name]), ordinary(INNERS[name], unstack=True))
+    tx = INNERS[name]
+    # What a layer keeps for its backward pass changes nothing.
+    got = by_layers(tx, checkpoint=name != "adamw")
+    assert_equal(got, ordinary(tx, unstack=True))
 
 
 MATRICES = {

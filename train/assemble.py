@@ -145,15 +145,16 @@ def _compile_parts(
         log(f"sharding: {note}")
     if config.layerwise:
         by_layers = Layerwise(
-            layerwise.layered_llama(model, config.sequences),
+            layerwise.layered_llama(model, mesh),
             make_recipe(config, llama.dimension_numbers),
             clip_norm=config.clip_norm,
             clip=config.clip,
             accumulate=config.accumulate,
+            checkpoint=config.rematerialize,
         )
         init_optimizer = partial(layerwise.init, by_layers)
         optimizer_at = layerwise.shardings(by_layers, mesh, shapes, params_at)
-        step = partial(layerwise.train_step, by_layers, schedule, mesh)
+        step = partial(layerwise.train_step, by_layers, model, config.sequences, schedule, mesh)
     else:
         tx = make_optimizer(config, llama.dimension_numbers)
         init_optimizer = tx.init

@@ -66,7 +66,7 @@ class Pretrain:
     """Compute activations again in the backward pass instead of keeping them."""
     layerwise: bool = False
     """Update each layer as soon as the backward pass has its gradient: one layer's is in memory at
-    a time. What lies within a layer is computed again, as with --rematerialize."""
+    a time."""
     clip: Literal["exact", "previous"] = "exact"
     """By which norm --layerwise clips: its own, for which there is a second backward pass, or that
     of the step before."""

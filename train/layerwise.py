@@ -1,38 +1,40 @@
 """The training step of `--layerwise`: a LLaMA's backward pass and its update, a layer at a time."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
 
 from galore_optax.layered import Layered
 from galore_optax.layerwise import Layerwise
-from models.llama import rms_norm, training_layer
+from models.llama import rms_norm, sequences_of, training_layer
 from models.llama_config import LlamaConfig
 from train.loss import summed_cross_entropy
-from train.mesh import replicated
+from train.mesh import BATCH, replicated
 from train.step import Batch, Metrics, Params, TrainState, cut, step_metrics
 
 
-def layered_llama(config: LlamaConfig, sequences: str) -> Layered:
-    """A LLaMA in pieces, whose batches have, beside the data's arrays, `tokens`: all that count.
+def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
+    """A LLaMA in pieces, which take what `with_sequences` makes of a batch.
 
     Args:
         config: sizes and numerics.
-        sequences: `packed` or `document`.
+        mesh: the devices, over which hidden states are split as the batch is.
     """
-    # A layer is computed again as it is: its checkpoints within are those of the fastest way.
+    # Whether a layer is computed again in the backward pass is said to `Layerwise`.
     config = dataclasses.replace(config, rematerialize=False)
 
     def embed(params, batch):
         return params["embedding"][batch["inputs"]].astype(config.dtype)
 
     def layer(params, hidden, batch):
-        if sequences == "packed":
-            return training_layer(config, batch["positions"], batch["segment_ids"])(params, hidden)
-        positions = jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2])
-        return training_layer(config, positions)(params, hidden)
+        hidden = training_layer(config, batch["sequences"], params, hidden)
+        # XLA would split them otherwise within the loop over the layers.
+        return jax.lax.with_sharding_constraint(hidden, NamedSharding(mesh, BATCH))
 
     def head(params, hidden, batch):
         hidden = rms_norm(hidden, params["norm"], config.norm_eps)
@@ -40,6 +42,26 @@ def layered_llama(config: LlamaConfig, sequences: str) -> Layered:
         return summed / jnp.maximum(batch["tokens"], 1)
 
     return Layered(embed, layer, head)
+
+
+def with_sequences(
+    config: LlamaConfig, mode: str, batch: dict[str, Array], tokens: Array
+) -> dict[str, Any]:
+    """A batch, or a stack of microbatches, and what the pieces need beside the data's arrays.
+
+    Args:
+        config: sizes and numerics.
+        mode: `packed` or `document`.
+        batch: arrays `(..., B, L)`.
+        tokens: how many targets count, in all microbatches.
+    """
+    if mode == "packed":
+        sequences = sequences_of(config, batch["positions"], batch["segment_ids"])
+    else:
+        shape = batch["inputs"].shape
+        sequences = sequences_of(config, jnp.broadcast_to(jnp.arange(shape[-1]), shape))
+    tokens = jnp.broadcast_to(tokens, batch["inputs"].shape[:-2])
+    return {**batch, "sequences": sequences, "tokens": tokens}
 
 
 def init(optimizer: Layerwise, params: Params) -> optax.ApplyIfFiniteState:
@@ -58,18 +80,25 @@ def shardings(
 
 
 def train_step(
-    optimizer: Layerwise, schedule: optax.Schedule, mesh: Mesh, state: TrainState, batch: Batch
+    optimizer: Layerwise,
+    config: LlamaConfig,
+    mode: str,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    state: TrainState,
+    batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """One update; `Layerwise` says what becomes of a loss or gradient that is not finite.
 
     A step of which anything was left out counts as skipped.
     """
     tokens = jnp.sum(batch["weights"])
-    if optimizer.accumulate > 1:
-        batch = cut(batch, optimizer.accumulate, mesh)
-    batch = {**batch, "tokens": jnp.broadcast_to(tokens, batch["weights"].shape[:-2])}
+    several = optimizer.accumulate > 1
+    batch = cut(batch, optimizer.accumulate, mesh) if several else dict(batch)
     before = state.optimizer
-    params, inner, told = optimizer.step(state.params, before.inner_state, batch)
+    params, inner, told = optimizer.step(
+        state.params, before.inner_state, with_sequences(config, mode, batch, tokens)
+    )
     after = optax.ApplyIfFiniteState(
         notfinite_count=jnp.where(told.finite, 0, before.notfinite_count + 1),
         last_finite=told.finite,
