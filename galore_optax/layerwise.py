@@ -16,13 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from galore_optax.layered import Batch, Layered, Params, at, forward, squares, written
+from galore_optax.layered import Backward, Batch, Layered, Params, at, forward, squares, written
 from galore_optax.leaf_by_leaf import coupled_leaves
-from galore_optax.sharding import state_shardings
 
 CLIPS = ("exact", "previous")
 
@@ -172,10 +170,10 @@ class Layerwise:
                 "step never has all gradients at once: take it out of tx (clip_norm= clips by the "
                 "global norm, and what is not finite is not applied anyway)"
             )
-        absent = _absent(one)
+        nothing = absent(one)
 
         def of_part(part: Params) -> optax.OptState:
-            return self.tx.init({**absent, **self.dequantize(part)})
+            return self.tx.init({**nothing, **self.dequantize(part)})
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -204,116 +202,132 @@ class Layerwise:
         stack, rest, layers = self.model.split(params)
         batches = batch if self.accumulate > 1 else jax.tree.map(lambda x: x[None], batch)
         backward = forward(self.model, self.dequantize, params, batches, checkpoint=self.checkpoint)
-        norm = None
-        if self.clip_norm is not None and self.clip == "exact":
-            norm = backward.norm(stack)
-            # Behind the barrier the head is computed again: else its gradient would be kept.
-            last, norm = jax.lax.optimization_barrier((backward.last, norm))
-            backward = dataclasses.replace(backward, last=last)
-        elif self.clip_norm is not None:
-            norm = jax.lax.cond(state.norm > 0, lambda: state.norm, lambda: backward.norm(stack))
+        clip_at = self._norm(backward, stack, state.norm)
         loss, from_head, cotangent = backward.head()
-        absent = _absent(jax.eval_shape(self.dequantize, params))
-        update = functools.partial(self._update, absent, jnp.asarray(state.count), norm, loss)
+        nothing = absent(jax.eval_shape(self.dequantize, params))
+        update = functools.partial(self._update, nothing, jnp.asarray(state.count), clip_at, loss)
 
-        def update_rest(gradients: Params, ok: Array) -> tuple[Params, dict[str, optax.OptState]]:
-            parts, states = {}, {}
-            for k, gradient in gradients.items():
-                part, states[k] = update({k: rest[k]}, state.rest[k], {k: gradient}, ok)
-                parts |= part
-            return parts, states
-
+        ok = jnp.isfinite(loss) if clip_at is None else jnp.isfinite(loss) & jnp.isfinite(clip_at)
         early = {k: from_head[k] for k in backward.early}
-        total = squares(early)
-        ok = jnp.isfinite(loss) & jnp.isfinite(total)
-        ok = ok if norm is None else ok & jnp.isfinite(norm)
-        # The barrier has these updates done first: their gradients would be alive in the loop.
-        cotangent, done = jax.lax.optimization_barrier((cotangent, update_rest(early, ok)))
-
-        def turn(turns: Array, carry: Any) -> Any:
-            stacks, above, cotangent, total, ok = carry
-            i = layers - 1 - turns
-            # A layer is written at the beginning of the next turn, before anything is read: where
-            # one turn both reads and writes, XLA copies the whole stacks, in every turn.
-            stacks = written(stacks, jnp.minimum(i + 1, layers - 1), above)
-            own, own_state = at(stacks, i)
-            gradient, cotangent = backward.layer(own, i, cotangent)
-            total += squares(gradient)
-            ok &= jnp.isfinite(total)
-            part, own_state = update({key: own}, own_state, gradient, ok, layer=i, layers=layers)
-            return stacks, (part[key], own_state), cotangent, total, ok
-
+        total, ok = self._judged(jnp.zeros((), jnp.float32), ok, early)
+        new_rest, rest_states = _update_rest(update, rest, state.rest, early, ok)
+        # The layers come when that is done, and its gradients are gone.
+        top = _known_after((new_rest, cotangent), layers - 1)
         stacks = stack, state.layers
-        carry = stacks, at(stacks, layers - 1), cotangent, total, ok
+        carry = stacks, at(stacks, top), cotangent, total, ok
+        turn = functools.partial(self._turn, backward, update, layers)
         stacks, above, cotangent, total, ok = jax.lax.fori_loop(0, layers, turn, carry)
-        stack, layer_states = written(stacks, 0, above)
+        new_stack, layer_states = written(stacks, 0, above)
 
         late = backward.embed(cotangent, from_head)
-        total += squares(late)
-        ok &= jnp.isfinite(total)
-        parts, states = update_rest(late, ok)
-        grad_norm = jnp.sqrt(total)
+        total, ok = self._judged(total, ok, late)
+        late_rest, late_states = _update_rest(update, rest, state.rest, late, ok)
+
+        grad_norm = clip_at if self._exact and clip_at is not None else jnp.sqrt(total)
         new_state = LayerwiseState(
             count=optax.safe_increment(state.count),
             norm=jnp.where(jnp.isfinite(grad_norm), grad_norm, state.norm),
             layers=layer_states,
-            rest=done[1] | states,
+            rest=rest_states | late_states,
         )
-        return done[0] | parts | {key: stack}, new_state, Metrics(loss, grad_norm, ok)
+        return {**new_rest, **late_rest, key: new_stack}, new_state, Metrics(loss, grad_norm, ok)
+
+    @property
+    def _exact(self) -> bool:
+        return self.clip_norm is not None and self.clip == "exact"
+
+    def _norm(self, backward: Backward, stack: Any, previous: Array) -> Array | None:
+        """The global norm to clip by; infinite where the gradient's is."""
+        if self.clip_norm is None:
+            return None
+        if self._exact:
+            wanted, other = jnp.isfinite(squares(backward.last)), jnp.float32(jnp.inf)
+        else:
+            wanted, other = previous == 0, previous
+        # In a branch, since elsewhere XLA shares what this backward pass has in common with the one
+        # that updates, and so keeps arrays as large as the head's gradient.
+        return jax.lax.cond(wanted, lambda: backward.norm(stack), lambda: other)
+
+    def _judged(self, total: Array, ok: Array, gradient: Params) -> tuple[Array, Array]:
+        """The sum of squares with a gradient's, and whether all is still finite."""
+        if self._exact:  # it is known, so that a part of a gradient may be used before the rest
+            return total, ok
+        total += squares(gradient)
+        return total, ok & jnp.isfinite(total)
+
+    def _turn(
+        self,
+        backward: Backward,
+        update: Callable[..., tuple[Params, optax.OptState]],
+        layers: int,
+        turns: Array,
+        carry: Any,
+    ) -> Any:
+        """One layer's backward pass and update."""
+        stacks, above, cotangent, total, ok = carry
+        key, i = self.model.layers, layers - 1 - turns
+        # A layer is written at the beginning of the next turn, before anything is read: where one
+        # turn both reads and writes, XLA copies the whole stacks, in every turn.
+        stacks = written(stacks, jnp.minimum(i + 1, layers - 1), above)
+        own, own_state = at(stacks, i)
+        gradient, cotangent = backward.layer(own, i, cotangent)
+        total, ok = self._judged(total, ok, gradient)
+        part, new_state = update({key: own}, own_state, gradient, layer=i, layers=layers)
+        chosen = functools.partial(jnp.where, ok)
+        above = jax.tree.map(chosen, (part[key], new_state), (own, own_state))
+        return stacks, above, cotangent, total, ok
 
     def _update(
         self,
-        absent: Params,
+        nothing: Params,
         count: Array,
-        norm: Array | None,
+        clip_at: Array | None,
         loss: Array,
         part: Params,
         state: optax.OptState,
         gradient: Params,
-        ok: Array,
         **layer: Any,
     ) -> tuple[Params, optax.OptState]:
-        """A part of the params and its state, updated where that is `ok`."""
-        if norm is not None and self.clip_norm is not None:
-            gradient = _clipped(gradient, norm, self.clip_norm)
+        """A part of the params and its state, updated."""
+        if clip_at is not None and self.clip_norm is not None:
+            gradient = _clipped(gradient, clip_at, self.clip_norm)
         updates, new_state = optax.with_extra_args_support(self.tx).update(
-            {**absent, **gradient},
+            {**nothing, **gradient},
             state,
-            {**absent, **self.dequantize(part)},
+            {**nothing, **self.dequantize(part)},
             value=loss,
             **layer,
         )
         updates = {k: updates[k] for k in part}  # pyrefly: ignore[bad-index]
-        new = self.apply_updates(part, updates, count, layer.get("layer"))
-        chosen = functools.partial(jnp.where, ok)
-        return jax.tree.map(chosen, (new, new_state), (part, state))
+        return self.apply_updates(part, updates, count, layer.get("layer")), new_state
 
-    def state_shardings(self, weights: Params, weight_shardings: Params) -> LayerwiseState:
-        """Shardings for the state, from the weights'.
 
-        Args:
-            weights: Tree of arrays or of `jax.ShapeDtypeStruct`.
-            weight_shardings: The same tree of `jax.sharding.NamedSharding`, all over one mesh, none
-                of which splits the layers' axis.
+def _update_rest(
+    update: Callable[..., tuple[Params, optax.OptState]],
+    rest: Params,
+    states: dict[str, optax.OptState],
+    gradients: Params,
+    ok: Array,
+) -> tuple[Params, dict[str, optax.OptState]]:
+    """Those entries of the params, and their states, that have gradients, updated where `ok`."""
+    new, new_states = {}, {}
+    for k, gradient in gradients.items():
+        # A loop of one turn or none, so that what XLA copies for an update it copies here, and not
+        # at the beginning of the step.
+        def once(_: Array, own: tuple[Params, Any], k: str, g: Any) -> tuple[Params, Any]:
+            return update(*own, {k: g})
 
-        Raises:
-            ValueError: If the shardings are others.
-        """
-        key, absent = self.model.layers, _absent(weights)
-        at_all, at_one = weight_shardings, jax.tree.map(_of_a_layer, weight_shardings[key])
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), weights[key])
+        once = functools.partial(once, k=k, g=gradient)
+        own = {k: rest[k]}, states[k]
+        part, new_states[k] = jax.lax.fori_loop(0, ok.astype(jnp.int32), once, own)
+        new |= part
+    return new, new_states
 
-        def of_part(part: Params, at_part: Params) -> optax.OptState:
-            return state_shardings(self.tx, {**absent, **part}, {**absent, **at_part})
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            layers = of_part({key: one}, {key: at_one})
-            rest = {k: of_part({k: weights[k]}, {k: at_all[k]}) for k in weights if k != key}
-        mesh = jax.tree.leaves(weight_shardings)[0].mesh
-        whole = NamedSharding(mesh, PartitionSpec())
-        stacked = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(None, *s.spec)), layers)
-        return LayerwiseState(whole, whole, stacked, rest)  # pyrefly: ignore
+def _known_after(tree: Any, number: int) -> Array:
+    """A number that XLA cannot know before the first array of a tree is computed."""
+    first = jax.tree.leaves(tree)[0].reshape(-1)[0].astype(jnp.float32)
+    return jnp.minimum(number + jnp.isfinite(first).astype(jnp.int32), number)
 
 
 def _clipped(gradient: Params, norm: Array, at: float) -> Params:
@@ -321,16 +335,6 @@ def _clipped(gradient: Params, norm: Array, at: float) -> Params:
     return jax.tree.map(lambda g: jnp.where(norm < at, g, g / norm.astype(g.dtype) * at), gradient)
 
 
-def _absent(params: Params) -> Params:
+def absent(params: Params) -> Params:
     """The params as `optax.masked` shows them where no leaf is meant, for a part to be put in."""
     return jax.tree.map(lambda _: optax.MaskedNode(), params)
-
-
-def _of_a_layer(sharding: NamedSharding) -> NamedSharding:
-    layers, *spec = (*sharding.spec, None)
-    if layers is not None:
-        raise ValueError(
-            f"weight_shardings: {sharding.spec} splits the layers' axis, over which a loop runs; "
-            "split another axis"
-        )
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))

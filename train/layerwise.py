@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from galore_optax.layered import Layered
 from galore_optax.layerwise import Layerwise
+from galore_optax.layerwise_sharding import layerwise_shardings
 from models.llama import rms_norm, sequences_of, training_layer
 from models.llama_config import LlamaConfig
 from train.loss import summed_cross_entropy
@@ -75,7 +76,7 @@ def shardings(
 ) -> optax.ApplyIfFiniteState:
     """Where the optimizer's state lives, from where the params live."""
     whole = replicated(mesh)
-    inner = optimizer.state_shardings(shapes, params_at)
+    inner = layerwise_shardings(optimizer, shapes, params_at)
     return optax.ApplyIfFiniteState(whole, whole, whole, inner)  # pyrefly: ignore
 
 
