@@ -45,7 +45,8 @@ class GaLoreState(NamedTuple):
             dtype, a tuple of them where both sides (or a tensor's axes) are, a `QuantizedArray`
             each with `projection_bits`; `optax.MaskedNode` at others.
         next_refresh: The step from which a refresh is due, of every matrix, leaf by leaf in the
-            order of `jax.tree.leaves`, of shape `(matrices,)`.
+            order of `jax.tree.leaves`, of shape `(matrices,)`; `(1,)` where none is projected,
+            since Orbax saves no array without elements.
         refreshes: How many refreshes each matrix has had, in the same order.
         adaptation: The `Adaptation` of `adaptive_refresh`; `()` without it.
         inner: The inner transformation's state for the projected params.
@@ -97,6 +98,10 @@ def galore(
     depends on the params' values, nor the slope of its update with respect to them on anything but
     scalars, its use of params *is* decoupled decay: then it is evaluated at params zero, and slope
     times W is added. The matrices of a stacked leaf are separate leaves to `inner`.
+
+    Its update takes the extra arguments `layer` and `layers`, where it is called for one layer of a
+    stack at a time (`galore_optax.layerwise`): which layer of how many. Random numbers and the
+    steps of refreshes are then what they are where it is called for the whole stack.
 
     Args:
         rank: Dimensions of the subspace: a whole number from 1 (a matrix whose smaller side is less
@@ -218,12 +223,13 @@ def galore(
         inner_state = inner.init(small)
         if rule != "keep" and any(plans):
             places(inner, inner_state, params, plans)  # raises here, not in the first update
+        several = max(1, matrices(plans))
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             bases=tree.unflatten(bases),
-            next_refresh=jnp.zeros(matrices(plans), jnp.int32),
-            refreshes=jnp.zeros(matrices(plans), jnp.int32),
-            adaptation=adaptive_refresh.init(matrices(plans)) if adaptive_refresh else (),
+            next_refresh=jnp.zeros(several, jnp.int32),
+            refreshes=jnp.zeros(several, jnp.int32),
+            adaptation=adaptive_refresh.init(several) if adaptive_refresh else (),
             inner=inner_state,
         )
 
@@ -231,6 +237,9 @@ def galore(
         updates: optax.Updates,
         state: GaLoreState,
         params: optax.Params | None = None,
+        *,
+        layer: ArrayLike | None = None,
+        layers: int = 1,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         grads, tree = jax.tree.flatten(updates)
@@ -239,8 +248,9 @@ def galore(
         key = jax.random.key(seed)
         bases = [b if isinstance(b, tuple) else (b,) for b in tree.flatten_up_to(state.bases)]
         due = by_leaf(plans, state.next_refresh)
-        gaps = steps_to_next(plans, due, count, update_proj_gap, stagger)
-        if adaptive_refresh:
+        which = (0, 1) if layer is None else (layer, layers)
+        gaps = steps_to_next(plans, due, count, update_proj_gap, stagger, *which)
+        if adaptive_refresh and any(plans):
             factors = by_leaf(plans, state.adaptation.factor)
             gaps = [gap * factor for gap, factor in zip(gaps, factors, strict=True)]
         kept = None if rank_schedule is None else jnp.asarray(rank_schedule(count), jnp.float32)
@@ -260,6 +270,7 @@ def galore(
                 plan, find, carry_over, similarity, grads[i], bases[i],
                 own if carry_over else ((),) * len(own),
                 due[i], count, gaps[i], kept, key, jnp.uint32(plan.path_hash),
+                jnp.asarray(which[0], jnp.int32) * plan.matrices,
             )  # fmt: skip
             refreshed[i] = (following != due[i]).reshape(-1)
             bases[i], due[i] = new, following
@@ -271,6 +282,8 @@ def galore(
             triples = zip(plans, bases, leaves, strict=True)
             return tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
 
+        if layer is not None:
+            extra_args |= {"layer": layer, "layers": layers}
         weights = None if params is None else dequantized(tree.flatten_up_to(params))
         if rule == "reset":
             inner_leaves = reset(
@@ -300,9 +313,10 @@ def galore(
             for i, slope in enumerate(tree.flatten_up_to(slopes)):
                 if (whole := decay(slope, plans[i], weights[i])) is not None:
                     steps[i] = steps[i] + whole.astype(steps[i].dtype)
-        happened, next_refresh = flat(refreshed, bool), flat(due, jnp.int32)
-        adaptation = state.adaptation
-        if adaptive_refresh:
+        happened, next_refresh, adaptation = False, state.next_refresh, state.adaptation
+        if any(plans):
+            happened, next_refresh = flat(refreshed, bool), flat(due, jnp.int32)
+        if any(plans) and adaptive_refresh:
             # The first basis took the place of a random one.
             comparable = happened & (state.refreshes > 0)
             adaptation = adaptive_refresh.update(

@@ -5,6 +5,8 @@ import optax
 from jaxtyping import PyTree
 
 from galore_optax.galore import GaLoreState
+from galore_optax.layered import at
+from galore_optax.layerwise import LayerwiseState
 
 
 def tree_bytes(tree: PyTree) -> int:
@@ -30,9 +32,16 @@ def state_bytes(state: optax.OptState) -> dict[str, int]:
         >>> state_bytes(state)["projections"], state_bytes(state)["moments"]
         (2048, 16384)
     """
-    parts = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, GaLoreState))
+    parts = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, GaLoreState | LayerwiseState))
     kinds = dict(projections=0, moments=0, counters=0)
     for part in parts:
+        if isinstance(part, LayerwiseState):
+            # Of one layer, since a number for each layer is no moment.
+            one = jax.eval_shape(lambda stack: at(stack, 0), part.layers)
+            layers = tree_bytes(part.layers) // max(1, tree_bytes(one))
+            of_one, of_rest = state_bytes(one), state_bytes((part.count, part.norm, part.rest))
+            kinds = {kind: kinds[kind] + layers * of_one[kind] + of_rest[kind] for kind in kinds}
+            continue
         galore = isinstance(part, GaLoreState)
         if galore:
             kinds["projections"] += tree_bytes(part.bases)

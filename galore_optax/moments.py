@@ -141,17 +141,13 @@ def reset(
     ]
     if not moved:
         return leaves
-
-    def made_anew() -> list[Array]:
-        fresh = sharded_like(jax.tree.leaves(init(), is_leaf=is_quantized), leaves)
-        new = list(leaves)
-        for position, found in moved:
-            new[position] = jax.tree.map(
-                partial(jnp.where, found), fresh[position], leaves[position]
-            )
-        return new
-
-    return jax.lax.cond(jnp.any(jnp.array([f for _, f in moved])), made_anew, lambda: leaves)
+    # No conditional: zeros are chosen in the pass that updates a moment, and one conditional for
+    # all matrices would let each of them depend on the gradients of the others.
+    fresh = sharded_like(jax.tree.leaves(init(), is_leaf=is_quantized), leaves)
+    new = list(leaves)
+    for position, found in moved:
+        new[position] = jax.tree.map(partial(jnp.where, found), fresh[position], leaves[position])
+    return new
 
 
 @dataclasses.dataclass(frozen=True)

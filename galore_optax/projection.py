@@ -119,26 +119,23 @@ class Projection:
             operands += [split, [*axes, self._rank_axis(mode)]]
         return operands
 
-    def keys(self, key: PRNGKeyArray) -> PRNGKeyArray:
-        """A key for each matrix of the flattened stack, told apart by path and index."""
-        own = jax.random.fold_in(key, self.path_hash)
-        return jax.vmap(lambda i: jax.random.fold_in(own, i))(jnp.arange(self.matrices))
-
     def random_bases(
         self, leaf: Float[Array, "..."], key: PRNGKeyArray, bits: int | None = None
     ) -> Bases:
         """Random orthonormal bases in the leaf's dtype, sharded as their axes of the leaf.
 
         Their columns are coordinates, drawn without repetition: orthonormal in any dtype and code,
-        and made without a factorization. With `bits` they are stored in so many each.
+        and made without a factorization. With `bits` they are stored in so many each. The matrices
+        of a stack begin with the same basis, as they do where each of them is a leaf of that path
+        (`galore_optax.layerwise`).
         """
 
         def basis(mode: int, rank: int) -> Array:
             n = self.view.sizes[mode]
-            keys = jax.vmap(lambda k: jax.random.fold_in(k, mode))(self.keys(key))
-            drawn = jax.vmap(lambda k: jax.random.permutation(k, n)[:rank])(keys)
-            drawn = drawn.reshape(*self.view.batch_shape, 1, rank)
-            return (jnp.arange(n)[:, None] == drawn).astype(leaf.dtype)
+            own = jax.random.fold_in(jax.random.fold_in(key, self.path_hash), mode)
+            drawn = jax.random.permutation(own, n)[:rank]
+            one = (jnp.arange(n)[:, None] == drawn).astype(leaf.dtype)
+            return jnp.broadcast_to(one, (*self.view.batch_shape, n, rank))
 
         def draw(leaf: Array) -> tuple[Array, ...]:
             del leaf

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from galore_optax.adaptive_refresh import Similarity
@@ -33,10 +34,10 @@ def matrices(plans: Sequence[Projection | None]) -> int:
     return sum(plan.matrices for plan in plans if plan is not None)
 
 
-def by_leaf(plans: Sequence[Projection | None], every: Shaped[Array, " matrices"]) -> list[Array]:
+def by_leaf(plans: Sequence[Projection | None], every: Any) -> list[Any]:
     """Of one number for every matrix those of each leaf, `(*batch,)`; none of one unprojected."""
-    if not plans:
-        return []
+    if not any(plans):
+        return [None] * len(plans)
     shapes = [(0,) if plan is None else plan.view.batch_shape for plan in plans]
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
     return [x.reshape(shape) for x, shape in zip(jnp.split(every, ends), shapes, strict=True)]
@@ -53,10 +54,15 @@ def steps_to_next(
     count: Array,
     gap: int | optax.Schedule,
     stagger: bool,
+    layer: ArrayLike = 0,
+    layers: int = 1,
 ) -> list[Any]:
-    """Steps from a refresh at this step to the next, for each matrix of each projected leaf."""
+    """Steps from a refresh at this step to the next, for each matrix of each projected leaf.
+
+    Of `layers` layers these are the leaves of `layer`; all layers' are counted leaf by leaf.
+    """
     steps = jnp.maximum(jnp.asarray(gap(count) if callable(gap) else gap, jnp.int32), 1)
-    total = matrices(plans)
+    total = matrices(plans) * layers
     gaps, before = [], 0
     for plan, at in zip(plans, due, strict=True):
         if plan is None:
@@ -65,11 +71,11 @@ def steps_to_next(
         own = jnp.full(at.shape, steps)
         if stagger:
             # From half a gap to one and a half after the first refresh, then a gap for each.
-            phase = (before + np.arange(plan.matrices) + 0.5) / total + 0.5
-            first = jnp.ceil(steps * phase.astype(np.float32)).astype(jnp.int32)
-            own = jnp.where(at == 0, first.reshape(at.shape), own)
+            phase = (before + np.arange(layers * plan.matrices) + 0.5) / total + 0.5
+            phase = jnp.asarray(phase.reshape(layers, *at.shape), jnp.float32)[layer]
+            own = jnp.where(at == 0, jnp.ceil(steps * phase).astype(jnp.int32), own)
         gaps.append(own)
-        before += plan.matrices
+        before += layers * plan.matrices
     return gaps
 
 
@@ -89,6 +95,7 @@ def refresh(
     kept: Float[Array, ""] | None,
     key: PRNGKeyArray,
     path: Int[Array, ""],
+    first: Int[Array, ""],
 ) -> tuple[Bases, Moments, Int[Array, "*batch"], Float[Array, " matrices"]]:
     """New bases for the matrices of a leaf that are due one; costs nothing on other steps.
 
@@ -109,6 +116,7 @@ def refresh(
         kept: Fraction of the rank that new bases use; None uses it all.
         key: Of the whole transformation; step, path and the matrix's index are folded in.
         path: The hash of the leaf's path.
+        first: The index of the leaf's first matrix; not 0 where other layers are before it.
 
     Returns:
         The bases, the moments, the steps from which the next refreshes are due, and of each
@@ -117,7 +125,7 @@ def refresh(
     return with_automatic_axes(
         partial(_refresh, projection, find, carry_over, similarity),
         lambda _: (*specs((bases, moments, due)), PartitionSpec()),
-        grad, bases, moments, due, count, gaps, kept, key, path,
+        grad, bases, moments, due, count, gaps, kept, key, path, first,
     )  # fmt: skip
 
 
@@ -135,6 +143,7 @@ def _refresh(
     kept: Array | None,
     key: PRNGKeyArray,
     path: Array,
+    first: Array,
 ) -> tuple[Bases, Moments, Array, Array]:
     def matrix(
         gradient: Float[Array, "*sizes"],
@@ -147,7 +156,7 @@ def _refresh(
 
         def search() -> tuple[Bases, Change, Array]:
             own = jax.random.fold_in(
-                jax.random.fold_in(jax.random.fold_in(key, count), path), index
+                jax.random.fold_in(jax.random.fold_in(key, count), path), first + index
             )
             old = dequantized(bases)
             pairs = [

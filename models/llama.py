@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from galore_optax import GaLoreDimensionNumbers
 from galore_optax.adapter import product
@@ -95,34 +95,15 @@ class Llama(nnx.Module):
             ValueError: If L is above `config.max_length`.
         """
         config = self.config
-        length = token_ids.shape[1]
-        _check_length(length, config)
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(length), token_ids.shape)
-        mask = None
-        if segment_ids is not None:
-            mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]  # (B, 1, L, L)
-        implementation = attention_implementation(config, length)
-
-        def attend(query, key, value):
-            return jax.nn.dot_product_attention(
-                query, key, value, mask=mask, is_causal=True, implementation=implementation
-            )
-
-        rotary = rotary_angles(config, positions)
-
-        def step(hidden, layer_params):
-            return apply_layer(config, layer_params, hidden, rotary, attend), None
-
-        # A scan's body is never merged with its recomputation, so no barrier is needed.
-        if config.rematerialize:
-            step = jax.checkpoint(step, prevent_cse=False)
-        elif implementation == "xla":
-            # Norms, rotations and softmax take less time to compute again than to write and read.
-            # Not with cuDNN: its attention is no plain product, and would run twice.
-            step = jax.checkpoint(step, prevent_cse=False, policy=_KEEP_PRODUCTS)
+            positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
+        sequences = sequences_of(config, positions, segment_ids)
         hidden = self.embedding[...][token_ids].astype(config.dtype)
-        hidden, _ = jax.lax.scan(step, hidden, nnx.to_pure_dict(nnx.state(self.layers)))
+        hidden, _ = jax.lax.scan(
+            lambda hidden, layer: (training_layer(config, sequences, layer, hidden), None),
+            hidden,
+            nnx.to_pure_dict(nnx.state(self.layers)),
+        )
         return rms_norm(hidden, self.norm[...], config.norm_eps)
 
     def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
@@ -227,6 +208,71 @@ def apply_layer(
     return hidden + linear(activation, mlp["down"])
 
 
+class Sequences(NamedTuple):
+    """What every layer needs to know of a batch of whole sequences.
+
+    Attributes:
+        rotary: `rotary_angles` of the tokens' positions.
+        mask: Which keys (last) a query may see, other than later ones; None where it may see all.
+    """
+
+    rotary: Rotary
+    mask: Bool[Array, "B 1 L L"] | None
+
+
+def sequences_of(
+    config: LlamaConfig,
+    positions: Int[Array, "*A B L"],
+    segment_ids: Int[Array, "*A B L"] | None = None,
+) -> Sequences:
+    """`Sequences` of positions and, where rows hold several documents, the document of each token.
+
+    Raises:
+        ValueError: If L is above `config.max_length`.
+    """
+    _check_length(positions.shape[-1], config)
+    mask = None
+    if segment_ids is not None:
+        mask = (segment_ids[..., :, None] == segment_ids[..., None, :])[..., None, :, :]
+    return Sequences(rotary_angles(config, positions), mask)
+
+
+def training_layer(
+    config: LlamaConfig, sequences: Sequences, params: Params, hidden: Float[Array, "B L D"]
+) -> Float[Array, "B L D"]:
+    """One layer over whole sequences; what its backward pass keeps is what the configuration says.
+
+    Args:
+        config: Sizes and numerics.
+        sequences: Of the batch.
+        params: One layer's slice of the params under "layers".
+        hidden: The residual stream, (B, L, D).
+    """
+    implementation = attention_implementation(config, hidden.shape[1])
+
+    def layer(params, hidden):
+        def attend(query, key, value):
+            return jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                mask=sequences.mask,
+                is_causal=True,
+                implementation=implementation,
+            )
+
+        return apply_layer(config, params, hidden, sequences.rotary, attend)
+
+    # A loop's body is never merged with its recomputation, so no barrier is needed.
+    if config.rematerialize:
+        layer = jax.checkpoint(layer, prevent_cse=False)
+    elif implementation == "xla":
+        # Norms, rotations and softmax take less time to compute again than to write and read.
+        # Not with cuDNN: its attention is no plain product, and would run twice.
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=_KEEP_PRODUCTS)
+    return layer(params, hidden)
+
+
 def linear(x: Float[Array, "B L in"], weight: Any) -> Float[Array, "B L out"]:
     """Rows times a matrix (in, out), or times what stands in its place (`galore_optax.adapter`)."""
     # With rows in one axis the weight's gradient is xᵀg as it stands. Of a (B, L, out) gradient
@@ -300,13 +346,14 @@ def dimension_numbers(params: Params) -> Params:
         params: The model's params, or a part of them, as a nested dict.
 
     Returns:
-        A tree like `params` of `GaLoreDimensionNumbers(1, 2)`, and None for the embedding, the
-        norms and the head, which are trained at full rank as published.
+        A tree like `params` of `GaLoreDimensionNumbers(-2, -1)`, which fit one layer as well as the
+        stack, and None for the embedding, the norms and the head, which are trained at full rank as
+        published.
     """
 
     def choose(path, _):
         names = {entry.key for entry in path}
-        return GaLoreDimensionNumbers(1, 2) if names & {"attention", "mlp"} else None
+        return GaLoreDimensionNumbers(-2, -1) if names & {"attention", "mlp"} else None
 
     return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
 

@@ -207,8 +207,8 @@ def test_params_are_one_nested_dict_that_the_tables_describe():
     assert axes["layers"]["mlp"]["down"] == ("layer", "mlp", "embed")
     assert jax.tree.map(len, axes, is_leaf=_axes) == jax.tree.map(jnp.ndim, params)
     numbers = dimension_numbers(params)
-    assert numbers["layers"]["attention"]["out"] == GaLoreDimensionNumbers(1, 2)
-    assert jax.tree.leaves(numbers) == [1, 2] * 7  # seven stacks; None for everything else
+    assert numbers["layers"]["attention"]["out"] == GaLoreDimensionNumbers(-2, -1)
+    assert jax.tree.leaves(numbers) == [-2, -1] * 7  # seven stacks; None for everything else
     assert numbers["embedding"] is numbers["head"] is numbers["layers"]["mlp_norm"] is None
 
 

@@ -1,5 +1,7 @@
 """The training step: its loss, its gradient, accumulation, and what is not finite."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from train.loss import summed_cross_entropy
 from train.mesh import make_mesh, put_batch, replicated
-from train.step import TrainState, loss_and_gradient, make_train_step
+from train.step import TrainState, loss_and_gradient, make_train_step, train_step
 
 B, L, V, D = 8, 6, 11, 5
 
@@ -120,11 +122,7 @@ def one_step(params, batch, forward=forward, accumulate=1, tx=None):
     state = TrainState(params, tx.init(params), jnp.int32(0), jax.random.key(0))
     place = jax.tree.map(lambda _: replicated(mesh), state)
     step = make_train_step(
-        forward,
-        tx,
-        schedule,
-        accumulate=accumulate,
-        stochastic_rounding=False,
+        partial(train_step, forward, tx, schedule, accumulate, False, mesh),
         mesh=mesh,
         state_shardings=place,
     )

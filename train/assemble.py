@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +12,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from galore_optax.adapter import split
+from galore_optax.layerwise import Layerwise
 from galore_optax.memory import tree_bytes
 from galore_optax.sharding import state_shardings
 from models import llama
 from models.adapters import logical_axes
 from models.llama_config import SIZES, LlamaConfig, count_params
+from train import layerwise
 from train.config import Pretrain, Resolved
 from train.data import TrainingData, evaluation_batches
 from train.mesh import check_batch, make_mesh, param_shardings, replicated
-from train.optimizers import learning_rate_schedule, make_optimizer
+from train.optimizers import learning_rate_schedule, make_optimizer, make_recipe
 from train.sequences import Batch
 from train.step import (
     Forward,
@@ -28,6 +31,7 @@ from train.step import (
     make_eval_step,
     make_restart,
     make_train_step,
+    train_step,
 )
 from train.text import load_text
 from train.tokenizer import Tokenizer, load_tokenizer
@@ -145,11 +149,28 @@ def _compile_parts(
 ) -> Parts:
     graph, shapes = abstract_params(config, model)
     forward = make_forward(graph, config.sequences)
-    tx = make_optimizer(config, llama.dimension_numbers)
+    schedule = learning_rate_schedule(config)
     params_at, notes = param_shardings(mesh, shapes, logical_axes(shapes))
     for note in notes:
         log(f"sharding: {note}")
-    optimizer_at = state_shardings(tx, split(shapes)[0], split(params_at)[0])
+    rounding = bool(config.stochastic_rounding)
+    tx = make_optimizer(config, llama.dimension_numbers)
+    if config.layerwise:
+        by_layers = Layerwise(
+            layerwise.layered_llama(model, mesh),
+            make_recipe(config, llama.dimension_numbers),
+            clip_norm=config.clip_norm,
+            clip=config.clip,
+            accumulate=config.accumulate,
+            checkpoint=config.rematerialize,
+        )
+        init_optimizer = partial(layerwise.init, by_layers)
+        optimizer_at = layerwise.shardings(by_layers, mesh, shapes, params_at)
+        step = partial(layerwise.train_step, by_layers, model, config.sequences, schedule, mesh)
+    else:
+        init_optimizer = tx.init
+        optimizer_at = state_shardings(tx, split(shapes)[0], split(params_at)[0])
+        step = partial(train_step, forward, tx, schedule, config.accumulate, rounding, mesh)
     shardings = TrainState._make((params_at, optimizer_at, replicated(mesh), replicated(mesh)))
 
     def init(key: jax.Array) -> TrainState:
@@ -157,7 +178,7 @@ def _compile_parts(
         params = nnx.to_pure_dict(nnx.state(weights, nnx.Param))
         own = jax.random.fold_in(key, 1)
         params = held_weights(config, params, llama.dimension_numbers, own)
-        optimizer = tx.init(split(params)[0])
+        optimizer = init_optimizer(split(params)[0])
         assert isinstance(optimizer, optax.ApplyIfFiniteState)
         return TrainState(params, optimizer, jnp.zeros((), jnp.int32), key)
 
@@ -197,11 +218,7 @@ def _compile_parts(
         abstract=abstract,
         init=jax.jit(init, out_shardings=shardings, compiler_options=options),
         train_step=make_train_step(
-            forward,
-            tx,
-            learning_rate_schedule(config),
-            accumulate=config.accumulate,
-            stochastic_rounding=bool(config.stochastic_rounding),
+            step,
             mesh=mesh,
             state_shardings=shardings,
             compiler_options=options,

@@ -111,6 +111,12 @@ class Pretrain:
     weight is lost, and AdamW's second moments hardly ever fall."""
     rematerialize: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
+    layerwise: bool = False
+    """Update each layer as soon as the backward pass has its gradient: one layer's is in memory at
+    a time."""
+    clip: Literal["exact", "previous"] = "exact"
+    """By which norm --layerwise clips: its own, for which there is a second backward pass, or that
+    of the step before."""
     mesh: str | None = None
     """Devices, such as data=2,fsdp=4 (axes: data, fsdp, tensor). By default one device."""
     deterministic: bool = False
@@ -392,6 +398,17 @@ def _check_values(config: Resolved) -> None:
     decay = config.weight_decay
     if decay is not None and not (math.isfinite(decay) and decay >= 0):
         raise ValueError(f"--weight-decay {decay}: expected 0 or more")
+    if config.layerwise:
+        for name in ("adapter", "weight_bits", "stochastic_rounding"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"--layerwise: a layer's update does not know {flag(name)} yet; leave out one "
+                    "of the two (or choose another --optimizer, if it is by its default)"
+                )
+    if config.clip != "exact" and not config.layerwise:
+        raise ValueError(
+            f"--clip {config.clip} is of use with --layerwise only; any other step clips exactly"
+        )
     if config.warmup_steps >= config.steps:
         raise ValueError(
             f"--warmup-steps {config.warmup_steps}: expected fewer than --steps {config.steps}"

@@ -121,10 +121,10 @@ def learning_rate_schedule(config: "Resolved") -> optax.Schedule:
     return restarted
 
 
-def make_optimizer(
+def make_recipe(
     config: "Resolved", dimension_numbers: Callable[[dict[str, Any]], Any]
-) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a resolved configuration; a gradient that is not finite changes nothing.
+) -> optax.GradientTransformation:
+    """The named optimizer of a resolved configuration, which neither clips nor skips a step.
 
     Args:
         config: from `train.config.resolve`.
@@ -141,10 +141,22 @@ def make_optimizer(
         options["seed"] = config.seed
         if recipe.adapter is None:
             options["weight_dimension_numbers"] = dimension_numbers
+    return recipe.make(learning_rate_schedule(config), **options)
+
+
+def make_optimizer(
+    config: "Resolved", dimension_numbers: Callable[[dict[str, Any]], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a resolved configuration; a gradient that is not finite changes nothing.
+
+    Args:
+        config: from `train.config.resolve`.
+        dimension_numbers: from the params to which of them GaLore projects, and how.
+    """
     return optax.apply_if_finite(  # pyrefly: ignore[bad-return]
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
-            recipe.make(learning_rate_schedule(config), **options),
+            make_recipe(config, dimension_numbers),
         ),
         # Never gives up and applies one: the trainer stops after --max-skipped in a row.
         max_consecutive_errors=int(jnp.iinfo(jnp.int32).max),

@@ -5,7 +5,6 @@ Letters: B batch, L length, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -83,14 +82,6 @@ def loss_and_gradient(
         loss, gradient = gradient_of(params, {**batch, "microbatch": jnp.int32(0)})
         return loss, _spoilt_unless_finite(gradient, loss), tokens
 
-    def cut(x: Array) -> Array:
-        # Row i goes to microbatch i mod accumulate: (B, L) -> (B/A, A, L) -> (A, B/A, L) moves
-        # nothing between devices, as each holds a range of rows.
-        x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
-        if mesh is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
-
     def add(total, microbatch):
         loss, gradient = gradient_of(params, microbatch)
         total_loss, total_gradient = total
@@ -98,10 +89,24 @@ def loss_and_gradient(
         return (total_loss + loss, summed), None
 
     zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params, is_leaf=is_quantized)
-    microbatches = {**jax.tree.map(cut, dict(batch)), "microbatch": jnp.arange(accumulate)}
+    microbatches = {**cut(batch, accumulate, mesh), "microbatch": jnp.arange(accumulate)}
     (loss, gradient), _ = jax.lax.scan(add, (jnp.zeros(()), zero), microbatches)
     gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
     return loss, _spoilt_unless_finite(gradient, loss), tokens
+
+
+def cut(batch: Batch, accumulate: int, mesh: Mesh | None) -> dict[str, Array]:
+    """A batch's arrays `(B, ...)` as microbatches `(accumulate, B / accumulate, ...)`."""
+
+    def cut_one(x: Array) -> Array:
+        # Row i goes to microbatch i mod accumulate: (B, L) -> (B/A, A, L) -> (A, B/A, L) moves
+        # nothing between devices, as each holds a range of rows.
+        x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        if mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
+
+    return {name: cut_one(x) for name, x in batch.items()}
 
 
 def _spoilt_unless_finite(gradient: Params, loss: Float[Array, ""]) -> Params:
@@ -134,20 +139,10 @@ def train_step(
         return forward(with_dropout_keys(join(trained, frozen), own), batch)
 
     loss, gradient, tokens = loss_and_gradient(of_trained, trained, batch, accumulate, mesh)
-    applied = state.step - state.optimizer.total_notfinite
     updates, optimizer = tx.update(gradient, state.optimizer, trained)
     assert isinstance(optimizer, optax.ApplyIfFiniteState)
-    metrics = {
-        "loss": loss,
-        "learning_rate": jnp.asarray(schedule(applied), jnp.float32),
-        "grad_norm": optax.tree.norm(gradient).astype(jnp.float32),
-        "tokens": tokens,
-        "skipped": optimizer.total_notfinite,
-        "skipped_in_a_row": optimizer.notfinite_count,
-    }
-    refreshes = optax.tree.get(optimizer, "refreshes")
-    if refreshes is not None:
-        metrics["refreshes"] = jnp.sum(refreshes)
+    norm = optax.tree.norm(gradient)
+    metrics = step_metrics(schedule, state, optimizer, loss, norm, tokens)
     trained = apply_updates(trained, updates, rounding if stochastic_rounding else None)
     params = join(trained, frozen)
     return TrainState(params, optimizer, state.step + 1, state.key), metrics  # pyrefly: ignore
@@ -183,20 +178,38 @@ def make_restart(
     )
 
 
-def make_train_step(
-    forward: Forward,
-    tx: optax.GradientTransformationExtraArgs,
+def step_metrics(
     schedule: optax.Schedule,
+    before: TrainState,
+    optimizer: optax.ApplyIfFiniteState,
+    loss: Float[Array, ""],
+    grad_norm: Float[Array, ""],
+    tokens: Float[Array, ""],
+) -> Metrics:
+    """What a step tells, from the state before it and the optimizer's state after it."""
+    applied = before.step - before.optimizer.total_notfinite
+    refreshes = optax.tree.get_all_with_path(optimizer, "refreshes")
+    counts = {"refreshes": optax.tree.sum([x for _, x in refreshes])} if refreshes else {}
+    return counts | {
+        "loss": loss,
+        "learning_rate": jnp.asarray(schedule(applied), jnp.float32),
+        "grad_norm": grad_norm.astype(jnp.float32),
+        "tokens": tokens,
+        "skipped": optimizer.total_notfinite,
+        "skipped_in_a_row": optimizer.notfinite_count,
+    }
+
+
+def make_train_step(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     *,
-    accumulate: int,
-    stochastic_rounding: bool,
     mesh: Mesh,
     state_shardings: TrainState,
     compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`train_step` compiled for a mesh; it overwrites the state that it is given."""
+    """A step compiled for a mesh; it overwrites the state that it is given."""
     return jax.jit(
-        partial(train_step, forward, tx, schedule, accumulate, stochastic_rounding, mesh),
+        step,
         in_shardings=(state_shardings, NamedSharding(mesh, BATCH)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,

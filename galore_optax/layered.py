@@ -1,0 +1,264 @@
+"""A model of repeated layers, run forward as a whole and backward one piece at a time.
+
+Of a layer is kept what its backward pass needs, or, with activation checkpointing at the layers'
+boundaries (Chen et al., arXiv:1604.06174), the hidden states before it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from galore_optax.dataflow import depends
+
+Params = dict[str, Any]
+Batch = PyTree
+Hidden = PyTree
+
+
+class Layered(NamedTuple):
+    """A model as what comes before, within and after its repeated layers.
+
+    Attributes:
+        embed: From all params but the layers' and a batch to the first hidden states, a tree of
+            float arrays.
+        layer: From one layer's params, hidden states and the batch to hidden states of the same
+            shapes and dtypes.
+        head: From all params but the layers', the last hidden states and the batch to the loss.
+        layers: Under which key of the params the layers are, stacked along every leaf's first axis.
+    """
+
+    embed: Callable[[Params, Batch], Hidden]
+    layer: Callable[[PyTree, Hidden, Batch], Hidden]
+    head: Callable[[Params, Hidden, Batch], Float[Array, ""]]
+    layers: str = "layers"
+
+    def split(self, params: Params) -> tuple[PyTree, Params, int]:
+        """The stacked layers, the other entries of the params, and how many layers there are.
+
+        Raises:
+            ValueError: If there is no such stack.
+        """
+        if not isinstance(params, dict) or self.layers not in params:
+            raise ValueError(
+                f"params: they have no entry {self.layers!r} (Layered's layers=); give a dict that "
+                "has the layers there, stacked along the first axis of every leaf"
+            )
+        rest = {k: part for k, part in params.items() if k != self.layers}
+        stack = params[self.layers]
+        shapes = [leaf.shape for leaf in jax.tree.leaves(stack)]
+        if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
+            raise ValueError(
+                f"params[{self.layers!r}]: its leaves, of shapes {shapes}, have no common first "
+                "axis; stack the layers along it"
+            )
+        return stack, rest, shapes[0][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """The backward pass of a model over microbatches, whose pieces are run from last to first.
+
+    Attributes:
+        model: The model.
+        dequantize: From a part of the params to its weights.
+        weights: Those of all entries but the layers'.
+        batches: Tree of arrays with a first axis of microbatches.
+        checkpoint: Whether a layer is computed again in the backward pass.
+        kept: Of each layer, `(layers, microbatches, ...)`, the hidden states before it or, without
+            checkpointing, its backward pass as `jax.vjp` gives it.
+        last: Hidden states after the last layer.
+        early: Entries of the weights whose gradients are whole when the head's is known; the others
+            are embedded with, or tied, or not used.
+    """
+
+    model: Layered
+    dequantize: Callable[[Params], Params]
+    weights: Params
+    batches: Batch
+    checkpoint: bool
+    kept: PyTree
+    last: Hidden
+    early: frozenset[str]
+    _in_head: frozenset[str]
+    _in_embed: frozenset[str]
+
+    def head(self) -> tuple[Float[Array, ""], Params, Hidden]:
+        """The loss, the gradients of what the head uses, and the last hidden states'."""
+
+        def pull(h: Hidden, b: Batch) -> tuple[tuple[Array, Params], Hidden]:
+            own = {k: self.weights[k] for k in self._in_head}
+            loss, back = jax.vjp(lambda w, h: self.model.head({**self.weights, **w}, h, b), own, h)
+            gradient, cotangent = back(jnp.ones_like(loss))
+            return (loss, gradient), cotangent
+
+        (loss, gradient), cotangent = over_microbatches(pull, self.last, self.batches)
+        return loss, gradient, cotangent
+
+    def layer(self, own: PyTree, i: Int[Array, ""], cotangent: Hidden) -> tuple[Params, Hidden]:
+        """The gradient of layer `i`, of params `own`, as a part, and that of its hidden states."""
+        key = self.model.layers
+        weights = self.dequantize({key: own})
+
+        def pull(kept: Any, b: Batch, c: Hidden) -> tuple[Params, Hidden]:
+            if self.checkpoint:
+                back = jax.vjp(lambda w, h: self.model.layer(w[key], h, b), weights, kept)[1]
+            else:
+                back = _put_back(kept, (weights, b))
+            return back(c)
+
+        return over_microbatches(pull, at(self.kept, i), self.batches, cotangent)
+
+    def embed(self, cotangent: Hidden, from_head: Params) -> Params:
+        """The gradients of all entries that are not early, the head's share of them included."""
+
+        def pull(b: Batch, c: Hidden) -> tuple[Params, tuple[()]]:
+            own = {k: self.weights[k] for k in self._in_embed}
+            return jax.vjp(lambda w: self.model.embed({**self.weights, **w}, b), own)[1](c)[0], ()
+
+        gradient, _ = over_microbatches(pull, self.batches, cotangent)
+
+        def whole(k: str) -> PyTree:
+            parts = [g[k] for g in (from_head, gradient) if k in g]
+            return functools.reduce(
+                optax.tree.add, parts or [jax.tree.map(jnp.zeros_like, self.weights[k])]
+            )
+
+        return {k: whole(k) for k in self.weights.keys() - self.early}
+
+    def norm(self, stack: PyTree) -> Float[Array, ""]:
+        """The gradient's global norm: a backward pass that forgets every gradient again."""
+        _, from_head, cotangent = self.head()
+        layers = jax.tree.leaves(stack)[0].shape[0]
+
+        def turn(turns: Array, carry: tuple[Hidden, Array]) -> tuple[Hidden, Array]:
+            i = layers - 1 - turns
+            gradient, cotangent = self.layer(at(stack, i), i, carry[0])
+            return cotangent, carry[1] + squares(gradient)
+
+        total = squares({k: from_head[k] for k in self.early})
+        cotangent, total = jax.lax.fori_loop(0, layers, turn, (cotangent, total))
+        return jnp.sqrt(total + squares(self.embed(cotangent, from_head)))
+
+
+def forward(
+    model: Layered,
+    dequantize: Callable[[Params], Params],
+    params: Params,
+    batches: Batch,
+    *,
+    checkpoint: bool,
+) -> Backward:
+    """Runs a model, and keeps what its backward pass needs.
+
+    Args:
+        model: The model.
+        dequantize: From a part of the params to its weights.
+        params: Its params.
+        batches: Tree of arrays with a first axis of microbatches.
+        checkpoint: Whether a layer is computed again in the backward pass.
+    """
+    stack, rest, _ = model.split(params)
+    key, weights = model.layers, dequantize(rest)
+
+    def one_layer(hidden: Hidden, own: PyTree) -> tuple[Hidden, PyTree]:
+        layer = dequantize({key: own})
+
+        def run(h: Hidden, b: Batch) -> tuple[tuple[()], tuple[Hidden, PyTree]]:
+            if checkpoint:
+                return (), (model.layer(layer[key], h, b), h)
+            after, back = jax.vjp(lambda w, h: model.layer(w[key], h, b), layer, h)
+            return (), (after, _leave_out(back, (layer, b)))
+
+        return over_microbatches(run, hidden, batches)[1]
+
+    _, first = over_microbatches(lambda b: ((), model.embed(weights, b)), batches)
+    last, kept = jax.lax.scan(one_layer, first, stack)
+    h, b = jax.tree.map(lambda x: x[0], (first, batches))
+    in_embed = _used(lambda weights: model.embed(weights, b), weights)
+    in_head = _used(lambda weights: model.head(weights, h, b), weights)
+    return Backward(
+        model, dequantize, weights, batches, checkpoint, kept, last,
+        in_head - in_embed, in_head, in_embed,
+    )  # fmt: skip
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _There:
+    """In the place of an array that is at hand in the backward pass: the leaf of that number."""
+
+    leaf: int
+
+
+def _leave_out(back: PyTree, there: PyTree) -> PyTree:
+    """A backward pass, which is a tree of the arrays it has kept, without those that are there."""
+    numbers = {id(x): i for i, x in enumerate(jax.tree.leaves(there))}
+    return jax.tree.map(lambda x: _There(numbers[id(x)]) if id(x) in numbers else x, back)
+
+
+def _put_back(back: PyTree, there: PyTree) -> PyTree:
+    leaves = jax.tree.leaves(there)
+    return jax.tree.map(
+        lambda x: leaves[x.leaf] if isinstance(x, _There) else x,
+        back,
+        is_leaf=lambda x: isinstance(x, _There),
+    )
+
+
+def over_microbatches(function: Callable[..., tuple[Any, Any]], *batches: Any) -> tuple[Any, Any]:
+    """Runs a function on one microbatch after the other.
+
+    Args:
+        function: From what one microbatch has of `batches` to two trees.
+        *batches: Trees of arrays with a first axis of microbatches.
+
+    Returns:
+        The sum of its first results, taken in float32 and given in their own dtype, and its second
+        ones with a first axis of microbatches.
+    """
+    first = jax.tree.map(lambda x: x[0], batches)
+    if jax.tree.leaves(batches)[0].shape[0] == 1:
+        summed, kept = function(*first)
+        return summed, jax.tree.map(lambda x: x[None], kept)
+
+    def add(total: Any, batch: Any) -> tuple[Any, Any]:
+        own, kept = function(*batch)
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, own), kept
+
+    shapes, _ = jax.eval_shape(function, *first)
+    zero = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
+    )
+    total, kept = jax.lax.scan(add, zero, batches)
+    return jax.tree.map(lambda t, s: t.astype(s.dtype), total, shapes), kept
+
+
+def at(stacks: PyTree, i: Int[Array, ""] | int) -> PyTree:
+    """Layer `i` of stacked layers."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacks)
+
+
+def written(stacks: PyTree, i: Int[Array, ""] | int, one: PyTree) -> PyTree:
+    """Stacked layers with another layer `i`."""
+    return jax.tree.map(
+        lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0), stacks, one
+    )
+
+
+def squares(tree: PyTree) -> Float[Array, ""]:
+    """Sum of the squares of all elements, in float32."""
+    leaves = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.add, leaves, jnp.zeros((), jnp.float32))
+
+
+def _used(function: Callable[[Params], PyTree], params: Params) -> frozenset[str]:
+    """Which entries of the params a function's result depends on."""
+    traced = jax.make_jaxpr(function)(params)
+    keys = [path[0].key for path, _ in jax.tree.leaves_with_path(params)]  # pyrefly: ignore
+    return frozenset(k for k in {*keys} if any(depends(traced, [k == other for other in keys])))

@@ -1,0 +1,85 @@
+"""`--layerwise`: the ordinary run's losses, on a mesh and after resuming too."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import small
+from test_mesh import ADAMW, train
+from test_pretrain import compiled_once, losses, unfinished
+
+from train.assemble import assemble
+from train.config import resolve
+from train.mesh import put_batch
+from train.pretrain import main
+
+__all__ = ["compiled_once"]
+PREVIOUS = {"clip": "previous", "clip_norm": 0.5}
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Losses of the ordinary step; those of what it cannot do, of the layer-wise one."""
+    return {
+        "galore-adamw": train(),
+        "adamw": train(**ADAMW),
+        "previous": train(layerwise=True, **PREVIOUS),
+    }
+
+
+@pytest.mark.parametrize(
+    ("which", "changes"),
+    [
+        ("galore-adamw", {}),
+        ("adamw", ADAMW),
+        ("galore-adamw", {"accumulate": 2, "rematerialize": True}),
+        ("galore-adamw", {"mesh": "data=2,fsdp=2,tensor=2"}),
+        ("previous", {"mesh": "data=4,fsdp=2", **PREVIOUS}),
+    ],
+    ids=["galore-adamw", "adamw", "accumulated", "mesh", "mesh, clip previous"],
+)
+def test_losses_are_those_of_one_device_and_the_ordinary_step(one_device, which, changes):
+    # Six updates, GaLore with two subspaces; float32 sums in another order.
+    np.testing.assert_allclose(train(layerwise=True, **changes), one_device[which], rtol=2e-5)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path):
+    settings = dict(layerwise=True, clip="previous", steps=8, save_every=3)
+    whole = tmp_path / "whole"
+    assert main(small(whole, **settings)) == 0
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["optimizer_state_bytes"] < summary["adamw_state_bytes"]
+    again = unfinished(whole, tmp_path, "8")
+    assert main(small(again, resume=True, **settings)) == 0
+    assert losses(again) == losses(whole)
+    with pytest.raises(ValueError, match=r"holds another run: .* --layerwise True \(now False\)"):
+        main(small(whole, resume=True, **settings | {"layerwise": False, "clip": "exact"}))
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted():
+    parts = assemble(resolve(small("unused", layerwise=True, clip="previous")), lambda line: None)
+    state = parts.init(jax.random.key(0))
+    state.params["norm"] = state.params["norm"].at[0].set(jnp.nan)
+    before = jax.device_get(state)
+    batch, _ = next(iter(parts.data.batches()))
+    after, metrics = parts.train_step(state, put_batch(parts.mesh, batch))
+    assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == 1
+    assert not np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), before.params)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(after.optimizer.inner_state.layers),
+        before.optimizer.inner_state.layers,
+    )
+    after.params["norm"] = after.params["norm"].at[0].set(1.0)
+    _, metrics = parts.train_step(after, put_batch(parts.mesh, batch))
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (1, 0)
+    # The skipped step has used up no learning rate: it is the warm-up's first of two.
+    assert float(metrics["learning_rate"]) == pytest.approx(0.01 / 3)
+
+
+def test_clipping_by_the_previous_norm_is_of_use_by_layers_only():
+    with pytest.raises(ValueError, match="--clip previous is of use with --layerwise only"):
+        resolve(small("unused", clip="previous"))

@@ -1,0 +1,110 @@
+"""The training step of `--layerwise`: a LLaMA's backward pass and its update, a layer at a time."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
+
+from galore_optax.layered import Layered
+from galore_optax.layerwise import Layerwise
+from galore_optax.layerwise_sharding import layerwise_shardings
+from models.llama import rms_norm, sequences_of, training_layer
+from models.llama_config import LlamaConfig
+from train.loss import summed_cross_entropy
+from train.mesh import BATCH, replicated
+from train.step import Batch, Metrics, Params, TrainState, cut, step_metrics
+
+
+def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
+    """A LLaMA in pieces, which take what `with_sequences` makes of a batch.
+
+    Args:
+        config: sizes and numerics.
+        mesh: the devices, over which hidden states are split as the batch is.
+    """
+    # Whether a layer is computed again in the backward pass is said to `Layerwise`.
+    config = dataclasses.replace(config, rematerialize=False)
+
+    def embed(params, batch):
+        return params["embedding"][batch["inputs"]].astype(config.dtype)
+
+    def layer(params, hidden, batch):
+        hidden = training_layer(config, batch["sequences"], params, hidden)
+        # XLA would split them otherwise within the loop over the layers.
+        return jax.lax.with_sharding_constraint(hidden, NamedSharding(mesh, BATCH))
+
+    def head(params, hidden, batch):
+        hidden = rms_norm(hidden, params["norm"], config.norm_eps)
+        summed = summed_cross_entropy(hidden, params["head"], batch["targets"], batch["weights"])
+        return summed / jnp.maximum(batch["tokens"], 1)
+
+    return Layered(embed, layer, head)
+
+
+def with_sequences(
+    config: LlamaConfig, mode: str, batch: dict[str, Array], tokens: Array
+) -> dict[str, Any]:
+    """A batch, or a stack of microbatches, and what the pieces need beside the data's arrays.
+
+    Args:
+        config: sizes and numerics.
+        mode: `packed` or `document`.
+        batch: arrays `(..., B, L)`.
+        tokens: how many targets count, in all microbatches.
+    """
+    if mode == "packed":
+        sequences = sequences_of(config, batch["positions"], batch["segment_ids"])
+    else:
+        shape = batch["inputs"].shape
+        sequences = sequences_of(config, jnp.broadcast_to(jnp.arange(shape[-1]), shape))
+    tokens = jnp.broadcast_to(tokens, batch["inputs"].shape[:-2])
+    return {**batch, "sequences": sequences, "tokens": tokens}
+
+
+def init(optimizer: Layerwise, params: Params) -> optax.ApplyIfFiniteState:
+    """The optimizer's state, with the trainer's count of steps that were skipped."""
+    none = jnp.zeros((), jnp.int32)
+    return optax.ApplyIfFiniteState(none, jnp.array(True), none, optimizer.init(params))
+
+
+def shardings(
+    optimizer: Layerwise, mesh: Mesh, shapes: Params, params_at: Params
+) -> optax.ApplyIfFiniteState:
+    """Where the optimizer's state lives, from where the params live."""
+    whole = replicated(mesh)
+    inner = layerwise_shardings(optimizer, shapes, params_at)
+    return optax.ApplyIfFiniteState(whole, whole, whole, inner)  # pyrefly: ignore
+
+
+def train_step(
+    optimizer: Layerwise,
+    config: LlamaConfig,
+    mode: str,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One update; `Layerwise` says what becomes of a loss or gradient that is not finite.
+
+    A step of which anything was left out counts as skipped.
+    """
+    tokens = jnp.sum(batch["weights"])
+    several = optimizer.accumulate > 1
+    batch = cut(batch, optimizer.accumulate, mesh) if several else dict(batch)
+    before = state.optimizer
+    params, inner, told = optimizer.step(
+        state.params, before.inner_state, with_sequences(config, mode, batch, tokens)
+    )
+    after = optax.ApplyIfFiniteState(
+        notfinite_count=jnp.where(told.finite, 0, before.notfinite_count + 1),
+        last_finite=told.finite,
+        total_notfinite=before.total_notfinite + ~told.finite,
+        inner_state=inner,
+    )
+    metrics = step_metrics(schedule, state, after, told.loss, told.grad_norm, tokens)
+    return TrainState(params, after, state.step + 1, state.key), metrics
