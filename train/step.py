@@ -189,8 +189,8 @@ def step_metrics(
     """What a step tells, from the state before it and the optimizer's state after it."""
     applied = before.step - before.optimizer.total_notfinite
     refreshes = optax.tree.get_all_with_path(optimizer, "refreshes")
-    counts = {"refreshes": optax.tree.sum([x for _, x in refreshes])} if refreshes else {}
-    return counts | {
+    counts = {"refreshes": jnp.asarray(optax.tree.sum([x for _, x in refreshes]))}
+    return (counts if refreshes else {}) | {
         "loss": loss,
         "learning_rate": jnp.asarray(schedule(applied), jnp.float32),
         "grad_norm": grad_norm.astype(jnp.float32),
