@@ -27,7 +27,8 @@ class QuantizedArray:
     Attributes:
         codes: Bytes of the array's shape; 4-bit codes lie two in a byte along the blocks' axis,
             which has half the length, rounded up.
-        scales: Of that shape with the number of blocks in the place of the axis.
+        scales: Of that shape with the number of blocks in the place of the axis; they may be a
+            `QuantizedArray`, too (double quantization).
         offsets: Like the scales; None where the code has none.
         code: What codes mean.
         block: Elements in a block.
@@ -48,7 +49,7 @@ class QuantizedArray:
     """
 
     codes: UInt[Array, "..."]
-    scales: Float[Array, "..."]
+    scales: Any
     offsets: Float[Array, "..."] | None
     code: Code = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(metadata={"static": True})
@@ -92,7 +93,7 @@ class QuantizedArray:
             return _merged(values, self.axis, self.shape).astype(dtype or self.dtype)
 
         return with_automatic_axes(
-            decoded, lambda _: specs(self.codes), self.codes, self.scales, self.offsets
+            decoded, lambda _: specs(self.codes), self.codes, dequantized(self.scales), self.offsets
         )
 
 
@@ -158,7 +159,8 @@ def stored_like(x: Float[Array, "..."], like: Any, key: PRNGKeyArray | None = No
     if not isinstance(like, QuantizedArray):
         return x
     stored = quantize(x, like.code, block=like.block, axis=like.axis, key=key)
-    return dataclasses.replace(stored, dtype=like.dtype)
+    scales = stored_like(stored.scales, like.scales)
+    return dataclasses.replace(stored, scales=scales, dtype=like.dtype)
 
 
 def is_quantized(x: Any) -> bool:
