@@ -28,7 +28,8 @@ class QuantizedArray:
     Attributes:
         codes: Bytes of the array's shape; 4-bit codes lie two in a byte along the blocks' axis,
             which has half the length, rounded up.
-        scales: Of that shape with the number of blocks in the place of the axis.
+        scales: Of that shape with the number of blocks in the place of the axis; they may be a
+            `QuantizedArray`, too (double quantization).
         offsets: Like the scales; None where the code has none.
         code: What codes mean.
         block: Elements in a block.
@@ -49,7 +50,7 @@ class QuantizedArray:
     """
 
     codes: UInt[Array, "..."]
-    scales: Float[Array, "..."]
+    scales: Any
     offsets: Float[Array, "..."] | None
     code: Code = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(metadata={"static": True})
@@ -160,7 +161,8 @@ def _dequantized(q: QuantizedArray, dtype: Any) -> Array:
         values = q.code.decode(blocks, scales, offsets)
         return _merged(values, q.axis, q.shape).astype(dtype)
 
-    return with_automatic_axes(decoded, lambda _: specs(q.codes), q.codes, q.scales, q.offsets)
+    scales = dequantized(q.scales)
+    return with_automatic_axes(decoded, lambda _: specs(q.codes), q.codes, scales, q.offsets)
 
 
 def stored_like(x: Float[Array, "..."], like: Any, key: PRNGKeyArray | None = None) -> Any:
@@ -168,7 +170,8 @@ def stored_like(x: Float[Array, "..."], like: Any, key: PRNGKeyArray | None = No
     if not isinstance(like, QuantizedArray):
         return x
     stored = quantize(x, like.code, block=like.block, axis=like.axis, key=key)
-    return dataclasses.replace(stored, dtype=like.dtype)
+    scales = stored_like(stored.scales, like.scales)
+    return dataclasses.replace(stored, scales=scales, dtype=like.dtype)
 
 
 def is_quantized(x: Any) -> bool:

@@ -44,7 +44,7 @@ def test_the_names_are_those_of_the_models_and_optimizers():
 def test_every_default_is_accepted(model, optimizer):
     config = resolve(Pretrain(model=model, optimizer=optimizer))
     assert config.batch_size % config.accumulate == 0
-    assert (config.rank is not None) == optimizer.startswith("galore")
+    assert (config.rank is None) == (optimizer in ("adamw", "adamw8bit", "adafactor"))
 
 
 def test_the_largest_rank_that_compresses_is_accepted():
@@ -73,6 +73,36 @@ def test_warm_up_never_has_a_learning_rate_of_zero_and_none_is_possible():
     rate = learning_rate_schedule(resolve(Pretrain(steps=10, warmup_steps=0, learning_rate=1.0)))
     assert float(rate(0)) == 1.0
     assert float(rate(10)) == pytest.approx(0.1)
+
+
+def test_an_adapter_comes_with_the_optimizers_name_or_by_itself():
+    found = {
+        name: resolve(Pretrain(optimizer=name)).adapter  # pyrefly: ignore
+        for name in OPTIMIZERS
+        if "lor" in name
+    }
+    assert found == {
+        "gradnorm-lorp-adamw": "gradnorm-lorp",
+        "lora-adamw": "lora",
+        "relora-adamw": "relora",
+        "qlora-adamw": "qlora",
+    }
+    alone = resolve(Pretrain(optimizer="adamw8bit", adapter="dora"))
+    assert (alone.rank, alone.dropout, alone.out) == (32, 0.0, "runs/tiny-dora-adamw8bit")
+    assert resolve(Pretrain(optimizer="relora-adamw", adapter="relora")).adapter == "relora"
+    assert resolve(Pretrain(optimizer="qlora-adamw")).weight_bits == 4
+    lorp = resolve(Pretrain(optimizer="gradnorm-lorp-adamw"))
+    assert (lorp.rank, lorp.gradient_rank, lorp.restart_every) == (32, 16, 120)
+
+
+def test_after_a_restart_the_learning_rate_rises_to_where_the_cosine_is():
+    options = {"optimizer": "relora-adamw", "steps": 40, "warmup_steps": 3, "learning_rate": 1.0}
+    restarted = resolve(Pretrain(**options, restart_every=10, restart_warmup=4))
+    never = resolve(Pretrain(**options, restart_every=40, restart_warmup=4))
+    rate, cosine = (learning_rate_schedule(config) for config in (restarted, never))
+    shares = [float(rate(t) / cosine(t)) for t in range(40)]
+    rise = [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1]
+    assert shares == pytest.approx([1.0] * 10 + rise * 3)
 
 
 def test_flags_override_a_config_json_and_nothing_else_changes(tmp_path):
@@ -114,7 +144,7 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--rank 600 --model llama-60m", "choose at most 511, or an --optimizer without rank"),
         ("--update-proj-gap 0", "--update-proj-gap 0: expected 1 or more"),
         ("--rank 4 --optimizer adamw", "of no use to --optimizer adamw"),
-        ("--scale 1 --optimizer adafactor", "choose one of galore-adamw, galore-adafactor"),
+        ("--scale 1 --optimizer adafactor", "choose one of galore-adamw, galore-adamw8bit"),
         ("--weight-decay 0.1 --optimizer adafactor", "choose one of adamw"),
         ("--scale -1", "--scale -1.0: expected a positive number"),
         ("--learning-rate nan", "--learning-rate nan: expected a positive number"),
@@ -134,6 +164,32 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--data c4", "needs --data-dir"),
         ("--data-dir x", "of no use to --data builtin"),
         ("--config missing.json", "missing.json"),
+        ("--adapter vera", "low-rank"),
+        ("--adapter lora", "galore-adamw has a rank of its own; choose one of adamw, adamw8bit,"),
+        ("--adapter dora --optimizer lora-adamw", "lora-adamw has an adapter of its own"),
+        ("--alpha 8", "--alpha 8.0 is of no use to --optimizer galore-adamw"),
+        (
+            "--alpha 8 --optimizer adamw --adapter low-rank",
+            "choose one of --adapter lora, --adapter",
+        ),
+        ("--restart-every 5 --optimizer lora-adamw", "--adapter relora, --adapter gradnorm-lorp"),
+        ("--rank 129 --optimizer lora-adamw", "smaller side of a matrix, 128 in tiny"),
+        ("--gradient-rank 8 --optimizer lora-adamw", "choose one of gradnorm-lorp-adamw"),
+        (
+            "--gradient-rank 8 --rank 8 --optimizer gradnorm-lorp-adamw",
+            "less than --rank 8, the ad",
+        ),
+        (
+            "--rank 1 --optimizer gradnorm-lorp-adamw",
+            "--gradient-rank 1: expected less than --rank",
+        ),
+        ("--dropout 1 --optimizer lora-adamw", "--dropout 1.0: expected a share"),
+        ("--alpha 0 --optimizer lora-adamw", "--alpha 0.0: expected a positive"),
+        ("--weight-bits 3 --optimizer qlora-adamw", "--weight-bits 3: choose 4 or 8"),
+        (
+            "--restart-every 10 --restart-warmup 10 --optimizer relora-adamw",
+            "--restart-warmup 10: expected fewer steps than --restart-every 10",
+        ),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(capsys, flags, says):

@@ -115,6 +115,19 @@ def test_accumulated_microbatches_give_the_gradient_of_the_whole_batch(
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # float32 sums in another order
 
 
+def test_every_microbatch_has_its_number(params, batch):
+    def numbered(params, batch):
+        hidden, head = forward(params, batch)
+        return hidden * (1 + batch["microbatch"]), head
+
+    loss, *_ = loss_and_gradient(numbered, params, batch, 4)
+    hidden, head = forward(params, batch)
+    by_row = 1 + np.arange(B) % 4  # row i goes to microbatch i mod 4
+    nll = -np.asarray(jax.nn.log_softmax(jnp.matmul(hidden * by_row[:, None, None], head)))
+    picked = np.take_along_axis(nll, batch["targets"][..., None], -1)[..., 0]
+    assert float(loss) == pytest.approx(np.average(picked, weights=batch["weights"]), rel=1e-5)
+
+
 def one_step(params, batch, forward=forward, accumulate=1, tx=None):
     mesh = make_mesh(None)
     schedule = optax.linear_schedule(1.0, 0.0, 10)

@@ -48,10 +48,10 @@ class Pretrain:
     """What updates the weights; the last four with the adapter of their name."""
     adapter: Literal["lora", "dora", "relora", "qlora", "low-rank", "gradnorm-lorp"] | None = None
     """What is trained in the place of the layers' matrices, which are frozen (low-rank: replaced);
-    embedding, norms and head are trained as they are."""
+    what has no adapter, such as embedding, norms and head, is trained as it is."""
     adapter_pattern: str | None = None
-    """Regular expression for the matrices that get adapters, such as query|value. By default
-    all."""
+    """Regular expression for the paths of the matrices that get adapters, such as query|value. By
+    default all."""
     rank: int | None = None
     """GaLore's rank, below the width of the model, or the adapter's. By default the paper's for the
     model; 32 for tiny."""
@@ -82,8 +82,8 @@ class Pretrain:
     """Look for new subspaces more rarely where they have stopped turning. By default with
     q-galore-adamw8bit."""
     weight_bits: int | None = None
-    """Bits that q-galore-adamw8bit, or an adapter, holds the matrices of the layers in, 8 or 4. By
-    default 8 with q-galore-adamw8bit, 4 with qlora, else those of --dtype."""
+    """Bits that q-galore-adamw8bit, or an adapter, holds the matrices of the layers in, 8 or 4 (NF4
+    with an adapter). By default 8 with q-galore-adamw8bit, 4 with qlora, else those of --dtype."""
     stochastic_rounding: bool | None = None
     """Round new weights up or down at random, such that no update is lost in the mean, where they
     have less bits than float32. By default with q-galore-adamw8bit."""

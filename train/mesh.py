@@ -126,8 +126,11 @@ def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, li
             notes.append(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {note}")
         if is_quantized(leaf):  # its blocks are whole on each device
             blocks = [None if i - leaf.ndim == leaf.axis else axes for i, axes in enumerate(spec)]
-            scales = NamedSharding(mesh, PartitionSpec(*blocks))
-            codes = NamedSharding(mesh, spec) if leaf.code.bits == 8 else scales
+            # Scales that are codes themselves, of few bits and other blocks, are whole.
+            nested = is_quantized(leaf.scales)
+            scales = NamedSharding(mesh, PartitionSpec(*([] if nested else blocks)))
+            split = spec if leaf.code.bits == 8 else PartitionSpec(*blocks)
+            codes = NamedSharding(mesh, split)
             return jax.tree.map(lambda part: codes if part is leaf.codes else scales, leaf)
         return NamedSharding(mesh, spec)
 

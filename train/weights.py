@@ -1,6 +1,5 @@
 """How a run holds its weights: as they are, in few bits, or with an adapter on each matrix."""
 
-import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,6 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from galore_optax import quantize_weights
 from galore_optax.adapter import Adapter
+from galore_optax.nf4 import quantize_nf4
 from galore_optax.weight_norm import GradNormLoRP
 from models.adapters import DoRA, LoRA, LowRank, adapt
 
@@ -62,22 +62,29 @@ def held_weights(
         config: from `train.config.resolve`.
         params: the model's.
         dimension_numbers: from the params to which of them are matrices, which --weight-bits holds
-            in so many bits.
+            in so many bits; with an adapter those that have it.
         key: of the adapters.
 
     Raises:
         ValueError: if the matrices cannot have such adapters.
     """
-    if config.weight_bits is not None:
+    if config.adapter is None:
+        if config.weight_bits is None:
+            return params
         which = jax.tree.map(
             lambda numbers: numbers is not None,
             dimension_numbers(params),
             is_leaf=lambda x: not isinstance(x, dict),
         )
-        params = quantize_weights(params, which, bits=config.weight_bits)  # pyrefly: ignore
-    if config.adapter is None:
-        return params
+        return quantize_weights(params, which, bits=config.weight_bits)  # pyrefly: ignore
     kind = ADAPTERS[config.adapter]
     arguments = {name: getattr(config, name) for name in _ARGUMENTS if name in kind.options}
-    create = functools.partial(kind.create, **arguments)
+
+    def create(weight: Any, key: PRNGKeyArray) -> Adapter:
+        if config.weight_bits == 4:
+            weight = quantize_nf4(weight)
+        elif config.weight_bits == 8:
+            weight = quantize_weights(weight, True)
+        return kind.create(weight, key, **arguments)
+
     return adapt(params, create, key, pattern=config.adapter_pattern or "")
