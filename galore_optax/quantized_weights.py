@@ -13,15 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax.codes import Affine
 from galore_optax.quantized import QuantizedArray, added, is_quantized, quantize
 from galore_optax.sharding import specs, with_automatic_axes
-
-DEQUANTIZED = "dequantized weight"
-"""Name of dequantized weights for the policies of `jax.checkpoint`."""
 
 
 def quantize_weights(
@@ -90,9 +86,8 @@ def value_and_grad(
 
     Args:
         function: Of params and further arguments, to a scalar. It sees each `QuantizedArray` as one
-            whose `dequantize()` has a derivative. What that gives is kept for the backward pass,
-            unless within `jax.checkpoint`, whose policies know it by the name `DEQUANTIZED`:
-            `jax.checkpoint_policies.save_anything_except_these_names(DEQUANTIZED)`.
+            whose `dequantize()` has a derivative. In a product, what that gives is kept for the
+            backward pass as a float copy; `galore_optax.adapter.product` makes it again instead.
         has_aux: As for `jax.value_and_grad`.
 
     Returns:
@@ -143,7 +138,7 @@ class _WithSource:
         return self.array.dtype
 
     def dequantize(self) -> Float[Array, "..."]:
-        return checkpoint_name(_value_of(self.array, self.source), DEQUANTIZED)
+        return _value_of(self.array, self.source)
 
 
 @jax.custom_vjp
