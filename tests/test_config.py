@@ -91,7 +91,7 @@ def test_an_adapter_comes_with_the_optimizers_name_or_by_itself():
     assert resolve(Pretrain(optimizer="relora-adamw", adapter="relora")).adapter == "relora"
     assert resolve(Pretrain(optimizer="qlora-adamw")).weight_bits == 4
     lorp = resolve(Pretrain(optimizer="gradnorm-lorp-adamw"))
-    assert (lorp.rank, lorp.gradient_rank, lorp.restart_every) == (32, 16, 120)
+    assert (lorp.rank, lorp.gradient_rank, lorp.restart_every) == (32, 8, 120)
 
 
 def test_after_a_restart_the_learning_rate_rises_to_where_the_cosine_is():

@@ -57,7 +57,7 @@ class Pretrain:
     model; 32 for tiny."""
     gradient_rank: int | None = None
     """Rank that gradnorm-lorp-adamw projects the gradients of the adapter's factors to, below
-    --rank. By default half of it."""
+    --rank. By default a quarter of it."""
     alpha: float | None = None
     """An adapter of LoRA or DoRA is scaled by alpha / rank. By default the rank."""
     dropout: float | None = None
@@ -228,7 +228,7 @@ def resolve(config: Pretrain) -> Resolved:
     config = _fill(config, {**defaults, **recipe.defaults, **(kind.defaults if kind else {})})
     steps = config.steps or 0
     if "gradient_rank" in listened:
-        config = _fill(config, {"gradient_rank": max(1, (config.rank or 0) // 2)})
+        config = _fill(config, {"gradient_rank": max(1, (config.rank or 0) // 4)})
     if "restart_every" in listened:
         config = _fill(config, {"restart_every": max(1, steps // 5)})
         config = _fill(config, {"restart_warmup": (config.restart_every or 0) // 10})

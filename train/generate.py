@@ -1,7 +1,6 @@
 """Sample text from a run: `python -m train.generate --run DIR --prompt TEXT`."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,9 @@ from flax import nnx
 from galore_optax.adapter import merge
 from models.generate import generate
 from models.llama import Llama
-from train.assemble import abstract_params, model_config
-from train.checkpoint import Checkpoints
 from train.cli import run
-from train.config import load
-from train.mesh import available_devices
-from train.metrics import evaluation_losses
-from train.tokenizer import Tokenizer, load_tokenizer
+from train.tokenizer import Tokenizer
+from train.trained import load_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +42,10 @@ def main(config: Generate) -> int:
         ValueError: for a folder that is no run, or values out of range.
         OSError: if it cannot be read.
     """
-    folder = Path(config.run)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--run {folder} is not a run of train.pretrain (no config.json)")
-    settings = load(folder / "config.json")
-    tokenizer = load_tokenizer(settings.tokenizer)
-    graph, shapes = abstract_params(settings, model_config(settings, tokenizer))
-    place = jax.sharding.SingleDeviceSharding(available_devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    if not (folder / "checkpoints").is_dir():
-        raise ValueError(f"--run {folder} has no checkpoint yet")
-    evaluations = evaluation_losses(folder)
-    with Checkpoints(folder / "checkpoints", 1, print, evaluations, read_only=True) as checkpoints:
-        _, params = checkpoints.restore_params(shapes)
+    trained = load_trained(config.run)
     text = sample_text(
-        nnx.merge(graph, merge(params)),
-        tokenizer,
+        nnx.merge(trained.graph, merge(trained.params)),
+        trained.tokenizer,
         config.prompt,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

@@ -1,0 +1,61 @@
+"""A run's model for Hugging Face's libraries: `python -m train.export --run DIR --out DIR`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from galore_optax.adapter import is_adapter, merge
+from galore_optax.quantized import dequantized
+from models.hugging_face import save_llama
+from models.peft import save_adapters
+from train.cli import run
+from train.trained import load_trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the model of a run's best checkpoint, or of its newest if none was evaluated."""
+
+    run: str
+    """Folder of the run."""
+    out: str
+    """Folder to write to, as transformers reads it; adapters are merged."""
+    adapters: bool = False
+    """Write LoRA, DoRA or GradNormLoRP adapters alone, as PEFT reads them, into adapters/ of the
+    folder, and the model without them into base/."""
+
+
+def main(config: Export) -> int:
+    """Writes the model.
+
+    Raises:
+        ValueError: for a folder that is no run, one that holds a model already, or adapters that
+            have no place in PEFT's format.
+        OSError: if it cannot be read or written.
+    """
+    trained = load_trained(config.run)
+
+    def save(params: Any, out: Path) -> None:
+        save_llama(nnx.merge(trained.graph, dequantized(params)), out)
+        print(f"wrote the model to {out}")
+
+    out = Path(config.out).absolute()
+    if not config.adapters:
+        save(merge(trained.params), out)
+        return 0
+    if (out / "base").exists():
+        raise ValueError(f"--out {config.out} has a base/ already: name another folder")
+    save_adapters(trained.params, out / "adapters", base_model=str(out / "base"))
+    print(f"wrote the adapters to {out / 'adapters'}")
+    bases = jax.tree.map(
+        lambda x: x.base if is_adapter(x) else x, trained.params, is_leaf=is_adapter
+    )
+    save(bases, out / "base")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, Export, "python -m train.export")
