@@ -184,6 +184,7 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ),
         ("--dropout 1 --optimizer lora-adamw", "--dropout 1.0: expected a share"),
         ("--alpha 0 --optimizer lora-adamw", "--alpha 0.0: expected a positive"),
+        ("--weight-bits 4 --optimizer relora-adamw", "so few bits at a restart"),
         ("--weight-bits 3 --optimizer qlora-adamw", "--weight-bits 3: choose 4 or 8"),
         (
             "--restart-every 10 --restart-warmup 10 --optimizer relora-adamw",

@@ -391,6 +391,11 @@ def _check_values(config: Resolved) -> None:
             f"--gradient-rank {gradient_rank}: expected less than --rank {rank}, the adapter's"
         )
     every, warmup = config.restart_every, config.restart_warmup
+    if every is not None and config.weight_bits == 4:
+        raise ValueError(
+            f"--weight-bits 4 with --adapter {config.adapter}: merged into so few bits at a "
+            "restart, what was learnt would be lost; choose 8, or leave it out"
+        )
     if every is not None and warmup is not None and warmup >= every:
         raise ValueError(
             f"--restart-warmup {warmup}: expected fewer steps than --restart-every {every}"
