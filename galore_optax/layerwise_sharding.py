@@ -12,14 +12,14 @@ from galore_optax.sharding import state_shardings
 
 
 def layerwise_shardings(
-    optimizer: Layerwise, weights: Params, weight_shardings: Params
+    optimizer: Layerwise, params: Params, param_shardings: Params
 ) -> LayerwiseState:
     """Shardings for `optimizer.init(params)`, without allocating anything.
 
     Args:
         optimizer: The optimizer.
-        weights: Tree of arrays or of `jax.ShapeDtypeStruct`.
-        weight_shardings: The same tree of `jax.sharding.NamedSharding`, all over one mesh of
+        params: Tree of arrays or of `jax.ShapeDtypeStruct`.
+        param_shardings: The same tree of `jax.sharding.NamedSharding`, all over one mesh of
             automatic axes, none of which splits the layers' axis.
 
     Raises:
@@ -36,27 +36,32 @@ def layerwise_shardings(
         ...     layer=lambda layer, x, _: x @ layer["w"],
         ...     head=lambda params, x, _: jnp.sum(x),
         ... )
-        >>> weights = {"layers": {"w": jax.ShapeDtypeStruct((4, 16, 16), jnp.float32)}}
+        >>> params = {"layers": {"w": jax.ShapeDtypeStruct((4, 16, 16), jnp.float32)}}
         >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
         >>> rows = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
         >>> optimizer = Layerwise(model, optax.adam(1e-3))
-        >>> state = layerwise_shardings(optimizer, weights, {"layers": {"w": rows}})
+        >>> state = layerwise_shardings(optimizer, params, {"layers": {"w": rows}})
         >>> tuple(state.layers[0].mu["layers"]["w"].spec)
         (None, 'fsdp', None)
     """
-    key, nothing = optimizer.model.layers, absent(weights)
-    stack, rest, _ = optimizer.model.split(weights)
+    key = optimizer.model.layers
+    stack, rest, _ = optimizer.model.split(params)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stack)
-    one_at = jax.tree.map(_of_a_layer, weight_shardings[key])
+    one_at = jax.tree.map(_of_a_layer, param_shardings[key])
+    nothing = absent(jax.eval_shape(optimizer.dequantize, params))
+
+    def init(params: Params) -> optax.OptState:
+        return optimizer.tx.init({**nothing, **optimizer.dequantize(params)})
 
     def of_part(part: Params, part_at: Params) -> optax.OptState:
-        return state_shardings(optimizer.tx, {**nothing, **part}, {**nothing, **part_at})
+        tx = optax.GradientTransformation(init, optimizer.tx.update)  # pyrefly: ignore
+        return state_shardings(tx, part, part_at)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a part may lack what the whole has
         layers = of_part({key: one}, {key: one_at})
-        rest_at = {k: of_part({k: part}, {k: weight_shardings[k]}) for k, part in rest.items()}
-    mesh = jax.tree.leaves(weight_shardings)[0].mesh
+        rest_at = {k: of_part({k: part}, {k: param_shardings[k]}) for k, part in rest.items()}
+    mesh = jax.tree.leaves(param_shardings)[0].mesh
     whole = NamedSharding(mesh, PartitionSpec())
     stacked = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(None, *s.spec)), layers)
     return LayerwiseState(whole, whole, stacked, rest_at)  # pyrefly: ignore[bad-argument-type]
@@ -66,7 +71,7 @@ def _of_a_layer(sharding: NamedSharding) -> NamedSharding:
     layers, *spec = (*sharding.spec, None)
     if layers is not None:
         raise ValueError(
-            f"weight_shardings: {sharding.spec} splits the layers' axis, over which a loop runs; "
+            f"param_shardings: {sharding.spec} splits the layers' axis, over which a loop runs; "
             "split another axis"
         )
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))

@@ -8,9 +8,18 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import GaLoreDimensionNumbers, galore, galore_adafactor
+from galore_optax import (
+    GaLoreDimensionNumbers,
+    apply_updates,
+    galore,
+    galore_adafactor,
+    quantize_state,
+    quantize_weights,
+)
 from galore_optax.layerwise import Layered, Layerwise
 from galore_optax.memory import tree_bytes
+from galore_optax.quantized import dequantized
+from galore_optax.quantized_weights import value_and_grad
 
 N, B, L, D, F, V = 3, 4, 5, 8, 12, 11
 STEPS = 5
@@ -181,6 +190,47 @@ def test_galore_with_adafactor_keeps_its_statistics_by_matrix():
         ),
     )  # fmt: skip
     assert_equal(by_layers(tx), ordinary(tx, unstack=True), 1e-5)
+
+
+def test_states_and_weights_may_be_held_in_few_bits():
+    tx = galore(
+        3, quantize_state(optax.adam(0.01), min_size=1), update_proj_gap=2, projection_bits=4,
+        subspace="random", weight_dimension_numbers=NUMBERS,
+    )  # fmt: skip
+    which = {"embedding": False, "layers": NUMBERS["layers"], "out": False}
+    which = jax.tree.map(lambda x: x is MATRIX, which, is_leaf=lambda x: x is None or x is MATRIX)
+    held = quantize_weights(params(), which, block=4)
+    assert not isinstance(held["layers"]["up"], np.ndarray)
+
+    def update(part, updates, count, layer):
+        return apply_updates(part, updates, None)
+
+    optimizer = Layerwise(MODEL, tx, dequantize=dequantized, apply_updates=update, clip_norm=1.0)
+    state, step = compiled(optimizer.init)(held), compiled(optimizer.step)
+    whole = optax.chain(optax.clip_by_global_norm(1.0), tx)
+    reference, theirs = compiled(whole.init)(held), held
+
+    def loss(params, batch):
+        x = embed(params, batch)
+        for i in range(N):
+            x = layer(jax.tree.map(lambda w, i=i: w[i], dequantized(params["layers"])), x, batch)
+        return head(params, x, batch)
+
+    def ordinary_step(params, state, batch):
+        value, gradient = value_and_grad(loss)(params, batch)
+        updates, state = whole.update(gradient, state, params)
+        return apply_updates(params, updates, None), state, value
+
+    ordinary_step = compiled(ordinary_step)
+    for batch in batches():
+        held, state, metrics = step(held, state, batch)
+        theirs, reference, value = ordinary_step(theirs, reference, batch)
+        # A number between two codes is rounded to either, as its last bits are.
+        np.testing.assert_allclose(metrics.loss, value, rtol=1e-3)
+    assert metrics.finite
+    inner = state.layers.inner[0].mu["layers"]["up"]
+    assert inner.codes.shape == (N, 3, F)
+    assert inner.codes.dtype == jnp.uint8
 
 
 def clipped(tx):

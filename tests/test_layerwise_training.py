@@ -16,6 +16,8 @@ from train.mesh import put_batch
 from train.pretrain import main
 
 __all__ = ["compiled_once"]
+# Rounded to the nearest, since by layers other numbers are drawn than for the whole stack.
+Q_GALORE = {"optimizer": "q-galore-adamw8bit", "stochastic_rounding": False}
 PREVIOUS = {"clip": "previous", "clip_norm": 0.5}
 
 
@@ -25,6 +27,7 @@ def one_device():
     return {
         "galore-adamw": train(),
         "adamw": train(**ADAMW),
+        "q-galore": train(**Q_GALORE),
         "previous": train(layerwise=True, **PREVIOUS),
     }
 
@@ -34,15 +37,29 @@ def one_device():
     [
         ("galore-adamw", {}),
         ("adamw", ADAMW),
+        ("q-galore", Q_GALORE | {"mesh": "fsdp=2,data=4"}),
         ("galore-adamw", {"accumulate": 2, "rematerialize": True}),
         ("galore-adamw", {"mesh": "data=2,fsdp=2,tensor=2"}),
         ("previous", {"mesh": "data=4,fsdp=2", **PREVIOUS}),
     ],
-    ids=["galore-adamw", "adamw", "accumulated", "mesh", "mesh, clip previous"],
+    ids=["galore-adamw", "adamw", "q-galore, mesh", "accumulated", "mesh", "mesh, clip previous"],
 )
 def test_losses_are_those_of_one_device_and_the_ordinary_step(one_device, which, changes):
-    # Six updates, GaLore with two subspaces; float32 sums in another order.
-    np.testing.assert_allclose(train(layerwise=True, **changes), one_device[which], rtol=2e-5)
+    # Six updates, GaLore with two subspaces; float32 sums in another order, by which a number
+    # between two codes becomes one or the other.
+    rtol = 1e-3 if which == "q-galore" else 2e-5
+    np.testing.assert_allclose(train(layerwise=True, **changes), one_device[which], rtol=rtol)
+
+
+def test_weights_of_few_bits_are_rounded_at_random():
+    drawn = [train(layerwise=True, optimizer="q-galore-adamw8bit", seed=seed) for seed in (0, 0)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != train(layerwise=True, **Q_GALORE)
+
+
+def test_adapters_need_no_layers():
+    with pytest.raises(ValueError, match="--layerwise is of no use with --adapter lora"):
+        resolve(small("unused", layerwise=True, optimizer="lora-adamw", update_proj_gap=None))
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path):

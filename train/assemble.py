@@ -12,7 +12,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from galore_optax.adapter import split
-from galore_optax.layerwise import Layerwise
 from galore_optax.memory import tree_bytes
 from galore_optax.sharding import state_shardings
 from models import llama
@@ -22,7 +21,7 @@ from train import layerwise
 from train.config import Pretrain, Resolved
 from train.data import TrainingData, evaluation_batches
 from train.mesh import check_batch, make_mesh, param_shardings, replicated
-from train.optimizers import learning_rate_schedule, make_optimizer, make_recipe
+from train.optimizers import learning_rate_schedule, make_optimizer
 from train.sequences import Batch
 from train.step import (
     Forward,
@@ -153,23 +152,16 @@ def _compile_parts(
     params_at, notes = param_shardings(mesh, shapes, logical_axes(shapes))
     for note in notes:
         log(f"sharding: {note}")
-    rounding = bool(config.stochastic_rounding)
     tx = make_optimizer(config, llama.dimension_numbers)
     if config.layerwise:
-        by_layers = Layerwise(
-            layerwise.layered_llama(model, mesh),
-            make_recipe(config, llama.dimension_numbers),
-            clip_norm=config.clip_norm,
-            clip=config.clip,
-            accumulate=config.accumulate,
-            checkpoint=config.rematerialize,
-        )
+        by_layers = layerwise.optimizer(config, model, mesh)
         init_optimizer = partial(layerwise.init, by_layers)
         optimizer_at = layerwise.shardings(by_layers, mesh, shapes, params_at)
         step = partial(layerwise.train_step, by_layers, model, config.sequences, schedule, mesh)
     else:
         init_optimizer = tx.init
         optimizer_at = state_shardings(tx, split(shapes)[0], split(params_at)[0])
+        rounding = bool(config.stochastic_rounding)
         step = partial(train_step, forward, tx, schedule, config.accumulate, rounding, mesh)
     shardings = TrainState._make((params_at, optimizer_at, replicated(mesh), replicated(mesh)))
 

@@ -403,13 +403,11 @@ def _check_values(config: Resolved) -> None:
     decay = config.weight_decay
     if decay is not None and not (math.isfinite(decay) and decay >= 0):
         raise ValueError(f"--weight-decay {decay}: expected 0 or more")
-    if config.layerwise:
-        for name in ("adapter", "weight_bits", "stochastic_rounding"):
-            if getattr(config, name):
-                raise ValueError(
-                    f"--layerwise: a layer's update does not know {flag(name)} yet; leave out one "
-                    "of the two (or choose another --optimizer, if it is by its default)"
-                )
+    if config.layerwise and config.adapter is not None:
+        raise ValueError(
+            f"--layerwise is of no use with --adapter {config.adapter}: adapters' gradients are "
+            "small, and frozen weights have none"
+        )
     if config.clip != "exact" and not config.layerwise:
         raise ValueError(
             f"--clip {config.clip} is of use with --layerwise only; any other step clips exactly"

@@ -1,7 +1,7 @@
 """The training step of `--layerwise`: a LLaMA's backward pass and its update, a layer at a time."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,48 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
+from galore_optax import apply_updates
 from galore_optax.layered import Layered
 from galore_optax.layerwise import Layerwise
 from galore_optax.layerwise_sharding import layerwise_shardings
-from models.llama import rms_norm, sequences_of, training_layer
+from galore_optax.quantized import dequantized
+from models.llama import dimension_numbers, rms_norm, sequences_of, training_layer
 from models.llama_config import LlamaConfig
 from train.loss import summed_cross_entropy
 from train.mesh import BATCH, replicated
-from train.step import Batch, Metrics, Params, TrainState, cut, step_metrics
+from train.optimizers import make_recipe
+from train.step import Batch, Metrics, Params, TrainState, cut, step_key, step_metrics
+
+if TYPE_CHECKING:
+    from train.config import Resolved
+
+
+def optimizer(config: "Resolved", model: LlamaConfig, mesh: Mesh) -> Layerwise:
+    """The optimizer of a resolved configuration, around the model.
+
+    Args:
+        config: from `train.config.resolve`.
+        model: sizes and numerics.
+        mesh: the devices.
+    """
+    rounding = jax.random.key(config.seed) if config.stochastic_rounding else None
+
+    def rounded(part: Params, updates: Any, count: Array, layer: Array | None) -> Any:
+        key = None if rounding is None else step_key(rounding, count, 0)
+        if key is not None and layer is not None:
+            key = jax.random.fold_in(key, layer)
+        return apply_updates(part, updates, key)
+
+    return Layerwise(
+        layered_llama(model, mesh),
+        make_recipe(config, dimension_numbers),
+        clip_norm=config.clip_norm,
+        clip=config.clip,
+        accumulate=config.accumulate,
+        checkpoint=config.rematerialize,
+        dequantize=dequantized,
+        apply_updates=rounded,
+    )
 
 
 def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:

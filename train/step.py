@@ -149,8 +149,12 @@ def train_step(
 
 
 def _folded(state: TrainState, use: int) -> Key[Array, ""]:
+    return step_key(state.key, state.step, use)
+
+
+def step_key(key: Key[Array, ""], step: Int[Array, ""], use: int) -> Key[Array, ""]:
     """A key for one use of randomness in a step."""
-    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), use)
+    return jax.random.fold_in(jax.random.fold_in(key, step), use)
 
 
 def make_restart(
