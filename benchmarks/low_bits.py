@@ -8,12 +8,10 @@ the data, the same for every row.
 """
 
 import dataclasses
-import json
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 
+from benchmarks.trained import Runs, trained
 from train.metrics import read_metrics
 
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -31,57 +29,28 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LowBits:
+class LowBits(Runs):
     """Trains each variant with each seed and prints a table."""
 
-    data_dir: Path
-    """A data set written by `python -m train.prepare_c4`."""
-    out: Path
-    """Folder for the runs; those that have finished are not repeated."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the runs."""
-    model: str = "tiny"
-    """Model to train."""
-    tokenizer: str = "bytes"
-    """`bytes` or a tokenizer.json."""
     learning_rate: float = 0.01
     """Peak learning rate."""
     update_proj_gap: int = 25
     """Steps between subspaces, at first where that adapts."""
-    steps: int = 800
-    """Steps of every run."""
-    batch_size: int = 8
-    """Sequences in a step."""
-    seq_len: int = 128
-    """Tokens in a sequence."""
-    eval_tokens: int = 100_000
-    """Validation tokens."""
 
 
 def run(config: LowBits, name: str, seed: int) -> tuple[float, int, int, int]:
     """Perplexity, bytes of states and of weights, and the count of refreshes."""
-    out = config.out / f"{name.replace(' ', '-').replace(',', '').lower()}-{seed}"
-    if not (out / "summary.json").exists():
-        flags = {
-            "model": config.model,
-            "data": "c4",
-            "data-dir": config.data_dir,
-            "tokenizer": config.tokenizer,
-            "learning-rate": config.learning_rate,
-            "update-proj-gap": config.update_proj_gap,
-            "steps": config.steps,
-            "batch-size": config.batch_size,
-            "seq-len": config.seq_len,
-            "eval-every": config.steps,
-            "eval-tokens": config.eval_tokens,
-            "seed": seed,
-            "out": out,
-        }
-        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-        command = [sys.executable, "-m", "train.pretrain", *VARIANTS[name], *words, "--resume"]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    summary = json.loads((out / "summary.json").read_text())
-    refreshes = [line["refreshes"] for line in read_metrics(out) if "refreshes" in line]
+    folder = f"{name.replace(' ', '-').replace(',', '').lower()}-{seed}"
+    flags = (
+        *VARIANTS[name],
+        *("--learning-rate", config.learning_rate),
+        *("--update-proj-gap", config.update_proj_gap),
+        *("--seed", seed),
+    )
+    summary = trained(config, folder, flags)
+    refreshes = [x["refreshes"] for x in read_metrics(config.out / folder) if "refreshes" in x]
     return (
         summary["eval_perplexity"],
         summary["optimizer_state_bytes"],

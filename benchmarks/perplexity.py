@@ -1,4 +1,4 @@
-"""Perplexity of optimizers after the same steps on the same data, each at its best learning rate.
+"""Perplexity, memory and speed of methods after equal tokens in equal order, each at its best rate.
 
     python -m benchmarks.perplexity --data-dir DIR --out DIR
 
@@ -6,81 +6,64 @@ DIR is a data set written by `python -m train.prepare_c4`. Every run is `python 
 """
 
 import dataclasses
-import json
-import subprocess
-import sys
-from pathlib import Path
 
-RATES = {
-    "adamw": (0.0005, 0.001, 0.002),
-    "adafactor": (0.002, 0.005, 0.01),
-    "galore-adamw": (0.005, 0.01, 0.02),
-    "galore-adafactor": (0.01, 0.02, 0.04),
+from benchmarks.trained import Runs, trained
+
+FULL, GALORE, ADAPTER = (0.0005, 0.001, 0.002), (0.005, 0.01, 0.02), (0.001, 0.002, 0.005)
+
+# Flags, and the learning rates to choose from.
+METHODS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
+    "full rank": (("--optimizer", "adamw"), FULL),
+    "GaLore": (("--optimizer", "galore-adamw"), GALORE),
+    "8-bit GaLore": (("--optimizer", "galore-adamw8bit"), GALORE),
+    "Q-GaLore": (("--optimizer", "q-galore-adamw8bit"), GALORE),
+    "low rank": (("--optimizer", "adamw", "--adapter", "low-rank"), ADAPTER),
+    "LoRA": (("--optimizer", "lora-adamw"), ADAPTER),
+    "DoRA": (("--optimizer", "adamw", "--adapter", "dora"), ADAPTER),
+    "ReLoRA": (("--optimizer", "relora-adamw"), ADAPTER),
+    "QLoRA": (("--optimizer", "qlora-adamw"), ADAPTER),
+    "GradNormLoRP": (("--optimizer", "gradnorm-lorp-adamw"), GALORE),
+    "8-bit GradNormLoRP": (
+        ("--optimizer", "gradnorm-lorp-adamw", "--moment-bits", "8", "--weight-bits", "8"),
+        GALORE,
+    ),
+    "Adafactor": (("--optimizer", "adafactor"), (0.002, 0.005, 0.01)),
+    "GaLore Adafactor": (("--optimizer", "galore-adafactor"), (0.01, 0.02, 0.04)),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Trains each optimizer at three learning rates and prints a table."""
+class Comparison(Runs):
+    """Trains each method at three learning rates and prints a table."""
 
-    data_dir: Path
-    """A data set written by `python -m train.prepare_c4`."""
-    out: Path
-    """Folder for the runs; those that have finished are not repeated."""
-    optimizers: tuple[str, ...] = ("galore-adamw", "adamw")
-    """Optimizers to compare."""
-    model: str = "tiny"
-    """Model to train."""
-    tokenizer: str = "bytes"
-    """`bytes` or a tokenizer.json."""
-    steps: int = 2000
-    """Steps of every run."""
-    batch_size: int = 8
-    """Sequences in a step."""
-    seq_len: int = 128
-    """Tokens in a sequence."""
-    eval_tokens: int = 100_000
-    """Validation tokens."""
+    methods: tuple[str, ...] = tuple(METHODS)[:11]
+    """Rows of the table."""
     seed: int = 0
     """Seed of every run, and so of the order of the data."""
 
 
-def run(config: Comparison, optimizer: str, rate: float) -> dict:
-    """One training run's summary."""
-    out = config.out / f"{optimizer}-{rate}"
-    if not (out / "summary.json").exists():
-        flags = {
-            "model": config.model,
-            "data": "c4",
-            "data-dir": config.data_dir,
-            "tokenizer": config.tokenizer,
-            "optimizer": optimizer,
-            "learning-rate": rate,
-            "steps": config.steps,
-            "batch-size": config.batch_size,
-            "seq-len": config.seq_len,
-            "eval-every": config.steps,
-            "eval-tokens": config.eval_tokens,
-            "seed": config.seed,
-            "out": out,
-        }
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        subprocess.run([sys.executable, "-m", "train.pretrain", *words, "--resume"], check=True)
-    return json.loads((out / "summary.json").read_text())
-
-
 def main(config: Comparison) -> None:
     """Runs what is missing and prints a table in Markdown."""
-    print("| optimizer | learning rate | perplexity | optimizer state, bytes |")
-    print("| --- | --- | --- | --- |", flush=True)
-    for optimizer in config.optimizers:
-        for rate in RATES[optimizer]:
-            summary = run(config, optimizer, rate)
-            print(
-                f"| {optimizer} | {rate} | {summary['eval_perplexity']:.3f} "
-                f"| {summary['optimizer_state_bytes']:,} |",
-                flush=True,
-            )
+    print(
+        "| | perplexity | learning rate (others) | trained params | weights, bytes "
+        "| states, bytes | tokens/s |\n| --- | --- | --- | --- | --- | --- | --- |",
+        flush=True,
+    )
+    for method in config.methods:
+        flags, rates = METHODS[method]
+        rows = {}
+        for rate in rates:
+            own = (*flags, "--learning-rate", rate, "--seed", config.seed)
+            rows[rate] = trained(config, f"{method.replace(' ', '-').lower()}-{rate}", own)
+        best = min(rates, key=lambda rate: rows[rate]["eval_perplexity"] or float("inf"))
+        others = [f"{r}: {rows[r]['eval_perplexity'] or float('inf'):.2f}" for r in rates]
+        row = rows[best]
+        print(
+            f"| {method} | {row['eval_perplexity']:.3f} | {best} ({', '.join(others)}) "
+            f"| {row['trained_params']:,} | {row['weight_bytes']:,} "
+            f"| {row['optimizer_state_bytes']:,} | {row['tokens_per_second']:,.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
