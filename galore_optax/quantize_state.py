@@ -14,9 +14,10 @@ import optax
 from jaxtyping import Array, Float
 
 from galore_optax.codes import Code, Dynamic, Table
+from galore_optax.elementwise import updated
 from galore_optax.nnx_variables import without_variables
 from galore_optax.nonnegative import nonnegative_state
-from galore_optax.quantized import dequantized, is_quantized, quantize, stored_like
+from galore_optax.quantized import is_quantized, quantize
 
 # Of the codes tried on the moments of a LLaMA (benchmarks/four_bit_codes.py) these change Adam's
 # update least: squares for numbers with a sign, and over four powers of ten for those without.
@@ -110,11 +111,10 @@ def quantize_state(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        updates, new = inner.update(updates, dequantized(state), params, **extra_args)
-        stored = jax.tree.map(
-            lambda old, new: stored_like(new, old), state, new, is_leaf=is_quantized
-        )
-        return updates, stored
+        def of_floats(updates: optax.Updates, state: optax.OptState, params: optax.Params) -> Any:
+            return inner.update(updates, state, params, **extra_args)
+
+        return updated(of_floats, updates, state, params)
 
     # optax's types say that a state is any tree, not which one.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax.codes import Affine
+from galore_optax.elementwise import chunks, over_chunks
 from galore_optax.quantized import QuantizedArray, added, is_quantized, quantize
 from galore_optax.sharding import specs, with_automatic_axes
 
@@ -187,13 +188,24 @@ def apply_updates(
     for (path, param), update in zip(leaves, tree.flatten_up_to(updates), strict=True):
         hashed = zlib.crc32(jax.tree_util.keystr(path).encode())
         own = None if key is None else jax.random.fold_in(key, hashed)
-        if is_quantized(param):
-            new.append(added(param, update, own))
-        elif own is not None and param.dtype == jnp.bfloat16:
-            new.append(_bfloat16(param.astype(jnp.float32) + update.astype(jnp.float32), own))
+        if is_quantized(param) or (own is not None and param.dtype == jnp.bfloat16):
+            new.append(_summed(param, update, own))
         else:
             new.append(optax.apply_updates(param, update))
     return tree.unflatten(new)
+
+
+def _summed(param: Any, update: Float[Array, "..."], key: PRNGKeyArray | None) -> Any:
+    """The sum, a few rows at a time where it is large, rounded to what holds the param."""
+
+    def summed(param: Any, update: Array, number: Array) -> Any:
+        own = None if key is None else jax.random.fold_in(key, number)
+        if is_quantized(param):
+            return added(param, update, own)
+        assert own is not None
+        return _bfloat16(param.astype(jnp.float32) + update.astype(jnp.float32), own)
+
+    return over_chunks(summed, param, update, chunks(param))
 
 
 def _bfloat16(x: Float[Array, "..."], key: PRNGKeyArray) -> Float[Array, "..."]:

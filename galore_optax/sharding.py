@@ -35,7 +35,7 @@ def with_automatic_axes(
     """
     leaves, tree = jax.tree.flatten(args)
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
-    first = next((x for x in arrays.values() if _explicit_axes(x)), None)
+    first = next((x for x in arrays.values() if explicit_axes(x)), None)
     if first is None:
         return fun(*args)
     mesh = jax.typeof(first).sharding.mesh
@@ -46,10 +46,11 @@ def with_automatic_axes(
         return fun(*tree.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)]))
 
     out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_specs(mesh))
-    return jax.sharding.auto_axes(call, axes=_explicit_axes(first), out_sharding=out)(arrays)
+    return jax.sharding.auto_axes(call, axes=explicit_axes(first), out_sharding=out)(arrays)
 
 
-def _explicit_axes(x: Array) -> tuple[str, ...]:
+def explicit_axes(x: Array) -> tuple[str, ...]:
+    """The mesh axes in an array's type."""
     return jax.typeof(x).sharding.mesh.explicit_axes
 
 
@@ -71,7 +72,7 @@ def sharded_like(tree: Any, like: Any) -> Any:
     """
 
     def sharded(x: Any, y: Any) -> Any:
-        explicit = isinstance(y, jax.Array) and _explicit_axes(y)
+        explicit = isinstance(y, jax.Array) and explicit_axes(y)
         return jax.sharding.reshard(x, jax.typeof(y).sharding) if explicit else x
 
     return jax.tree.map(sharded, tree, like)
