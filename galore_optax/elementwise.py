@@ -87,15 +87,15 @@ def over_chunks(
         # (else it would decode again wherever they are used), and a turn writes another chunk than
         # it reads (else XLA would copy the whole arrays in each).
         stored, floats = carry
-        stored = put(stored, end(floats, take(like, 0)), i - 1)
-        return stored, begin(take(stored, i), take(read, i), i)
+        stored = put(stored, end(floats, like), i - 1)
+        following = jnp.minimum(i, count - 1)
+        return stored, begin(take(stored, following), take(read, following), following)
 
     shapes = jax.tree.map(jnp.shape, stored)
     stored, read = jax.tree.map(cut, (stored, read))
-    like = stored
+    like = jax.eval_shape(lambda: take(stored, 0))
     first = begin(take(stored, 0), take(read, 0), jnp.int32(0))
-    stored, floats = jax.lax.fori_loop(1, count, turn, (stored, first))
-    new = put(stored, end(floats, take(like, 0)), count - 1)
+    new, _ = jax.lax.fori_loop(1, count + 1, turn, (stored, first))
     return jax.tree.map(lambda x, shape: x.reshape(shape), new, shapes)
 
 

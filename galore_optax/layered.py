@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from galore_optax.dataflow import depends
+from galore_optax.quantized_weights import sources, with_sources
 
 Params = dict[str, Any]
 Batch = PyTree
@@ -31,6 +32,9 @@ class Layered(NamedTuple):
             shapes and dtypes.
         head: From all params but the layers', the last hidden states and the batch to the loss.
         layers: Under which key of the params the layers are, stacked along every leaf's first axis.
+
+    Where a leaf of the params is a `QuantizedArray`, the functions get what has its `shape`,
+    `dtype` and `dequantize()`, and the gradient is that with respect to the dequantized array.
     """
 
     embed: Callable[[Params, Batch], Hidden]
@@ -66,8 +70,7 @@ class Backward:
 
     Attributes:
         model: The model.
-        dequantize: From a part of the params to its weights.
-        weights: Those of all entries but the layers'.
+        weights: All entries of the params but the layers.
         batches: Tree of arrays with a first axis of microbatches.
         checkpoint: Whether a layer is computed again in the backward pass.
         kept: Of each layer, `(layers, microbatches, ...)`, the hidden states before it or, without
@@ -78,7 +81,6 @@ class Backward:
     """
 
     model: Layered
-    dequantize: Callable[[Params], Params]
     weights: Params
     batches: Batch
     checkpoint: bool
@@ -93,7 +95,7 @@ class Backward:
 
         def pull(h: Hidden, b: Batch) -> tuple[tuple[Array, Params], Hidden]:
             own = {k: self.weights[k] for k in self._in_head}
-            loss, back = jax.vjp(lambda w, h: self.model.head({**self.weights, **w}, h, b), own, h)
+            loss, back = _vjp(lambda w, h: self.model.head({**self.weights, **w}, h, b), own, h)
             gradient, cotangent = back(jnp.ones_like(loss))
             return (loss, gradient), cotangent
 
@@ -103,13 +105,12 @@ class Backward:
     def layer(self, own: PyTree, i: Int[Array, ""], cotangent: Hidden) -> tuple[Params, Hidden]:
         """The gradient of layer `i`, of params `own`, as a part, and that of its hidden states."""
         key = self.model.layers
-        weights = self.dequantize({key: own})
 
         def pull(kept: Any, b: Batch, c: Hidden) -> tuple[Params, Hidden]:
             if self.checkpoint:
-                back = jax.vjp(lambda w, h: self.model.layer(w[key], h, b), weights, kept)[1]
+                back = _vjp(lambda w, h: self.model.layer(w[key], h, b), {key: own}, kept)[1]
             else:
-                back = _put_back(kept, (weights, b))
+                back = _put_back(kept, (own, b))
             return back(c)
 
         return over_microbatches(pull, at(self.kept, i), self.batches, cotangent)
@@ -119,14 +120,14 @@ class Backward:
 
         def pull(b: Batch, c: Hidden) -> tuple[Params, tuple[()]]:
             own = {k: self.weights[k] for k in self._in_embed}
-            return jax.vjp(lambda w: self.model.embed({**self.weights, **w}, b), own)[1](c)[0], ()
+            return _vjp(lambda w: self.model.embed({**self.weights, **w}, b), own)[1](c)[0], ()
 
         gradient, _ = over_microbatches(pull, self.batches, cotangent)
 
         def whole(k: str) -> PyTree:
             parts = [g[k] for g in (from_head, gradient) if k in g]
             return functools.reduce(
-                optax.tree.add, parts or [jax.tree.map(jnp.zeros_like, self.weights[k])]
+                optax.tree.add, parts or [optax.tree.zeros_like(sources(self.weights[k]))]
             )
 
         return {k: whole(k) for k in self.weights.keys() - self.early}
@@ -148,7 +149,6 @@ class Backward:
 
 def forward(
     model: Layered,
-    dequantize: Callable[[Params], Params],
     params: Params,
     batches: Batch,
     *,
@@ -158,22 +158,19 @@ def forward(
 
     Args:
         model: The model.
-        dequantize: From a part of the params to its weights.
         params: Its params.
         batches: Tree of arrays with a first axis of microbatches.
         checkpoint: Whether a layer is computed again in the backward pass.
     """
-    stack, rest, _ = model.split(params)
-    key, weights = model.layers, dequantize(rest)
+    stack, weights, _ = model.split(params)
+    key = model.layers
 
     def one_layer(hidden: Hidden, own: PyTree) -> tuple[Hidden, PyTree]:
-        layer = dequantize({key: own})
-
         def run(h: Hidden, b: Batch) -> tuple[tuple[()], tuple[Hidden, PyTree]]:
             if checkpoint:
-                return (), (model.layer(layer[key], h, b), h)
-            after, back = jax.vjp(lambda w, h: model.layer(w[key], h, b), layer, h)
-            return (), (after, _leave_out(back, (layer, b)))
+                return (), (model.layer(own, h, b), h)
+            after, back = _vjp(lambda w, h: model.layer(w[key], h, b), {key: own}, h)
+            return (), (after, _leave_out(back, (own, b)))
 
         return over_microbatches(run, hidden, batches)[1]
 
@@ -183,9 +180,16 @@ def forward(
     in_embed = _used(lambda weights: model.embed(weights, b), weights)
     in_head = _used(lambda weights: model.head(weights, h, b), weights)
     return Backward(
-        model, dequantize, weights, batches, checkpoint, kept, last,
+        model, weights, batches, checkpoint, kept, last,
         in_head - in_embed, in_head, in_embed,
     )  # fmt: skip
+
+
+def _vjp(function: Callable[..., Any], params: Params, *args: Any) -> tuple[Any, Any]:
+    """`jax.vjp` with respect to params in which there are `QuantizedArray`s, and to other trees."""
+    return jax.vjp(
+        lambda s, *args: function(with_sources(params, s), *args), sources(params), *args
+    )
 
 
 @jax.tree_util.register_static

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from galore_optax.layered import Backward, Batch, Layered, Params, at, forward, squares, written
 from galore_optax.leaf_by_leaf import coupled_leaves
+from galore_optax.quantized import dequantized
 
 CLIPS = ("exact", "previous")
 
@@ -100,8 +101,6 @@ class Layerwise:
             pass is kept of all microbatches.
         checkpoint: Whether a layer is computed again in the backward pass, from the hidden states
             before it; else all that its backward pass needs is kept, of every layer.
-        dequantize: From a part of the params (a dict of some of their entries; of the layers' one
-            layer) to the weights that the model sees and gradients are taken for.
         apply_updates: From a part of the params, its updates, the steps done so far and the layer
             (None for other entries) to the new part.
 
@@ -137,7 +136,6 @@ class Layerwise:
     clip: str = "exact"
     accumulate: int = 1
     checkpoint: bool = True
-    dequantize: Callable[[Params], Params] = lambda part: part
     apply_updates: ApplyUpdates = _apply_updates
 
     def __post_init__(self):
@@ -159,7 +157,7 @@ class Layerwise:
         """
         key = self.model.layers
         stack, rest, layers = self.model.split(params)
-        one = jax.eval_shape(lambda p: self.dequantize({**p, key: at(p[key], 0)}), params)
+        one = jax.eval_shape(lambda p: dequantized({**p, key: at(p[key], 0)}), params)
         # This warns of what there is to be warned of: a part may lack what the whole has.
         tx = optax.with_extra_args_support(self.tx)
         coupled = coupled_leaves(tx, one, layer=jnp.int32(0), layers=layers, value=jnp.float32(0))
@@ -173,7 +171,7 @@ class Layerwise:
         nothing = absent(one)
 
         def of_part(part: Params) -> optax.OptState:
-            return self.tx.init({**nothing, **self.dequantize(part)})
+            return self.tx.init({**nothing, **dequantized(part)})
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -201,10 +199,10 @@ class Layerwise:
         key = self.model.layers
         stack, rest, layers = self.model.split(params)
         batches = batch if self.accumulate > 1 else jax.tree.map(lambda x: x[None], batch)
-        backward = forward(self.model, self.dequantize, params, batches, checkpoint=self.checkpoint)
+        backward = forward(self.model, params, batches, checkpoint=self.checkpoint)
         clip_at = self._norm(backward, stack, state.norm)
         loss, from_head, cotangent = backward.head()
-        nothing = absent(jax.eval_shape(self.dequantize, params))
+        nothing = absent(jax.eval_shape(dequantized, params))
         update = functools.partial(self._update, nothing, jnp.asarray(state.count), clip_at, loss)
 
         ok = jnp.isfinite(loss) if clip_at is None else jnp.isfinite(loss) & jnp.isfinite(clip_at)
@@ -258,7 +256,7 @@ class Layerwise:
     def _turn(
         self,
         backward: Backward,
-        update: Callable[..., tuple[Params, optax.OptState]],
+        update: Callable[..., tuple[Params, optax.OptState, optax.Updates]],
         layers: int,
         turns: Array,
         carry: Any,
@@ -272,7 +270,7 @@ class Layerwise:
         own, own_state = at(stacks, i)
         gradient, cotangent = backward.layer(own, i, cotangent)
         total, ok = self._judged(total, ok, gradient)
-        part, new_state = update({key: own}, own_state, gradient, layer=i, layers=layers)
+        part, new_state, _ = update({key: own}, own_state, gradient, layer=i, layers=layers)
         chosen = functools.partial(jnp.where, ok)
         above = jax.tree.map(chosen, (part[key], new_state), (own, own_state))
         return stacks, above, cotangent, total, ok
@@ -287,23 +285,23 @@ class Layerwise:
         state: optax.OptState,
         gradient: Params,
         **layer: Any,
-    ) -> tuple[Params, optax.OptState]:
-        """A part of the params and its state, updated."""
+    ) -> tuple[Params, optax.OptState, optax.Updates]:
+        """A part of the params and its state, updated, and by what."""
         if clip_at is not None and self.clip_norm is not None:
             gradient = _clipped(gradient, clip_at, self.clip_norm)
         updates, new_state = optax.with_extra_args_support(self.tx).update(
             {**nothing, **gradient},
             state,
-            {**nothing, **self.dequantize(part)},
+            {**nothing, **dequantized(part)},
             value=loss,
             **layer,
         )
         updates = {k: updates[k] for k in part}  # pyrefly: ignore[bad-index]
-        return self.apply_updates(part, updates, count, layer.get("layer")), new_state
+        return self.apply_updates(part, updates, count, layer.get("layer")), new_state, updates
 
 
 def _update_rest(
-    update: Callable[..., tuple[Params, optax.OptState]],
+    update: Callable[..., tuple[Params, optax.OptState, optax.Updates]],
     rest: Params,
     states: dict[str, optax.OptState],
     gradients: Params,
@@ -313,21 +311,23 @@ def _update_rest(
     new, new_states = {}, {}
     for k, gradient in gradients.items():
         # A loop of one turn or none, so that what XLA copies for an update it copies here, and not
-        # at the beginning of the step.
-        def once(_: Array, own: tuple[Params, Any], k: str, g: Any) -> tuple[Params, Any]:
-            return update(*own, {k: g})
+        # at the beginning of the step. The updates take the gradient's place.
+        def once(_: Array, own: tuple[Params, Any, Params]) -> tuple[Params, Any, Params]:
+            part, state, updates = update(*own)
+            like = own[2]
+            return part, state, jax.tree.map(lambda u, g: u.astype(g.dtype), updates, like)
 
-        once = functools.partial(once, k=k, g=gradient)
-        own = {k: rest[k]}, states[k]
-        part, new_states[k] = jax.lax.fori_loop(0, ok.astype(jnp.int32), once, own)
+        own = {k: rest[k]}, states[k], {k: gradient}
+        part, new_states[k], _ = jax.lax.fori_loop(0, ok.astype(jnp.int32), once, own)
         new |= part
     return new, new_states
 
 
 def _known_after(tree: Any, number: int) -> Array:
-    """A number that XLA cannot know before the first array of a tree is computed."""
-    first = jax.tree.leaves(tree)[0].reshape(-1)[0].astype(jnp.float32)
-    return jnp.minimum(number + jnp.isfinite(first).astype(jnp.int32), number)
+    """A number that XLA cannot know before the arrays of a tree are computed."""
+    firsts = [leaf.reshape(-1)[0].astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+    finite = jnp.sum(jnp.isfinite(jnp.array(firsts)).astype(jnp.int32))
+    return jnp.minimum(number + finite, number)
 
 
 def _clipped(gradient: Params, norm: Array, at: float) -> Params:

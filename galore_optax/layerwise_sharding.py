@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_optax.layered import Params
 from galore_optax.layerwise import Layerwise, LayerwiseState, absent
+from galore_optax.quantized import dequantized
 from galore_optax.sharding import state_shardings
 
 
@@ -48,10 +49,10 @@ def layerwise_shardings(
     stack, rest, _ = optimizer.model.split(params)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stack)
     one_at = jax.tree.map(_of_a_layer, param_shardings[key])
-    nothing = absent(jax.eval_shape(optimizer.dequantize, params))
+    nothing = absent(jax.eval_shape(dequantized, params))
 
     def init(params: Params) -> optax.OptState:
-        return optimizer.tx.init({**nothing, **optimizer.dequantize(params)})
+        return optimizer.tx.init({**nothing, **dequantized(params)})
 
     def of_part(part: Params, part_at: Params) -> optax.OptState:
         tx = optax.GradientTransformation(init, optimizer.tx.update)  # pyrefly: ignore

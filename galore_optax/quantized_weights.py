@@ -106,20 +106,35 @@ def value_and_grad(
     """
 
     def wrapped(params: optax.Params, *args: Any, **kwargs: Any) -> tuple[Any, optax.Updates]:
-        leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
-        # Zeros that stand for the weights in the derivative; nothing reads them, and under jit
-        # they take no memory.
-        sources = [jnp.zeros(x.shape, x.dtype) if is_quantized(x) else x for x in leaves]
+        def of_sources(sources: optax.Params) -> Any:
+            return function(with_sources(params, sources), *args, **kwargs)
 
-        def of_sources(sources: list[Array]) -> Any:
-            pairs = zip(leaves, sources, strict=True)
-            held = [_WithSource(x, s) if is_quantized(x) else s for x, s in pairs]
-            return function(tree.unflatten(held), *args, **kwargs)
-
-        value, grads = jax.value_and_grad(of_sources, has_aux=has_aux)(sources)
-        return value, tree.unflatten(grads)
+        return jax.value_and_grad(of_sources, has_aux=has_aux)(sources(params))
 
     return wrapped
+
+
+def sources(params: optax.Params) -> optax.Params:
+    """The params with zeros in the place of each `QuantizedArray`, to differentiate by.
+
+    They stand for the weights in a derivative; nothing reads them, and under jit they take no
+    memory.
+    """
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if is_quantized(x) else x,
+        params,
+        is_leaf=is_quantized,
+    )
+
+
+def with_sources(params: optax.Params, sources: optax.Params) -> optax.Params:
+    """The params, whose derivative with respect to their `sources` is the weights' own."""
+    return jax.tree.map(
+        lambda x, source: _WithSource(x, source) if is_quantized(x) else source,
+        params,
+        sources,
+        is_leaf=is_quantized,
+    )
 
 
 @jax.tree_util.register_dataclass

@@ -155,12 +155,12 @@ def refreshed(
     a fraction, only so many of the rank's columns are used, those with most energy; the others are
     zero.
     """
-    wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
-    largest = jnp.max(jnp.abs(wide))
+    wide = jnp.promote_types(gradient.dtype, jnp.float32)
+    largest = jnp.max(jnp.abs(gradient)).astype(wide)
 
     def search() -> tuple[Float[Array, "n r"], Array]:
-        unit = wide / largest
-        found = find(unit, basis.astype(wide.dtype), key)
+        unit = gradient.astype(wide) / largest  # here, so that nothing wide is made elsewhere
+        found = find(unit, basis.astype(wide), key)
         if kept is not None:
             rank = found.shape[-1]
             used = jnp.arange(rank) < jnp.ceil(kept * rank)

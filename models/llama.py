@@ -237,6 +237,47 @@ def sequences_of(
     return Sequences(rotary_angles(config, positions), mask)
 
 
+# Bytes of float32 attention weights that are there at once, where no fused kernel avoids them.
+_ATTENTION_BYTES = 2**25
+
+
+def _attention(
+    query: Float[Array, "B L H K"],
+    key: Float[Array, "B L G K"],
+    value: Float[Array, "B L G K"],
+    mask: Bool[Array, "B 1 L L"] | None,
+    implementation: Literal["cudnn", "xla"],
+) -> Float[Array, "B L H K"]:
+    """Causal attention over whole sequences, by XLA a few rows of a large batch at a time."""
+
+    def attend(rows: tuple[Array, ...]) -> Array:
+        query, key, value, *mask = rows
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=mask[0] if mask else None,
+            is_causal=True,
+            implementation=implementation,
+        )
+
+    rows = (query, key, value) if mask is None else (query, key, value, mask)
+    batch, length, heads, _ = query.shape
+    parts = 1
+    while (
+        implementation == "xla"
+        and 4 * batch * heads * length**2 // parts > _ATTENTION_BYTES
+        and batch % (2 * parts * jax.device_count()) == 0
+    ):
+        parts *= 2
+    if parts == 1:
+        return attend(rows)
+    # Part i has the rows i, i + parts, ...: some of each device's.
+    cut = [jnp.moveaxis(x.reshape(batch // parts, parts, *x.shape[1:]), 1, 0) for x in rows]
+    attended = jax.lax.map(jax.checkpoint(attend), tuple(cut))
+    return jnp.moveaxis(attended, 0, 1).reshape(query.shape)
+
+
 def training_layer(
     config: LlamaConfig, sequences: Sequences, params: Params, hidden: Float[Array, "B L D"]
 ) -> Float[Array, "B L D"]:
@@ -252,14 +293,7 @@ def training_layer(
 
     def layer(params, hidden):
         def attend(query, key, value):
-            return jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                mask=sequences.mask,
-                is_causal=True,
-                implementation=implementation,
-            )
+            return _attention(query, key, value, sequences.mask, implementation)
 
         return apply_layer(config, params, hidden, sequences.rotary, attend)
 

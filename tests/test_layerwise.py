@@ -205,7 +205,8 @@ def test_states_and_weights_may_be_held_in_few_bits():
     def update(part, updates, count, layer):
         return apply_updates(part, updates, None)
 
-    optimizer = Layerwise(MODEL, tx, dequantize=dequantized, apply_updates=update, clip_norm=1.0)
+    model = MODEL._replace(layer=lambda own, x, batch: layer(dequantized(own), x, batch))
+    optimizer = Layerwise(model, tx, apply_updates=update, clip_norm=1.0)
     state, step = compiled(optimizer.init)(held), compiled(optimizer.step)
     whole = optax.chain(optax.clip_by_global_norm(1.0), tx)
     reference, theirs = compiled(whole.init)(held), held

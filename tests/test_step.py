@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
+from train import loss as loss_module
 from train.loss import summed_cross_entropy
 from train.mesh import make_mesh, put_batch, replicated
 from train.step import TrainState, loss_and_gradient, make_train_step, train_step
 
-B, L, V, D = 8, 6, 11, 5
+B, L, V, D = 8, 6, 12, 5
 
 
 def forward(params, batch):
@@ -41,13 +42,19 @@ def batch():
 
 @pytest.mark.parametrize("length", [6, 128, 130, 67])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_cross_entropy_and_its_gradient_equal_float64(length, dtype):
+@pytest.mark.parametrize("ids", [None, 4, 12])  # in a part of the vocabulary
+def test_cross_entropy_and_its_gradient_equal_float64(length, dtype, ids, monkeypatch):
+    monkeypatch.setattr(loss_module, "_IDS", ids)
     k1, k2, k3, k4 = jax.random.split(jax.random.key(0), 4)
     hidden = (5 * jax.random.normal(k1, (B, length, D))).astype(dtype)
     head = (3 * jax.random.normal(k2, (D, V))).astype(dtype)
     targets = jax.random.randint(k3, (B, length), 0, V)
     weights = jax.nn.relu(jax.random.normal(k4, (B, length)))
-    loss, pull = jax.vjp(lambda h, w: summed_cross_entropy(h, w, targets, weights), hidden, head)
+
+    def function(h, w):
+        return summed_cross_entropy(h, w, targets, weights, ids is not None)
+
+    loss, pull = jax.vjp(function, hidden, head)
     h, w = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
     p = np.exp(h @ w - (h @ w).max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from models.llama_config import SIZES, LlamaConfig, count_params
 from train import layerwise
 from train.config import Pretrain, Resolved
 from train.data import TrainingData, evaluation_batches
-from train.mesh import check_batch, make_mesh, param_shardings, replicated
+from train.mesh import abstract_batch, check_batch, make_mesh, param_shardings, replicated
 from train.optimizers import learning_rate_schedule, make_optimizer
 from train.sequences import Batch
 from train.step import (
@@ -37,16 +37,15 @@ from train.tokenizer import Tokenizer, load_tokenizer
 from train.weights import ADAPTERS, held_weights
 
 
-class Parts(NamedTuple):
-    """What a run is made of.
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What a run computes with.
 
     Attributes:
         model: sizes and numerics.
-        tokenizer: of the data.
         mesh: the devices.
-        data: training batches from any position on.
-        evaluation: the batches of an evaluation.
         abstract: the train state as `ShapeDtypeStruct` with its shardings.
+        batch: a batch in the same manner.
         init: makes the first train state, already sharded, from the run's key.
         train_step: overwrites a train state by the next one.
         restart: overwrites a train state by one whose adapters begin anew; None without restarts.
@@ -54,15 +53,28 @@ class Parts(NamedTuple):
     """
 
     model: LlamaConfig
-    tokenizer: Tokenizer
     mesh: Mesh
-    data: TrainingData
-    evaluation: list[Batch]
     abstract: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
     init: Callable[[jax.Array], TrainState]
     train_step: Any
     restart: Callable[[TrainState], TrainState] | None
     eval_step: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts(Programs):
+    """What a run is made of.
+
+    Attributes:
+        tokenizer: of the data.
+        data: training batches from any position on.
+        evaluation: the batches of an evaluation.
+    """
+
+    tokenizer: Tokenizer
+    data: TrainingData
+    evaluation: list[Batch]
 
 
 def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
@@ -98,7 +110,7 @@ def assemble(config: Resolved, log: Callable[[str], object]) -> Parts:
         ValueError: names the flag, its value and what is accepted.
     """
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch_size, config.accumulate, mesh)
+    check_batch(config.batch_size, config.accumulate, mesh)  # before the data are read
     _log_devices(config, mesh, log)
 
     tokenizer = load_tokenizer(config.tokenizer)
@@ -134,18 +146,19 @@ def assemble(config: Resolved, log: Callable[[str], object]) -> Parts:
         f"{len(eval_text):,} to evaluate on ({eval_tokens:,} tokens); tokenizer "
         f"{config.tokenizer}, {tokenizer.vocab_size:,} ids; {config.sequences} sequences"
     )
-    return _compile_parts(config, model, tokenizer, mesh, data, evaluation, log)
+    programs = make_programs(config, model, mesh, log)
+    return Parts(**vars(programs), tokenizer=tokenizer, data=data, evaluation=evaluation)
 
 
-def _compile_parts(
-    config: Resolved,
-    model: LlamaConfig,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    data: TrainingData,
-    evaluation: list[Batch],
-    log: Callable[[str], object],
-) -> Parts:
+def make_programs(
+    config: Resolved, model: LlamaConfig, mesh: Mesh, log: Callable[[str], object]
+) -> Programs:
+    """What a run computes with, from its resolved configuration and its model's; reads no data.
+
+    Raises:
+        ValueError: names the flag, its value and what is accepted.
+    """
+    check_batch(config.batch_size, config.accumulate, mesh)
     graph, shapes = abstract_params(config, model)
     forward = make_forward(graph, config.sequences)
     schedule = learning_rate_schedule(config)
@@ -201,13 +214,11 @@ def _compile_parts(
     if config.adapter is not None and config.restart_every is not None:
         keep = ADAPTERS[config.adapter].keep
         again = make_restart(tx, keep=keep, state_shardings=shardings, compiler_options=options)
-    return Parts(
+    return Programs(
         model=model,
-        tokenizer=tokenizer,
         mesh=mesh,
-        data=data,
-        evaluation=evaluation,
         abstract=abstract,
+        batch=abstract_batch(config.batch_size, config.seq_len, mesh),
         init=jax.jit(init, out_shardings=shardings, compiler_options=options),
         train_step=make_train_step(
             step,

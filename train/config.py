@@ -72,6 +72,9 @@ class Pretrain:
     """Steps between two of GaLore's subspaces. By default 200; 500 for llama-7b, 100 for tiny."""
     scale: float | None = None
     """GaLore's scale of the projected update. By default 0.25."""
+    side: Literal["smaller", "larger", "left", "right"] | None = None
+    """Which side of a matrix GaLore projects: the smaller, as published, by default; larger takes
+    the least memory."""
     moment_bits: int | None = None
     """Bits that the 8-bit optimizers and gradnorm-lorp-adamw hold a moment in, 8 or 4. By default 8
     with those, else those of --dtype."""
@@ -103,14 +106,18 @@ class Pretrain:
     """Sequences in a step, over all devices and microbatches. By default the paper's 512; 16 for
     tiny."""
     accumulate: int | None = None
-    """Microbatches that a step's batch is cut into, one after the other, to save memory."""
+    """Microbatches that a step's batch is cut into, one after the other, to save memory. By default
+    so many that none has more than 16 sequences of llama-7b, llama-1b, 32, 64 and 128 of the
+    smaller ones."""
     seq_len: int | None = None
     """Tokens in a sequence. By default the paper's 256; 128 for tiny."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] | None = None
     """Of weights, optimizer state and computation. With bfloat16 a change smaller than a 512th of a
-    weight is lost, and AdamW's second moments hardly ever fall."""
-    rematerialize: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    weight is lost, and AdamW's second moments hardly ever fall. By default float32; bfloat16 for
+    llama-7b."""
+    rematerialize: bool | None = None
+    """Compute activations again in the backward pass instead of keeping them. By default for
+    llama-7b."""
     layerwise: bool = False
     """Update each layer as soon as the backward pass has its gradient: one layer's is in memory at
     a time."""
@@ -160,6 +167,8 @@ class Resolved(Pretrain):
     batch_size: int
     accumulate: int
     seq_len: int
+    dtype: Literal["float32", "bfloat16"]
+    rematerialize: bool
     eval_every: int
     save_every: int
     log_every: int
@@ -171,20 +180,20 @@ class Resolved(Pretrain):
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "tiny": dict(
         rank=32, update_proj_gap=100, galore=0.02, q_galore=0.02, full=0.001,
-        steps=600, batch_size=16, seq_len=128, accumulate=1,
+        steps=600, batch_size=16, seq_len=128, microbatch=None,
     ),
-    "llama-60m": dict(rank=128, q_galore=0.015, steps=10_000, accumulate=4),
-    "llama-130m": dict(rank=256, q_galore=0.015, steps=20_000, accumulate=8),
-    "llama-350m": dict(rank=256, steps=60_000, accumulate=16),
-    "llama-1b": dict(rank=512, steps=100_000, accumulate=32, full=0.0005),
+    "llama-60m": dict(rank=128, q_galore=0.015, steps=10_000, microbatch=128),
+    "llama-130m": dict(rank=256, q_galore=0.015, steps=20_000, microbatch=64),
+    "llama-350m": dict(rank=256, steps=60_000, microbatch=32),
+    "llama-1b": dict(rank=512, steps=100_000, microbatch=16, full=0.0005),
     "llama-7b": dict(
         rank=1024, update_proj_gap=500, galore=0.005, q_galore=0.004, full=0.0005,
-        steps=150_000, accumulate=32,
+        steps=150_000, microbatch=16, dtype="bfloat16", rematerialize=True,
     ),
 }  # fmt: skip
 PAPER = dict(
     update_proj_gap=200, scale=0.25, galore=0.01, q_galore=0.01, full=0.001,
-    batch_size=512, accumulate=1, seq_len=256,
+    batch_size=512, microbatch=None, seq_len=256, dtype="float32", rematerialize=False,
 )  # fmt: skip
 
 # How a run is invoked, not what it is: these are not in config.json.
@@ -226,7 +235,10 @@ def resolve(config: Pretrain) -> Resolved:
     for name in options - listened:
         defaults.pop(name, None)
     config = _fill(config, {**defaults, **recipe.defaults, **(kind.defaults if kind else {})})
-    steps = config.steps or 0
+    steps, batch = config.steps or 0, config.batch_size or 0
+    most = defaults["microbatch"] or max(1, batch)
+    parts = (n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
+    config = _fill(config, {"accumulate": next(parts, 1)})
     if "gradient_rank" in listened:
         config = _fill(config, {"gradient_rank": max(1, (config.rank or 0) // 4)})
     if "restart_every" in listened:

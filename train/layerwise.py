@@ -13,7 +13,6 @@ from galore_optax import apply_updates
 from galore_optax.layered import Layered
 from galore_optax.layerwise import Layerwise
 from galore_optax.layerwise_sharding import layerwise_shardings
-from galore_optax.quantized import dequantized
 from models.llama import dimension_numbers, rms_norm, sequences_of, training_layer
 from models.llama_config import LlamaConfig
 from train.loss import summed_cross_entropy
@@ -48,7 +47,6 @@ def optimizer(config: "Resolved", model: LlamaConfig, mesh: Mesh) -> Layerwise:
         clip=config.clip,
         accumulate=config.accumulate,
         checkpoint=config.rematerialize,
-        dequantize=dequantized,
         apply_updates=rounded,
     )
 
@@ -73,7 +71,13 @@ def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
 
     def head(params, hidden, batch):
         hidden = rms_norm(hidden, params["norm"], config.norm_eps)
-        summed = summed_cross_entropy(hidden, params["head"], batch["targets"], batch["weights"])
+        matrix = params["head"]
+        # A head as large as a 7B's: not also its gradient in float32. Not where devices share the
+        # vocabulary, of which a part would have to be gathered.
+        by_vocabulary = matrix.size >= 2**26 and mesh.shape["tensor"] == 1
+        summed = summed_cross_entropy(
+            hidden, matrix, batch["targets"], batch["weights"], by_vocabulary
+        )
         return summed / jnp.maximum(batch["tokens"], 1)
 
     return Layered(embed, layer, head)

@@ -184,6 +184,17 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     }
 
 
+def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as the data and `put_batch` make it, without its arrays."""
+    dtypes = {name: np.int32 for name in ("inputs", "targets", "positions", "segment_ids")}
+    return {
+        name: jax.ShapeDtypeStruct(
+            (batch_size, seq_len), dtype, sharding=NamedSharding(mesh, BATCH)
+        )
+        for name, dtype in {**dtypes, "weights": np.float32}.items()
+    }
+
+
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Says whether the devices can split a batch.
 

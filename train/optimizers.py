@@ -54,10 +54,10 @@ _OF_WEIGHTS = ("weight_bits", "stochastic_rounding")
 
 _DECAY = MappingProxyType({"weight_decay": 0.0, "stochastic_rounding": False})
 _GALORE = (
-    "rank", "update_proj_gap", "scale", "weight_decay", "projection_bits", "adaptive_refresh",
-    "stochastic_rounding",
+    "rank", "update_proj_gap", "scale", "side", "weight_decay", "projection_bits",
+    "adaptive_refresh", "stochastic_rounding",
 )  # fmt: skip
-_GALORE_DEFAULTS = MappingProxyType({**_DECAY, "adaptive_refresh": False})
+_GALORE_DEFAULTS = MappingProxyType({**_DECAY, "adaptive_refresh": False, "side": "smaller"})
 _EIGHT_BITS = MappingProxyType({**_GALORE_DEFAULTS, "moment_bits": 8})
 _Q_GALORE = MappingProxyType({
     **_EIGHT_BITS, "projection_bits": 4, "adaptive_refresh": True, "weight_bits": 8,

@@ -1,0 +1,208 @@
+"""What a training step will take of a device's memory, known before any of it is taken."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jaxtyping import PyTree
+
+from galore_optax.adapter import join, split
+from galore_optax.layered import forward
+from galore_optax.memory import state_bytes
+from galore_optax.quantized import is_quantized
+from galore_optax.quantized_weights import sources, with_sources
+from train import layerwise
+from train.assemble import Programs, abstract_params, make_forward
+from train.config import Resolved
+from train.mesh import batch_shards
+from train.step import summed_loss
+
+# A card of so many GiB has so much less for a program: the CUDA context's.
+CONTEXT = 0.6 * 2**30
+CARDS = (8, 12, 16, 24, 40, 80, 141)
+
+# XLA's CPU compiler does bfloat16's arithmetic in float32, and keeps what it converts in memory
+# (for llama-7b ten times what a GPU takes). Float16 has the same size, and with these options the
+# same compiler leaves it as it is, and orders by memory, as the GPU's
+# compiler does. So a program in bfloat16 is planned by that program in float16.
+_AS_ON_A_GPU = {
+    "xla_cpu_strict_dot_conv_math": True,
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_cpu_copy_insertion_use_region_analysis": True,
+    "xla_disable_hlo_passes": "tree_reduction_rewriter",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device.
+
+    Attributes:
+        weights: Of the params.
+        states: Of the optimizer's state by kind, see `galore_optax.memory.state_bytes`.
+        gradients: The most that are there at once.
+        activations: What is kept for the backward pass of one microbatch.
+        temporaries: All else that the step makes: what a layer computes with, updates, a new basis.
+        batch: Of the tokens.
+        peak: The sum, as the compiled step has it.
+    """
+
+    weights: int
+    states: dict[str, int]
+    gradients: int
+    activations: int
+    temporaries: int
+    batch: int
+    peak: int
+
+    def fits(self, card: float) -> bool:
+        """Whether a card of so many GiB is enough."""
+        return self.peak <= card * 2**30 - CONTEXT
+
+    def as_json(self) -> dict[str, Any]:
+        """The names that the README gives them."""
+        return {
+            "weight_bytes": self.weights,
+            "optimizer_state_bytes": sum(self.states.values()),
+            "optimizer_state": self.states,
+            "gradient_bytes": self.gradients,
+            "activation_bytes": self.activations,
+            "temporary_bytes": self.temporaries,
+            "batch_bytes": self.batch,
+            "peak_bytes": self.peak,
+            "cards_gib": [card for card in CARDS if self.fits(card)],
+        }
+
+
+def held(programs: Programs) -> tuple[int, dict[str, int]]:
+    """Bytes on one device of the weights and, by kind, of the optimizer's state."""
+    states = state_bytes(_on_one_device(programs.abstract.optimizer))
+    return _bytes(programs.abstract.params), states
+
+
+def plan(config: Resolved, programs: Programs, memory: Any = None) -> MemoryPlan:
+    """What the training step will take.
+
+    Args:
+        config: From `train.config.resolve`.
+        programs: Made of it.
+        memory: The compiled step's own analysis; None compiles the step here.
+    """
+    memory = _memory(config, programs) if memory is None else memory
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    weights, states = held(programs)
+    batch = _bytes(programs.batch)
+    rest = max(0, peak - weights - sum(states.values()) - batch)
+    # XLA may keep less than what is asked of it.
+    gradients = min(_gradients(config, programs), rest)
+    activations = min(_activations(config, programs), rest - gradients)
+    return MemoryPlan(
+        weights=weights,
+        states=states,
+        gradients=gradients,
+        activations=activations,
+        temporaries=rest - gradients - activations,
+        batch=batch,
+        peak=peak,
+    )
+
+
+def _memory(config: Resolved, programs: Programs) -> Any:
+    """The compiled step's memory analysis, for a GPU where the step is in bfloat16."""
+    lowered = programs.train_step.lower(programs.abstract, programs.batch)
+    platform = programs.mesh.devices.flat[0].platform
+    if platform != "cpu" or config.dtype != "bfloat16" or programs.mesh.size > 1:
+        return lowered.compile().memory_analysis()
+    backend = jax.extend.backend.get_backend("cpu")
+    options = jax.extend.backend.get_compile_options(
+        num_replicas=1, num_partitions=1, env_options_overrides=_AS_ON_A_GPU
+    )
+    devices = tuple(programs.mesh.devices.flat)
+    text = lowered.as_text().replace("bf16", "f16")
+    return backend.compile_and_load(text, devices, options).get_compiled_memory_stats()
+
+
+def _gradients(config: Resolved, programs: Programs) -> int:
+    """The gradients that are there at once: all of them, or the largest part that is updated."""
+    trained, _ = split(programs.abstract.params)
+
+    def size(part: PyTree) -> int:
+        numbers = [
+            _bytes(x.codes) * 8 // x.code.bits if is_quantized(x) else _bytes(x) // x.dtype.itemsize
+            for x in jax.tree.leaves(part, is_leaf=is_quantized)
+        ]
+        summed = 4 if config.accumulate > 1 else 0  # in float32, beside that of a microbatch
+        return sum(numbers) * (jnp.dtype(config.dtype).itemsize + summed)
+
+    if not config.layerwise:
+        return size(trained)
+    layers = jax.tree.leaves(trained["layers"])[0].shape[0]
+    rest = [size(part) for name, part in trained.items() if name != "layers"]
+    return max([size(trained["layers"]) // layers, *rest])
+
+
+def _activations(config: Resolved, programs: Programs) -> int:
+    """What the forward pass of a microbatch keeps for the backward pass."""
+    rows = config.batch_size // config.accumulate
+    batch = {
+        k: jax.ShapeDtypeStruct((rows, config.seq_len), x.dtype) for k, x in programs.batch.items()
+    }
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), programs.abstract.params
+    )
+    if config.layerwise:
+        model = layerwise.layered_llama(programs.model, programs.mesh)
+
+        def kept(params: Any, batch: Any) -> Any:
+            batches = jax.tree.map(lambda x: x[None], batch)
+            tokens = jnp.sum(batch["weights"])
+            batches = layerwise.with_sequences(programs.model, config.sequences, batches, tokens)
+            passed = forward(model, params, batches, checkpoint=config.rematerialize)
+            return passed.kept, passed.last
+    else:
+        graph, _ = abstract_params(config, programs.model)
+        whole = make_forward(graph, config.sequences)
+
+        def kept(params: Any, batch: Any) -> Any:
+            trained, frozen = split(params)
+
+            def loss(own: Any) -> Any:
+                return summed_loss(whole, join(with_sources(trained, own), frozen), batch)
+
+            return jax.vjp(loss, sources(trained))[1]
+
+    traced = jax.make_jaxpr(kept)(params, batch).jaxpr
+    given = set(traced.invars)
+    # By variable, since one may be kept for several uses.
+    made = {v: v.aval for v in traced.outvars if not isinstance(v, Literal) and v not in given}
+    size = sum(aval.size * aval.dtype.itemsize for aval in made.values())
+    # A layer-wise step runs all microbatches through a layer before it comes to the next.
+    microbatches = config.accumulate if config.layerwise else 1
+    return microbatches * size // batch_shards(programs.mesh)
+
+
+def _bytes(tree: PyTree) -> int:
+    """Bytes of a tree's arrays on one device."""
+    arrays = jax.tree.leaves(_on_one_device(tree))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+
+def _on_one_device(tree: PyTree) -> PyTree:
+    """Abstract arrays of the shapes that one device holds."""
+
+    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        place = x.sharding
+        shape = x.shape if place is None else place.shard_shape(x.shape)
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    return jax.tree.map(one, tree)
