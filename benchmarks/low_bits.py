@@ -25,6 +25,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "Q-GaLore, rounded to nearest": (
         "--optimizer", "q-galore-adamw8bit", "--stochastic-rounding", "False",
     ),
+    "12 GB card": ("--optimizer", "q-galore-adamw8bit", "--moment-bits", "4"),
+    "10 GB card": (
+        "--optimizer", "q-galore-adamw8bit", "--moment-bits", "4", "--side", "larger",
+        "--embedding-bits", "8",
+    ),
 }  # fmt: skip
 
 

@@ -18,7 +18,13 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from galore_optax.codes import Affine
 from galore_optax.matrices import GaLoreDimensionNumbers
-from galore_optax.quantized import QuantizedArray, dequantized, is_quantized, stored_like
+from galore_optax.quantized import (
+    QuantizedArray,
+    dequantized,
+    is_quantized,
+    scaled_after,
+    stored_like,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,29 +134,7 @@ def _forward(rows: Array, weight: Any) -> tuple[Array, tuple[Array, Any]]:
 
 def _backward(residuals: tuple[Array, Any], cotangent: Array) -> tuple[Any, ...]:
     rows, weight = residuals
-    return jax.vjp(_product, rows, _scaled_after(zero_after(cotangent), weight))[1](cotangent)
-
-
-def zero_after(cotangent: Float[Array, "..."]) -> Float[Array, ""]:
-    """A zero that XLA does not know before a cotangent is there (NaN if that is NaN).
-
-    What a backward pass is to make again, and adds this to, is made then. Else XLA would find that
-    the forward pass has made it before, and keep it.
-    """
-    first = cotangent.reshape(-1)[0]
-    return jnp.where(jnp.isnan(first), first, 0)
-
-
-def _scaled_after(nothing: Array, weight: Any) -> Any:
-    """A weight whose scales, if it is quantized, are known when `nothing`, a zero, is."""
-
-    def after(x: Any) -> Any:
-        if not is_quantized(x):
-            return x
-        scales = after(x.scales) if is_quantized(x.scales) else x.scales + nothing
-        return dataclasses.replace(x, scales=scales)
-
-    return jax.tree.map(after, weight, is_leaf=is_quantized)
+    return jax.vjp(_product, rows, scaled_after(cotangent, weight))[1](cotangent)
 
 
 _product_made_again.defvjp(_forward, _backward)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from galore_optax.layered import Backward, Batch, Layered, Params, at, forward, squares, written
 from galore_optax.leaf_by_leaf import coupled_leaves
-from galore_optax.quantized import dequantized
+from galore_optax.quantized import dequantized, scaled_after
 
 CLIPS = ("exact", "previous")
 
@@ -201,6 +201,10 @@ class Layerwise:
         batches = batch if self.accumulate > 1 else jax.tree.map(lambda x: x[None], batch)
         backward = forward(self.model, params, batches, checkpoint=self.checkpoint)
         clip_at = self._norm(backward, stack, state.norm)
+        if clip_at is not None:  # quantized weights are dequantized for one pass, then the other
+            backward = dataclasses.replace(
+                backward, weights=scaled_after(clip_at, backward.weights)
+            )
         loss, from_head, cotangent = backward.head()
         nothing = absent(jax.eval_shape(dequantized, params))
         update = functools.partial(self._update, nothing, jnp.asarray(state.count), clip_at, loss)

@@ -188,6 +188,25 @@ def dequantized(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.dequantize() if can(x) else x, tree, is_leaf=can)
 
 
+def scaled_after(known: Float[Array, "..."], tree: Any) -> Any:
+    """A tree whose `QuantizedArray`s XLA does not know before another array is there.
+
+    Zero is added to their scales, or NaN if the other array begins with it. What a backward pass is
+    to dequantize again is dequantized then; else XLA would find that the forward pass has done it,
+    and keep the floats.
+    """
+    first = known.reshape(-1)[0]
+    nothing = jnp.where(jnp.isnan(first), first, 0)
+
+    def after(x: Any) -> Any:
+        if not is_quantized(x):
+            return x
+        nested = is_quantized(x.scales)
+        return dataclasses.replace(x, scales=after(x.scales) if nested else x.scales + nothing)
+
+    return jax.tree.map(after, tree, is_leaf=is_quantized)
+
+
 def added(
     x: QuantizedArray, update: Float[Array, "..."], key: PRNGKeyArray | None
 ) -> QuantizedArray:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from galore_optax.adapter import split
 from galore_optax.memory import tree_bytes
+from galore_optax.quantized import dequantized
 from galore_optax.sharding import state_shardings
 from models import llama
 from models.adapters import logical_axes
@@ -242,7 +243,7 @@ def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:
         # hold one document: no mask is needed.
         names = ("positions", "segment_ids") if sequences == "packed" else ()
         hidden = model.hidden(batch["inputs"], **{name: batch[name] for name in names})
-        return hidden, model.head[...]
+        return hidden, dequantized(model.head[...])
 
     return forward
 

@@ -87,6 +87,9 @@ class Pretrain:
     weight_bits: int | None = None
     """Bits that q-galore-adamw8bit, or an adapter, holds the matrices of the layers in, 8 or 4 (NF4
     with an adapter). By default 8 with q-galore-adamw8bit, 4 with qlora, else those of --dtype."""
+    embedding_bits: int | None = None
+    """Bits that q-galore-adamw8bit holds embedding and head in, 8 or 4. By default those of
+    --dtype."""
     stochastic_rounding: bool | None = None
     """Round new weights up or down at random, such that no update is lost in the mean, where they
     have less bits than float32. By default with q-galore-adamw8bit."""
@@ -385,7 +388,7 @@ def _check_values(config: Resolved) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{flag(name)} {value}: expected a positive number")
-    for name in ("moment_bits", "projection_bits", "weight_bits"):
+    for name in ("moment_bits", "projection_bits", "weight_bits", "embedding_bits"):
         value = getattr(config, name)
         if value not in (None, 4, 8):
             raise ValueError(f"{flag(name)} {value}: choose 4 or 8")

@@ -13,7 +13,8 @@ from galore_optax import apply_updates
 from galore_optax.layered import Layered
 from galore_optax.layerwise import Layerwise
 from galore_optax.layerwise_sharding import layerwise_shardings
-from models.llama import dimension_numbers, rms_norm, sequences_of, training_layer
+from galore_optax.quantized import dequantized
+from models.llama import dimension_numbers, embed, rms_norm, sequences_of, training_layer
 from models.llama_config import LlamaConfig
 from train.loss import summed_cross_entropy
 from train.mesh import BATCH, replicated
@@ -61,8 +62,8 @@ def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
     # Whether a layer is computed again in the backward pass is said to `Layerwise`.
     config = dataclasses.replace(config, rematerialize=False)
 
-    def embed(params, batch):
-        return params["embedding"][batch["inputs"]].astype(config.dtype)
+    def embedded(params, batch):
+        return embed(config, params["embedding"], batch["inputs"])
 
     def layer(params, hidden, batch):
         hidden = training_layer(config, batch["sequences"], params, hidden)
@@ -71,7 +72,7 @@ def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
 
     def head(params, hidden, batch):
         hidden = rms_norm(hidden, params["norm"], config.norm_eps)
-        matrix = params["head"]
+        matrix = dequantized(params["head"])
         # A head as large as a 7B's: not also its gradient in float32. Not where devices share the
         # vocabulary, of which a part would have to be gathered.
         by_vocabulary = matrix.size >= 2**26 and mesh.shape["tensor"] == 1
@@ -80,7 +81,7 @@ def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
         )
         return summed / jnp.maximum(batch["tokens"], 1)
 
-    return Layered(embed, layer, head)
+    return Layered(embedded, layer, head)
 
 
 def with_sequences(

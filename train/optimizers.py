@@ -50,7 +50,7 @@ def _galore_adafactor(learning_rate: optax.Schedule, **options: Any):
 
 # What an optimizer's own arguments are named in the settings, where they are not named alike.
 _ARGUMENTS = {"moment_bits": "bits", "gradient_rank": "rank"}
-_OF_WEIGHTS = ("weight_bits", "stochastic_rounding")
+_OF_WEIGHTS = ("weight_bits", "embedding_bits", "stochastic_rounding")
 
 _DECAY = MappingProxyType({"weight_decay": 0.0, "stochastic_rounding": False})
 _GALORE = (
@@ -82,7 +82,7 @@ OPTIMIZERS: dict[str, Recipe] = {
     "galore-adamw8bit": Recipe(galore_adamw8bit, (*_GALORE, "moment_bits"), _EIGHT_BITS),
     "galore-adafactor": Recipe(_galore_adafactor, _GALORE, _GALORE_DEFAULTS),
     "q-galore-adamw8bit": Recipe(
-        q_galore_adamw8bit, (*_GALORE, "moment_bits", "weight_bits"), _Q_GALORE
+        q_galore_adamw8bit, (*_GALORE, "moment_bits", "weight_bits", "embedding_bits"), _Q_GALORE
     ),
     "gradnorm-lorp-adamw": Recipe(
         gradnorm_lorp_adamw,

@@ -44,7 +44,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "8-bit GaLore": {"optimizer": "galore-adamw8bit", **_LAYERWISE},
     "Q-GaLore": _Q_GALORE,
     "12 GB card": {**_Q_GALORE, "moment_bits": 4},
-    "10 GB card": {**_Q_GALORE, "moment_bits": 4, "side": "larger", "weight_bits": 4},
+    "10 GB card": {**_Q_GALORE, "moment_bits": 4, "side": "larger", "embedding_bits": 8},
 }
 
 

@@ -62,7 +62,8 @@ def held_weights(
         config: from `train.config.resolve`.
         params: the model's.
         dimension_numbers: from the params to which of them are matrices, which --weight-bits holds
-            in so many bits; with an adapter those that have it.
+            in so many bits; with an adapter those that have it. --embedding-bits is for embedding
+            and head.
         key: of the adapters.
 
     Raises:
@@ -76,7 +77,13 @@ def held_weights(
             dimension_numbers(params),
             is_leaf=lambda x: not isinstance(x, dict),
         )
-        return quantize_weights(params, which, bits=config.weight_bits)  # pyrefly: ignore
+        params = quantize_weights(params, which, bits=config.weight_bits)  # pyrefly: ignore
+        if config.embedding_bits is not None:
+            whole = quantize_weights(
+                {name: params[name] for name in ("embedding", "head")}, bits=config.embedding_bits
+            )
+            params = {**params, **whole}  # pyrefly: ignore
+        return params
     kind = ADAPTERS[config.adapter]
     arguments = {name: getattr(config, name) for name in _ARGUMENTS if name in kind.options}
 
