@@ -85,9 +85,9 @@ def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
     return dataclasses.replace(
         size,
         vocab_size=size.vocab_size if fits else tokenizer.vocab_size,
-        dtype=config.dtype,
-        param_dtype=config.dtype,
-        rematerialize=config.rematerialize,
+        dtype=config.dtype or "float32",
+        param_dtype=config.dtype or "float32",
+        rematerialize=bool(config.rematerialize),
     )
 
 

@@ -239,7 +239,7 @@ def resolve(config: Pretrain) -> Resolved:
         defaults.pop(name, None)
     config = _fill(config, {**defaults, **recipe.defaults, **(kind.defaults if kind else {})})
     steps, batch = config.steps or 0, config.batch_size or 0
-    most = defaults["microbatch"] or max(1, batch)
+    most = int(defaults["microbatch"] or max(1, batch))
     parts = (n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
     config = _fill(config, {"accumulate": next(parts, 1)})
     if "gradient_rank" in listened:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ CARDS = (8, 12, 16, 24, 40, 80, 141)
 # (for llama-7b ten times what a GPU takes). Float16 has the same size, and with these options the
 # same compiler leaves it as it is, and orders by memory, as the GPU's
 # compiler does. So a program in bfloat16 is planned by that program in float16.
-_AS_ON_A_GPU = {
+_AS_ON_A_GPU: dict[str, Any] = {
     "xla_cpu_strict_dot_conv_math": True,
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -59,6 +60,17 @@ class MemoryPlan:
     temporaries: int
     batch: int
     peak: int
+
+    def parts(self) -> dict[str, int]:
+        """The summands by name."""
+        return {
+            "weights": self.weights,
+            **self.states,
+            "gradients": self.gradients,
+            "activations": self.activations,
+            "temporaries": self.temporaries,
+            "batch": self.batch,
+        }
 
     def fits(self, card: float) -> bool:
         """Whether a card of so many GiB is enough."""
@@ -115,6 +127,14 @@ def plan(config: Resolved, programs: Programs, memory: Any = None) -> MemoryPlan
         batch=batch,
         peak=peak,
     )
+
+
+def device_memory(device: jax.Device) -> int:
+    """Bytes that a program can have of a device: all that its allocator, or the machine, has."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _memory(config: Resolved, programs: Programs) -> Any:

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import math
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from train.assemble import Programs, make_programs, model_config
@@ -11,6 +14,7 @@ from train.cli import run
 from train.config import Pretrain, Resolved, flag, load, resolve
 from train.memory_plan import CARDS, CONTEXT, MemoryPlan, held, plan
 from train.mesh import make_mesh
+from train.plots import plot_plan
 from train.tokenizer import load_tokenizer
 
 
@@ -63,12 +67,11 @@ def main(config: Plan) -> int:
     Raises:
         ValueError: for wrong use.
     """
-    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(Pretrain)}
     if config.card is not None:
-        return _for_card(config, Pretrain(**own))
+        return _for_card(config, config.card)
     plans = {}
     for name in dict.fromkeys((config.optimizer, *config.compare)):
-        resolved = resolve(Pretrain(**{**own, "optimizer": name}))
+        resolved = _resolved(config, optimizer=name)
         plans[name] = plan(resolved, programs_of(resolved))
     _show(config, plans)
     return 0
@@ -76,9 +79,8 @@ def main(config: Plan) -> int:
 
 def _show(config: Plan, plans: Mapping[str, MemoryPlan]) -> None:
     if config.plot is not None:
-        from train.plots import plot_plan
-
-        plot_plan({name: parts(one) for name, one in plans.items()}, config.plot, config.model)
+        sizes = {name: one.parts() for name, one in plans.items()}
+        plot_plan(sizes, Path(config.plot), f"{config.model}: memory of one device")
     if config.json:
         found = {name: one.as_json() for name, one in plans.items()}
         print(json.dumps(found if len(found) > 1 else next(iter(found.values())), indent=1))
@@ -86,52 +88,60 @@ def _show(config: Plan, plans: Mapping[str, MemoryPlan]) -> None:
     print_plans(config.model, plans)
 
 
-def parts(one: MemoryPlan) -> dict[str, int]:
-    """A plan's summands by name, in bytes."""
-    return {
-        "weights": one.weights,
-        **one.states,
-        "gradients": one.gradients,
-        "activations": one.activations,
-        "temporaries": one.temporaries,
-        "batch": one.batch,
-    }
-
-
 def print_plans(title: str, plans: Mapping[str, MemoryPlan]) -> None:
-    """A table with a column for each plan."""
+    """A table with a row for each plan."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{title}: memory of one device, GB")
-    table.add_column("")
-    for name in plans:
-        table.add_column(name, justify="right")
-    for name in parts(next(iter(plans.values()))):
-        table.add_row(name, *(f"{parts(one)[name] / 1e9:,.3f}" for one in plans.values()))
-    table.add_section()
-    table.add_row("peak", *(f"{one.peak / 1e9:,.3f}" for one in plans.values()))
-    fits = [[str(card) for card in CARDS if one.fits(card)] for one in plans.values()]
-    table.add_row("cards, GiB", *(", ".join(cards) or "none" for cards in fits))
-    Console().print(table)
+    table.add_column("", no_wrap=True)
+    columns = ("weights", "bases", "moments", "grads", "acts", "temps", "peak", "GiB card")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, one in plans.items():
+        sizes = (
+            one.weights,
+            one.states["projections"],
+            one.states["moments"],
+            one.gradients,
+            one.activations,
+            one.temporaries + one.batch + one.states["counters"],
+            one.peak,
+        )
+        card = next((str(card) for card in CARDS if one.fits(card)), "none")
+        table.add_row(name, *(f"{size / 1e9:,.3f}" for size in sizes), card)
+    Console(width=max(Console().width, 105)).print(table)  # no number is cut
 
 
-def _for_card(config: Plan, given: Pretrain) -> int:
+def _resolved(config: Plan, **changes: Any) -> Resolved:
+    own: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(Pretrain)}
+    return resolve(Pretrain(**{**own, **changes}))
+
+
+def _for_card(config: Plan, card: float) -> int:
     """Prints the first recipe that fits the card, with its largest batch."""
-    assert config.card is not None
+    if not (math.isfinite(card) and card > 0):
+        raise ValueError(f"--card {card:g}: expected the size of a card in GiB, such as 12")
+    if config.compare or config.plot:
+        raise ValueError("--card finds one plan: leave out --compare and --plot")
+    for name in sorted({key for recipe in RECIPES.values() for key in recipe}):
+        if getattr(config, name) != getattr(Plan, name):
+            raise ValueError(
+                f"{flag(name)} with --card, which chooses it: leave out one of the two"
+            )
     for name, recipe in RECIPES.items():
-        asked = {
-            k: v for k, v in recipe.items() if getattr(given, k) in (None, False, "galore-adamw")
-        }
-        base = dataclasses.replace(given, **asked, batch_size=1, accumulate=1)
-        found = _largest(base, config.card)
+        found = _largest(config, recipe, card)
         if found is None:
-            print(f"{name}: does not fit {config.card:g} GiB", flush=True)
+            print(f"{name}: does not fit {card:g} GiB", file=sys.stderr, flush=True)
             continue
         resolved, one = found
-        print_plans(f"{config.model} by the recipe {name!r}", {resolved.optimizer: one})
-        words = {"model": config.model, **asked, "batch_size": resolved.batch_size, "accumulate": 1}
-        print("python -m train.pretrain " + shlex.join(_flags(words)))
+        chosen = {"model": config.model, **recipe, "batch_size": resolved.batch_size}
+        command = "python -m train.pretrain " + shlex.join(_flags({**chosen, "accumulate": 1}))
+        if config.json:
+            print(json.dumps({"recipe": name, "command": command, **one.as_json()}, indent=1))
+        else:
+            print_plans(f"{config.model} by the recipe {name!r}", {resolved.optimizer: one})
+            print(command)
         return 0
     return 1
 
@@ -143,16 +153,20 @@ def _flags(values: Mapping[str, Any]) -> Iterator[str]:
             yield str(value)
 
 
-def _largest(base: Pretrain, card: float) -> tuple[Resolved, MemoryPlan] | None:
+def _largest(
+    config: Plan, recipe: Mapping[str, Any], card: float
+) -> tuple[Resolved, MemoryPlan] | None:
     """The plan with the largest batch that fits; None where not one sequence does."""
 
+    def asked(batch_size: int) -> Resolved:
+        return _resolved(config, **recipe, batch_size=batch_size, accumulate=1)
+
     def planned(batch_size: int) -> tuple[Resolved, MemoryPlan]:
-        resolved = resolve(dataclasses.replace(base, batch_size=batch_size))
+        resolved = asked(batch_size)
         return resolved, plan(resolved, programs_of(resolved))
 
     room = card * 2**30 - CONTEXT
-    resolved = resolve(base)
-    weights, states = held(programs_of(resolved))
+    weights, states = held(programs_of(asked(1)))
     if weights + sum(states.values()) > room:
         return None
     best = planned(1)
@@ -170,5 +184,9 @@ def _largest(base: Pretrain, card: float) -> tuple[Resolved, MemoryPlan] | None:
     return best
 
 
+def _load(path: str) -> Plan:
+    return Plan(**vars(load(path)))
+
+
 if __name__ == "__main__":
-    run(main, Plan, "python -m train.plan", load=load)
+    run(main, Plan, "python -m train.plan", load=_load)

@@ -1,4 +1,4 @@
-"""loss.png: the training loss and the evaluations of a run."""
+"""Pictures: the training loss and the evaluations of a run, and the memory that runs will take."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,6 +42,40 @@ def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Non
     axes.grid(alpha=0.3)
     if len(train) or len(evals):
         axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def plot_plan(plans: Mapping[str, Mapping[str, int]], path: Path, title: str) -> None:
+    """Draws what each of several plans is made of, one bar above the other's left end.
+
+    Args:
+        plans: of each by name the bytes of its parts, by name.
+        path: the picture to write.
+        title: what was planned.
+
+    Raises:
+        ValueError: if the path has no ending that is a picture's.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.5 + 0.5 * len(plans)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    left = np.zeros(len(plans))
+    for part in next(iter(plans.values())):
+        sizes = np.array([parts[part] / 1e9 for parts in plans.values()])
+        if sizes.max() > left.max() / 1000:
+            axes.barh(list(plans), sizes, left=left, label=part)
+        left += sizes
+    for i, peak in enumerate(left):
+        axes.annotate(
+            f"{peak:,.2f}", (peak, i), xytext=(4, 0), textcoords="offset points", va="center"
+        )
+    axes.set(xlabel="GB", title=title, xlim=(0, 1.12 * left.max()))
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(frameon=False, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.25))
     figure.savefig(path)
 
 

@@ -21,6 +21,7 @@ from train.checkpoint import Checkpoints
 from train.cli import run
 from train.config import Pretrain, Resolved, load, resolve
 from train.data import prefetch
+from train.memory_plan import device_memory, plan
 from train.mesh import put_batch
 from train.metrics import MetricsLog, evaluation_losses
 from train.progress import Progress, peak_flops
@@ -56,6 +57,12 @@ def main(config: Pretrain) -> int:
                 return _Run(config, parts, stop).main()
 
 
+LESS_MEMORY = (
+    "try a smaller --batch-size or a larger --accumulate, a shorter --seq-len, --layerwise, "
+    "--rematerialize, --dtype bfloat16, an --optimizer of 8 bits or a smaller --model"
+)
+
+
 @contextmanager
 def _out_of_memory_as_os_error() -> Iterator[None]:
     """NumPy's and XLA's complaints, as one that names the flags that help."""
@@ -65,10 +72,7 @@ def _out_of_memory_as_os_error() -> Iterator[None]:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = next(iter(str(error).splitlines()), "")
-        raise OSError(
-            f"out of memory ({reason}): try a smaller --batch-size or a larger --accumulate, a "
-            "shorter --seq-len, --rematerialize, --dtype bfloat16 or a smaller --model"
-        ) from error
+        raise OSError(f"out of memory ({reason}): {LESS_MEMORY}") from error
 
 
 def _print(text: str) -> None:
@@ -115,6 +119,7 @@ class _Run:
     def main(self) -> int:
         """Trains, and writes everything that a run leaves behind."""
         config, parts = self.config, self.parts
+        train_step = self._compile()
         state = self._restore()
         with ExitStack() as stack:
             run_directory.write_config(config)
@@ -137,7 +142,7 @@ class _Run:
                 )
             )
             try:
-                state = self._train(state)
+                state = self._train(train_step, state)
             except _TooManySkipped as error:
                 self.checkpoints.wait()
                 self.progress.log(f"stopped: {error}")
@@ -186,13 +191,12 @@ class _Run:
         _print("the run has no checkpoint yet: starting at step 0")
         return None
 
-    def _train(self, state: TrainState) -> TrainState:
+    def _train(self, train_step: Callable[..., Any], state: TrainState) -> TrainState:
         config, host = self.config, self.host
         batches = prefetch(
             self.parts.data.batches(host.position), lambda b: put_batch(self.parts.mesh, b)
         )
         with closing(batches):
-            train_step: Callable[..., Any] | None = None
             while True:
                 last = host.step == config.steps
                 if (host.step % config.eval_every == 0 or last) and (
@@ -210,8 +214,6 @@ class _Run:
                     if self.stop.signum is None:
                         raise
                     break
-                if train_step is None:
-                    train_step = self._compile(batch)
                 if self.parts.restart is not None and self._restart_due():
                     state = self.parts.restart(state)
                     self.progress.log(f"adapters merged and begun anew after step {host.step}")
@@ -240,11 +242,27 @@ class _Run:
         applied = host.step - host.skipped
         return applied > 0 and applied % every == 0
 
-    def _compile(self, batch: dict[str, jax.Array]) -> Callable[..., Any]:
-        start = time.perf_counter()
-        compiled = self.parts.train_step.lower(self.parts.abstract, batch).compile()
-        self.clock = time.perf_counter()
-        self.progress.log(f"compiled the step in {self.clock - start:.1f} s")
+    def _compile(self) -> Callable[..., Any]:
+        """The step, compiled, and what it will take of the memory said, before any is taken.
+
+        Raises:
+            OSError: if a device has less.
+        """
+        start, parts = time.perf_counter(), self.parts
+        compiled = parts.train_step.lower(parts.abstract, parts.batch).compile()
+        _print(f"compiled the step in {time.perf_counter() - start:.1f} s")
+        planned = plan(self.config, parts, compiled.memory_analysis())
+        sizes = (f"{name} {size / 1e9:,.3f}" for name, size in planned.parts().items())
+        there = device_memory(parts.mesh.devices.flat[0])
+        _print(
+            f"memory of one device, GB: {', '.join(sizes)}; at its peak {planned.peak / 1e9:,.3f}"
+        )
+        if planned.peak > there:
+            raise OSError(
+                f"a step would take {planned.peak / 1e9:,.1f} GB of {there / 1e9:,.1f}: "
+                f"{LESS_MEMORY}; `python -m train.plan --model {self.config.model} --card GIB` "
+                "finds what fits"
+            )
         return compiled
 
     def _report_pending(self) -> None:
