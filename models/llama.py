@@ -98,7 +98,7 @@ class Llama(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
         sequences = sequences_of(config, positions, segment_ids)
-        hidden = embed(config, self.embedding[...], token_ids)
+        hidden = embed(config, self.embedding.get_value(), token_ids)
         hidden, _ = jax.lax.scan(
             lambda hidden, layer: (training_layer(config, sequences, layer, hidden), None),
             hidden,
@@ -108,7 +108,7 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """The head: float32 logits of hidden states."""
-        head = dequantized(self.head[...]).astype(self.config.dtype)
+        head = dequantized(self.head.get_value()).astype(self.config.dtype)
         rows = hidden.reshape(-1, hidden.shape[-1])
         logits = jnp.matmul(rows, head, preferred_element_type=jnp.float32)
         return logits.reshape(*hidden.shape[:-1], -1)
@@ -160,7 +160,7 @@ class Llama(nnx.Module):
             hidden = apply_layer(config, layer_params, hidden, rotary, attend)
             return (hidden, keys, values), None
 
-        hidden = embed(config, self.embedding[...], token_ids)
+        hidden = embed(config, self.embedding.get_value(), token_ids)
         layers = (jnp.arange(config.layers), nnx.to_pure_dict(nnx.state(self.layers)))
         carry, _ = jax.lax.scan(step, (hidden, cache.key, cache.value), layers)
         hidden = rms_norm(carry[0], self.norm[...], config.norm_eps)

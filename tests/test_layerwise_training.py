@@ -13,11 +13,18 @@ from test_pretrain import compiled_once, losses, unfinished
 from train.assemble import assemble
 from train.config import resolve
 from train.mesh import put_batch
+from train.plan import RECIPES
 from train.pretrain import main
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 __all__ = ["compiled_once"]
-# Rounded to the nearest, since by layers other numbers are drawn than for the whole stack.
-Q_GALORE = {"optimizer": "q-galore-adamw8bit", "stochastic_rounding": False}
+# All that a 10 GB card needs; rounded to the nearest, since by layers other numbers are drawn than
+# for the whole stack.
+Q_GALORE = {
+    **RECIPES["10 GB card"], "layerwise": False, "rematerialize": False,
+    "stochastic_rounding": False,
+}  # fmt: skip
 PREVIOUS = {"clip": "previous", "clip_norm": 0.5}
 
 
@@ -48,13 +55,15 @@ def test_losses_are_those_of_one_device_and_the_ordinary_step(one_device, which,
     # Six updates, GaLore with two subspaces; float32 sums in another order, by which a number
     # between two codes becomes one or the other.
     rtol = 1e-3 if which == "q-galore" else 2e-5
-    np.testing.assert_allclose(train(layerwise=True, **changes), one_device[which], rtol=rtol)
+    np.testing.assert_allclose(
+        train(**{**changes, "layerwise": True}), one_device[which], rtol=rtol
+    )
 
 
 def test_weights_of_few_bits_are_rounded_at_random():
     drawn = [train(layerwise=True, optimizer="q-galore-adamw8bit", seed=seed) for seed in (0, 0)]
     assert drawn[0] == drawn[1]
-    assert drawn[0] != train(layerwise=True, **Q_GALORE)
+    assert drawn[0] != train(**{**Q_GALORE, "layerwise": True})
 
 
 def test_adapters_need_no_layers():

@@ -16,6 +16,8 @@ from train.mesh import put_batch
 from train.metrics import read_metrics
 from train.pretrain import main
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 Q_GALORE = {"optimizer": "q-galore-adamw8bit", "update_proj_gap": 2}
 
 

@@ -27,6 +27,8 @@ from train.config import Pretrain, load
 from train.metrics import read_metrics
 from train.pretrain import main
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

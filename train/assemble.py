@@ -243,7 +243,7 @@ def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:
         # hold one document: no mask is needed.
         names = ("positions", "segment_ids") if sequences == "packed" else ()
         hidden = model.hidden(batch["inputs"], **{name: batch[name] for name in names})
-        return hidden, dequantized(model.head[...])
+        return hidden, dequantized(model.head.get_value())
 
     return forward
 
