@@ -8,6 +8,7 @@ Letters: B batch, L length, S cached length, D width, F MLP width, N query heads
 heads, K a head's width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from galore_optax import GaLoreDimensionNumbers
 from galore_optax.adapter import product
@@ -39,6 +40,44 @@ class KVCache(NamedTuple):
     """How many of the S positions are filled."""
 
 
+def init_params(
+    config: LlamaConfig,
+    key: PRNGKeyArray,
+    hold: Callable[[Params, PRNGKeyArray], Params] = lambda part, _: part,
+) -> Params:
+    """Random weights, a layer at a time, so that what they take to make is that of one layer.
+
+    Args:
+        config: Sizes and numerics.
+        key: Of all of them.
+        hold: From a part of the params, one layer's under "layers" or all others, and a key to how
+            that part is to be held, such as in few bits.
+    """
+
+    def drawn(weight: Weight, shape: tuple[int, ...], key: PRNGKeyArray) -> Array:
+        if "embed" not in weight.axes:
+            return jnp.ones(shape, config.param_dtype)
+        parts = math.gcd(shape[0], 32) if math.prod(shape) > 2**24 else 1
+        rows = (shape[0] // parts, *shape[1:])
+        draw = jax.lax.map(
+            lambda key: 0.02 * jax.random.normal(key, rows, config.param_dtype),
+            jax.random.split(key, parts),
+        )
+        return draw.reshape(shape)
+
+    def part(table: dict[str, Any], stacked: int, key: PRNGKeyArray) -> Params:
+        weights, tree = jax.tree.flatten(table, is_leaf=lambda x: isinstance(x, Weight))
+        own, *keys = jax.random.split(key, 1 + len(weights))
+        pairs = zip(weights, keys, strict=True)
+        return hold(tree.unflatten([drawn(w, w.shape[stacked:], k) for w, k in pairs]), own)
+
+    table = weight_table(config)
+    layers = {"layers": table.pop("layers")}
+    key, *keys = jax.random.split(key, 1 + config.layers)
+    stack = jax.lax.map(lambda key: part(layers, 1, key)["layers"], jnp.stack(keys))
+    return {**part(table, 0, key), "layers": stack}
+
+
 class Llama(nnx.Module):
     """A LLaMA language model.
 
@@ -48,22 +87,21 @@ class Llama(nnx.Module):
             the norms' weights start at one.
     """
 
+    embedding: nnx.Param
+    layers: nnx.Dict
+    norm: nnx.Param
+    head: nnx.Param
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
 
-        def create(entry: Weight | dict[str, Any]) -> Any:
-            if isinstance(entry, dict):
-                return nnx.Dict({name: create(inner) for name, inner in entry.items()})
-            if "embed" not in entry.axes:
-                return nnx.Param(jnp.ones(entry.shape, config.param_dtype))
-            draw = jax.random.normal(rngs.params(), entry.shape, config.param_dtype)
-            return nnx.Param(0.02 * draw)
+        def parameters(weights: Any) -> Any:
+            if isinstance(weights, dict):
+                return nnx.Dict({name: parameters(inner) for name, inner in weights.items()})
+            return nnx.Param(weights)
 
-        table = weight_table(config)
-        self.embedding = create(table["embedding"])
-        self.layers = create(table["layers"])
-        self.norm = create(table["norm"])
-        self.head = create(table["head"])
+        for name, weights in init_params(config, rngs.params()).items():
+            setattr(self, name, parameters(weights))
 
     def __call__(
         self,

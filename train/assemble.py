@@ -94,14 +94,21 @@ def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
 def abstract_params(config: Pretrain, model: LlamaConfig) -> tuple[nnx.GraphDef, Params]:
     """The model without its weights, and their shapes as a run holds them."""
     abstract = nnx.eval_shape(lambda: llama.Llama(model, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(abstract, nnx.Param)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state))
-    held = jax.eval_shape(
-        lambda p, key: held_weights(config, p, llama.dimension_numbers, key),
-        shapes,
-        jax.random.key(0),
-    )
+    graph, _ = nnx.split(abstract, nnx.Param)
+    held = jax.eval_shape(partial(_init_params, config, model), jax.random.key(0))
     return graph, held
+
+
+def _init_params(config: Pretrain, model: LlamaConfig, key: jax.Array) -> Params:
+    """Weights as a run holds them."""
+    own, key = jax.random.split(key)
+
+    def hold(part: Params, key: jax.Array) -> Params:
+        return held_weights(config, part, llama.dimension_numbers, key)
+
+    if config.adapter is None:  # in few bits from the beginning, a layer at a time
+        return llama.init_params(model, key, hold)
+    return hold(llama.init_params(model, key), own)
 
 
 def assemble(config: Resolved, log: Callable[[str], object]) -> Parts:
@@ -180,10 +187,7 @@ def make_programs(
     shardings = TrainState._make((params_at, optimizer_at, replicated(mesh), replicated(mesh)))
 
     def init(key: jax.Array) -> TrainState:
-        weights = llama.Llama(model, rngs=nnx.Rngs(jax.random.fold_in(key, 0)))
-        params = nnx.to_pure_dict(nnx.state(weights, nnx.Param))
-        own = jax.random.fold_in(key, 1)
-        params = held_weights(config, params, llama.dimension_numbers, own)
+        params = _init_params(config, model, jax.random.fold_in(key, 0))
         optimizer = init_optimizer(split(params)[0])
         assert isinstance(optimizer, optax.ApplyIfFiniteState)
         return TrainState(params, optimizer, jnp.zeros((), jnp.int32), key)

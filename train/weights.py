@@ -80,7 +80,8 @@ def held_weights(
         params = quantize_weights(params, which, bits=config.weight_bits)  # pyrefly: ignore
         if config.embedding_bits is not None:
             whole = quantize_weights(
-                {name: params[name] for name in ("embedding", "head")}, bits=config.embedding_bits
+                {name: params[name] for name in ("embedding", "head") if name in params},
+                bits=config.embedding_bits,
             )
             params = {**params, **whole}  # pyrefly: ignore
         return params
