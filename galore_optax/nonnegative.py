@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -100,6 +101,6 @@ def _known(value: Any) -> bool:
     """Whether a constant is seen to be not below zero, without looking at large ones."""
     return (
         np.size(value) <= 1
-        and np.issubdtype(np.asarray(value).dtype, np.number)
+        and jnp.issubdtype(np.asarray(value).dtype, np.number)  # bfloat16, too
         and bool(np.all(np.asarray(value) >= 0))
     )

@@ -26,9 +26,7 @@ def shared_data() -> Path:
 def unoptimized():
     """Programs compile in a fraction of the time, which is most of the time of many tests."""
     jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for processes that a test starts
     yield
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
     jax.config.update("jax_disable_most_optimizations", False)
 
 

@@ -27,8 +27,6 @@ from train.metrics import read_metrics
 from train.pretrain import main
 from train.trained import load_trained
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 # Two matrices of the seven, as compiling takes nearly all of the time here.
 FEW = {"adapter_pattern": "query|up"}
 NO_GALORE = {"update_proj_gap": None, **FEW}

@@ -16,8 +16,6 @@ from train.mesh import put_batch
 from train.plan import RECIPES
 from train.pretrain import main
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 __all__ = ["compiled_once"]
 # All that a 10 GB card needs; rounded to the nearest, since by layers other numbers are drawn than
 # for the whole stack.

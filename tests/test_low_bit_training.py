@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from small_run import small
-from test_pretrain import losses, run_killed
+from test_pretrain import compiled_once, losses, run_killed
 
 from train.assemble import assemble
 from train.config import resolve
@@ -16,8 +16,7 @@ from train.mesh import put_batch
 from train.metrics import read_metrics
 from train.pretrain import main
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
+__all__ = ["compiled_once"]
 Q_GALORE = {"optimizer": "q-galore-adamw8bit", "update_proj_gap": 2}
 
 
@@ -64,15 +63,6 @@ def train(mesh: str | None, **changes) -> list[float]:
     return found
 
 
-@pytest.fixture
-def quick_compilation():
-    """Compiling takes nearly all of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 def test_weights_in_codes_are_split_over_devices_and_train_alike():
     changes = {**Q_GALORE, "stochastic_rounding": False}
     # A sum in another order may fall to the other side of a code's middle: a step of one weight,

@@ -46,6 +46,7 @@ def marked(tx, params=PARAMS):
     return {path for path, mark, array in rows if mark and array}
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("tx", "expected"),
     [
@@ -61,8 +62,9 @@ def marked(tx, params=PARAMS):
         (optax.contrib.schedule_free_adamw(0.1), {".base_optimizer_state[0].nu['w']"}),
     ],
 )
-def test_second_moments_are_found(tx, expected):
-    assert marked(tx) == expected
+def test_second_moments_are_found(tx, expected, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    assert marked(tx, params) == expected
 
 
 def test_names_do_not_decide():

@@ -27,8 +27,6 @@ from train.config import Pretrain, load
 from train.metrics import read_metrics
 from train.pretrain import main
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -448,7 +446,7 @@ def test_the_same_settings_from_config_json_give_the_same_run_and_lines(finished
 
 
 def test_out_of_memory_names_the_flags_that_help(tmp_path, monkeypatch):
-    def compile(run, batch):
+    def compile(run):
         return lambda state, batch: jnp.zeros(2**50).block_until_ready()  # a petabyte
 
     monkeypatch.setattr(pretrain._Run, "_compile", compile)
