@@ -9,7 +9,7 @@ import dataclasses
 
 from benchmarks.trained import Runs, trained
 
-FULL, GALORE, ADAPTER = (0.0005, 0.001, 0.002), (0.005, 0.01, 0.02), (0.001, 0.002, 0.005)
+FULL, GALORE, ADAPTER = (0.001, 0.002, 0.005), (0.01, 0.02, 0.04), (0.001, 0.002, 0.005)
 
 # Flags, and the learning rates to choose from.
 METHODS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
