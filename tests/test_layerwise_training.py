@@ -59,9 +59,8 @@ def test_losses_are_those_of_one_device_and_the_ordinary_step(one_device, which,
 
 
 def test_weights_of_few_bits_are_rounded_at_random():
-    drawn = [train(layerwise=True, optimizer="q-galore-adamw8bit", seed=seed) for seed in (0, 0)]
-    assert drawn[0] == drawn[1]
-    assert drawn[0] != train(**{**Q_GALORE, "layerwise": True})
+    at_random = {**Q_GALORE, "layerwise": True, "stochastic_rounding": True}
+    assert train(**at_random) != train(**{**Q_GALORE, "layerwise": True})
 
 
 def test_adapters_need_no_layers():

@@ -172,16 +172,18 @@ def _largest(
     best = planned(1)
     if best[1].peak > room:
         return None
-    # What a sequence takes hardly changes with their number: three compilations, not ten.
-    several = planned(8)
-    each = max(1, (several[1].peak - best[1].peak) / 7)
-    guess = int(1 + (room - best[1].peak) // each)
-    while guess > 1:
-        found = several if guess == 8 else planned(guess)
-        if found[1].peak <= room:
+    # What a sequence takes hardly changes with their number: three compilations or so, not ten.
+    guess, found, first = 8, planned(8), True
+    while True:
+        each = max(1, (found[1].peak - best[1].peak) / (guess - 1))
+        most = int(1 + (room - best[1].peak) // each)
+        fits = found[1].peak <= room
+        if fits and (most <= guess or not first):
             return found
-        guess = min(guess - 1, int(guess * 0.95))
-    return best
+        guess, first = most if fits else min(most, guess - 1), False
+        if guess <= 1:
+            return best
+        found = planned(guess)
 
 
 def _load(path: str) -> Plan:
