@@ -11,7 +11,7 @@ import dataclasses
 import statistics
 import sys
 
-from benchmarks.trained import Runs, trained
+from benchmarks.runs import Runs, trained
 from train.metrics import read_metrics
 
 VARIANTS: dict[str, tuple[str, ...]] = {

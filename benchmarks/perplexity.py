@@ -7,7 +7,7 @@ DIR is a data set written by `python -m train.prepare_c4`. Every run is `python 
 
 import dataclasses
 
-from benchmarks.trained import Runs, trained
+from benchmarks.runs import Runs, trained
 
 FULL, GALORE, ADAPTER = (0.001, 0.002, 0.005), (0.01, 0.02, 0.04), (0.001, 0.002, 0.005)
 

@@ -123,11 +123,6 @@ class LeafView:
         """The leaf with its axes ordered and merged to `(*batch, *sizes)`."""
         return leaf.transpose(self._order).reshape(*self.batch_shape, *self.sizes)
 
-    def to_leaf(self, stack: Float[Array, "*stack"]) -> Float[Array, "..."]:
-        """The inverse of `to_stack`."""
-        inverse = tuple(self._order.index(axis) for axis in range(len(self.shape)))
-        return stack.reshape(self._sizes(self._order)).transpose(inverse)
-
 
 def _axes(axes: int | Sequence[int], name: str, path: str, ndim: int) -> tuple[int, ...]:
     given = (axes,) if isinstance(axes, int) else tuple(axes)

@@ -20,6 +20,8 @@ from models.llama import Llama
 from models.llama_config import LlamaConfig
 from train.mesh import make_mesh, param_shardings
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 CONFIG = LlamaConfig(
     vocab_size=50, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, max_length=32
 )
@@ -28,14 +30,6 @@ GRAPH, STATE = nnx.split(Llama(CONFIG, rngs=nnx.Rngs(0)), nnx.Param)
 BASE = jax.tree.map(lambda w: 5 * w, nnx.to_pure_dict(STATE))
 IDS = jax.random.randint(jax.random.key(0), (2, 12), 0, CONFIG.vocab_size)
 KINDS = [LoRA, DoRA, LowRank, GradNormLoRP]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes nearly all of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @jax.jit

@@ -14,6 +14,8 @@ from train.assemble import assemble
 from train.config import resolve
 from train.mesh import check_batch, make_mesh, param_shardings, parse_mesh, put_batch
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def test_axes_that_are_not_named_have_size_one():
     assert parse_mesh("fsdp=4, data=2") == {"data": 2, "fsdp": 4, "tensor": 1}
@@ -90,14 +92,6 @@ def test_a_batch_is_split_over_data_and_fsdp():
     placed = put_batch(make_mesh("data=2,fsdp=2,tensor=2"), batch)["inputs"]
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 4)}
     np.testing.assert_array_equal(placed, batch["inputs"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes nearly all of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def train(steps: int = 6, **changes) -> list[float]:

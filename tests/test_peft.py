@@ -17,18 +17,12 @@ from models.adapters import DoRA, LoRA, LowRank, adapt
 from models.hugging_face import MODULES, load_llama
 from models.peft import load_adapters, save_adapters
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["peft_lora", "peft_dora", "peft_rslora"]
 GRAPH, STATE = nnx.split(load_llama(FIXTURES / "llama"), nnx.Param)
 BASE = nnx.to_pure_dict(STATE)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes nearly all of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @jax.jit

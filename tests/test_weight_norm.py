@@ -26,14 +26,6 @@ pytestmark = pytest.mark.usefixtures("unoptimized")
 IN, OUT, RANK = 12, 20, 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes nearly all of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
