@@ -20,6 +20,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
+from galore_optax.accumulate import SubspaceTransformation
 from galore_optax.adaptive_refresh import SIMILARITIES, AdaptiveRefresh
 from galore_optax.decoupled_decay import decay, update_and_slopes
 from galore_optax.matrices import WeightDimensionNumbers
@@ -83,7 +84,7 @@ def galore(
     projection_bits: int | None = None,
     decoupled_decay: bool | None = None,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> SubspaceTransformation:
     r"""Runs `inner` on the gradient of each weight matrix, projected into `rank` dimensions.
 
     .. math::
@@ -142,7 +143,8 @@ def galore(
             matrix's index.
 
     Returns:
-        The transformation; its state is a `GaLoreState`.
+        The transformation, whose update can also be made in parts, for microbatches; its state is a
+        `GaLoreState`.
 
     Raises:
         ValueError: If an argument is out of range, at construction; if the dimension numbers do not
@@ -233,31 +235,32 @@ def galore(
             inner=inner_state,
         )
 
-    def update(
-        updates: optax.Updates,
+    def refresh_due(
+        gradient: optax.Updates,
         state: GaLoreState,
         params: optax.Params | None = None,
         *,
         layer: ArrayLike | None = None,
         layers: int = 1,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, GaLoreState]:
-        grads, tree = jax.tree.flatten(updates)
-        plans = projections(updates, weight_dimension_numbers, rank, side)
+    ) -> GaLoreState:
+        grads, tree = jax.tree.flatten(gradient)
+        plans = projections(gradient, weight_dimension_numbers, rank, side)
+        if not any(plans):
+            return state
         count = jnp.asarray(state.count)
         key = jax.random.key(seed)
-        bases = [b if isinstance(b, tuple) else (b,) for b in tree.flatten_up_to(state.bases)]
+        bases = _bases(tree, state)
         due = by_leaf(plans, state.next_refresh)
         which = (0, 1) if layer is None else (layer, layers)
         gaps = steps_to_next(plans, due, count, update_proj_gap, stagger, *which)
-        if adaptive_refresh and any(plans):
+        if adaptive_refresh:
             factors = by_leaf(plans, state.adaptation.factor)
             gaps = [gap * factor for gap, factor in zip(gaps, factors, strict=True)]
         kept = None if rank_schedule is None else jnp.asarray(rank_schedule(count), jnp.float32)
         inner_leaves, inner_tree = jax.tree.flatten(state.inner, is_leaf=is_quantized)
         moments_of = [[[] for _ in range(plan.matrices)] if plan else [] for plan in plans]
         if rule != "keep":
-            moments_of = places(inner, state.inner, updates, plans)
+            moments_of = places(inner, state.inner, gradient, plans)
         refreshed = [jnp.zeros(plan.matrices if plan else 0, bool) for plan in plans]
         similarities = [jnp.zeros(x.shape) for x in refreshed]
         for i, plan in enumerate(plans):
@@ -277,46 +280,15 @@ def galore(
             for matrix, values in zip(moments_of[i], turned, strict=True):
                 for place, value in zip(matrix, values, strict=False):
                     inner_leaves[place.position] = value
-
-        def projected(leaves: Sequence[Array]) -> optax.Params:
-            triples = zip(plans, bases, leaves, strict=True)
-            return tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
-
-        if layer is not None:
-            extra_args |= {"layer": layer, "layers": layers}
-        weights = None if params is None else dequantized(tree.flatten_up_to(params))
         if rule == "reset":
+            weights = grads if params is None else dequantized(tree.flatten_up_to(params))
             inner_leaves = reset(
-                lambda: inner.init(projected(grads if weights is None else weights)),
+                lambda: inner.init(_projected(tree, plans, bases, weights)),
                 inner_leaves, moments_of, refreshed,
             )  # fmt: skip
-
-        def inner_update(
-            updates: optax.Updates, state: optax.OptState, params: optax.Params | None
-        ) -> tuple[optax.Updates, optax.OptState]:
-            return inner.update(updates, state, params, **extra_args)
-
-        small, inner_state, slopes = update_and_slopes(
-            inner.init,
-            inner_update,
-            projected(grads),
-            inner_tree.unflatten(inner_leaves),
-            None if weights is None else projected(weights),
-            decoupled_decay,
-        )
-        steps = tree.flatten_up_to(small)
-        for i, plan in enumerate(plans):
-            if plan is not None:
-                scaled = jax.tree.map(lambda n: scale * n, steps[i])
-                steps[i] = plan.out_of(bases[i], scaled, grads[i])
-        if weights is not None and slopes is not None:
-            for i, slope in enumerate(tree.flatten_up_to(slopes)):
-                if (whole := decay(slope, plans[i], weights[i])) is not None:
-                    steps[i] = steps[i] + whole.astype(steps[i].dtype)
-        happened, next_refresh, adaptation = False, state.next_refresh, state.adaptation
-        if any(plans):
-            happened, next_refresh = flat(refreshed, bool), flat(due, jnp.int32)
-        if any(plans) and adaptive_refresh:
+        happened, next_refresh = flat(refreshed, bool), flat(due, jnp.int32)
+        adaptation = state.adaptation
+        if adaptive_refresh:
             # The first basis took the place of a random one.
             comparable = happened & (state.refreshes > 0)
             adaptation = adaptive_refresh.update(
@@ -324,17 +296,92 @@ def galore(
             )
             longer = adaptation.factor // state.adaptation.factor - 1
             next_refresh = next_refresh + longer * flat(gaps, jnp.int32)
-        return tree.unflatten(steps), GaLoreState(
-            count=optax.safe_increment(state.count),
+        return GaLoreState(
+            count=state.count,
             bases=tree.unflatten([b[0] if len(b) == 1 else b for b in bases]),
             next_refresh=next_refresh,
             refreshes=state.refreshes + happened,
             adaptation=adaptation,
+            inner=inner_tree.unflatten(inner_leaves),
+        )
+
+    def project(gradient: optax.Updates, state: GaLoreState) -> optax.Updates:
+        grads, tree = jax.tree.flatten(gradient)
+        plans = projections(gradient, weight_dimension_numbers, rank, side)
+        return _projected(tree, plans, _bases(tree, state), grads)
+
+    def finish(
+        small: optax.Updates,
+        state: GaLoreState,
+        params: optax.Params | None,
+        like: optax.Updates,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GaLoreState]:
+        leaves, tree = jax.tree.flatten(like)
+        plans = projections(like, weight_dimension_numbers, rank, side)
+        bases = _bases(tree, state)
+        weights = None if params is None else dequantized(tree.flatten_up_to(params))
+
+        def inner_update(
+            updates: optax.Updates, state: optax.OptState, params: optax.Params | None
+        ) -> tuple[optax.Updates, optax.OptState]:
+            return inner.update(updates, state, params, **extra_args)
+
+        small_steps, inner_state, slopes = update_and_slopes(
+            inner.init,
+            inner_update,
+            small,
+            state.inner,
+            None if weights is None else _projected(tree, plans, bases, weights),
+            decoupled_decay,
+        )
+        steps = tree.flatten_up_to(small_steps)
+        for i, plan in enumerate(plans):
+            if plan is not None:
+                scaled = jax.tree.map(lambda n: scale * n, steps[i])
+                steps[i] = plan.out_of(bases[i], scaled, leaves[i])
+        if weights is not None and slopes is not None:
+            for i, slope in enumerate(tree.flatten_up_to(slopes)):
+                if (whole := decay(slope, plans[i], weights[i])) is not None:
+                    steps[i] = steps[i] + whole.astype(steps[i].dtype)
+        return tree.unflatten(steps), state._replace(
+            count=optax.safe_increment(state.count),
             inner=sharded_like(inner_state, state.inner),
         )
 
-    # optax's types say that a state is any tree, not which one.
-    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
+    def update(
+        updates: optax.Updates,
+        state: GaLoreState,
+        params: optax.Params | None = None,
+        *,
+        layer: ArrayLike | None = None,
+        layers: int = 1,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GaLoreState]:
+        if layer is not None:
+            extra_args |= {"layer": layer, "layers": layers}
+        state = refresh_due(updates, state, params, layer=layer, layers=layers)
+        return finish(project(updates, state), state, params, updates, **extra_args)
+
+    def update_projected(
+        small: optax.Updates, state: GaLoreState, params: optax.Params, **extra_args: Any
+    ) -> tuple[optax.Updates, GaLoreState]:
+        like = dequantized(without_variables(params))
+        return finish(small, state, like, like, **extra_args)
+
+    return SubspaceTransformation(init, update, refresh_due, project, update_projected)
+
+
+def _bases(tree: Any, state: GaLoreState) -> list[Any]:
+    """The bases of every leaf."""
+    return [b if isinstance(b, tuple) else (b,) for b in tree.flatten_up_to(state.bases)]
+
+
+def _projected(
+    tree: Any, plans: Sequence[Projection | None], bases: Sequence[Any], leaves: Sequence[Array]
+) -> optax.Params:
+    triples = zip(plans, bases, leaves, strict=True)
+    return tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
 
 
 def _check_static(value: Any, name: str) -> None:

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from galore_optax.accumulate import over_microbatches
 from galore_optax.dataflow import depends
+from galore_optax.quantized import known_after
 from galore_optax.quantized_weights import sources, with_sources
 
 Params = dict[str, Any]
@@ -102,18 +104,28 @@ class Backward:
         (loss, gradient), cotangent = over_microbatches(pull, self.last, self.batches)
         return loss, gradient, cotangent
 
-    def layer(self, own: PyTree, i: Int[Array, ""], cotangent: Hidden) -> tuple[Params, Hidden]:
-        """The gradient of layer `i`, of params `own`, as a part, and that of its hidden states."""
+    def layer(
+        self,
+        own: PyTree,
+        i: Int[Array, ""],
+        cotangent: Hidden,
+        over: Callable[..., Any] = over_microbatches,
+    ) -> Any:
+        """The gradient of layer `i`, of params `own`, as a part, and that of its hidden states.
+
+        Or what `over` makes of the microbatches' in the place of `over_microbatches`.
+        """
         key = self.model.layers
 
         def pull(kept: Any, b: Batch, c: Hidden) -> tuple[Params, Hidden]:
             if self.checkpoint:
-                back = _vjp(lambda w, h: self.model.layer(w[key], h, b), {key: own}, kept)[1]
+                held = {key: _dequantized_for_each(self.batches, c, own)}
+                back = _vjp(lambda w, h: self.model.layer(w[key], h, b), held, kept)[1]
             else:
                 back = _put_back(kept, (own, b))
             return back(c)
 
-        return over_microbatches(pull, at(self.kept, i), self.batches, cotangent)
+        return over(pull, at(self.kept, i), self.batches, cotangent)
 
     def embed(self, cotangent: Hidden, from_head: Params) -> Params:
         """The gradients of all entries that are not early, the head's share of them included."""
@@ -132,19 +144,41 @@ class Backward:
 
         return {k: whole(k) for k in self.weights.keys() - self.early}
 
-    def norm(self, stack: PyTree) -> Float[Array, ""]:
-        """The gradient's global norm: a backward pass that forgets every gradient again."""
+    def norm(self, stack: PyTree, *, summed: bool = True) -> Float[Array, ""]:
+        """The gradient's global norm: a backward pass that forgets every gradient again.
+
+        Args:
+            stack: The stacked layers.
+            summed: Whether microbatches' gradients of a layer are summed for it. Else it is taken
+                for the sum of the microbatches' norms, which it is at most.
+        """
         _, from_head, cotangent = self.head()
         layers = jax.tree.leaves(stack)[0].shape[0]
+        parts = 1 if summed else jax.tree.leaves(self.batches)[0].shape[0]
+
+        def of_each(pull: Callable[..., Any], *batches: Any) -> tuple[Array, Hidden]:
+            def squared(*batch: Any) -> tuple[tuple[()], Any]:
+                gradient, cotangent = pull(*batch)
+                return (), (squares(gradient), cotangent)
+
+            return over_microbatches(squared, *batches)[1]
+
+        def of_sum(*args: Any) -> tuple[Array, Hidden]:
+            gradient, cotangent = over_microbatches(*args)
+            return squares(gradient), cotangent
 
         def turn(turns: Array, carry: tuple[Hidden, Array]) -> tuple[Hidden, Array]:
             i = layers - 1 - turns
-            gradient, cotangent = self.layer(at(stack, i), i, carry[0])
-            return cotangent, carry[1] + squares(gradient)
+            over = of_sum if summed else of_each
+            own, cotangent = self.layer(at(stack, i), i, carry[0], over)
+            return cotangent, carry[1] + own
 
-        total = squares({k: from_head[k] for k in self.early})
+        def share(gradient: Params) -> Array:
+            return squares(gradient) / parts**2
+
+        total = jnp.full(parts, share({k: from_head[k] for k in self.early}))
         cotangent, total = jax.lax.fori_loop(0, layers, turn, (cotangent, total))
-        return jnp.sqrt(total + squares(self.embed(cotangent, from_head)))
+        return jnp.sum(jnp.sqrt(total + share(self.embed(cotangent, from_head))))
 
 
 def forward(
@@ -168,7 +202,7 @@ def forward(
     def one_layer(hidden: Hidden, own: PyTree) -> tuple[Hidden, PyTree]:
         def run(h: Hidden, b: Batch) -> tuple[tuple[()], tuple[Hidden, PyTree]]:
             if checkpoint:
-                return (), (model.layer(own, h, b), h)
+                return (), (model.layer(_dequantized_for_each(batches, h, own), h, b), h)
             after, back = _vjp(lambda w, h: model.layer(w[key], h, b), {key: own}, h)
             return (), (after, _leave_out(back, (own, b)))
 
@@ -183,6 +217,15 @@ def forward(
         model, weights, batches, checkpoint, kept, last,
         in_head - in_embed, in_head, in_embed,
     )  # fmt: skip
+
+
+def _dequantized_for_each(batches: Batch, hidden: Hidden, params: PyTree) -> PyTree:
+    """Params whose `QuantizedArray`s are dequantized again for each of several microbatches.
+
+    XLA would do it once, before the loop over them, and keep the floats of a whole layer.
+    """
+    several = jax.tree.leaves(batches)[0].shape[0] > 1
+    return known_after(jax.tree.leaves(hidden)[0], params) if several else params
 
 
 def _vjp(function: Callable[..., Any], params: Params, *args: Any) -> tuple[Any, Any]:
@@ -213,34 +256,6 @@ def _put_back(back: PyTree, there: PyTree) -> PyTree:
         back,
         is_leaf=lambda x: isinstance(x, _There),
     )
-
-
-def over_microbatches(function: Callable[..., tuple[Any, Any]], *batches: Any) -> tuple[Any, Any]:
-    """Runs a function on one microbatch after the other.
-
-    Args:
-        function: From what one microbatch has of `batches` to two trees.
-        *batches: Trees of arrays with a first axis of microbatches.
-
-    Returns:
-        The sum of its first results, taken in float32 and given in their own dtype, and its second
-        ones with a first axis of microbatches.
-    """
-    first = jax.tree.map(lambda x: x[0], batches)
-    if jax.tree.leaves(batches)[0].shape[0] == 1:
-        summed, kept = function(*first)
-        return summed, jax.tree.map(lambda x: x[None], kept)
-
-    def add(total: Any, batch: Any) -> tuple[Any, Any]:
-        own, kept = function(*batch)
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, own), kept
-
-    shapes, _ = jax.eval_shape(function, *first)
-    zero = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
-    )
-    total, kept = jax.lax.scan(add, zero, batches)
-    return jax.tree.map(lambda t, s: t.astype(s.dtype), total, shapes), kept
 
 
 def at(stacks: PyTree, i: Int[Array, ""] | int) -> PyTree:

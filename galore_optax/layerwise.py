@@ -19,9 +19,10 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from galore_optax.accumulate import SubspaceTransformation, over_microbatches_in_subspace
 from galore_optax.layered import Backward, Batch, Layered, Params, at, forward, squares, written
 from galore_optax.leaf_by_leaf import coupled_leaves
-from galore_optax.quantized import dequantized, scaled_after
+from galore_optax.quantized import dequantized, known_after
 
 CLIPS = ("exact", "previous")
 
@@ -99,6 +100,11 @@ class Layerwise:
             microbatches. Their losses, and gradients in float32, are summed, layer by layer, so
             that one layer's gradient is all that there is of them; what is kept for the backward
             pass is kept of all microbatches.
+        accumulate_in_subspace: Whether the layers' gradients are summed projected
+            (`galore_optax.accumulate`), which takes `galore`, or a recipe of it, as tx. A layer's
+            new basis is found from its first microbatch then, and "the gradient" whose norm is
+            clipped by, and told, is what is summed; the first step is clipped by a bound on its
+            own.
         checkpoint: Whether a layer is computed again in the backward pass, from the hidden states
             before it; else all that its backward pass needs is kept, of every layer.
         apply_updates: From a part of the params, its updates, the steps done so far and the layer
@@ -135,6 +141,7 @@ class Layerwise:
     clip_norm: float | None = None
     clip: str = "exact"
     accumulate: int = 1
+    accumulate_in_subspace: bool = False
     checkpoint: bool = True
     apply_updates: ApplyUpdates = _apply_updates
 
@@ -147,6 +154,19 @@ class Layerwise:
             )
         if self.accumulate < 1:
             raise ValueError(f"accumulate={self.accumulate}: expected at least 1 microbatch")
+        if not self.accumulate_in_subspace:
+            return
+        if not isinstance(self.tx, SubspaceTransformation):
+            raise ValueError(
+                f"accumulate_in_subspace=True with tx={self.tx!r}, which has no subspace: give "
+                "galore(...), or a recipe such as galore_adamw(...), as it is (what is to act on "
+                "projected gradients goes into galore's inner), or leave accumulate_in_subspace out"
+            )
+        if self._exact:
+            raise ValueError(
+                'accumulate_in_subspace=True with clip="exact": the norm of what is summed is not '
+                'known before the new bases are; choose clip="previous", or clip_norm=None'
+            )
 
     def init(self, params: Params) -> LayerwiseState:
         """The state of params.
@@ -202,9 +222,7 @@ class Layerwise:
         backward = forward(self.model, params, batches, checkpoint=self.checkpoint)
         clip_at = self._norm(backward, stack, state.norm)
         if clip_at is not None:  # quantized weights are dequantized for one pass, then the other
-            backward = dataclasses.replace(
-                backward, weights=scaled_after(clip_at, backward.weights)
-            )
+            backward = dataclasses.replace(backward, weights=known_after(clip_at, backward.weights))
         loss, from_head, cotangent = backward.head()
         nothing = absent(jax.eval_shape(dequantized, params))
         update = functools.partial(self._update, nothing, jnp.asarray(state.count), clip_at, loss)
@@ -217,7 +235,7 @@ class Layerwise:
         top = _known_after((new_rest, cotangent), layers - 1)
         stacks = stack, state.layers
         carry = stacks, at(stacks, top), cotangent, total, ok
-        turn = functools.partial(self._turn, backward, update, layers)
+        turn = functools.partial(self._turn, backward, update, nothing, layers)
         stacks, above, cotangent, total, ok = jax.lax.fori_loop(0, layers, turn, carry)
         new_stack, layer_states = written(stacks, 0, above)
 
@@ -248,7 +266,8 @@ class Layerwise:
             wanted, other = previous == 0, previous
         # In a branch, since elsewhere XLA shares what this backward pass has in common with the one
         # that updates, and so keeps arrays as large as the head's gradient.
-        return jax.lax.cond(wanted, lambda: backward.norm(stack), lambda: other)
+        summed = not self.accumulate_in_subspace
+        return jax.lax.cond(wanted, lambda: backward.norm(stack, summed=summed), lambda: other)
 
     def _judged(self, total: Array, ok: Array, gradient: Params) -> tuple[Array, Array]:
         """The sum of squares with a gradient's, and whether all is still finite."""
@@ -261,6 +280,7 @@ class Layerwise:
         self,
         backward: Backward,
         update: Callable[..., tuple[Params, optax.OptState, optax.Updates]],
+        nothing: Params,
         layers: int,
         turns: Array,
         carry: Any,
@@ -272,12 +292,39 @@ class Layerwise:
         # turn both reads and writes, XLA copies the whole stacks, in every turn.
         stacks = written(stacks, jnp.minimum(i + 1, layers - 1), above)
         own, own_state = at(stacks, i)
-        gradient, cotangent = backward.layer(own, i, cotangent)
+        place = {"layer": i, "layers": layers}
+        if self.accumulate_in_subspace:
+            over = functools.partial(self._in_subspace, nothing, {key: own}, own_state, place)
+            gradient, own_state, cotangent = backward.layer(own, i, cotangent, over)
+        else:
+            gradient, cotangent = backward.layer(own, i, cotangent)
         total, ok = self._judged(total, ok, gradient)
-        part, new_state, _ = update({key: own}, own_state, gradient, layer=i, layers=layers)
+        part, new_state, _ = update({key: own}, own_state, gradient, **place)
         chosen = functools.partial(jnp.where, ok)
         above = jax.tree.map(chosen, (part[key], new_state), (own, own_state))
         return stacks, above, cotangent, total, ok
+
+    def _in_subspace(
+        self,
+        nothing: Params,
+        part: Params,
+        state: optax.OptState,
+        place: dict[str, Any],
+        pull: Callable[..., tuple[Params, Any]],
+        *batches: Any,
+    ) -> tuple[Params, optax.OptState, Any]:
+        """As `over_microbatches`, of a layer's gradients in the subspace, with the new state."""
+        assert isinstance(self.tx, SubspaceTransformation)
+
+        def whole(*batch: Any) -> tuple[Params, Any]:
+            gradient, kept = pull(*batch)
+            return {**nothing, **gradient}, kept
+
+        params = {**nothing, **dequantized(part)}
+        summed, state, kept = over_microbatches_in_subspace(
+            self.tx, state, params, whole, *batches, **place
+        )
+        return {k: summed[k] for k in part}, state, kept  # pyrefly: ignore[bad-index]
 
     def _update(
         self,
@@ -293,7 +340,9 @@ class Layerwise:
         """A part of the params and its state, updated, and by what."""
         if clip_at is not None and self.clip_norm is not None:
             gradient = _clipped(gradient, clip_at, self.clip_norm)
-        updates, new_state = optax.with_extra_args_support(self.tx).update(
+        tx = optax.with_extra_args_support(self.tx)
+        projected = layer and isinstance(tx, SubspaceTransformation) and self.accumulate_in_subspace
+        updates, new_state = (tx.update_projected if projected else tx.update)(
             {**nothing, **gradient},
             state,
             {**nothing, **dequantized(part)},

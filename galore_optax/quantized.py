@@ -188,21 +188,17 @@ def dequantized(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.dequantize() if can(x) else x, tree, is_leaf=can)
 
 
-def scaled_after(known: Float[Array, "..."], tree: Any) -> Any:
+def known_after(known: Float[Array, "..."], tree: Any) -> Any:
     """A tree whose `QuantizedArray`s XLA does not know before another array is there.
 
-    Zero is added to their scales, or NaN if the other array begins with it. What a backward pass is
+    Zero is added to their codes, or one if the other array begins with NaN. What a backward pass is
     to dequantize again is dequantized then; else XLA would find that the forward pass has done it,
     and keep the floats.
     """
-    first = known.reshape(-1)[0]
-    nothing = jnp.where(jnp.isnan(first), first, 0)
+    nothing = jnp.isnan(known.reshape(-1)[0]).astype(jnp.uint8)
 
     def after(x: Any) -> Any:
-        if not is_quantized(x):
-            return x
-        nested = is_quantized(x.scales)
-        return dataclasses.replace(x, scales=after(x.scales) if nested else x.scales + nothing)
+        return dataclasses.replace(x, codes=x.codes + nothing) if is_quantized(x) else x
 
     return jax.tree.map(after, tree, is_leaf=is_quantized)
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from galore_optax.accumulate import SubspaceTransformation
 from galore_optax.adapter import factor_dimension_numbers, is_adapter
 from galore_optax.adaptive_refresh import AdaptiveRefresh
 from galore_optax.galore import galore
@@ -34,7 +35,7 @@ def galore_adamw(
     projection_bits: int | None = None,
     adaptive_refresh: AdaptiveRefresh | None = None,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> SubspaceTransformation:
     """GaLore with AdamW: the recipe of the paper's pre-training runs.
 
     Args:
@@ -143,7 +144,7 @@ def galore_adamw8bit(
     projection_bits: int | None = None,
     adaptive_refresh: AdaptiveRefresh | None = None,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> SubspaceTransformation:
     """GaLore with AdamW whose moments are held in 8 bits: the paper's recipe for a 7B model.
 
     Args:
@@ -220,7 +221,7 @@ def q_galore_adamw8bit(
     projection_bits: int | None = 4,
     adaptive_refresh: AdaptiveRefresh | None = AdaptiveRefresh(),  # noqa: B008 (frozen)
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> SubspaceTransformation:
     """Q-GaLore: 8-bit AdamW, bases in 4 bits, and refreshes that become rarer where they can.
 
     Its third part is about weights: `quantize_weights` holds them in 8 bits, `apply_updates` writes
@@ -303,7 +304,7 @@ def galore_adafactor(
     projection_bits: int | None = None,
     adaptive_refresh: AdaptiveRefresh | None = None,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> SubspaceTransformation:
     """GaLore with Adafactor at a given learning rate (no scaling by the parameter's size).
 
     Args:
@@ -393,7 +394,7 @@ def gradnorm_lorp_adamw(
     projection_bits: int | None = None,
     adaptive_refresh: AdaptiveRefresh | None = None,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> SubspaceTransformation:
     """The optimizer of GradNormLoRP: AdamW, with GaLore on the gradients of an adapter's factors.
 
     The weights' part of the method, the weight-normalised adapter, is in the params
@@ -478,7 +479,7 @@ def gradnorm_lorp_adamw(
                 )
         return tx.init(params)
 
-    return optax.GradientTransformationExtraArgs(init, tx.update)
+    return SubspaceTransformation(init, tx.update, tx.refresh, tx.project, tx.update_projected)
 
 
 def _factors_or_matrices(params: optax.Params) -> optax.Params:

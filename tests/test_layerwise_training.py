@@ -63,6 +63,28 @@ def test_weights_of_few_bits_are_rounded_at_random():
     assert train(**at_random) != train(**{**Q_GALORE, "layerwise": True})
 
 
+def test_microbatches_summed_in_the_subspace_give_the_ordinary_steps_losses_on_a_mesh_too():
+    # The bases come from the first of two microbatches; nothing is clipped, since by layers that
+    # would be by another norm.
+    settings = dict(accumulate=2, accumulate_in_subspace=True, clip_norm=1e6)
+    ordinary = train(**settings)
+    by_layers = train(**settings, layerwise=True, clip="previous", mesh="data=2,fsdp=2,tensor=2")
+    np.testing.assert_allclose(by_layers, ordinary, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(optimizer="adamw", rank=None, update_proj_gap=None), "--optimizer adamw has no"),
+        (dict(layerwise=True, clip="exact"), "--clip exact with --layerwise"),
+    ],
+)
+def test_sums_in_the_subspace_need_one_and_a_norm_that_is_known(settings, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(small("unused", accumulate_in_subspace=True, **settings))
+    assert resolve(small("unused", accumulate_in_subspace=True, layerwise=True)).clip == "previous"
+
+
 def test_adapters_need_no_layers():
     with pytest.raises(ValueError, match="--layerwise is of no use with --adapter lora"):
         resolve(small("unused", layerwise=True, optimizer="lora-adamw", update_proj_gap=None))

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from galore_optax.accumulate import SubspaceTransformation
 from galore_optax.adapter import split
 from galore_optax.memory import tree_bytes
 from galore_optax.quantized import dequantized
@@ -22,7 +23,7 @@ from train import layerwise
 from train.config import Pretrain, Resolved
 from train.data import TrainingData, evaluation_batches
 from train.mesh import abstract_batch, check_batch, make_mesh, param_shardings, replicated
-from train.optimizers import learning_rate_schedule, make_optimizer
+from train.optimizers import learning_rate_schedule, make_optimizer, make_recipe
 from train.sequences import Batch
 from train.step import (
     Forward,
@@ -32,6 +33,7 @@ from train.step import (
     make_restart,
     make_train_step,
     train_step,
+    train_step_in_subspace,
 )
 from train.text import load_text
 from train.tokenizer import Tokenizer, load_tokenizer
@@ -183,7 +185,12 @@ def make_programs(
         init_optimizer = tx.init
         optimizer_at = state_shardings(tx, split(shapes)[0], split(params_at)[0])
         rounding = bool(config.stochastic_rounding)
-        step = partial(train_step, forward, tx, schedule, config.accumulate, rounding, mesh)
+        how = schedule, config.accumulate, rounding, mesh
+        step = partial(train_step, forward, tx, *how)
+        if config.accumulate_in_subspace:
+            recipe = make_recipe(config, llama.dimension_numbers)
+            assert isinstance(recipe, SubspaceTransformation)
+            step = partial(train_step_in_subspace, forward, recipe, config.clip_norm, *how)
     shardings = TrainState._make((params_at, optimizer_at, replicated(mesh), replicated(mesh)))
 
     def init(key: jax.Array) -> TrainState:

@@ -112,6 +112,10 @@ class Pretrain:
     """Microbatches that a step's batch is cut into, one after the other, to save memory. By default
     so many that none has more than 16 sequences of llama-7b, llama-1b, 32, 64 and 128 of the
     smaller ones."""
+    accumulate_in_subspace: bool = False
+    """Sum the microbatches' gradients in GaLore's subspace, a fraction of their size, where they
+    are clipped by their norm there; a new subspace is found from the first microbatch. Of
+    --layerwise this is about the layers."""
     seq_len: int | None = None
     """Tokens in a sequence. By default the paper's 256; 128 for tiny."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -124,9 +128,10 @@ class Pretrain:
     layerwise: bool = False
     """Update each layer as soon as the backward pass has its gradient: one layer's is in memory at
     a time."""
-    clip: Literal["exact", "previous"] = "exact"
+    clip: Literal["exact", "previous"] | None = None
     """By which norm --layerwise clips: its own, for which there is a second backward pass, or that
-    of the step before."""
+    of the step before. By default exact; previous with --accumulate-in-subspace, which leaves no
+    choice."""
     mesh: str | None = None
     """Devices, such as data=2,fsdp=4 (axes: data, fsdp, tensor). By default one device."""
     deterministic: bool = False
@@ -175,6 +180,7 @@ class Resolved(Pretrain):
     eval_every: int
     save_every: int
     log_every: int
+    clip: Literal["exact", "previous"]
     out: str
 
 
@@ -251,6 +257,7 @@ def resolve(config: Pretrain) -> Resolved:
         config,
         {
             "warmup_steps": steps // 10,
+            "clip": "previous" if config.layerwise and config.accumulate_in_subspace else "exact",
             "eval_every": max(1, steps // 10),
             "log_every": max(1, steps // 50),
             "eval_tokens": 10_000_000 if config.data == "c4" else None,
@@ -426,6 +433,17 @@ def _check_values(config: Resolved) -> None:
     if config.clip != "exact" and not config.layerwise:
         raise ValueError(
             f"--clip {config.clip} is of use with --layerwise only; any other step clips exactly"
+        )
+    if config.accumulate_in_subspace and "scale" not in OPTIMIZERS[config.optimizer].options:
+        users = ", ".join(n for n, r in OPTIMIZERS.items() if "scale" in r.options)
+        raise ValueError(
+            f"--accumulate-in-subspace: --optimizer {config.optimizer} has no subspace; leave it "
+            f"out, or choose one of {users}"
+        )
+    if config.clip == "exact" and config.layerwise and config.accumulate_in_subspace:
+        raise ValueError(
+            "--clip exact with --layerwise --accumulate-in-subspace: the norm of what is summed is "
+            "not known before the new subspaces are; choose previous, or leave one of them out"
         )
     if config.warmup_steps >= config.steps:
         raise ValueError(

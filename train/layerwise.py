@@ -19,7 +19,7 @@ from models.llama_config import LlamaConfig
 from train.loss import summed_cross_entropy
 from train.mesh import BATCH, replicated
 from train.optimizers import make_recipe
-from train.step import Batch, Metrics, Params, TrainState, cut, step_key, step_metrics
+from train.step import Batch, Metrics, Params, TrainState, counted, cut, step_key, step_metrics
 
 if TYPE_CHECKING:
     from train.config import Resolved
@@ -47,6 +47,7 @@ def optimizer(config: "Resolved", model: LlamaConfig, mesh: Mesh) -> Layerwise:
         clip_norm=config.clip_norm,
         clip=config.clip,
         accumulate=config.accumulate,
+        accumulate_in_subspace=config.accumulate_in_subspace,
         checkpoint=config.rematerialize,
         apply_updates=rounded,
     )
@@ -139,11 +140,6 @@ def train_step(
     params, inner, told = optimizer.step(
         state.params, before.inner_state, with_sequences(config, mode, batch, tokens)
     )
-    after = optax.ApplyIfFiniteState(
-        notfinite_count=jnp.where(told.finite, 0, before.notfinite_count + 1),
-        last_finite=told.finite,
-        total_notfinite=before.total_notfinite + ~told.finite,
-        inner_state=inner,
-    )
+    after = counted(before, told.finite, inner)
     metrics = step_metrics(schedule, state, after, told.loss, told.grad_norm, tokens)
     return TrainState(params, after, state.step + 1, state.key), metrics

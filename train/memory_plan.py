@@ -11,15 +11,18 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import PyTree
 
+from galore_optax.accumulate import SubspaceTransformation
 from galore_optax.adapter import join, split
 from galore_optax.layered import forward
 from galore_optax.memory import state_bytes
-from galore_optax.quantized import is_quantized
+from galore_optax.quantized import dequantized, is_quantized
 from galore_optax.quantized_weights import sources, with_sources
+from models.llama import dimension_numbers
 from train import layerwise
 from train.assemble import Programs, abstract_params, make_forward
 from train.config import Resolved
 from train.mesh import batch_shards
+from train.optimizers import make_recipe
 from train.step import summed_loss
 
 # A card of so many GiB has so much less for a program: the CUDA context's.
@@ -156,19 +159,35 @@ def _gradients(config: Resolved, programs: Programs) -> int:
     """The gradients that are there at once: all of them, or the largest part that is updated."""
     trained, _ = split(programs.abstract.params)
 
-    def size(part: PyTree) -> int:
+    def size(name: str) -> int:
         numbers = [
             _bytes(x.codes) * 8 // x.code.bits if is_quantized(x) else _bytes(x) // x.dtype.itemsize
-            for x in jax.tree.leaves(part, is_leaf=is_quantized)
+            for x in jax.tree.leaves(trained[name], is_leaf=is_quantized)
         ]
-        summed = 4 if config.accumulate > 1 else 0  # in float32, beside that of a microbatch
-        return sum(numbers) * (jnp.dtype(config.dtype).itemsize + summed)
+        # Microbatches' are summed in float32.
+        summed = 4 * _share_summed(config, {name: trained[name]}) if config.accumulate > 1 else 0
+        return int(sum(numbers) * (jnp.dtype(config.dtype).itemsize + summed))
 
     if not config.layerwise:
-        return size(trained)
+        return sum(map(size, trained))
     layers = jax.tree.leaves(trained["layers"])[0].shape[0]
-    rest = [size(part) for name, part in trained.items() if name != "layers"]
-    return max([size(trained["layers"]) // layers, *rest])
+    rest = [size(name) for name in trained if name != "layers"]
+    return max([size("layers") // layers, *rest])
+
+
+def _share_summed(config: Resolved, part: PyTree) -> float:
+    """How large the sum of gradients is, in numbers of a gradient."""
+    if not config.accumulate_in_subspace:
+        return 1
+    recipe = make_recipe(config, dimension_numbers)
+    assert isinstance(recipe, SubspaceTransformation)
+
+    def sizes(part: PyTree) -> tuple[PyTree, PyTree]:
+        gradient = dequantized(part)
+        return recipe.project(gradient, recipe.init(gradient)), gradient
+
+    summed, whole = (sum(x.size for x in jax.tree.leaves(t)) for t in jax.eval_shape(sizes, part))
+    return summed / whole
 
 
 def _activations(config: Resolved, programs: Programs) -> int:

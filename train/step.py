@@ -11,11 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from galore_optax import apply_updates
+from galore_optax.accumulate import (
+    SubspaceTransformation,
+    over_microbatches,
+    over_microbatches_in_subspace,
+)
 from galore_optax.adapter import join, split
-from galore_optax.quantized import is_quantized
 from galore_optax.quantized_weights import value_and_grad
 from galore_optax.restart import restart
 from models.adapters import with_dropout_keys
@@ -73,26 +77,31 @@ def loss_and_gradient(
         The gradient is not finite if the loss is not, so that it cannot be applied.
     """
     tokens = jnp.sum(batch["weights"])
+    gradient, losses = over_microbatches(
+        _of_microbatch(forward, params, tokens), microbatches(batch, accumulate, mesh)
+    )
+    loss = jnp.sum(losses)
+    return loss, _spoilt_unless_finite(gradient, loss), tokens
 
-    def objective(params, microbatch):
+
+def _of_microbatch(
+    forward: Forward, params: Params, tokens: Array
+) -> Callable[[Batch], tuple[Params, Array]]:
+    """From a microbatch to the gradient of its share in the loss, and that share."""
+
+    def objective(params: Params, microbatch: Batch) -> Array:
         return summed_loss(forward, params, microbatch) / jnp.maximum(tokens, 1)
 
-    gradient_of: Callable[..., Any] = value_and_grad(objective)
-    if accumulate == 1:
-        loss, gradient = gradient_of(params, {**batch, "microbatch": jnp.int32(0)})
-        return loss, _spoilt_unless_finite(gradient, loss), tokens
+    def gradient_and_loss(microbatch: Batch) -> tuple[Params, Array]:
+        loss, gradient = value_and_grad(objective)(params, microbatch)
+        return gradient, loss  # pyrefly: ignore[bad-return]
 
-    def add(total, microbatch):
-        loss, gradient = gradient_of(params, microbatch)
-        total_loss, total_gradient = total
-        summed = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total_gradient, gradient)
-        return (total_loss + loss, summed), None
+    return gradient_and_loss
 
-    zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params, is_leaf=is_quantized)
-    microbatches = {**cut(batch, accumulate, mesh), "microbatch": jnp.arange(accumulate)}
-    (loss, gradient), _ = jax.lax.scan(add, (jnp.zeros(()), zero), microbatches)
-    gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
-    return loss, _spoilt_unless_finite(gradient, loss), tokens
+
+def microbatches(batch: Batch, accumulate: int, mesh: Mesh | None) -> dict[str, Array]:
+    """A batch cut into microbatches, each with its number."""
+    return {**cut(batch, accumulate, mesh), "microbatch": jnp.arange(accumulate)}
 
 
 def cut(batch: Batch, accumulate: int, mesh: Mesh | None) -> dict[str, Array]:
@@ -131,6 +140,62 @@ def train_step(
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """One update. A loss or gradient that is not finite leaves params and moments as they are."""
+    trained, of_trained, rounding = _of_trained(forward, stochastic_rounding, state)
+    loss, gradient, tokens = loss_and_gradient(of_trained, trained, batch, accumulate, mesh)
+    updates, optimizer = tx.update(gradient, state.optimizer, trained)
+    assert isinstance(optimizer, optax.ApplyIfFiniteState)
+    norm = optax.tree.norm(gradient)
+    metrics = step_metrics(schedule, state, optimizer, loss, norm, tokens)
+    return _updated(state, updates, optimizer, rounding), metrics
+
+
+def train_step_in_subspace(
+    forward: Forward,
+    recipe: SubspaceTransformation,
+    clip_norm: float,
+    schedule: optax.Schedule,
+    accumulate: int,
+    stochastic_rounding: bool,
+    mesh: Mesh,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One update, from microbatches' gradients that are summed projected, and clipped then.
+
+    The optimizer's state is that of `train_step`. Where the sum is not finite, only a new basis may
+    have come of it, with the moments carried over.
+    """
+    trained, of_trained, rounding = _of_trained(forward, stochastic_rounding, state)
+    tokens = jnp.sum(batch["weights"])
+    before = state.optimizer
+    clipping, own = before.inner_state
+    gradient, own, losses = over_microbatches_in_subspace(
+        recipe,
+        own,
+        trained,
+        _of_microbatch(of_trained, trained, tokens),
+        microbatches(batch, accumulate, mesh),
+    )
+    loss, norm = jnp.sum(losses), optax.tree.norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    clipped, clipping = optax.clip_by_global_norm(clip_norm).update(gradient, clipping)
+
+    def finished() -> tuple[optax.Updates, optax.OptState]:
+        return recipe.update_projected(clipped, own, trained)
+
+    def left_out() -> tuple[optax.Updates, optax.OptState]:
+        return optax.tree.zeros_like(jax.eval_shape(finished)[0]), own
+
+    updates, own = jax.lax.cond(finite, finished, left_out)
+    optimizer = counted(before, finite, (clipping, own))
+    metrics = step_metrics(schedule, state, optimizer, loss, norm, tokens)
+    return _updated(state, updates, optimizer, rounding), metrics
+
+
+def _of_trained(
+    forward: Forward, stochastic_rounding: bool, state: TrainState
+) -> tuple[Params, Forward, Key[Array, ""] | None]:
+    """What is trained, the model as a function of it, and the key of stochastic rounding."""
     trained, frozen = split(state.params)
     rounding, dropout = (_folded(state, i) for i in range(2))
 
@@ -138,14 +203,30 @@ def train_step(
         own = jax.random.fold_in(dropout, batch["microbatch"])
         return forward(with_dropout_keys(join(trained, frozen), own), batch)
 
-    loss, gradient, tokens = loss_and_gradient(of_trained, trained, batch, accumulate, mesh)
-    updates, optimizer = tx.update(gradient, state.optimizer, trained)
-    assert isinstance(optimizer, optax.ApplyIfFiniteState)
-    norm = optax.tree.norm(gradient)
-    metrics = step_metrics(schedule, state, optimizer, loss, norm, tokens)
-    trained = apply_updates(trained, updates, rounding if stochastic_rounding else None)
-    params = join(trained, frozen)
-    return TrainState(params, optimizer, state.step + 1, state.key), metrics  # pyrefly: ignore
+    return trained, of_trained, rounding if stochastic_rounding else None
+
+
+def _updated(
+    state: TrainState,
+    updates: optax.Updates,
+    optimizer: optax.ApplyIfFiniteState,
+    rounding: Key[Array, ""] | None,
+) -> TrainState:
+    trained, frozen = split(state.params)
+    params = join(apply_updates(trained, updates, rounding), frozen)
+    return TrainState(params, optimizer, state.step + 1, state.key)  # pyrefly: ignore
+
+
+def counted(
+    before: optax.ApplyIfFiniteState, finite: Bool[Array, ""], inner: optax.OptState
+) -> optax.ApplyIfFiniteState:
+    """The count of steps that were skipped, after one that was done or not."""
+    return optax.ApplyIfFiniteState(
+        notfinite_count=jnp.where(finite, 0, before.notfinite_count + 1),
+        last_finite=finite,
+        total_notfinite=before.total_notfinite + ~finite,
+        inner_state=inner,
+    )
 
 
 def _folded(state: TrainState, use: int) -> Key[Array, ""]:
