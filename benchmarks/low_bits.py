@@ -75,7 +75,8 @@ def main(config: LowBits) -> None:
             results[name].append(run(config, name, seed))
             print(f"{name}, seed {seed}: {results[name][-1]}", file=sys.stderr, flush=True)
     print(
-        "| | perplexity by seed | mean | to the first | states, bytes | weights, bytes | refreshes |"
+        "| | perplexity by seed | mean | to the first | states, bytes | weights, bytes "
+        "| refreshes |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     reference = statistics.mean(r[0] for r in results[config.variants[0]])

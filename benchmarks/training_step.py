@@ -1,0 +1,92 @@
+"""Whole training steps of `train.pretrain` with one flag or another, in turns in one process.
+
+    python -m benchmarks.training_step --sides GaLore "8-bit GaLore"
+
+Ids are random and no step looks for a new subspace. Ratios of medians are to the first side.
+"""
+
+import dataclasses
+import time
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from train.config import Pretrain, resolve
+from train.mesh import put_batch
+from train.plan import programs_of
+
+_GALORE = {"optimizer": "galore-adamw", "update_proj_gap": 1_000_000}
+_BY_LAYERS = {**_GALORE, "layerwise": True}
+SIDES: dict[str, dict[str, Any]] = {
+    "AdamW": {"optimizer": "adamw"},
+    "8-bit AdamW": {"optimizer": "adamw8bit"},
+    "GaLore": _GALORE,
+    "8-bit GaLore": {**_GALORE, "optimizer": "galore-adamw8bit"},
+    "Q-GaLore": {**_GALORE, "optimizer": "q-galore-adamw8bit"},
+    "layer-wise": _BY_LAYERS,
+    "layer-wise, clip previous": {**_BY_LAYERS, "clip": "previous"},
+    "microbatches": {**_GALORE, "accumulate": 4},
+    "microbatches in the subspace": {**_GALORE, "accumulate": 4, "accumulate_in_subspace": True},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingStep:
+    """Times training steps."""
+
+    sides: tuple[Literal[tuple(SIDES)], ...] = tuple(SIDES)  # pyrefly: ignore
+    """What is compared."""
+    model: str = "llama-60m"
+    """Model to train."""
+    batch_size: int = 4
+    """Sequences in a step; they are one microbatch, but where a side has four."""
+    seq_len: int = 256
+    """Tokens in a sequence."""
+    rounds: int = 6
+    """Steps of each side, after one that is not counted."""
+
+
+def main(config: TrainingStep) -> None:
+    """Prints a table in Markdown."""
+    shape = config.batch_size, config.seq_len
+    common = {"model": config.model, "batch_size": shape[0], "seq_len": shape[1], "accumulate": 1}
+    steps, states, temporaries = {}, {}, {}
+    for name in config.sides:
+        programs = programs_of(resolve(Pretrain(**{**common, **SIDES[name]})))
+        steps[name] = programs.train_step.lower(programs.abstract, programs.batch).compile()
+        states[name] = programs.init(jax.random.key(0))
+        temporaries[name] = steps[name].memory_analysis().temp_size_in_bytes
+    rng = np.random.default_rng(0)
+    batch = put_batch(
+        programs.mesh,
+        {
+            "inputs": rng.integers(256, size=shape, dtype=np.int32),
+            "targets": rng.integers(256, size=shape, dtype=np.int32),
+            "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+            "segment_ids": np.ones(shape, np.int32),
+            "weights": np.ones(shape, np.float32),
+        },
+    )
+    seconds = {name: [] for name in config.sides}
+    for _ in range(config.rounds + 1):
+        for name in config.sides:
+            start = time.perf_counter()
+            states[name], metrics = steps[name](states[name], batch)
+            jax.block_until_ready(metrics)
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: float(np.median(times[1:])) for name, times in seconds.items()}
+    print(f"{config.model}, {shape[0]} x {shape[1]} tokens, float32, jax {jax.__version__}")
+    print("| | a step, s | tokens/s | time to the first | temporaries, MB |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, median in medians.items():
+        print(
+            f"| {name} | {median:.3f} | {shape[0] * shape[1] / median:,.0f} "
+            f"| {median / medians[config.sides[0]]:.2f} | {temporaries[name] / 1e6:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(TrainingStep))
