@@ -1,4 +1,8 @@
-"""Every test runs on the CPU, seen by JAX as eight devices, so that sharded code runs in CI."""
+"""Every test runs on the CPU, seen by JAX as eight devices, so that sharded code runs in CI.
+
+Each worker keeps to a core of its own: the thread pools of several, each over all cores, take twice
+the time.
+"""
 
 import os
 from pathlib import Path
@@ -8,8 +12,16 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+# Most of the time of most tests is that of compiling, which takes a fraction of it so.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+
 import jax
 import pytest
+
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if worker and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -22,17 +34,9 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-@pytest.fixture(scope="module")
-def unoptimized():
-    """Programs compile in a fraction of the time, which is most of the time of many tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
-def optimized(unoptimized):
-    """One test of a module that is unoptimized, with optimizations."""
+def optimized():
+    """For a test of what XLA makes of a program: with all of its optimizations."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -15,7 +15,6 @@ from test_layerwise import (
     assert_equal,
     batches,
     by_layers,
-    compiled,
     params,
     together,
 )
@@ -37,8 +36,6 @@ from galore_optax.accumulate import (
 from galore_optax.layerwise import Layerwise
 from train.mesh import make_mesh
 from train.step import TrainState, train_step_in_subspace
-
-pytestmark = pytest.mark.usefixtures("unoptimized")
 
 MICROBATCHES = 3
 STACKED = GaLoreDimensionNumbers(-2, -1)
@@ -146,7 +143,7 @@ def test_every_recipe_can_be_updated_in_parts_and_what_is_around_it_cannot():
 def by_hand(tx, cut):
     """Losses and params of the ordinary step, whose layers are leaves of their own."""
     here = apart(params())
-    state = compiled(tx.init)(here)
+    state = jax.jit(tx.init)(here)
 
     def loss(params, batch):
         stacked = together(params)
@@ -155,7 +152,7 @@ def by_hand(tx, cut):
             x = MODEL.layer(own, x, batch)
         return MODEL.head(stacked, x, batch) / 2
 
-    @compiled
+    @jax.jit
     def step(here, state, batch):
         losses, gradients = jax.vmap(jax.value_and_grad(loss), (None, 0))(here, batch)
         state = tx.refresh(jax.tree.map(lambda g: g[0], gradients), state, here)

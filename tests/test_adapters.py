@@ -20,8 +20,6 @@ from models.llama import Llama
 from models.llama_config import LlamaConfig
 from train.mesh import make_mesh, param_shardings
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 CONFIG = LlamaConfig(
     vocab_size=50, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, max_length=32
 )

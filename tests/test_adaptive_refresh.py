@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from galore_optax import AdaptiveRefresh, GaLoreDimensionNumbers, galore
 from galore_optax.adaptive_refresh import SIMILARITIES, first_cosine, overlap
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 N, M, RANK = 8, 12, 2
 
 

@@ -14,8 +14,6 @@ from optax import contrib
 from galore_optax import GaLoreDimensionNumbers, galore, galore_adamw
 from galore_optax.remembered_params import remembers_params
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 MATRICES = GaLoreDimensionNumbers(-2, -1)  # of every leaf with at least two axes
 TARGET = {
     "w": jax.random.normal(jax.random.key(0), (6, 8)),

@@ -9,8 +9,6 @@ import pytest
 from galore_optax import GaLoreDimensionNumbers, galore
 from galore_optax.decoupled_decay import decay_slopes
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 WEIGHT = jax.random.normal(jax.random.key(0), (8, 12))
 GRAD = jax.random.normal(jax.random.key(1), (8, 12))
 

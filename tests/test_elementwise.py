@@ -13,7 +13,6 @@ from galore_optax import elementwise as module
 from galore_optax.elementwise import chunks
 from galore_optax.quantized import dequantized
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
 RNG = np.random.default_rng(0)
 SHAPES = {
     "w": (64, 512),

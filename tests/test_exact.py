@@ -15,8 +15,6 @@ import pytest
 
 from galore_optax import galore
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 FIXTURES = Path(__file__).with_name("fixtures")
 PUBLISHED = np.load(FIXTURES / "galore_torch.npz")
 REFRESHES = np.load(FIXTURES / "galore_torch_refreshes.npz")

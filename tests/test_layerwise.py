@@ -23,8 +23,6 @@ from galore_optax.quantized_weights import value_and_grad
 
 N, B, L, D, F, V = 3, 4, 5, 8, 12, 11
 STEPS = 5
-# Compiling takes nearly all of the time.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def embed(params, batch):
@@ -85,10 +83,6 @@ def together(tree):
     return {**tree, "layers": jax.tree.map(lambda *x: jnp.stack(x), *tree["layers"])}
 
 
-def compiled(function, **options):
-    return jax.jit(function, compiler_options=FAST, **options)
-
-
 def ordinary(tx, *, model=MODEL, unstack=False, batches=None):
     """Losses, and params after every step."""
 
@@ -104,9 +98,9 @@ def ordinary(tx, *, model=MODEL, unstack=False, batches=None):
         updates, state = tx.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    step = compiled(step)
+    step = jax.jit(step)
     here = apart(params()) if unstack else params()
-    state, losses, trajectory = compiled(tx.init)(here), [], []
+    state, losses, trajectory = jax.jit(tx.init)(here), [], []
     for batch in batches or globals()["batches"]():
         here, state, value = step(here, state, batch)
         losses.append(value)
@@ -117,8 +111,8 @@ def ordinary(tx, *, model=MODEL, unstack=False, batches=None):
 def by_layers(tx, *, model=MODEL, batches=None, **options):
     optimizer = Layerwise(model, tx, **options)
     here = jax.tree.map(jnp.array, params())  # given away
-    state, losses, trajectory, told = compiled(optimizer.init)(here), [], [], []
-    step = compiled(optimizer.step, donate_argnums=(0, 1))
+    state, losses, trajectory, told = jax.jit(optimizer.init)(here), [], [], []
+    step = jax.jit(optimizer.step, donate_argnums=(0, 1))
     for batch in batches or globals()["batches"]():
         here, state, metrics = step(here, state, batch)
         losses.append(metrics.loss)
@@ -207,9 +201,9 @@ def test_states_and_weights_may_be_held_in_few_bits():
 
     model = MODEL._replace(layer=lambda own, x, batch: layer(dequantized(own), x, batch))
     optimizer = Layerwise(model, tx, apply_updates=update, clip_norm=1.0)
-    state, step = compiled(optimizer.init)(held), compiled(optimizer.step)
+    state, step = jax.jit(optimizer.init)(held), jax.jit(optimizer.step)
     whole = optax.chain(optax.clip_by_global_norm(1.0), tx)
-    reference, theirs = compiled(whole.init)(held), held
+    reference, theirs = jax.jit(whole.init)(held), held
 
     def loss(params, batch):
         x = embed(params, batch)
@@ -222,7 +216,7 @@ def test_states_and_weights_may_be_held_in_few_bits():
         updates, state = whole.update(gradient, state, params)
         return apply_updates(params, updates, None), state, value
 
-    ordinary_step = compiled(ordinary_step)
+    ordinary_step = jax.jit(ordinary_step)
     for batch in batches():
         held, state, metrics = step(held, state, batch)
         theirs, reference, value = ordinary_step(theirs, reference, batch)
@@ -287,8 +281,8 @@ def with_a_bad_batch(clip_norm):
     start["layers"]["norm"][1, 0] = 0
     model = MODEL._replace(layer=poisoned_layer)
     optimizer = Layerwise(model, optax.adam(0.01), clip_norm=clip_norm)
-    step = compiled(optimizer.step)
-    state, told, trajectory = compiled(optimizer.init)(start), [], [start]
+    step = jax.jit(optimizer.step)
+    state, told, trajectory = jax.jit(optimizer.init)(start), [], [start]
     for batch, bad in zip(batches(), (1, 0), strict=False):
         here, state, metrics = step(trajectory[-1], state, {**batch, "bad": jnp.float32(bad)})
         trajectory.append(here)
@@ -399,7 +393,7 @@ def wide(layers, tx, clip_norm=None):
     optimizer = Layerwise(MODEL, tx, clip_norm=clip_norm)
     state = jax.eval_shape(optimizer.init, params)
     batch = dict.fromkeys(("inputs", "targets"), jax.ShapeDtypeStruct((2, 4), jnp.int32))
-    step = compiled(optimizer.step, donate_argnums=(0, 1)).lower(params, state, batch)
+    step = jax.jit(optimizer.step, donate_argnums=(0, 1)).lower(params, state, batch)
     memory = step.compile().memory_analysis()
     given = tree_bytes(params) + tree_bytes(state)
     # Given away, and written where they were.

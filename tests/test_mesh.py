@@ -14,8 +14,6 @@ from train.assemble import assemble
 from train.config import resolve
 from train.mesh import check_batch, make_mesh, param_shardings, parse_mesh, put_batch
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 def test_axes_that_are_not_named_have_size_one():
     assert parse_mesh("fsdp=4, data=2") == {"data": 2, "fsdp": 4, "tensor": 1}

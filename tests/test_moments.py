@@ -10,8 +10,6 @@ from galore_optax.moments import CarryOver, transition
 from galore_optax.projection import projections
 from tests.test_galore import normal, run
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 LEAVES = {
     "left": ((8, 12), GaLoreDimensionNumbers(), "smaller"),
     "right": ((12, 8), GaLoreDimensionNumbers(), "smaller"),

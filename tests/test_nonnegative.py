@@ -9,8 +9,6 @@ import pytest
 from galore_optax.nonnegative import nonnegative_state
 from tests.test_compose import INNERS, arguments
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 PARAMS = {"w": jax.random.normal(jax.random.key(0), (6, 8))}
 WITH_LOOPS = {"lbfgs", "scale_by_lbfgs", "galore", "scale_by_galore", "muon", "sophia"}
 

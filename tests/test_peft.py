@@ -17,8 +17,6 @@ from models.adapters import DoRA, LoRA, LowRank, adapt
 from models.hugging_face import MODULES, load_llama
 from models.peft import load_adapters, save_adapters
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["peft_lora", "peft_dora", "peft_rslora"]
 GRAPH, STATE = nnx.split(load_llama(FIXTURES / "llama"), nnx.Param)

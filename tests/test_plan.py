@@ -13,7 +13,6 @@ from train.memory_plan import CONTEXT, MemoryPlan, plan
 from train.optimizers import OPTIMIZERS
 from train.plan import Plan, _load, main, programs_of
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
 NO_GALORE = {"rank": None, "update_proj_gap": None}
 
 

@@ -54,7 +54,6 @@ def compiled_once(tmp_path_factory):
     names = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
     }
     for name, value in names.items():
         jax.config.update(name, value)
@@ -65,7 +64,6 @@ def compiled_once(tmp_path_factory):
         yield
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)  # JAX's own
-    jax.config.update("jax_disable_most_optimizations", False)
     compilation_cache.reset_cache()
 
 

@@ -14,8 +14,6 @@ from galore_optax import GaLoreDimensionNumbers, QuantizedArray, TuckerDimension
 from galore_optax.quantized import dequantized, is_quantized
 from galore_optax.sharding import state_shardings
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 MATRIX, STACK = GaLoreDimensionNumbers(), GaLoreDimensionNumbers(-2, -1)
 KERNEL = TuckerDimensionNumbers((0, 1, 2, 3))
 LEAVES = {

@@ -20,8 +20,6 @@ from galore_optax.quantized import dequantized, is_quantized
 from galore_optax.sharding import state_shardings
 from tests.test_compose import FEW, INNERS, TARGET, arguments
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 PUBLISHED = np.load(Path(__file__).with_name("fixtures") / "bitsandbytes.npz")
 
 

@@ -18,8 +18,6 @@ from galore_optax.codes import Affine, Dynamic, Table
 from galore_optax.quantize_state import CODES
 from galore_optax.quantized import dequantized, quantize, stored_like
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 PUBLISHED = np.load(Path(__file__).with_name("fixtures") / "bitsandbytes.npz")
 
 SIGNED = {"8-bit": (Dynamic(signed=True), 256), "4-bit": (CODES[4][0], 128)}

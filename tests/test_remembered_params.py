@@ -10,8 +10,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from galore_optax.dataflow import depends
 from galore_optax.remembered_params import remembers_params
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 PARAMS = {"w": jax.ShapeDtypeStruct((4, 6), jnp.float32), "b": jax.ShapeDtypeStruct((6,), "f4")}
 
 

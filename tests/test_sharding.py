@@ -60,8 +60,6 @@ OPTIONS = {
         "rank_schedule": lambda count: 0.5,
     },
 }
-# Half of the time to compile, which is most of a test's.
-FAST = {"xla_backend_optimization_level": 0}
 
 
 def mesh_of(axis_type):
@@ -102,8 +100,8 @@ def run(options, names, axis_type=None):
         if axis_type is AxisType.Auto:  # under explicit axes the types say it
             at = {"out_shardings": (shardings, wanted)}
     params = place(params)
-    state = jax.jit(tx.init, out_shardings=wanted, compiler_options=FAST)(params)
-    update = jax.jit(tx.update, **at).lower(params, state, params).compile(compiler_options=FAST)
+    state = jax.jit(tx.init, out_shardings=wanted)(params)
+    update = jax.jit(tx.update, **at).lower(params, state, params).compile()
     for i in range(1, 4):
         updates, state = update(place(tree(i, names)), state, params)
         params = optax.apply_updates(params, updates)
@@ -166,7 +164,7 @@ def test_a_stack_split_by_layers_is_refreshed_without_gathering_the_stack(axis_t
         wanted,
     )
     update = jax.jit(tx.update, out_shardings=(shardings, wanted)).lower(params, state)
-    program = update.compile(compiler_options=FAST).as_text()
+    program = update.compile().as_text()
     assert max(sizes(program)) == 2 * 16 * 32  # a device's own two layers
 
 

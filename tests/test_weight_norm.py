@@ -21,8 +21,6 @@ from galore_optax.quantized import dequantized
 from galore_optax.restart import restart
 from galore_optax.weight_norm import GradNormLoRP
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 IN, OUT, RANK = 12, 20, 4
 
 
