@@ -1,8 +1,4 @@
-"""Every test runs on the CPU, seen by JAX as eight devices, so that sharded code runs in CI.
-
-Each worker keeps to a core of its own: the thread pools of several, each over all cores, take twice
-the time.
-"""
+"""Every test runs on the CPU, seen by JAX as eight devices, so that sharded code runs in CI."""
 
 import os
 from pathlib import Path
@@ -17,11 +13,6 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 import jax
 import pytest
-
-worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-if worker and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
