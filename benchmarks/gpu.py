@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training_step import SIDES, batch_of
+
 RECIPES = {24: "8-bit GaLore", 16: "Q-GaLore", 12: "12 GB card", 10: "10 GB card"}
 
 
@@ -54,19 +56,11 @@ class Gpu:
     """Seconds after which no further part is begun."""
 
 
-# What the second part times: its name, and flags of train.pretrain.
-TIMED: dict[str, dict[str, Any]] = {
-    "AdamW": {"optimizer": "adamw"},
-    "GaLore": {"optimizer": "galore-adamw"},
-    "GaLore, layer-wise, clip previous": {
-        "optimizer": "galore-adamw", "layerwise": True, "clip": "previous",
-    },
-    "GaLore, layer-wise, clip exact": {"optimizer": "galore-adamw", "layerwise": True},
-    "8-bit GaLore": {"optimizer": "galore-adamw8bit"},
-    "Q-GaLore, layer-wise, clip previous": {
-        "optimizer": "q-galore-adamw8bit", "layerwise": True, "clip": "previous",
-    },
-}  # fmt: skip
+# What the second part times.
+TIMED = (
+    "AdamW", "GaLore", "GaLore, layer-wise, clip previous", "GaLore, layer-wise", "8-bit GaLore",
+    "Q-GaLore, layer-wise, clip previous",
+)  # fmt: skip
 
 
 def main(config: Gpu) -> int:
@@ -84,9 +78,7 @@ def main(config: Gpu) -> int:
         for card in config.limits
     ]  # fmt: skip
     small = {"model": config.small, "batch_size": config.batch_size}
-    parts += [
-        {"part": "timed", "name": name, "flags": flags, **small} for name, flags in TIMED.items()
-    ]
+    parts += [{"part": "timed", "name": name, "flags": SIDES[name], **small} for name in TIMED]
     parts.append(
         {"part": "optimizer", "name": f"optimizer of {config.small}", "model": config.small}
     )
@@ -153,20 +145,12 @@ def _batches(tokens: str, batch_size: int, seq_len: int):
     import numpy as np
 
     ids = np.load(tokens, mmap_mode="r")
-    shape = (batch_size, seq_len)
     number, at = batch_size * seq_len, 0
     while True:
         if at + number + 1 > len(ids):
             at = 0
-        row = np.asarray(ids[at : at + number + 1])
+        yield batch_of(np.asarray(ids[at : at + number + 1]), batch_size, seq_len)
         at += number
-        yield {
-            "inputs": row[:-1].reshape(shape),
-            "targets": row[1:].reshape(shape),
-            "positions": np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape),
-            "segment_ids": np.ones(shape, np.int32),
-            "weights": np.ones(shape, np.float32),
-        }
 
 
 def one(part: dict[str, Any]) -> None:

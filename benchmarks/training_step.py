@@ -24,11 +24,16 @@ SIDES: dict[str, dict[str, Any]] = {
     "GaLore": _GALORE,
     "8-bit GaLore": {**_GALORE, "optimizer": "galore-adamw8bit"},
     "Q-GaLore": {**_GALORE, "optimizer": "q-galore-adamw8bit"},
-    "layer-wise": _BY_LAYERS,
-    "layer-wise, clip previous": {**_BY_LAYERS, "clip": "previous"},
-    "microbatches": {**_GALORE, "accumulate": 4},
-    "microbatches in the subspace": {**_GALORE, "accumulate": 4, "accumulate_in_subspace": True},
-}
+    "GaLore, layer-wise": _BY_LAYERS,
+    "GaLore, layer-wise, clip previous": {**_BY_LAYERS, "clip": "previous"},
+    "Q-GaLore, layer-wise, clip previous": {
+        **_BY_LAYERS, "clip": "previous", "optimizer": "q-galore-adamw8bit",
+    },
+    "GaLore, microbatches": {**_GALORE, "accumulate": 4},
+    "GaLore, microbatches in the subspace": {
+        **_GALORE, "accumulate": 4, "accumulate_in_subspace": True,
+    },
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,18 @@ class TrainingStep:
     """Steps of each side, after one that is not counted."""
 
 
+def batch_of(ids: np.ndarray, batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
+    """Rows of tokens, and what follows each, as one document; of `batch_size * seq_len + 1` ids."""
+    shape = batch_size, seq_len
+    return {
+        "inputs": ids[:-1].reshape(shape),
+        "targets": ids[1:].reshape(shape),
+        "positions": np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape),
+        "segment_ids": np.ones(shape, np.int32),
+        "weights": np.ones(shape, np.float32),
+    }
+
+
 def main(config: TrainingStep) -> None:
     """Prints a table in Markdown."""
     shape = config.batch_size, config.seq_len
@@ -59,17 +76,8 @@ def main(config: TrainingStep) -> None:
         steps[name] = programs.train_step.lower(programs.abstract, programs.batch).compile()
         states[name] = programs.init(jax.random.key(0))
         temporaries[name] = steps[name].memory_analysis().temp_size_in_bytes
-    rng = np.random.default_rng(0)
-    batch = put_batch(
-        make_mesh(None),
-        {
-            "inputs": rng.integers(256, size=shape, dtype=np.int32),
-            "targets": rng.integers(256, size=shape, dtype=np.int32),
-            "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-            "segment_ids": np.ones(shape, np.int32),
-            "weights": np.ones(shape, np.float32),
-        },
-    )
+    ids = np.random.default_rng(0).integers(256, size=shape[0] * shape[1] + 1, dtype=np.int32)
+    batch = put_batch(make_mesh(None), batch_of(ids, *shape))
     seconds = {name: [] for name in config.sides}
     for _ in range(config.rounds + 1):
         for name in config.sides:

@@ -20,9 +20,9 @@ from galore_optax.codes import Affine
 from galore_optax.matrices import GaLoreDimensionNumbers
 from galore_optax.quantized import (
     QuantizedArray,
+    codes_known_after,
     dequantized,
     is_quantized,
-    known_after,
     stored_like,
 )
 
@@ -134,7 +134,7 @@ def _forward(rows: Array, weight: Any) -> tuple[Array, tuple[Array, Any]]:
 
 def _backward(residuals: tuple[Array, Any], cotangent: Array) -> tuple[Any, ...]:
     rows, weight = residuals
-    return jax.vjp(_product, rows, known_after(cotangent, weight))[1](cotangent)
+    return jax.vjp(_product, rows, codes_known_after(cotangent, weight))[1](cotangent)
 
 
 _product_made_again.defvjp(_forward, _backward)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from galore_optax.accumulate import over_microbatches
 from galore_optax.dataflow import depends
-from galore_optax.quantized import known_after
+from galore_optax.quantized import codes_known_after
 from galore_optax.quantized_weights import sources, with_sources
 
 Params = dict[str, Any]
@@ -225,7 +225,7 @@ def _dequantized_for_each(batches: Batch, hidden: Hidden, params: PyTree) -> PyT
     XLA would do it once, before the loop over them, and keep the floats of a whole layer.
     """
     several = jax.tree.leaves(batches)[0].shape[0] > 1
-    return known_after(jax.tree.leaves(hidden)[0], params) if several else params
+    return codes_known_after(jax.tree.leaves(hidden)[0], params) if several else params
 
 
 def _vjp(function: Callable[..., Any], params: Params, *args: Any) -> tuple[Any, Any]:

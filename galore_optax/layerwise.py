@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 from galore_optax.accumulate import SubspaceTransformation, over_microbatches_in_subspace
 from galore_optax.layered import Backward, Batch, Layered, Params, at, forward, squares, written
 from galore_optax.leaf_by_leaf import coupled_leaves
-from galore_optax.quantized import dequantized, known_after
+from galore_optax.quantized import codes_known_after, dequantized
 
 CLIPS = ("exact", "previous")
 
@@ -222,7 +222,9 @@ class Layerwise:
         backward = forward(self.model, params, batches, checkpoint=self.checkpoint)
         clip_at = self._norm(backward, stack, state.norm)
         if clip_at is not None:  # quantized weights are dequantized for one pass, then the other
-            backward = dataclasses.replace(backward, weights=known_after(clip_at, backward.weights))
+            backward = dataclasses.replace(
+                backward, weights=codes_known_after(clip_at, backward.weights)
+            )
         loss, from_head, cotangent = backward.head()
         nothing = absent(jax.eval_shape(dequantized, params))
         update = functools.partial(self._update, nothing, jnp.asarray(state.count), clip_at, loss)

@@ -188,7 +188,7 @@ def dequantized(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.dequantize() if can(x) else x, tree, is_leaf=can)
 
 
-def known_after(known: Float[Array, "..."], tree: Any) -> Any:
+def codes_known_after(known: Float[Array, "..."], tree: Any) -> Any:
     """A tree whose `QuantizedArray`s XLA does not know before another array is there.
 
     Zero is added to their codes, or one if the other array begins with NaN. What a backward pass is
