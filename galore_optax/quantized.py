@@ -100,8 +100,8 @@ def quantize(
         x: Floating point, with one axis or more. Computed in float32, or in float64 if it is that.
         code: What codes mean; the default is that of 8-bit optimizers for numbers with a sign.
         block: Elements that share a scale.
-        axis: Along which blocks run. None takes the last, or where it is shorter than a block the
-            longest.
+        axis: Along which blocks run. None takes the last, or where it is shorter than half a block
+            the longest.
         key: Rounds at random, such that the mean is exact, if the code can do that.
 
     Raises:
@@ -231,9 +231,13 @@ def added(
 
 
 def _block_axis(shape: tuple[int, ...], block: int) -> int:
-    """Counted from the last: the last axis where it holds a block, else the longest."""
+    """Counted from the last: the last axis where it holds half a block, else the longest.
+
+    What is along the last axis of a matrix in training is more alike than what is along another
+    (benchmarks/block_axes.py), which is worth more scales.
+    """
     longest = max(range(len(shape)), key=lambda i: (shape[i], i))
-    return -1 if shape[-1] >= block else longest - len(shape)
+    return -1 if 2 * shape[-1] >= block else longest - len(shape)
 
 
 def _blocks(x: Array, axis: int, block: int) -> Array:

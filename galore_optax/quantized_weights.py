@@ -37,7 +37,7 @@ def quantize_weights(
             leaf with two axes or more and at least 4,096 elements.
         bits: 8 or 4.
         block: Elements of the last axis (of the one before it, if that is longer and the last is
-            shorter than a group) that share a scale and an offset.
+            shorter than half a group) that share a scale and an offset.
 
     Returns:
         The tree, in which a model that is to compute with it calls `dequantize()` on such leaves, a

@@ -312,8 +312,8 @@ def _their_array(params: dict[str, Any], tensor: str) -> np.ndarray:
 
 
 def _is_transposed(name: str, ndim: int) -> bool:
-    """Whether a tensor is a matrix that multiplies; the embedding's rows are looked up."""
-    return ndim == 2 and name != _EMBEDDING
+    """Whether a tensor is a layer's matrix; embedding and head have a row for each id here, too."""
+    return ndim == 2 and "{}" in name
 
 
 def _at(tree: Any, path: Any) -> Any:

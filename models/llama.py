@@ -148,7 +148,7 @@ class Llama(nnx.Module):
         """The head: float32 logits of hidden states."""
         head = dequantized(self.head.get_value()).astype(self.config.dtype)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = jnp.matmul(rows, head, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(rows, head.T, preferred_element_type=jnp.float32)
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def init_cache(self, batch_size: int, length: int) -> KVCache:

@@ -129,7 +129,9 @@ def weight_table(config: LlamaConfig) -> dict[str, Any]:
             },
         },
         "norm": Weight((d,), (None,)),
-        "head": Weight((d, v), ("embed", "vocab")),
+        # As the embedding: in few bits, what has one scale belongs to one id of the vocabulary, and
+        # frequent and rare ones differ by orders of magnitude.
+        "head": Weight((v, d), ("vocab", "embed")),
     }
 
 

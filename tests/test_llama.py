@@ -10,14 +10,21 @@ import optax
 import pytest
 from flax import nnx
 
-from galore_optax import GaLoreDimensionNumbers, galore
+from galore_optax import GaLoreDimensionNumbers, adamw8bit, galore
 from models.llama import (
     Llama,
     attention_implementation,
     dimension_numbers,
     smaller_sides,
 )
-from models.llama_config import SIZES, LlamaConfig, count_params, flops_per_token, logical_axes
+from models.llama_config import (
+    SIZES,
+    LlamaConfig,
+    count_params,
+    flops_per_token,
+    logical_axes,
+    weight_table,
+)
 
 SMALL = LlamaConfig(
     vocab_size=50, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, max_length=32
@@ -210,6 +217,18 @@ def test_params_are_one_nested_dict_that_the_tables_describe():
     assert numbers["layers"]["attention"]["out"] == GaLoreDimensionNumbers(-2, -1)
     assert jax.tree.leaves(numbers) == [-2, -1] * 7  # seven stacks; None for everything else
     assert numbers["embedding"] is numbers["head"] is numbers["layers"]["mlp_norm"] is None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_no_scale_of_a_state_is_shared_by_two_ids_of_the_vocabulary(bits):
+    shapes = weight_table(SIZES["llama-60m"])
+    params = {
+        name: jax.ShapeDtypeStruct(shapes[name].shape, jnp.float32)
+        for name in ("embedding", "head")
+    }
+    moments = jax.eval_shape(adamw8bit(1e-3, bits=bits).init, params)[0].mu
+    for moment in moments.values():
+        assert moment.scales.shape == (32_000, 512 // moment.block)
 
 
 def _axes(x):

@@ -107,7 +107,7 @@ def blocks_of(q, *others):
 def rounding(dtype):
     """Relative, of the dtype itself and of the float32 (or wider) in which codes are computed."""
     eps = float(jnp.finfo(dtype).eps)
-    return max(eps, 4 * float(jnp.finfo(jnp.promote_types(dtype, "float32")).eps))
+    return max(eps, 16 * float(jnp.finfo(jnp.promote_types(dtype, "float32")).eps))
 
 
 def smallest(dtype):
@@ -147,7 +147,8 @@ def test_each_number_becomes_the_nearest_of_its_blocks_values(name, x):
             assert (back[one > smallest(x.dtype)] > 0).all()
     # Numbers that were stored once are stored without a change.
     np.testing.assert_array_equal(twice, once)
-    if np.all(first.scales):  # else a block reads as zeros, whatever its codes
+    # Below the dtype's normal numbers two codes may stand for one number.
+    if np.all(least * np.abs(np.asarray(first.scales, np.float64)) > smallest(x.dtype)):
         np.testing.assert_array_equal(second.codes, first.codes)
 
 
@@ -332,6 +333,8 @@ def test_blocks_run_along_the_last_axis_unless_it_is_short():
     for shape, scales in {
         (4, 600): (4, 3),
         (600, 4): (3, 4),
+        (600, 127): (3, 127),
+        (600, 128): (600, 1),
         (10, 20): (10, 1),
         (2, 300, 300): (2, 300, 2),
     }.items():

@@ -25,7 +25,7 @@ def params():
     k1, k2 = jax.random.split(jax.random.key(0))
     return {
         "embedding": jax.random.normal(k1, (V, D)),
-        "head": jax.random.normal(k2, (D, V)),
+        "head": jax.random.normal(k2, (V, D)),
     }
 
 
@@ -47,7 +47,7 @@ def test_cross_entropy_and_its_gradient_equal_float64(length, dtype, ids, monkey
     monkeypatch.setattr(loss_module, "_IDS", ids)
     k1, k2, k3, k4 = jax.random.split(jax.random.key(0), 4)
     hidden = (5 * jax.random.normal(k1, (B, length, D))).astype(dtype)
-    head = (3 * jax.random.normal(k2, (D, V))).astype(dtype)
+    head = (3 * jax.random.normal(k2, (V, D))).astype(dtype)
     targets = jax.random.randint(k3, (B, length), 0, V)
     weights = jax.nn.relu(jax.random.normal(k4, (B, length)))
 
@@ -56,7 +56,7 @@ def test_cross_entropy_and_its_gradient_equal_float64(length, dtype, ids, monkey
 
     loss, pull = jax.vjp(function, hidden, head)
     h, w = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
-    p = np.exp(h @ w - (h @ w).max(-1, keepdims=True))
+    p = np.exp(h @ w.T - (h @ w.T).max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     one_hot, s = np.eye(V)[targets], np.asarray(weights)
     expected = -(s * np.log((p * one_hot).sum(-1))).sum()
@@ -69,7 +69,7 @@ def test_cross_entropy_and_its_gradient_equal_float64(length, dtype, ids, monkey
     )
     for found, wanted in zip(
         pull(jnp.float32(2)),
-        (2 * gradient @ w.T, 2 * np.einsum("bld,blv->dv", h, gradient)),
+        (2 * gradient @ w, 2 * np.einsum("blv,bld->vd", gradient, h)),
         strict=True,
     ):
         assert found.dtype == dtype
@@ -81,7 +81,7 @@ def test_no_array_as_large_as_all_logits_is_kept():
     shape = jax.ShapeDtypeStruct
     lowered = jax.jit(jax.grad(summed_cross_entropy, argnums=(0, 1))).lower(
         shape((4, 1024, 8), jnp.float32),
-        shape((8, 4096), jnp.float32),
+        shape((4096, 8), jnp.float32),
         shape((4, 1024), jnp.int32),
         shape((4, 1024), jnp.float32),
     )
@@ -91,7 +91,8 @@ def test_no_array_as_large_as_all_logits_is_kept():
 
 def test_the_loss_is_the_mean_over_targets_that_count(params, batch):
     loss, _, tokens = loss_and_gradient(forward, params, batch)
-    nll = -np.asarray(jax.nn.log_softmax(jnp.matmul(*forward(params, batch))))
+    hidden, head = forward(params, batch)
+    nll = -np.asarray(jax.nn.log_softmax(hidden @ head.T))
     picked = np.take_along_axis(nll, batch["targets"][..., None], -1)[..., 0]
     assert float(tokens) == batch["weights"].sum()
     assert float(loss) == pytest.approx(np.average(picked, weights=batch["weights"]), rel=1e-6)
@@ -130,7 +131,7 @@ def test_every_microbatch_has_its_number(params, batch):
     loss, *_ = loss_and_gradient(numbered, params, batch, 4)
     hidden, head = forward(params, batch)
     by_row = 1 + np.arange(B) % 4  # row i goes to microbatch i mod 4
-    nll = -np.asarray(jax.nn.log_softmax(jnp.matmul(hidden * by_row[:, None, None], head)))
+    nll = -np.asarray(jax.nn.log_softmax(hidden * by_row[:, None, None] @ head.T))
     picked = np.take_along_axis(nll, batch["targets"][..., None], -1)[..., 0]
     assert float(loss) == pytest.approx(np.average(picked, weights=batch["weights"]), rel=1e-5)
 
@@ -216,7 +217,7 @@ def test_bfloat16_gradients_are_summed_in_float32(batch):
 
     def linear(params, batch):
         hidden = params["w"].astype(jnp.float32) * jnp.ones((*batch["inputs"].shape, 1))
-        return hidden, jnp.array([[-1.5, 1.5]])
+        return hidden, jnp.array([[-1.5], [1.5]])
 
     one = loss_and_gradient(linear, params, jax.tree.map(jnp.asarray, rows))[1]["w"]
     many = loss_and_gradient(linear, params, jax.tree.map(jnp.asarray, rows), n)[1]["w"]

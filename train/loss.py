@@ -29,12 +29,12 @@ _IDS = 4096
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def summed_cross_entropy(
     hidden: Float[Array, "B L D"],
-    head: Float[Array, "D V"],
+    head: Float[Array, "V D"],
     targets: Int[Array, "B L"],
     weights: Float[Array, "B L"],
     by_vocabulary: bool = False,
 ) -> Float[Array, ""]:
-    """Σ w · -log softmax(hidden · head)[target], in float32.
+    """Σ w · -log softmax(hidden · headᵀ)[target], in float32.
 
     Args:
         hidden: what the head multiplies; its dtype is that of the products' operands.
@@ -51,7 +51,7 @@ def summed_cross_entropy(
 
     def add(total, chunk):
         x, target, weight = chunk
-        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(x, head.astype(x.dtype).T, preferred_element_type=jnp.float32)
         nll, _ = _nll(logits, target)
         return total + _weighted(nll, weight), None
 
@@ -66,14 +66,14 @@ def _forward(hidden, head, targets, weights, by_vocabulary):
     def add(carry, chunk):
         total, head_gradient = carry
         x, target, weight = chunk
-        logits = jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(x, matrix.T, preferred_element_type=jnp.float32)
         nll, log_normalizer = _nll(logits, target)
         softmax = jnp.exp(logits - log_normalizer[..., None])
         gradient = (softmax - _is_target(logits, target)) * weight[..., None]
         # `where`, as 0 · inf would be NaN at padding.
         gradient = jnp.where(weight[..., None] > 0, gradient, 0).astype(x.dtype)
-        head_gradient += jnp.einsum("bpd,bpv->dv", x, gradient, preferred_element_type=jnp.float32)
-        return (total + _weighted(nll, weight), head_gradient), gradient @ matrix.T
+        head_gradient += jnp.einsum("bpv,bpd->vd", gradient, x, preferred_element_type=jnp.float32)
+        return (total + _weighted(nll, weight), head_gradient), gradient @ matrix
 
     start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
     chunks = _chunks(hidden, targets, weights)
@@ -83,14 +83,14 @@ def _forward(hidden, head, targets, weights, by_vocabulary):
 
 
 def _forward_by_vocabulary(hidden, head, targets, weights):
-    ids = head.shape[1]
+    ids = head.shape[0]
     size = next(w for w in range(min(_IDS, ids), 0, -1) if ids % w == 0)
     size = size if 8 * size >= _IDS else ids  # few parts, or the whole
     starts = jnp.arange(0, ids, size)
 
     def logits_of(start):
-        part = jax.lax.dynamic_slice_in_dim(head, start, size, 1).astype(hidden.dtype)
-        return part, jnp.matmul(hidden, part, preferred_element_type=jnp.float32)
+        part = jax.lax.dynamic_slice_in_dim(head, start, size).astype(hidden.dtype)
+        return part, jnp.matmul(hidden, part.T, preferred_element_type=jnp.float32)
 
     def normalize(carry, start):
         log_normalizer, chosen = carry
@@ -109,11 +109,11 @@ def _forward_by_vocabulary(hidden, head, targets, weights):
         softmax = jnp.exp(logits - log_normalizer[..., None])
         gradient = (softmax - _is_target(logits, targets - start)) * weights[..., None]
         gradient = jnp.where(weights[..., None] > 0, gradient, 0).astype(hidden.dtype)
-        hidden_gradient += jnp.matmul(gradient, part.T, preferred_element_type=jnp.float32)
-        own = jnp.einsum("bld,blw->dw", hidden, gradient).astype(head.dtype)
+        hidden_gradient += jnp.matmul(gradient, part, preferred_element_type=jnp.float32)
+        own = jnp.einsum("blw,bld->wd", gradient, hidden).astype(head.dtype)
         return (
             hidden_gradient,
-            jax.lax.dynamic_update_slice_in_dim(head_gradient, own, start, 1),
+            jax.lax.dynamic_update_slice_in_dim(head_gradient, own, start, 0),
         ), None
 
     start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head)

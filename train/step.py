@@ -28,7 +28,7 @@ from train.mesh import BATCH, replicated
 
 Params = dict[str, Any]
 Batch = Mapping[str, Array]
-Forward = Callable[[Params, Batch], tuple[Float[Array, "B L D"], Float[Array, "D V"]]]
+Forward = Callable[[Params, Batch], tuple[Float[Array, "B L D"], Float[Array, "V D"]]]
 Metrics = dict[str, Float[Array, ""]]
 
 

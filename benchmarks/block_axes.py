@@ -1,0 +1,70 @@
+"""How much Adam's update changes with moments in blocks along one axis of a matrix or the other.
+
+    python -m benchmarks.block_axes --run DIR
+
+DIR is a run of `python -m train.pretrain` with Adam's moments in float32, whose last checkpoint is
+read. Printed is ‖u' - u‖ / ‖u‖ with u = m / √v, for one matrix of each kind.
+"""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint
+from jaxtyping import Array, Float
+
+from galore_optax.quantize_state import CODES
+from galore_optax.quantized import quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockAxes:
+    """Reads moments and quantizes them."""
+
+    run: Path
+    """Folder of a run."""
+    layer: int = 3
+    """Of a stack of matrices, which is taken."""
+
+
+def main(config: BlockAxes) -> None:
+    """Prints a table in Markdown."""
+    last = max((config.run / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of where the arrays were, which does not matter here
+        state = orbax.checkpoint.PyTreeCheckpointer().restore(last.absolute() / "rest")["optimizer"]
+    columns = [(bits, axis) for bits in CODES for axis in (-1, -2)]
+    print("| matrix |", " | ".join(f"{bits} bits, axis {axis}" for bits, axis in columns), "|")
+    print("| --- " * (len(columns) + 1) + "|")
+    moments = (jax.tree.leaves_with_path(optax.tree.get(state, name)) for name in ("mu", "nu"))
+    for (path, m), (_, v) in zip(*moments, strict=True):
+        layer = getattr(path[-1], "idx", config.layer)  # stacks are held apart, or whole
+        if m.ndim < 2 or m.size < 4096 or layer != config.layer:
+            continue
+        if m.ndim == 3:
+            m, v = m[layer], v[layer]
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        changes = [f"{change(m, v, bits, axis):.3f}" for bits, axis in columns]
+        print(f"| {name} {m.shape} |", " | ".join(changes), "|", flush=True)
+
+
+def change(
+    m: Float[Array, "rows columns"], v: Float[Array, "rows columns"], bits: int, axis: int
+) -> float:
+    """The relative change of the update, of moments in so many bits in blocks along an axis."""
+    signed, unsigned, block = CODES[bits]
+    held_m, held_v = (
+        quantize(jnp.asarray(x), code, block=block, axis=axis).dequantize()
+        for x, code in ((m, signed), (v, unsigned))
+    )
+    exact, held = (a / (jnp.sqrt(b) + 1e-12) for a, b in ((m, v), (held_m, held_v)))
+    return float(jnp.linalg.norm(held - exact) / jnp.linalg.norm(exact))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(BlockAxes))
