@@ -10,7 +10,7 @@ The head's gradient is a sum over the chunks then, in float32. Where that is too
 the vocabulary is taken at a time, whose part of the gradient is a sum over nothing but positions;
 the logits are computed twice.
 
-Letters: B batch, L length, D width, V vocabulary, C chunks, P positions in a chunk, W ids in one.
+Letters: B batch, L length, D width, V vocabulary, C chunks, P positions in a chunk.
 """
 
 from functools import partial
@@ -51,8 +51,7 @@ def summed_cross_entropy(
 
     def add(total, chunk):
         x, target, weight = chunk
-        logits = jnp.matmul(x, head.astype(x.dtype).T, preferred_element_type=jnp.float32)
-        nll, _ = _nll(logits, target)
+        nll, _ = _nll(_logits(x, head), target)
         return total + _weighted(nll, weight), None
 
     return jax.lax.scan(add, jnp.zeros(()), _chunks(hidden, targets, weights))[0]
@@ -66,59 +65,50 @@ def _forward(hidden, head, targets, weights, by_vocabulary):
     def add(carry, chunk):
         total, head_gradient = carry
         x, target, weight = chunk
-        logits = jnp.matmul(x, matrix.T, preferred_element_type=jnp.float32)
+        logits = _logits(x, matrix)
         nll, log_normalizer = _nll(logits, target)
-        softmax = jnp.exp(logits - log_normalizer[..., None])
-        gradient = (softmax - _is_target(logits, target)) * weight[..., None]
-        # `where`, as 0 · inf would be NaN at padding.
-        gradient = jnp.where(weight[..., None] > 0, gradient, 0).astype(x.dtype)
-        head_gradient += jnp.einsum("bpv,bpd->vd", gradient, x, preferred_element_type=jnp.float32)
+        gradient = _gradient(logits, log_normalizer, target, weight, x.dtype)
+        head_gradient += _product(gradient.T, x)
         return (total + _weighted(nll, weight), head_gradient), gradient @ matrix
 
     start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
     chunks = _chunks(hidden, targets, weights)
     (total, head_gradient), hidden_gradient = jax.lax.scan(add, start, chunks)
-    hidden_gradient = hidden_gradient.swapaxes(0, 1).reshape(hidden.shape)
-    return total, (hidden_gradient, head_gradient, head)
+    batch, length, width = hidden.shape
+    hidden_gradient = hidden_gradient.reshape(-1, batch, length // len(chunks[0]), width)
+    return total, (hidden_gradient.swapaxes(0, 1).reshape(hidden.shape), head_gradient, head)
 
 
 def _forward_by_vocabulary(hidden, head, targets, weights):
     ids = head.shape[0]
     size = next(w for w in range(min(_IDS, ids), 0, -1) if ids % w == 0)
     size = size if 8 * size >= _IDS else ids  # few parts, or the whole
-    starts = jnp.arange(0, ids, size)
+    parts = jnp.arange(0, ids, size), head.reshape(-1, size, head.shape[1])
+    x, targets, weights = hidden.reshape(-1, hidden.shape[-1]), targets.ravel(), weights.ravel()
 
-    def logits_of(start):
-        part = jax.lax.dynamic_slice_in_dim(head, start, size).astype(hidden.dtype)
-        return part, jnp.matmul(hidden, part.T, preferred_element_type=jnp.float32)
-
-    def normalize(carry, start):
+    def normalize(carry, start_and_part):
         log_normalizer, chosen = carry
-        _, logits = logits_of(start)
+        start, part = start_and_part
+        logits = _logits(x, part)
         here = jnp.sum(jnp.where(_is_target(logits, targets - start), logits, 0), axis=-1)
         own = jax.nn.logsumexp(logits, axis=-1)
         return (jnp.logaddexp(log_normalizer, own), chosen + here), None
 
     nothing = jnp.zeros(targets.shape)
-    (log_normalizer, chosen), _ = jax.lax.scan(normalize, (nothing - jnp.inf, nothing), starts)
+    (log_normalizer, chosen), _ = jax.lax.scan(normalize, (nothing - jnp.inf, nothing), parts)
     total = _weighted(log_normalizer - chosen, weights)
 
-    def differentiate(carry, start):
-        hidden_gradient, head_gradient = carry
-        part, logits = logits_of(start)
-        softmax = jnp.exp(logits - log_normalizer[..., None])
-        gradient = (softmax - _is_target(logits, targets - start)) * weights[..., None]
-        gradient = jnp.where(weights[..., None] > 0, gradient, 0).astype(hidden.dtype)
-        hidden_gradient += jnp.matmul(gradient, part, preferred_element_type=jnp.float32)
-        own = jnp.einsum("blw,bld->wd", gradient, hidden).astype(head.dtype)
-        return (
-            hidden_gradient,
-            jax.lax.dynamic_update_slice_in_dim(head_gradient, own, start, 0),
-        ), None
+    def differentiate(hidden_gradient, start_and_part):
+        start, part = start_and_part
+        logits = _logits(x, part)
+        gradient = _gradient(logits, log_normalizer, targets - start, weights, x.dtype)
+        hidden_gradient += _product(gradient, part.astype(x.dtype))
+        return hidden_gradient, (gradient.T @ x).astype(head.dtype)
 
-    start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head)
-    (hidden_gradient, head_gradient), _ = jax.lax.scan(differentiate, start, starts)
-    return total, (hidden_gradient.astype(hidden.dtype), head_gradient, head)
+    start = jnp.zeros(x.shape, jnp.float32)
+    hidden_gradient, head_gradients = jax.lax.scan(differentiate, start, parts)
+    hidden_gradient = hidden_gradient.astype(hidden.dtype).reshape(hidden.shape)
+    return total, (hidden_gradient, head_gradients.reshape(head.shape), head)
 
 
 def _backward(by_vocabulary, residuals, cotangent):
@@ -136,11 +126,23 @@ summed_cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunks(*arrays: Any) -> tuple[Array, ...]:
-    """Cuts each (B, L, ...) into (C, B, P, ...): rows stay on the device that has them."""
+    """Cuts each (B, L, ...) into (C, B · P, ...): rows stay on the device that has them."""
     batch, length = arrays[0].shape[:2]
     positions = next(p for p in range(min(_POSITIONS, length), length + 1) if length % p == 0)
-    shape = (batch, length // positions, positions)
-    return tuple(x.reshape(*shape, *x.shape[2:]).swapaxes(0, 1) for x in arrays)
+
+    def cut(x):
+        x = x.reshape(batch, length // positions, positions, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(-1, batch * positions, *x.shape[3:])
+
+    return tuple(map(cut, arrays))
+
+
+def _product(a, b):
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _logits(x, head):
+    return _product(x, head.astype(x.dtype).T)
 
 
 def _nll(logits, targets):
@@ -148,6 +150,14 @@ def _nll(logits, targets):
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
     return log_normalizer - chosen, log_normalizer
+
+
+def _gradient(logits, log_normalizer, targets, weights, dtype):
+    """Of Σ w · nll with respect to the logits."""
+    softmax = jnp.exp(logits - log_normalizer[:, None])
+    gradient = (softmax - _is_target(logits, targets)) * weights[:, None]
+    # `where`, as 0 · inf would be NaN at padding.
+    return jnp.where(weights[:, None] > 0, gradient, 0).astype(dtype)
 
 
 def _is_target(logits, targets):
