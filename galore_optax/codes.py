@@ -203,7 +203,15 @@ def _up(key: PRNGKeyArray | None, like: Float[Array, "..."]) -> Any:
     """What a number is raised by before it is rounded down: a half, or anything below one."""
     if key is None:
         return 0.5
-    return (jax.random.bits(key, like.shape, jnp.uint16).astype(like.dtype) + 0.5) / 2**16
+    return (random_bits(key, like.shape).astype(like.dtype) + 0.5) / 2**16
+
+
+def random_bits(key: PRNGKeyArray, shape: tuple[int, ...]) -> UInt[Array, "..."]:
+    """16 random bits for each element, two of which share the generator's 32 where that can be."""
+    if shape[-1] % 2:
+        return jax.random.bits(key, shape, jnp.uint16)
+    pairs = jax.random.bits(key, (*shape[:-1], shape[-1] // 2), jnp.uint32)
+    return jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(shape)
 
 
 def _refuse(key: PRNGKeyArray | None) -> None:

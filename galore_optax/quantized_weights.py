@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from galore_optax.codes import Affine
+from galore_optax.codes import Affine, random_bits
 from galore_optax.elementwise import chunks, over_chunks
 from galore_optax.quantized import QuantizedArray, added, is_quantized, quantize
 from galore_optax.sharding import specs, with_automatic_axes
@@ -228,7 +228,7 @@ def _bfloat16(x: Float[Array, "..."], key: PRNGKeyArray) -> Float[Array, "..."]:
 
     def rounded(x: Array, key: PRNGKeyArray) -> Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        up = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+        up = random_bits(key, x.shape).astype(jnp.uint32)
         upper = ((bits + up) >> 16).astype(jnp.uint16)
         near = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
         return jnp.where(jnp.isfinite(x), near, x.astype(jnp.bfloat16))
