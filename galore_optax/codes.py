@@ -7,6 +7,7 @@ units and a CPU's have no gather worth the name.
 
 import dataclasses
 import itertools
+import math
 from typing import Any, Protocol
 
 import jax
@@ -207,11 +208,11 @@ def _up(key: PRNGKeyArray | None, like: Float[Array, "..."]) -> Any:
 
 
 def random_bits(key: PRNGKeyArray, shape: tuple[int, ...]) -> UInt[Array, "..."]:
-    """16 random bits for each element, two of which share the generator's 32 where that can be."""
-    if shape[-1] % 2:
-        return jax.random.bits(key, shape, jnp.uint16)
-    pairs = jax.random.bits(key, (*shape[:-1], shape[-1] // 2), jnp.uint32)
-    return jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(shape)
+    """16 random bits for each element; two of a row share the generator's 32."""
+    rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
+    pairs = jax.random.bits(key, (rows, -(-columns // 2)), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(rows, 2 * pairs.shape[1])
+    return bits[:, :columns].reshape(shape)
 
 
 def _refuse(key: PRNGKeyArray | None) -> None:

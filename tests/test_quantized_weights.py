@@ -16,6 +16,7 @@ from galore_optax import (
     quantize_weights,
 )
 from galore_optax.adapter import product
+from galore_optax.codes import random_bits
 from galore_optax.quantized import dequantized, is_quantized
 from galore_optax.quantized_weights import value_and_grad
 from models.llama import Llama
@@ -163,6 +164,18 @@ def test_the_mean_of_rounded_sums_is_the_sum(dtype):
     if dtype == jnp.bfloat16:
         atol += 2e-5  # what is compared was rounded to bfloat16 when dequantized
     np.testing.assert_allclose(moved, wanted, atol=atol)
+
+
+def test_random_bits_have_any_shape_and_no_pattern():
+    for shape in [(), (1,), (5,), (3, 7), (2, 3, 5), (0, 4)]:
+        bits = random_bits(jax.random.key(0), shape)
+        assert (bits.shape, bits.dtype) == (shape, jnp.uint16)
+    drawn = np.asarray(random_bits(jax.random.key(0), (64, 1001)), np.float64) / 2**16
+    # 64,000 numbers: means and correlations deviate by 0.004 or less.
+    assert drawn.mean() == pytest.approx(0.5, abs=0.01)
+    for shifted in (drawn[:, 1:], drawn[:, 2:], np.roll(drawn, 1, axis=0)):
+        first = drawn[:, : shifted.shape[1]]
+        assert abs(np.corrcoef(first.ravel(), shifted.ravel())[0, 1]) < 0.02
 
 
 def test_the_mean_of_rounded_bfloat16_sums_is_the_sum():
