@@ -3,7 +3,8 @@
     python -m benchmarks.low_bit_step --model llama-60m
 
 All params of a model, float32, embedding and head included; steps of the sides in turns in one run,
-params and state overwritten, no refresh in them. Ratios are of medians.
+the state overwritten, no refresh in them. A step is `update` and `apply_updates` in one program
+that overwrites the params, or with `--no-apply` is `update` alone. Ratios are of medians.
 """
 
 import dataclasses
@@ -31,6 +32,8 @@ class LowBitStep:
     """Instead of the model's, to fit the memory."""
     rounds: int = 10
     """Steps of each side."""
+    apply: bool = True
+    """Whether updates are applied in the same program, or given back."""
 
 
 def main(config: LowBitStep) -> None:
@@ -66,23 +69,28 @@ def main(config: LowBitStep) -> None:
 
         def step(params: Any, state: Any, grads: Any, tx: Any = tx) -> tuple[Any, Any]:
             updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
+            return (optax.apply_updates(params, updates) if config.apply else updates), state
 
         params = tree(0)
         state = jax.jit(tx.init)(params)
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads)
+        given = (0, 1) if config.apply else (1,)
+        lowered = jax.jit(step, donate_argnums=given).lower(params, state, grads)
         steps[name] = lowered.compile()
         temporaries[name] = steps[name].memory_analysis().temp_size_in_bytes
-        # The first steps find the bases.
-        for _ in range(2):
-            params, state = steps[name](params, state, grads)
-        states[name] = jax.block_until_ready((params, state))
+        states[name] = params, state
+
+    def take(name: str) -> None:
+        params, state = states[name]
+        new, state = jax.block_until_ready(steps[name](params, state, grads))
+        states[name] = (new if config.apply else params), state
+
     seconds = {name: [] for name in sides}
-    for _ in range(config.rounds):
+    for turn in range(2 + config.rounds):  # the first steps find the bases
         for name in sides:
             start = time.perf_counter()
-            states[name] = jax.block_until_ready(steps[name](*states[name], grads))
-            seconds[name].append(time.perf_counter() - start)
+            take(name)
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - start)
     held = {name: sum(x.nbytes for x in jax.tree.leaves(s[1])) for name, s in states.items()}
     medians = {name: float(np.median(times)) for name, times in seconds.items()}
     weights = sum(x.size for x in jax.tree.leaves(grads))
