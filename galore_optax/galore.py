@@ -30,7 +30,7 @@ from galore_optax.projection import SIDES, Projection, Rank, checked_rank, proje
 from galore_optax.quantized import dequantized, is_quantized
 from galore_optax.refresh import by_leaf, flat, matrices, refresh, steps_to_next
 from galore_optax.remembered_params import remembers_params
-from galore_optax.sharding import explain_sharding_errors, sharded_like
+from galore_optax.sharding import explain_sharding_errors, explicit_axes, sharded_like
 from galore_optax.subspace import SUBSPACES, FindSubspace
 
 DEFAULT_MOMENTS = "rotate"
@@ -336,10 +336,12 @@ def galore(
             decoupled_decay,
         )
         steps = tree.flatten_up_to(small_steps)
+        previous = None
         for i, plan in enumerate(plans):
             if plan is not None:
                 scaled = jax.tree.map(lambda n: scale * n, steps[i])
-                steps[i] = plan.out_of(bases[i], scaled, leaves[i])
+                steps[i] = plan.out_of(bases[i], _after(previous, scaled), leaves[i])
+                previous = steps[i] if steps[i].size else previous
         if weights is not None and slopes is not None:
             for i, slope in enumerate(tree.flatten_up_to(slopes)):
                 if (whole := decay(slope, plans[i], weights[i])) is not None:
@@ -382,6 +384,18 @@ def _projected(
 ) -> optax.Params:
     triples = zip(plans, bases, leaves, strict=True)
     return tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
+
+
+def _after(known: Array | None, tree: Any) -> Any:
+    """The same floats, which XLA does not have before another array, if any, is there.
+
+    A CPU would make large products side by side, each on a part of its cores, which takes longer
+    than one after the other; and of `jax.lax.optimization_barrier` nothing is left there.
+    """
+    if known is None or explicit_axes(known):  # of arrays with these no element can be taken so
+        return tree
+    zero = jnp.isnan(known[(0,) * known.ndim]).astype(jnp.float32) * 0.0
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
 
 def _check_static(value: Any, name: str) -> None:
