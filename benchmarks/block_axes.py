@@ -3,7 +3,7 @@
     python -m benchmarks.block_axes --run DIR
 
 DIR is a run of `python -m train.pretrain` with Adam's moments in float32, whose last checkpoint is
-read. Printed is ‖u' - u‖ / ‖u‖ with u = m / √v, for one matrix of each kind.
+read. Printed is ‖u' - u‖ / ‖u‖ with u = m / (√v + eps), for one matrix of each kind.
 """
 
 import dataclasses
@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint
-from jaxtyping import Array, Float
 
+from benchmarks.four_bit_codes import change
 from galore_optax.quantize_state import CODES
-from galore_optax.quantized import quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,21 +46,9 @@ def main(config: BlockAxes) -> None:
         if m.ndim == 3:
             m, v = m[layer], v[layer]
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        changes = [f"{change(m, v, bits, axis):.3f}" for bits, axis in columns]
+        pair = jnp.asarray(m), jnp.asarray(v)
+        changes = [f"{change([pair], *CODES[bits], axis)[0]:.3f}" for bits, axis in columns]
         print(f"| {name} {m.shape} |", " | ".join(changes), "|", flush=True)
-
-
-def change(
-    m: Float[Array, "rows columns"], v: Float[Array, "rows columns"], bits: int, axis: int
-) -> float:
-    """The relative change of the update, of moments in so many bits in blocks along an axis."""
-    signed, unsigned, block = CODES[bits]
-    held_m, held_v = (
-        quantize(jnp.asarray(x), code, block=block, axis=axis).dequantize()
-        for x, code in ((m, signed), (v, unsigned))
-    )
-    exact, held = (a / (jnp.sqrt(b) + 1e-12) for a, b in ((m, v), (held_m, held_v)))
-    return float(jnp.linalg.norm(held - exact) / jnp.linalg.norm(exact))
 
 
 if __name__ == "__main__":

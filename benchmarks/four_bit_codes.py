@@ -73,13 +73,17 @@ def moments(config: FourBitCodes, optimizer: str) -> list[tuple[jax.Array, jax.A
 
 
 def change(
-    pairs: list[tuple[jax.Array, jax.Array]], first: Code | None, second: Code | None, block: int
+    pairs: list[tuple[jax.Array, jax.Array]],
+    first: Code | None,
+    second: Code | None,
+    block: int,
+    axis: int | None = None,
 ) -> tuple[float, float]:
     """Relative change of the update, and its largest element."""
     squares, total, largest = 0.0, 0.0, 0.0
     for m, v in pairs:
-        held_m = m if first is None else quantize(m, first, block=block).dequantize()
-        held_v = v if second is None else quantize(v, second, block=block).dequantize()
+        held_m = m if first is None else quantize(m, first, block=block, axis=axis).dequantize()
+        held_v = v if second is None else quantize(v, second, block=block, axis=axis).dequantize()
         exact, held = (a / (jnp.sqrt(b) + 1e-8) for a, b in ((m, v), (held_m, held_v)))
         squares += float(jnp.sum((held - exact) ** 2))
         total += float(jnp.sum(exact**2))

@@ -98,6 +98,7 @@ def _equation_depends(
     match equation.primitive.name:
         case "select_n":
             return [any(into) if through_choices else any(into[1:])]
+        # Such a product says when something is computed, not what.
         case "mul" if any(isinstance(x, Literal) and np.all(x.val == 0) for x in equation.invars):
             return [False]
         case "cond":
