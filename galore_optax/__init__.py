@@ -14,6 +14,7 @@ from galore_optax.recipes import (
     gradnorm_lorp_adamw,
     q_galore_adamw8bit,
 )
+from galore_optax.unstacked import unstacked
 
 __all__ = [
     "AdaptiveRefresh",
@@ -31,4 +32,5 @@ __all__ = [
     "q_galore_adamw8bit",
     "quantize_state",
     "quantize_weights",
+    "unstacked",
 ]

@@ -81,7 +81,8 @@ class Layerwise:
     draws the same ones in each layer; `galore` does not.
 
     The result is that of the ordinary step, to rounding, where each layer's leaves are leaves of
-    their own there, as they are to what runs inside `galore`.
+    their own there: to what runs inside `galore` its matrices are, and `galore_optax.unstacked`
+    makes them so for what does anything by leaf (8 bits from a size on, Adafactor's clipping).
 
     A loss or gradient that is not finite is never applied. With `clip="exact"` it is known before
     anything is changed, and the whole step is left out, as `optax.apply_if_finite` does. Else it is

@@ -48,7 +48,7 @@ def quantize_state(
         bits: 8, bitsandbytes' dynamic codes in blocks of 256 elements; or 4, in blocks of 128, with
             codes of their own for numbers with and without a sign.
         min_size: Arrays of fewer elements stay as they are, as do integers and scalars. A stack of
-            layers counts whole, but where it is updated layer by layer.
+            layers counts whole; with `galore_optax.unstacked` around, each layer by itself.
         unsigned: From the path of an array in the state, such as "[0].nu['w']", to whether it is
             never below zero; what is below it then becomes zero. None finds out by itself
             (`galore_optax.nonnegative`); arrays of which that cannot be shown have a sign.

@@ -431,8 +431,26 @@ def dimension_numbers(params: Params) -> Params:
     """
 
     def choose(path, _):
-        names = {entry.key for entry in path}
+        names = {getattr(entry, "key", None) for entry in path}  # of unstacked leaves the index
         return GaLoreDimensionNumbers(-2, -1) if names & {"attention", "mlp"} else None
+
+    return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
+
+
+def param_axes(params: Params) -> Params:
+    """How many axes each param of a layer has, where the layers of a leaf are stacked before them.
+
+    Args:
+        params: The model's params, or a part of them, as a nested dict.
+
+    Returns:
+        A tree like `params`: 2 at attention's and the MLP's matrices, 1 at the layers' norms, and
+        None at what is no layer's. It fits one layer as well as the stack.
+    """
+
+    def choose(path, _):
+        names = {entry.key for entry in path}
+        return (2 if names & {"attention", "mlp"} else 1) if "layers" in names else None
 
     return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
 

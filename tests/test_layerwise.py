@@ -15,6 +15,7 @@ from galore_optax import (
     galore_adafactor,
     quantize_state,
     quantize_weights,
+    unstacked,
 )
 from galore_optax.layerwise import Layered, Layerwise
 from galore_optax.memory import tree_bytes
@@ -184,6 +185,25 @@ def test_galore_with_adafactor_keeps_its_statistics_by_matrix():
         ),
     )  # fmt: skip
     assert_equal(by_layers(tx), ordinary(tx, unstack=True), 1e-5)
+
+
+def param_axes(params):
+    def choose(path, _):
+        names = [entry.key for entry in path]
+        return (1 if names[-1] == "norm" else 2) if names[0] == "layers" else None
+
+    return jax.tree.map_with_path(choose, params)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    # Of the norms, 24 elements in all and 8 in a layer, and by the root mean square of a leaf.
+    [quantize_state(optax.adam(0.01), min_size=16), INNERS["adafactor"]],
+    ids=["8 bits", "adafactor"],
+)
+def test_what_is_done_by_leaf_is_done_by_layer_in_an_ordinary_step_of_what_is_unstacked(inner):
+    tx = unstacked(inner, param_axes)
+    assert_equal(by_layers(tx), ordinary(tx))
 
 
 def test_states_and_weights_may_be_held_in_few_bits():

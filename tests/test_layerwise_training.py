@@ -10,6 +10,7 @@ from small_run import small
 from test_mesh import ADAMW, train
 from test_pretrain import compiled_once, losses, unfinished
 
+from galore_optax import quantize_state
 from train.assemble import assemble
 from train.config import resolve
 from train.mesh import put_batch
@@ -23,6 +24,7 @@ Q_GALORE = {
     **RECIPES["10 GB card"], "layerwise": False, "rematerialize": False,
     "stochastic_rounding": False,
 }  # fmt: skip
+NO_SUBSPACE = {"rank": None, "update_proj_gap": None}
 PREVIOUS = {"clip": "previous", "clip_norm": 0.5}
 
 
@@ -56,6 +58,29 @@ def test_losses_are_those_of_one_device_and_the_ordinary_step(one_device, which,
     np.testing.assert_allclose(
         train(**{**changes, "layerwise": True}), one_device[which], rtol=rtol
     )
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "galore-adafactor"])
+def test_what_optimizers_do_by_leaf_they_do_by_layer_in_the_ordinary_step_too(optimizer):
+    settings = dict(optimizer=optimizer, learning_rate=0.02)  # fast enough for Adafactor to clip
+    settings |= {} if "galore" in optimizer else NO_SUBSPACE
+    np.testing.assert_allclose(train(**settings, layerwise=True), train(**settings), rtol=2e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "galore-adamw8bit", "q-galore-adamw8bit"])
+@pytest.mark.parametrize("layerwise", [False, True], ids=["ordinary", "layerwise"])
+def test_vectors_of_a_layer_are_held_in_few_bits_by_their_own_size(
+    monkeypatch, optimizer, layerwise
+):
+    # Those of two layers are 64 numbers, of one 32.
+    monkeypatch.setattr(quantize_state, "__kwdefaults__", {"min_size": 50, "unsigned": None})
+    settings = dict(optimizer=optimizer, layerwise=layerwise)
+    settings |= {} if "galore" in optimizer else NO_SUBSPACE
+    state = assemble(resolve(small("unused", **settings)), lambda line: None).abstract.optimizer
+    paths = [(jax.tree_util.keystr(path), x) for path, x in jax.tree.leaves_with_path(state)]
+    norms = [x.dtype for path, x in paths if "_norm" in path]
+    assert {*norms} == {jnp.dtype("float32")}, "moments of the layers' norms"
+    assert any(x.dtype == jnp.uint8 for path, x in paths if "mlp" in path)
 
 
 def test_weights_of_few_bits_are_rounded_at_random():

@@ -175,7 +175,7 @@ def make_programs(
     params_at, notes = param_shardings(mesh, shapes, logical_axes(shapes))
     for note in notes:
         log(f"sharding: {note}")
-    tx = make_optimizer(config, llama.dimension_numbers)
+    tx = make_optimizer(config)
     if config.layerwise:
         by_layers = layerwise.optimizer(config, model, mesh)
         init_optimizer = partial(layerwise.init, by_layers)
@@ -188,7 +188,7 @@ def make_programs(
         how = schedule, config.accumulate, rounding, mesh
         step = partial(train_step, forward, tx, *how)
         if config.accumulate_in_subspace:
-            recipe = make_recipe(config, llama.dimension_numbers)
+            recipe = make_recipe(config)
             assert isinstance(recipe, SubspaceTransformation)
             step = partial(train_step_in_subspace, forward, recipe, config.clip_norm, *how)
     shardings = TrainState._make((params_at, optimizer_at, replicated(mesh), replicated(mesh)))

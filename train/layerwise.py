@@ -14,7 +14,7 @@ from galore_optax.layered import Layered
 from galore_optax.layerwise import Layerwise
 from galore_optax.layerwise_sharding import layerwise_shardings
 from galore_optax.quantized import dequantized
-from models.llama import dimension_numbers, embed, rms_norm, sequences_of, training_layer
+from models.llama import embed, rms_norm, sequences_of, training_layer
 from models.llama_config import LlamaConfig
 from train.loss import summed_cross_entropy
 from train.mesh import BATCH, replicated
@@ -43,7 +43,7 @@ def optimizer(config: "Resolved", model: LlamaConfig, mesh: Mesh) -> Layerwise:
 
     return Layerwise(
         layered_llama(model, mesh),
-        make_recipe(config, dimension_numbers),
+        make_recipe(config),
         clip_norm=config.clip_norm,
         clip=config.clip,
         accumulate=config.accumulate,

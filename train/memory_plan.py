@@ -17,7 +17,6 @@ from galore_optax.layered import forward
 from galore_optax.memory import state_bytes
 from galore_optax.quantized import dequantized, is_quantized
 from galore_optax.quantized_weights import sources, with_sources
-from models.llama import dimension_numbers
 from train import layerwise
 from train.assemble import Programs, abstract_params, make_forward
 from train.config import Resolved
@@ -179,7 +178,7 @@ def _share_summed(config: Resolved, part: PyTree) -> float:
     """How large the sum of gradients is, in numbers of a gradient."""
     if not config.accumulate_in_subspace:
         return 1
-    recipe = make_recipe(config, dimension_numbers)
+    recipe = make_recipe(config)
     assert isinstance(recipe, SubspaceTransformation)
 
     def sizes(part: PyTree) -> tuple[PyTree, PyTree]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -15,7 +16,11 @@ from galore_optax import (
     galore_adamw8bit,
     gradnorm_lorp_adamw,
     q_galore_adamw8bit,
+    unstacked,
 )
+from galore_optax.accumulate import SubspaceTransformation
+from galore_optax.unstacked import ParamAxes
+from models.llama import dimension_numbers, param_axes
 
 if TYPE_CHECKING:
     from train.config import Resolved
@@ -29,12 +34,15 @@ class Recipe(NamedTuple):
         options: fields of the settings, those of `_OF_WEIGHTS` being about the weights.
         defaults: of the options that have others than None.
         adapter: that of `train.weights.ADAPTERS` which comes with the name.
+        stacks: what of the layers, stacked in a leaf, are to be leaves of their own to it: it does
+            something by leaf. GaLore sees to matrices that it projects; None is nothing.
     """
 
     make: Callable[..., optax.GradientTransformation]
     options: tuple[str, ...]
     defaults: Mapping[str, Any] = MappingProxyType({})
     adapter: str | None = None
+    stacks: ParamAxes | None = None
 
 
 def _adafactor(learning_rate: optax.Schedule) -> optax.GradientTransformation:
@@ -42,10 +50,14 @@ def _adafactor(learning_rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.adafactor(learning_rate, multiply_by_parameter_scale=False, momentum=0.9)
 
 
-def _galore_adafactor(learning_rate: optax.Schedule, **options: Any):
-    # As optax's Adafactor does, leave small leaves whole: norms, stacked over the layers, would be
-    # taken for matrices and factored across layers.
-    return galore_adafactor(learning_rate, momentum=0.9, min_dim_size_to_factor=128, **options)
+def _galore_adafactor(learning_rate: optax.Schedule, **options: Any) -> SubspaceTransformation:
+    return galore_adafactor(learning_rate, momentum=0.9, **options)
+
+
+def _vectors(params: dict[str, Any]) -> Any:
+    """The layers' norms alone: matrices are projected, or large enough for 8 bits each."""
+    axes = param_axes(params)
+    return jax.tree.map(lambda n: n if n == 1 else None, axes, is_leaf=lambda n: n is None)
 
 
 # What an optimizer's own arguments are named in the settings, where they are not named alike.
@@ -74,15 +86,24 @@ OPTIMIZERS: dict[str, Recipe] = {
         adamw8bit,
         ("weight_decay", "moment_bits", "stochastic_rounding"),
         MappingProxyType({**_DECAY, "moment_bits": 8}),
+        stacks=_vectors,
     ),
     "adafactor": Recipe(
-        _adafactor, ("stochastic_rounding",), MappingProxyType({"stochastic_rounding": False})
+        _adafactor,
+        ("stochastic_rounding",),
+        MappingProxyType({"stochastic_rounding": False}),
+        stacks=param_axes,
     ),
     "galore-adamw": Recipe(galore_adamw, _GALORE, _GALORE_DEFAULTS),
-    "galore-adamw8bit": Recipe(galore_adamw8bit, (*_GALORE, "moment_bits"), _EIGHT_BITS),
-    "galore-adafactor": Recipe(_galore_adafactor, _GALORE, _GALORE_DEFAULTS),
+    "galore-adamw8bit": Recipe(
+        galore_adamw8bit, (*_GALORE, "moment_bits"), _EIGHT_BITS, stacks=_vectors
+    ),
+    "galore-adafactor": Recipe(_galore_adafactor, _GALORE, _GALORE_DEFAULTS, stacks=_vectors),
     "q-galore-adamw8bit": Recipe(
-        q_galore_adamw8bit, (*_GALORE, "moment_bits", "weight_bits", "embedding_bits"), _Q_GALORE
+        q_galore_adamw8bit,
+        (*_GALORE, "moment_bits", "weight_bits", "embedding_bits"),
+        _Q_GALORE,
+        stacks=_vectors,
     ),
     "gradnorm-lorp-adamw": Recipe(
         gradnorm_lorp_adamw,
@@ -121,14 +142,10 @@ def learning_rate_schedule(config: "Resolved") -> optax.Schedule:
     return restarted
 
 
-def make_recipe(
-    config: "Resolved", dimension_numbers: Callable[[dict[str, Any]], Any]
-) -> optax.GradientTransformation:
+def make_recipe(config: "Resolved") -> optax.GradientTransformation:
     """The named optimizer of a resolved configuration, which neither clips nor skips a step.
 
-    Args:
-        config: from `train.config.resolve`.
-        dimension_numbers: from the params to which of them GaLore projects, and how.
+    What it does by leaf it does by layer, in the ordinary step as with `--layerwise`.
     """
     recipe = OPTIMIZERS[config.optimizer]
     options = {
@@ -141,22 +158,16 @@ def make_recipe(
         options["seed"] = config.seed
         if recipe.adapter is None:
             options["weight_dimension_numbers"] = dimension_numbers
-    return recipe.make(learning_rate_schedule(config), **options)
+    tx = recipe.make(learning_rate_schedule(config), **options)
+    return tx if recipe.stacks is None else unstacked(tx, recipe.stacks)
 
 
-def make_optimizer(
-    config: "Resolved", dimension_numbers: Callable[[dict[str, Any]], Any]
-) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a resolved configuration; a gradient that is not finite changes nothing.
-
-    Args:
-        config: from `train.config.resolve`.
-        dimension_numbers: from the params to which of them GaLore projects, and how.
-    """
+def make_optimizer(config: "Resolved") -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a resolved configuration; a gradient that is not finite changes nothing."""
     return optax.apply_if_finite(  # pyrefly: ignore[bad-return]
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
-            make_recipe(config, dimension_numbers),
+            make_recipe(config),
         ),
         # Never gives up and applies one: the trainer stops after --max-skipped in a row.
         max_consecutive_errors=int(jnp.iinfo(jnp.int32).max),
