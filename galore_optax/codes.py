@@ -6,6 +6,7 @@ units and a CPU's have no gather worth the name.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, Protocol
@@ -111,18 +112,23 @@ class Dynamic:
     def decode(self, codes, scales, offsets):
         """See `Code.decode`."""
         del offsets
-        q = codes.astype(jnp.int32).astype(scales.dtype) - self._zero
+        q = codes.astype(jnp.int32) - self._zero
         size = jnp.abs(q) if self.signed else q
-        (_, n, step), *later = self._decades
-        zero = size < n
-        count, steps = jnp.full_like(size, n), jnp.full_like(size, step)
-        for _, n, step in later:
-            above = size >= n
-            count = jnp.where(above, n, count)
-            steps = jnp.where(above, step, steps)
-        value = jnp.minimum(steps * (size + 0.5 - 8 / 9 * count), 1)
-        value = jnp.where(zero, 0, jnp.where(q < 0, -value, value))
+        # Of q + 1/2 = m 2^i, with m from 1 to 2, a float has i in its bits, the number of a decade,
+        # and m: how far within it q is.
+        bits = jax.lax.bitcast_convert_type((2 * size + 1).astype(jnp.float32), jnp.int32)
+        decade = (bits >> 23) - (128 if self.signed else 129)
+        one = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
+        end = _power(10.0, decade, scales.dtype) * 10.0 ** (2 - self.bits)
+        value = jnp.minimum(end * (0.9 * one.astype(scales.dtype) - 0.8), 1)
+        value = jnp.where(decade < 0, 0, jnp.where(q < 0, -value, value))
         return value * scales
+
+
+def _power(base: float, exponent: UInt[Array, "..."], dtype: Any) -> Float[Array, "..."]:
+    """`base` to a power from 0 to 7, by the bits of the exponent."""
+    squares = (jnp.where(exponent & 2**i, base**2**i, 1).astype(dtype) for i in range(3))
+    return functools.reduce(jnp.multiply, squares)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ from jaxtyping import Array, Int
 from galore_optax.quantized import QuantizedArray, dequantized, is_quantized, stored_like
 from galore_optax.sharding import explicit_axes
 
-# Elements that are taken at a time.
-CHUNK = 2**20
+# Elements that are taken at a time: their floats are to stay in a CPU's caches.
+CHUNK = 2**18
 
 # Primitives whose result has at each place what their operands, arrays of its shape or scalars,
 # have there.
@@ -69,17 +69,18 @@ def over_chunks(
     blocks = _blocks([*jax.tree.leaves((stored, read), is_leaf=is_quantized)])
 
     def cut(x: Array) -> Array:
-        # Chunk i has the rows i, i + count, ...: a part of each device's. Blocks have an axis of
-        # their own, so that a scale's place needs no division, which XLA would not vectorize.
+        # Chunk i has the i-th of `count` ranges of each device's rows. Blocks have an axis of their
+        # own, so that a scale's place needs no division, which XLA would not vectorize.
         rows, columns = x.shape[-2:]
-        return x.reshape(*x.shape[:-2], rows // count, count, blocks, columns // blocks)
+        each = (jax.device_count(), count, rows // (jax.device_count() * count))
+        return x.reshape(*x.shape[:-2], *each, blocks, columns // blocks)
 
     def take(tree: Any, i: Int[Array, ""] | int) -> Any:
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, -3, False), tree)
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, -4, False), tree)
 
     def put(tree: Any, new: Any, i: Int[Array, ""] | int) -> Any:
         return jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, x.ndim - 3), tree, new
+            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, x.ndim - 4), tree, new
         )
 
     def turn(i: Int[Array, ""], carry: tuple[Any, Any]) -> tuple[Any, Any]:
