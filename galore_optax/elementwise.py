@@ -18,8 +18,10 @@ from jaxtyping import Array, Int
 from galore_optax.quantized import QuantizedArray, dequantized, is_quantized, stored_like
 from galore_optax.sharding import explicit_axes
 
-# Elements that are taken at a time: their floats are to stay in a CPU's caches.
-CHUNK = 2**18
+# Elements that are taken at a time, at most: on a CPU so that their floats stay in its caches, on
+# an accelerator so that a turn of the loop is worth starting.
+CHUNK = 2**20
+CPU_CHUNK = 2**18
 
 # Primitives whose result has at each place what their operands, arrays of its shape or scalars,
 # have there.
@@ -42,7 +44,8 @@ def chunks(x: Array | QuantizedArray) -> int:
     if x.ndim < 2 or explicit or (isinstance(x, QuantizedArray) and x.axis != -1):
         return 1
     rows, count = x.shape[-2], 1
-    while x.size // count > CHUNK and rows % (2 * count * jax.device_count()) == 0:
+    most = min(CHUNK, CPU_CHUNK) if jax.default_backend() == "cpu" else CHUNK
+    while x.size // count > most and rows % (2 * count * jax.device_count()) == 0:
         count *= 2
     return count
 
