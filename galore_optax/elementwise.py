@@ -7,7 +7,9 @@ back where they were, so that floats of a few rows are all that there is in memo
 cache).
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +20,22 @@ from jaxtyping import Array, Int
 from galore_optax.quantized import QuantizedArray, dequantized, is_quantized, stored_like
 from galore_optax.sharding import explicit_axes
 
-# Elements that are taken at a time, at most: on a CPU so that their floats stay in its caches, on
-# an accelerator so that a turn of the loop is worth starting.
+# Elements that are taken at a time, at most: on a CPU so that their floats stay in its caches, else
+# so that a turn of the loop is worth starting.
 CHUNK = 2**20
 CPU_CHUNK = 2**18
+_PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """What is traced within is meant for devices of a platform ("gpu") that may not be here."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
 
 # Primitives whose result has at each place what their operands, arrays of its shape or scalars,
 # have there.
@@ -44,7 +58,8 @@ def chunks(x: Array | QuantizedArray) -> int:
     if x.ndim < 2 or explicit or (isinstance(x, QuantizedArray) and x.axis != -1):
         return 1
     rows, count = x.shape[-2], 1
-    most = min(CHUNK, CPU_CHUNK) if jax.default_backend() == "cpu" else CHUNK
+    on_a_cpu = (_PLATFORM.get() or jax.default_backend()) == "cpu"
+    most = min(CHUNK, CPU_CHUNK) if on_a_cpu else CHUNK
     while x.size // count > most and rows % (2 * count * jax.device_count()) == 0:
         count *= 2
     return count

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from galore_optax import apply_updates, galore_adamw8bit, quantize_state, quantize_weights
 from galore_optax import elementwise as module
-from galore_optax.elementwise import chunks
+from galore_optax.elementwise import chunks, traced_for
 from galore_optax.quantized import dequantized
 
 RNG = np.random.default_rng(0)
@@ -82,6 +82,14 @@ def test_floats_of_a_few_rows_are_all_that_there_is(monkeypatch, optimized):
     step = jax.jit(lambda g, s: tx.update(g, s), donate_argnums=(0, 1))
     memory = step.lower(params, state).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 4 * module.CHUNK
+
+
+def test_chunks_are_smaller_on_a_cpu_but_where_a_program_is_meant_for_a_gpu():
+    x = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
+    assert chunks(x) == 16
+    with traced_for("gpu"):
+        assert chunks(x) == 4
+    assert chunks(x) == 16
 
 
 @pytest.mark.parametrize("spec", [P("a", None), P(None, "b"), P("a", "b")])

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from galore_optax.accumulate import SubspaceTransformation
 from galore_optax.adapter import join, split
+from galore_optax.elementwise import traced_for
 from galore_optax.layered import forward
 from galore_optax.memory import state_bytes
 from galore_optax.quantized import dequantized, is_quantized
@@ -141,10 +142,12 @@ def device_memory(device: jax.Device) -> int:
 
 def _memory(config: Resolved, programs: Programs) -> Any:
     """The compiled step's memory analysis, for a GPU where the step is in bfloat16."""
-    lowered = programs.train_step.lower(programs.abstract, programs.batch)
+    arguments = programs.abstract, programs.batch
     platform = programs.mesh.devices.flat[0].platform
     if platform != "cpu" or config.dtype != "bfloat16" or programs.mesh.size > 1:
-        return lowered.compile().memory_analysis()
+        return programs.train_step.lower(*arguments).compile().memory_analysis()
+    with traced_for("gpu"):
+        lowered = programs.train_step.lower(*arguments)
     backend = jax.extend.backend.get_backend("cpu")
     options = jax.extend.backend.get_compile_options(
         num_replicas=1, num_partitions=1, env_options_overrides=_AS_ON_A_GPU
