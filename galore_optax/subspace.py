@@ -38,32 +38,59 @@ def orthonormalize(y: Float[Array, "n r"], passes: int = _PASSES) -> Float[Array
     identity = jnp.eye(rank, dtype=y.dtype)
     for i in range(passes):
         shift = _SHIFT * rank**0.5 * _SHIFT_DECAY**i
-        lower = jnp.linalg.cholesky(q.T @ q + shift * identity)
+        gram = q.T @ q + shift * identity
         # The inverse of a small triangle and a product, since a triangular solve of the large
         # matrix would gather it where it is sharded.
-        q = q @ _inverse(lower).T
+        q = q @ jax.lax.platform_dependent(gram, cpu=_factor_inverse, default=_lapack_inverse).T
     return q
 
 
-def _inverse(lower: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """The inverse of a lower triangle: from those of its diagonal blocks those of twice the size.
+def _lapack_inverse(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """The inverse of the Cholesky factor."""
+    lower = jnp.linalg.cholesky(gram)
+    return jax.scipy.linalg.solve_triangular(
+        lower, jnp.eye(len(gram), dtype=gram.dtype), lower=True
+    )
 
-    Products alone. (The LAPACK of a CPU solves even a triangle of 64 on threads of its own, which
-    wait for the cores that XLA's threads are on: 0.3 ms of a step each, where the sums take 0.01.)
+
+def _factor_inverse(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """The same, of products and factors of at most 128.
+
+    A CPU's LAPACK solves a triangle of 64, and factorizes a matrix of 256, on threads of its own,
+    which go on waiting on the cores when they are done: XLA's own work beside them takes twice as
+    long, for tens of milliseconds.
     """
-    r = lower.shape[0]
+    r = len(gram)
+    if r <= 128:
+        return _triangle_inverse(jnp.linalg.cholesky(gram))
+    half = r // 2
+    first = _factor_inverse(gram[:half, :half])
+    below = gram[half:, :half] @ first.T  # of the factor
+    last = _factor_inverse(gram[half:, half:] - below @ below.T)
+    return _lower(first, -last @ below @ first, last)
+
+
+def _triangle_inverse(lower: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """From the inverses of a triangle's diagonal blocks those of twice the size, and so on."""
+    r = len(lower)
     size = 1 << (r - 1).bit_length()
     padded = jnp.eye(size, dtype=lower.dtype).at[:r, :r].set(lower)
     inverses = 1 / jnp.diagonal(padded)[:, None, None]  # (blocks, width, width)
     while (width := inverses.shape[-1]) < size:
         first, last = inverses[::2], inverses[1::2]
         blocks = padded.reshape(len(first), 2, width, len(first), 2, width)[:, 1, :, :, 0]
-        below = -last @ jnp.moveaxis(jnp.diagonal(blocks, axis1=0, axis2=2), -1, 0) @ first
-        above = jnp.zeros_like(below)
-        inverses = jnp.concatenate(
-            [jnp.concatenate([first, above], 2), jnp.concatenate([below, last], 2)], 1
-        )
+        below = jnp.moveaxis(jnp.diagonal(blocks, axis1=0, axis2=2), -1, 0)
+        inverses = _lower(first, -last @ below @ first, last)
     return inverses[0, :r, :r]
+
+
+def _lower(
+    first: Float[Array, "*b n n"], below: Float[Array, "*b m n"], last: Float[Array, "*b m m"]
+) -> Float[Array, "*b k k"]:
+    """A lower triangle of blocks."""
+    above = jnp.zeros_like(below.mT)
+    rows = jnp.concatenate([first, above], -1), jnp.concatenate([below, last], -1)
+    return jnp.concatenate(rows, -2)
 
 
 def svd(
