@@ -431,7 +431,7 @@ def dimension_numbers(params: Params) -> Params:
     """
 
     def choose(path, _):
-        names = {getattr(entry, "key", None) for entry in path}  # of unstacked leaves the index
+        names = _names(path)
         return GaLoreDimensionNumbers(-2, -1) if names & {"attention", "mlp"} else None
 
     return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
@@ -449,10 +449,15 @@ def param_axes(params: Params) -> Params:
     """
 
     def choose(path, _):
-        names = {entry.key for entry in path}
+        names = _names(path)
         return (2 if names & {"attention", "mlp"} else 1) if "layers" in names else None
 
     return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
+
+
+def _names(path: Any) -> set[str | None]:
+    """Keys of a path, in which unstacked leaves have an index and adapters their fields too."""
+    return {getattr(entry, "key", None) for entry in path}
 
 
 def smaller_sides(config: LlamaConfig) -> list[int]:
