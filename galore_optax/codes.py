@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, UInt
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt
 
 Encoded = tuple[
     UInt[Array, "..."], Float[Array, "..."], Float[Array, "..."] | None
@@ -119,16 +119,16 @@ class Dynamic:
         bits = jax.lax.bitcast_convert_type((2 * size + 1).astype(jnp.float32), jnp.int32)
         decade = (bits >> 23) - (128 if self.signed else 129)
         one = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
-        end = _power(10.0, decade, scales.dtype) * 10.0 ** (2 - self.bits)
+        end = _ten_to(decade, scales.dtype) * 10.0 ** (2 - self.bits)
         value = jnp.minimum(end * (0.9 * one.astype(scales.dtype) - 0.8), 1)
         value = jnp.where(decade < 0, 0, jnp.where(q < 0, -value, value))
         return value * scales
 
 
-def _power(base: float, exponent: UInt[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """`base` to a power from 0 to 7, by the bits of the exponent."""
-    squares = (jnp.where(exponent & 2**i, base**2**i, 1).astype(dtype) for i in range(3))
-    return functools.reduce(jnp.multiply, squares)
+def _ten_to(exponent: Int[Array, "..."], dtype: Any) -> Float[Array, "..."]:
+    """Ten to a power from 0 to 7, by the bits of the exponent."""
+    factors = (jnp.where(exponent & 2**i, 10.0**2**i, 1).astype(dtype) for i in range(3))
+    return functools.reduce(jnp.multiply, factors)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,13 +60,10 @@ def unstacked(
         return [_stack(*pair, n) for pair, n in zip(leaves, axes, strict=True)], tree
 
     def apart(params: optax.Params) -> optax.Params:
-        params = dequantized(without_variables(params))
+        params = dequantized(jax.tree.map(_concrete, without_variables(params)))
         plans, tree = stacks(params)
         pairs = zip(plans, jax.tree.leaves(params), strict=True)
         return tree.unflatten([x if plan is None else plan.into((), x) for plan, x in pairs])
-
-    def abstract_as_zeros(x: Any) -> Any:
-        return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
     def together(params: optax.Params, like: optax.Params) -> optax.Params:
         like = dequantized(without_variables(like))
@@ -78,7 +75,7 @@ def unstacked(
         return None if params is None else apart(params)
 
     def init(params: optax.Params) -> optax.OptState:
-        return tx.init(apart(jax.tree.map(abstract_as_zeros, without_variables(params))))
+        return tx.init(apart(params))
 
     def update(
         updates: optax.Updates,
@@ -107,6 +104,11 @@ def unstacked(
         return together(steps, params), state
 
     return SubspaceTransformation(init, update, refresh, project, update_projected)
+
+
+def _concrete(x: Any) -> Any:
+    """Zeros in the place of a shape and dtype alone, which `init` may be given."""
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
 
 def _stack(path: Any, leaf: Any, axes: int | None) -> Projection | None:
