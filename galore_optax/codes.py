@@ -71,17 +71,11 @@ class Dynamic:
     bits: int = 8
 
     @property
-    def _decades(self) -> list[tuple[float, float, float]]:
-        """Of each decade its threshold, n_i and the distance of its values; the last is 1 alone."""
-        decades, below = [], 0.0
-        for i in range(self.bits - 1):
-            n = 2.0**i if self.signed else 2.0 ** (i + 1)
-            end = 10.0 ** (i + 2 - self.bits)
-            step = 0.9 * end / n
-            first = 0.1 * end + step / 2
-            decades.append(((below + first) / 2, n, step))
-            below = end - step / 2
-        return [*decades, ((below + 1) / 2, 2 * decades[-1][1], 1.0)]
+    def _lines(self) -> list[tuple[float, float]]:
+        """Of each decade n_i and the distance of its values."""
+        least = 1 if self.signed else 2
+        decades = range(self.bits - 1)
+        return [(n := least * 2**i, 0.9 * 10.0 ** (i + 2 - self.bits) / n) for i in decades]
 
     @property
     def _zero(self) -> int:
@@ -91,44 +85,54 @@ class Dynamic:
         """See `Code.encode`; it does not round at random."""
         _refuse(key)
         scales = _scales(blocks, axis, self.signed)
-        x = blocks / jnp.where(scales == 0, 1, scales)
+        # Four times the reciprocal of a normal number is one, too (or infinite, of the least).
+        x = (blocks * (4 / jnp.where(scales == 0, 1, scales))).astype(jnp.float32)
         size = jnp.abs(x) if self.signed else x
-        (_, n, step), *later = self._decades
-        count, density = jnp.full_like(size, n), jnp.full_like(size, 1 / step)
-        for threshold, n, step in later:
-            above = size >= threshold
-            count = jnp.where(above, n, count)
-            density = jnp.where(above, 1 / step, density)
-        # The value of q is step (q + 1/2 - 8/9 n): this is the nearest within the decade.
-        q = jnp.clip(jnp.floor(size * density + 8 / 9 * count), count, 2 * count - 1)
+        # Value q of decade n is step (q + 1/2 - 8/9 n). Lines of smaller numbers are steeper, and
+        # meet the next where a decade ends: the least of all is that of the number's own decade.
+        lines = (size * (0.25 / step) + 8 / 9 * n for n, step in self._lines)
+        place = functools.reduce(_smaller, lines)
+        # Up to a fifth of a step beyond the end, the last value of the decade before is nearer:
+        # where one less, q - 1, has no bit in common with q, a power of two.
+        q, before = _whole_part(place), _whole_part(_smaller(place - 0.2, 2.0**self.bits))
+        q = jnp.where(q & before, q, before)
+        first, last = self._lines[0][0], 2 * self._lines[-1][0]
+        q = jnp.where(place >= last - 0.25, last, _larger(q, first))
         if self.signed:
-            q = jnp.where(x < 0, -jnp.minimum(q, self._zero), q)
+            q = jnp.where(x < 0, -_smaller(q, self._zero), q)
             q = jnp.where(blocks == 0, 0, q)
         else:
-            q = jnp.where(blocks > 0, jnp.minimum(q, 2.0**self.bits), 1)
-        # By way of int32, since the conversion of a float to uint8 is slow on a CPU.
-        return (q.astype(jnp.int32) + self._zero).astype(jnp.uint8), scales, None
+            q = jnp.where(blocks > 0, q, 1)
+        return (q + self._zero).astype(jnp.uint8), scales, None
 
     def decode(self, codes, scales, offsets):
         """See `Code.decode`."""
         del offsets
-        q = codes.astype(jnp.int32) - self._zero
+        q = codes.astype(jnp.int32).astype(scales.dtype) - self._zero
         size = jnp.abs(q) if self.signed else q
-        # Of q + 1/2 = m 2^i, with m from 1 to 2, a float has i in its bits, the number of a decade,
-        # and m: how far within it q is.
-        bits = jax.lax.bitcast_convert_type((2 * size + 1).astype(jnp.float32), jnp.int32)
-        decade = (bits >> 23) - (128 if self.signed else 129)
-        one = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
-        end = _ten_to(decade, scales.dtype) * 10.0 ** (2 - self.bits)
-        value = jnp.minimum(end * (0.9 * one.astype(scales.dtype) - 0.8), 1)
-        value = jnp.where(decade < 0, 0, jnp.where(q < 0, -value, value))
-        return value * scales
+        # As in `encode`, but the steeper line is that of the larger decade.
+        lines = (step * (size - (8 / 9 * n - 0.5)) for n, step in self._lines)
+        value = _smaller(functools.reduce(_larger, lines, jnp.zeros_like(size)), 1)
+        return jnp.where(q < 0, -value, value) * scales
 
 
-def _ten_to(exponent: Int[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """Ten to a power from 0 to 7, by the bits of the exponent."""
-    factors = (jnp.where(exponent & 2**i, 10.0**2**i, 1).astype(dtype) for i in range(3))
-    return functools.reduce(jnp.multiply, factors)
+def _whole_part(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """Of float32 numbers from 1/2 to 512; what they are at x.0 is open, x or x - 1.
+
+    The conversion of floats to integers has to mind NaN and numbers beyond an integer's, which
+    takes a CPU longer than this: beyond 2^23, where a float's last bit is 1, it has the number.
+    """
+    return jax.lax.bitcast_convert_type(x + (2.0**23 - 0.5), jnp.int32) & 0x1FF
+
+
+def _smaller(a: Any, b: Any) -> Array:
+    """The minimum of what is no NaN, one instruction on a CPU (`jnp.minimum` is several)."""
+    return jnp.where(a < b, a, b)
+
+
+def _larger(a: Any, b: Any) -> Array:
+    """The maximum, likewise."""
+    return jnp.where(a > b, a, b)
 
 
 @dataclasses.dataclass(frozen=True)
