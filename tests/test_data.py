@@ -240,6 +240,7 @@ def is_running(pid):
         ({"batch_size": 0}, "batch_size=0: give at least 1"),
         ({"seq_len": 0}, "seq_len=0: give at least 1"),
         ({"workers": -1}, "workers=-1"),
+        ({"workers": 1_000_000}, "workers=1000000: give the number of processes, 0 for none, "),
         ({"seed": -1}, "seed=-1"),
         ({"source": []}, "the text has no document"),
         ({"vocab_size": 256}, "token ids up to 256, beyond the model's vocabulary of 256"),

@@ -35,6 +35,8 @@ T = TypeVar("T")
 # Documents that travel together from a worker process, and such groups that each holds ready.
 _GROUP = 32
 _GROUPS_AHEAD = 4
+# More worker processes than this only take memory, and a slip of the key starts a million.
+_WORKERS_A_CORE = 8
 
 
 class TrainingData:
@@ -51,8 +53,9 @@ class TrainingData:
         vocab_size: the model's; by default the tokenizer's.
 
     Raises:
-        ValueError: an unknown mode, a size below 1, an empty source, or a tokenizer with more ids
-            than the model's vocabulary.
+        ValueError: an unknown mode, a size below 1, more workers than eight for each of the
+            machine's cores, an empty source, or a tokenizer with more ids than the model's
+            vocabulary.
     """
 
     def __init__(
@@ -68,8 +71,11 @@ class TrainingData:
         vocab_size: int | None = None,
     ):
         _check_sizes(source, mode, batch_size, seq_len)
-        if workers < 0:
-            raise ValueError(f"workers={workers}: give the number of processes, 0 for none")
+        most = _WORKERS_A_CORE * (os.cpu_count() or 1)
+        if not 0 <= workers <= most:
+            raise ValueError(
+                f"workers={workers}: give the number of processes, 0 for none, {most} at most here"
+            )
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed}: give a seed from 0 to {2**32 - 1}")
         if vocab_size is None:
