@@ -7,20 +7,26 @@ similarities are waited for.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from galore_optax import checks
+
 Similarity = Callable[[Float[Array, "n r"], Float[Array, "n r"]], Float[Array, ""]]
 
 
 def overlap(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Array, ""]:
-    """‖P_oldᵀ P_new‖² / r: the share of one subspace that lies in the other, 0 to 1."""
+    """‖P_oldᵀ P_new‖² / r: the share of one subspace that lies in the other, 0 to 1.
+
+    Of bases with columns of zeros (`rank_schedule`), r is the number of the others, in that which
+    has fewer of them.
+    """
     product = old.T @ new
-    return jnp.sum(product * product) / old.shape[-1]
+    used = [jnp.sum(jnp.any(basis != 0, axis=0)) for basis in (old, new)]
+    return jnp.sum(product * product) / jnp.maximum(jnp.minimum(*used), 1)
 
 
 def first_cosine(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Array, ""]:
@@ -63,19 +69,10 @@ class AdaptiveRefresh:
     similarity: str = "overlap"
 
     def __post_init__(self):
-        if not (isinstance(self.threshold, int | float) and math.isfinite(self.threshold)):
-            raise ValueError(
-                f"threshold={self.threshold!r} is no finite number; the paper's is 0.4"
-            )
+        checks.number(self.threshold, "threshold", such_as=0.4)
         for name in ("window", "max_factor"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**20:
-                raise ValueError(f"{name}={value!r} is no whole number of at least 1")
-        if self.similarity not in SIMILARITIES:
-            raise ValueError(
-                f"similarity={self.similarity!r} is unknown; choose one of "
-                f"{', '.join(SIMILARITIES)}"
-            )
+            checks.whole(getattr(self, name), name, below=2**20)
+        checks.choice(self.similarity, "similarity", tuple(SIMILARITIES))
 
     def init(self, matrices: int) -> "Adaptation":
         """Nothing seen yet, every gap as it was given."""

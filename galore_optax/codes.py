@@ -191,7 +191,9 @@ class Affine:
         last = 2**self.bits - 1
         scales = _normal((high - low) / last)
         x = (blocks - low) / jnp.where(scales == 0, 1, scales)
-        codes = jnp.clip(jnp.floor(x + _up(key, x)), 0, last)
+        # Not floor(x + ...): of 128 and more, float32 would round the sum up.
+        whole = jnp.floor(x)
+        codes = jnp.clip(whole + (x - whole >= _up(key, x)), 0, last)
         return codes.astype(jnp.int32).astype(jnp.uint8), scales, low
 
     def decode(self, codes, scales, offsets):
@@ -211,7 +213,7 @@ def _normal(scales: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _up(key: PRNGKeyArray | None, like: Float[Array, "..."]) -> Any:
-    """What a number is raised by before it is rounded down: a half, or anything below one."""
+    """From which fraction on a number is rounded up: a half, or anything below one."""
     if key is None:
         return 0.5
     return (random_bits(key, like.shape).astype(like.dtype) + 0.5) / 2**16

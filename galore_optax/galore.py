@@ -8,8 +8,6 @@ GaLore (arXiv:2403.03507, algorithm 2), for a weight W with gradient G and every
     W ← W + scale · P N             learning rate and sign are the inner's
 """
 
-import math
-import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,15 +18,32 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
+from galore_optax import checks
 from galore_optax.accumulate import SubspaceTransformation
 from galore_optax.adaptive_refresh import SIMILARITIES, AdaptiveRefresh
 from galore_optax.decoupled_decay import decay, update_and_slopes
 from galore_optax.matrices import WeightDimensionNumbers
-from galore_optax.moments import RULES, CarryOver, MomentsFunction, places, reset
+from galore_optax.moments import (
+    RULES,
+    CarryOver,
+    MomentsFunction,
+    check_rule,
+    places,
+    reset,
+)
 from galore_optax.nnx_variables import without_variables
 from galore_optax.projection import SIDES, Projection, Rank, checked_rank, projections
 from galore_optax.quantized import dequantized, is_quantized
-from galore_optax.refresh import by_leaf, flat, matrices, refresh, steps_to_next
+from galore_optax.refresh import (
+    by_leaf,
+    check_subspace,
+    flat,
+    later,
+    matrices,
+    multiplied,
+    refresh,
+    steps_to_next,
+)
 from galore_optax.remembered_params import remembers_params
 from galore_optax.sharding import explain_sharding_errors, explicit_axes, sharded_like
 from galore_optax.subspace import SUBSPACES, FindSubspace
@@ -170,20 +185,22 @@ def galore(
         (64, 8)
     """
     if not callable(rank):
-        _check_static(rank, "rank")
+        checks.static(rank, "rank")
         rank = checked_rank(rank)
     if not callable(update_proj_gap):
-        update_proj_gap = _whole(update_proj_gap, "update_proj_gap")
+        update_proj_gap = checks.whole(update_proj_gap, "update_proj_gap")
     if not callable(subspace):
-        _check_choice(subspace, "subspace", tuple(SUBSPACES))
-    _check_choice(side, "side", SIDES)
+        checks.choice(subspace, "subspace", tuple(SUBSPACES))
+    checks.choice(side, "side", SIDES)
     if not (moments is None or callable(moments)):
-        _check_choice(moments, "moments", RULES)
-    # Under inject_hyperparams the scale is an array, whose value is not known here.
-    if isinstance(scale, int | float) and not math.isfinite(scale):
-        raise ValueError(f"scale={scale} is not finite; the paper uses 0.25")
-    if projection_bits not in (None, 4, 8):
-        raise ValueError(f"projection_bits={projection_bits!r}: choose 4, 8, or None for none")
+        checks.choice(moments, "moments", RULES)
+    scale = checks.number(scale, "scale", such_as=0.25)
+    checks.choice(stagger, "stagger", (False, True))
+    checks.choice(projection_bits, "projection_bits", (None, 4, 8))
+    checks.choice(decoupled_decay, "decoupled_decay", (None, False, True))
+    if rank_schedule is not None and not callable(rank_schedule):
+        checks.schedule(rank_schedule, "rank_schedule", above=0)  # raises
+    seed = checks.whole(seed, "seed", least=0, below=2**32)
     if not (adaptive_refresh is None or isinstance(adaptive_refresh, AdaptiveRefresh)):
         raise ValueError(
             f"adaptive_refresh={adaptive_refresh!r} is no AdaptiveRefresh; give AdaptiveRefresh() "
@@ -200,9 +217,15 @@ def galore(
     similarity = SIMILARITIES[adaptive_refresh.similarity] if adaptive_refresh else None
 
     def init(params: optax.Params) -> GaLoreState:
+        if callable(update_proj_gap):
+            checks.schedule(update_proj_gap, "update_proj_gap", above=0)
+        if rank_schedule is not None:
+            checks.schedule(rank_schedule, "rank_schedule", above=0, most=1)
         params = dequantized(without_variables(params))
         leaves, tree = jax.tree.flatten(params)
         plans = projections(params, weight_dimension_numbers, rank, side)
+        if callable(subspace):
+            check_subspace(subspace, plans)
         _warn_of_left_out(leaves, plans, weight_dimension_numbers)
         key = jax.random.key(seed)
         bases: list[Any] = [optax.MaskedNode()] * len(leaves)
@@ -211,7 +234,7 @@ def galore(
                 leaves[i] = jnp.zeros(leaves[i].shape, leaves[i].dtype)
             if plan is None:
                 continue
-            found = plan.random_bases(leaves[i], key, projection_bits)
+            found = plan.random_bases(leaves[i], key, projection_bits, rank_schedule is not None)
             bases[i] = found[0] if len(found) == 1 else found
             leaves[i] = plan.into(found, leaves[i])
         small = tree.unflatten(leaves)
@@ -224,7 +247,11 @@ def galore(
             )
         inner_state = inner.init(small)
         if rule != "keep" and any(plans):
-            places(inner, inner_state, params, plans)  # raises here, not in the first update
+            # Raises here, not in the first update.
+            moments_of = places(inner, inner_state, params, plans)
+            if callable(rule):
+                inner_leaves = jax.tree.leaves(inner_state, is_leaf=is_quantized)
+                check_rule(rule, inner_leaves, moments_of, plans)
         several = max(1, matrices(plans))
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
@@ -235,6 +262,17 @@ def galore(
             inner=inner_state,
         )
 
+    def plans_of(
+        like: optax.Updates, state: GaLoreState, params: optax.Params | None
+    ) -> list[Projection | None]:
+        # As `init` made them of the params, whose dtypes may be others than the gradients'.
+        tree = jax.tree.structure(like)
+        if params is not None:
+            like = tree.unflatten(dequantized(tree.flatten_up_to(params)))
+        plans = projections(like, weight_dimension_numbers, rank, side)
+        left_out = [isinstance(b, optax.MaskedNode) for b in tree.flatten_up_to(state.bases)]
+        return [None if out else plan for out, plan in zip(left_out, plans, strict=True)]
+
     def refresh_due(
         gradient: optax.Updates,
         state: GaLoreState,
@@ -244,7 +282,7 @@ def galore(
         layers: int = 1,
     ) -> GaLoreState:
         grads, tree = jax.tree.flatten(gradient)
-        plans = projections(gradient, weight_dimension_numbers, rank, side)
+        plans = plans_of(gradient, state, params)
         if not any(plans):
             return state
         count = jnp.asarray(state.count)
@@ -255,14 +293,14 @@ def galore(
         gaps = steps_to_next(plans, due, count, update_proj_gap, stagger, *which)
         if adaptive_refresh:
             factors = by_leaf(plans, state.adaptation.factor)
-            gaps = [gap * factor for gap, factor in zip(gaps, factors, strict=True)]
+            gaps = list(map(multiplied, gaps, factors))
         kept = None if rank_schedule is None else jnp.asarray(rank_schedule(count), jnp.float32)
         inner_leaves, inner_tree = jax.tree.flatten(state.inner, is_leaf=is_quantized)
         moments_of = [[[] for _ in range(plan.matrices)] if plan else [] for plan in plans]
         if rule != "keep":
             moments_of = places(inner, state.inner, gradient, plans)
         refreshed = [jnp.zeros(plan.matrices if plan else 0, bool) for plan in plans]
-        similarities = [jnp.zeros(x.shape) for x in refreshed]
+        similarities = [jnp.zeros(x.shape, jnp.float32) for x in refreshed]
         for i, plan in enumerate(plans):
             if plan is None or not plan.modes:
                 continue
@@ -295,7 +333,7 @@ def galore(
                 adaptation, comparable, flat(similarities, jnp.float32)
             )
             longer = adaptation.factor // state.adaptation.factor - 1
-            next_refresh = next_refresh + longer * flat(gaps, jnp.int32)
+            next_refresh = later(next_refresh, longer * flat(gaps, jnp.int32))
         return GaLoreState(
             count=state.count,
             bases=tree.unflatten([b[0] if len(b) == 1 else b for b in bases]),
@@ -305,9 +343,11 @@ def galore(
             inner=inner_tree.unflatten(inner_leaves),
         )
 
-    def project(gradient: optax.Updates, state: GaLoreState) -> optax.Updates:
+    def project(
+        gradient: optax.Updates, state: GaLoreState, params: optax.Params | None = None
+    ) -> optax.Updates:
         grads, tree = jax.tree.flatten(gradient)
-        plans = projections(gradient, weight_dimension_numbers, rank, side)
+        plans = plans_of(gradient, state, params)
         return _projected(tree, plans, _bases(tree, state), grads)
 
     def finish(
@@ -318,7 +358,7 @@ def galore(
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         leaves, tree = jax.tree.flatten(like)
-        plans = projections(like, weight_dimension_numbers, rank, side)
+        plans = plans_of(like, state, params)
         bases = _bases(tree, state)
         weights = None if params is None else dequantized(tree.flatten_up_to(params))
 
@@ -363,7 +403,7 @@ def galore(
         if layer is not None:
             extra_args |= {"layer": layer, "layers": layers}
         state = refresh_due(updates, state, params, layer=layer, layers=layers)
-        return finish(project(updates, state), state, params, updates, **extra_args)
+        return finish(project(updates, state, params), state, params, updates, **extra_args)
 
     def update_projected(
         small: optax.Updates, state: GaLoreState, params: optax.Params, **extra_args: Any
@@ -396,26 +436,6 @@ def _after(known: Array | None, tree: Any) -> Any:
         return tree
     zero = jnp.isnan(known[(0,) * known.ndim]).astype(jnp.float32) * 0.0
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
-
-
-def _check_static(value: Any, name: str) -> None:
-    if isinstance(value, jax.Array):
-        raise ValueError(
-            f"{name}={value!r} is an array, yet it sets shapes; under optax.inject_hyperparams "
-            'name it in static_args=("rank", "update_proj_gap", "seed")'
-        )
-
-
-def _whole(value: int, name: str) -> int:
-    _check_static(value, name)
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
-        raise ValueError(f"{name}={value!r} is no whole number of at least 1")
-    return operator.index(value)
-
-
-def _check_choice(value: Any, name: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(accepted)}")
 
 
 def _warn_of_left_out(

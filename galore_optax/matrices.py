@@ -8,6 +8,7 @@ kernel) is projected along each of its axes (Tensor-GaLore, arXiv:2501.02379).
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -85,7 +86,9 @@ WeightDimensionNumbers = (
 def _is_dimension_numbers(x: Any) -> bool:
     # By attribute, so that optax.contrib's tuple of the same name is taken as well.
     matrix = hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
-    return x is None or matrix or isinstance(x, TuckerDimensionNumbers)
+    return (
+        x is None or (not isinstance(x, type) and matrix) or isinstance(x, TuckerDimensionNumbers)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +99,14 @@ class LeafView:
         shape: The leaf's own shape.
         batch_axes: Axes along which the matrices are stacked.
         modes: For each axis of a matrix or tensor, the leaf's axes that are merged into it.
+        tensor: Whether each of them is projected by a basis of its own (Tucker), though there may
+            be two.
     """
 
     shape: tuple[int, ...]
     batch_axes: tuple[int, ...]
     modes: tuple[tuple[int, ...], ...]
+    tensor: bool = False
 
     def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in axes)
@@ -124,8 +130,19 @@ class LeafView:
         return leaf.transpose(self._order).reshape(*self.batch_shape, *self.sizes)
 
 
+def _listed(axes: Any) -> tuple[int, ...]:
+    """An axis, or several, as a tuple of them."""
+    given = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
+    if not given or any(isinstance(x, bool) or not hasattr(x, "__index__") for x in given):
+        raise ValueError(
+            f"weight_dimension_numbers: {axes!r} is neither the number of an axis nor a tuple of "
+            "such numbers"
+        )
+    return tuple(map(operator.index, given))
+
+
 def _axes(axes: int | Sequence[int], name: str, path: str, ndim: int) -> tuple[int, ...]:
-    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    given = _listed(axes)
     if not given or any(not -ndim <= axis < ndim for axis in given):
         raise ValueError(
             f"weight_dimension_numbers: {name}={axes} at {path} does not name axes of a leaf with "
@@ -154,7 +171,7 @@ def _axes_needed(numbers: Any) -> int:
         named = (numbers.axes,)
     else:
         named = (numbers.reduction_axis, numbers.output_axis)
-    merged = [axis for axes in named for axis in ([axes] if isinstance(axes, int) else axes)]
+    merged = [axis for axes in named for axis in _listed(axes)]
     return max(len(merged), *(axis + 1 if axis >= 0 else -axis for axis in merged))
 
 
@@ -181,7 +198,7 @@ def _view(leaf: Any, numbers: Any, path: str) -> LeafView | None:
             "None in its place to leave it to the inner transformation as it is"
         )
     batch = tuple(axis for axis in range(ndim) if axis not in named)
-    return LeafView(tuple(leaf.shape), batch, modes)
+    return LeafView(tuple(leaf.shape), batch, modes, isinstance(numbers, TuckerDimensionNumbers))
 
 
 def matrix_views(

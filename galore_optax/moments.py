@@ -171,6 +171,12 @@ class CarryOver:
         by_mode = dict(zip(self.projection.modes, transitions, strict=True))
         floats = dequantized(tuple(moments))
         carried = [self._carried(i, floats, by_mode) for i in range(len(floats))]
+        for (name, _), new, moment in zip(self.names, carried, floats, strict=True):
+            if jnp.shape(new) != moment.shape:
+                raise ValueError(
+                    f"moments: of the moment {name!r}, of shape {moment.shape}, it makes one of "
+                    f"shape {jnp.shape(new)}"
+                )
         return tuple(
             stored_like(c.astype(m.dtype), m) for c, m in zip(carried, moments, strict=True)
         )
@@ -218,6 +224,36 @@ class CarryOver:
         else:
             axes = tuple(range(len(shape)))
         return axes if moment.shape == tuple(shape[axis] for axis in axes) else ()
+
+
+def check_rule(
+    rule: MomentsFunction,
+    leaves: Sequence[Any],
+    moments_of: Sequence[Sequence[Sequence[Place]]],
+    plans: Sequence[Projection | None],
+) -> None:
+    """Whether a user's function carries moments over.
+
+    Args:
+        rule: The function.
+        leaves: Of the inner's state.
+        moments_of: From `places`.
+        plans: How each leaf is projected.
+
+    Raises:
+        ValueError: If it makes moments of another shape, or cannot be called.
+    """
+    for plan, matrices in zip(plans, moments_of, strict=True):
+        if plan is None or not matrices or not matrices[0]:
+            continue
+        carry_over = CarryOver(plan, rule, tuple((p.name, p.container) for p in matrices[0]))
+        turns = [jax.ShapeDtypeStruct((rank, rank), jnp.float32) for rank in plan.ranks]
+        own = tuple(leaves[place.position] for place in matrices[0])
+        try:
+            jax.eval_shape(carry_over, turns, own)
+        except Exception as error:
+            said = str(error).removeprefix("moments: ")
+            raise ValueError(f"moments: the function does not carry them over: {said}") from error
 
 
 def transition(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Array, "r r"]:

@@ -19,7 +19,7 @@ from galore_optax.dataflow import traced_update
 # Primitives that give nothing below zero: of anything, and of what is not below zero itself.
 _OF_ANYTHING = {"abs", "square", "exp", "exp2", "logistic", "sqrt", "rsqrt", "iota"}
 _OF_SUCH = {
-    "add", "add_any", "mul", "div", "max", "min", "pow", "integer_pow", "log1p", "cbrt",
+    "add", "add_any", "mul", "div", "min", "pow", "integer_pow", "log1p", "cbrt",
     "reduce_sum", "reduce_max", "reduce_min", "dot_general", "cumsum", "concatenate", "pad",
     "broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "dynamic_slice", "rev",
     "dynamic_update_slice", "convert_element_type", "reduce_precision", "copy", "stop_gradient",
@@ -92,6 +92,8 @@ def _of_equation(equation: Any, into: list[bool]) -> list[bool]:
         first = invars[0]
         one = isinstance(first, Literal) and np.ndim(first.val) == 0 and first.val == 1
         return [one and invars[1].aval.shape == ()]
+    if name == "max":
+        return [any(into)]
     even = name == "integer_pow" and params["y"] % 2 == 0
     squared = name == "mul" and invars[0] is invars[1]
     return [even or squared or name in _OF_ANYTHING or (name in _OF_SUCH and all(into))] * outputs
@@ -99,8 +101,10 @@ def _of_equation(equation: Any, into: list[bool]) -> list[bool]:
 
 def _known(value: Any) -> bool:
     """Whether a constant is seen to be not below zero, without looking at large ones."""
+    # A random key has no number.
     return (
         np.size(value) <= 1
+        and not jnp.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended)
         and jnp.issubdtype(np.asarray(value).dtype, np.number)  # bfloat16, too
         and bool(np.all(np.asarray(value) >= 0))
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -120,13 +121,18 @@ class Projection:
         return operands
 
     def random_bases(
-        self, leaf: Float[Array, "..."], key: PRNGKeyArray, bits: int | None = None
+        self,
+        leaf: Float[Array, "..."],
+        key: PRNGKeyArray,
+        bits: int | None = None,
+        by_column: bool = False,
     ) -> Bases:
         """Random orthonormal bases in the leaf's dtype, sharded as their axes of the leaf.
 
         Their columns are coordinates, drawn without repetition: orthonormal in any dtype and code,
-        and made without a factorization. With `bits` they are stored in so many each. The matrices
-        of a stack begin with the same basis, as they do where each of them is a leaf of that path
+        and made without a factorization. With `bits` they are stored in so many each, `by_column`
+        in groups of one column each, so that a column of zeros stays one. The matrices of a stack
+        begin with the same basis, as they do where each of them is a leaf of that path
         (`galore_optax.layerwise`).
         """
 
@@ -142,7 +148,7 @@ class Projection:
             return tuple(basis(*pair) for pair in zip(self.modes, self.ranks, strict=True))
 
         bases = with_automatic_axes(draw, lambda mesh: self._specs(mesh, leaf)[0], leaf)
-        return bases if bits is None else tuple(_stored(basis, bits) for basis in bases)
+        return bases if bits is None else tuple(_stored(b, bits, by_column) for b in bases)
 
     def _specs(
         self, mesh: Mesh | AbstractMesh, leaf: Array
@@ -175,9 +181,10 @@ class Projection:
         return bases, (small,) * self.matrices if batch else small
 
 
-def _stored(basis: Float[Array, "*batch n r"], bits: int) -> QuantizedArray:
+def _stored(basis: Float[Array, "*batch n r"], bits: int, by_column: bool) -> QuantizedArray:
     """In groups of 256 elements (Q-GaLore, arXiv:2407.08296, section 3.1) of one matrix."""
-    return quantize(basis, Affine(bits), block=256, axis=-1 if basis.shape[-1] >= 256 else -2)
+    by_column = by_column or basis.shape[-1] < 256
+    return quantize(basis, Affine(bits), block=256, axis=-2 if by_column else -1)
 
 
 def unfold(matrix: Float[Array, "..."], mode: int) -> Float[Array, "n m"]:
@@ -199,7 +206,7 @@ def checked_rank(value: Any, name: str = "rank") -> int | float:
     """
     if isinstance(value, float) and 0 < value <= 1:
         return value
-    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    whole = hasattr(value, "__index__") and not isinstance(value, bool | np.ndarray)
     if whole and operator.index(value) >= 1:
         return operator.index(value)
     raise ValueError(
@@ -225,7 +232,7 @@ def projections(
         def within(size: int) -> int:
             return min(asked if isinstance(asked, int) else max(1, round(asked * size)), size)
 
-        if len(view.modes) != 2:
+        if view.tensor:
             ranks = {m: within(n) for m, n in enumerate(view.sizes) if within(n) < n}
             return Projection(view, tuple(ranks), tuple(ranks.values()), path)
         rows, columns = view.sizes

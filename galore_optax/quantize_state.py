@@ -4,6 +4,7 @@ Between two steps they are codes (8-bit optimizers, Dettmers et al., arXiv:2110.
 Li et al., arXiv:2309.01507); within a step they are what the transformation expects.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from galore_optax import checks
 from galore_optax.codes import Code, Dynamic, Table
 from galore_optax.elementwise import updated
 from galore_optax.nnx_variables import without_variables
 from galore_optax.nonnegative import nonnegative_state
 from galore_optax.quantized import is_quantized, quantize
+from galore_optax.sensitive import sensitive_state
 
 # Of the codes tried on the moments of a LLaMA (benchmarks/four_bit_codes.py) these change Adam's
 # update least: squares for numbers with a sign, and over four powers of ten for those without.
@@ -40,8 +43,11 @@ def quantize_state(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` with each large floating-point array of its state as a `QuantizedArray`.
 
-    What is not zero is never rounded to zero where numbers have no sign: a second moment of zero
-    would make the next update as large as the first moment over eps. Zeros stay zeros.
+    What is not zero is never rounded to zero where numbers have no sign, nor in 8 bits where they
+    have one: a second moment of zero would make the next update as large as the first moment over
+    eps. Zeros stay zeros. Two kinds of arrays are therefore held in more bits, with a warning: in 8
+    instead of 4 what the update divides by and may have a sign (or all that may, where it cannot be
+    traced), and as floats what it takes a root of the difference of, such as E[g²] - E[g]².
 
     Args:
         inner: The transformation.
@@ -51,14 +57,15 @@ def quantize_state(
             layers counts whole; with `galore_optax.unstacked` around, each layer by itself.
         unsigned: From the path of an array in the state, such as "[0].nu['w']", to whether it is
             never below zero; what is below it then becomes zero. None finds out by itself
-            (`galore_optax.nonnegative`); arrays of which that cannot be shown have a sign.
+            (`galore_optax.nonnegative`); arrays of which that cannot be shown have a sign. With a
+            function all arrays are held in `bits`.
 
     Returns:
         The transformation. Its state is that of `inner` with `QuantizedArray`s in place of arrays.
 
     Raises:
-        ValueError: If `bits` is neither 8 nor 4, `min_size` is negative, or `inner` is no
-            transformation.
+        ValueError: If `bits` is neither 8 nor 4, `min_size` is negative, `unsigned` is no function
+            or `inner` no transformation; at `init`, if the state of `inner` has `QuantizedArray`s.
 
     References:
         Dettmers et al., `8-bit Optimizers via Block-wise Quantization
@@ -72,17 +79,19 @@ def quantize_state(
         >>> state[0].mu["w"].nbytes, state[0].mu["b"].nbytes
         (16640, 1024)
     """
-    if bits not in CODES:
-        raise ValueError(f"bits={bits!r}: choose one of {', '.join(map(str, CODES))}")
-    if isinstance(min_size, bool) or not isinstance(min_size, int) or min_size < 0:
-        raise ValueError(f"min_size={min_size!r} is no number of elements; give 0 or more")
+    checks.choice(bits, "bits", tuple(CODES))
+    min_size = checks.whole(min_size, "min_size", least=0)
+    if not (unsigned is None or callable(unsigned)):
+        raise ValueError(
+            f"unsigned={unsigned!r} is no function; give one from an array's path to whether it is "
+            "never below zero, or None"
+        )
     if not isinstance(inner, optax.GradientTransformation):
         raise ValueError(
             f"inner={inner!r} is no optax.GradientTransformation; give one, such as "
             "optax.adam(1e-3)"
         )
     inner = optax.with_extra_args_support(inner)
-    signed_code, unsigned_code, block = CODES[bits]
 
     def large(leaf: Any) -> bool:
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -91,20 +100,30 @@ def quantize_state(
     def init(params: optax.Params) -> optax.OptState:
         params = without_variables(params)
         state = inner.init(params)
-        leaves, tree = jax.tree.flatten(state, is_leaf=is_quantized)
-        if not any(map(large, leaves)):
+        pairs, tree = jax.tree.flatten_with_path(state, is_leaf=is_quantized)
+        paths = [jax.tree_util.keystr(path) for path, _ in pairs]
+        leaves = [leaf for _, leaf in pairs]
+        if any(map(is_quantized, leaves)):
+            raise ValueError(
+                "inner: its state is in few bits already, in part; put quantize_state around that "
+                "part of it that has floats, such as the inner transformation of galore"
+            )
+        chosen = [i for i, leaf in enumerate(leaves) if large(leaf)]
+        if not chosen:
             return state
-        if unsigned is None:
-            marks = nonnegative_state(inner, params)
-        else:
-            paths = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
-            marks = [unsigned(jax.tree_util.keystr(path)) for path, _ in paths]
-        return tree.unflatten(
-            quantize(_opaque(x), unsigned_code if mark else signed_code, block=block)
-            if large(x)
-            else x
-            for x, mark in zip(leaves, marks, strict=True)
-        )
+        marks = list(map(unsigned, paths)) if unsigned else nonnegative_state(inner, params)
+        divisors, differences = ([], []) if unsigned else sensitive_state(inner, params, state)
+        for i in chosen:
+            if i in differences:
+                _warn(paths[i], "as floats: the update takes a root of its difference with another")
+                continue
+            careful = bits == 4 and i in divisors and not marks[i]
+            if careful:
+                _warn(paths[i], "in 8 bits: the update may divide by it, and it may have a sign")
+            signed_code, unsigned_code, block = CODES[8 if careful else bits]
+            code = unsigned_code if marks[i] else signed_code
+            leaves[i] = quantize(_opaque(leaves[i]), code, block=block)
+        return tree.unflatten(leaves)
 
     def update(
         updates: optax.Updates,
@@ -119,6 +138,10 @@ def quantize_state(
 
     # optax's types say that a state is any tree, not which one.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
+
+
+def _warn(path: str, held: str) -> None:
+    warnings.warn(f"quantize_state holds {path} {held}", stacklevel=4)
 
 
 def _opaque(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from galore_optax import checks
 from galore_optax.codes import Affine, random_bits
 from galore_optax.elementwise import chunks, over_chunks
 from galore_optax.quantized import QuantizedArray, added, is_quantized, quantize
@@ -44,7 +46,8 @@ def quantize_weights(
         layer at a time. Of a stack each matrix is a `QuantizedArray` again.
 
     Raises:
-        ValueError: If `bits` is neither 8 nor 4, or a chosen leaf cannot be quantized.
+        ValueError: If `bits` is neither 8 nor 4, `block` is no whole number from 1, `which` is
+            something else, or a chosen leaf cannot be quantized or is.
 
     References:
         Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.3.
@@ -56,28 +59,45 @@ def quantize_weights(
         >>> params["w"].nbytes, params["norm"].nbytes
         (16896, 1024)
     """
-    if bits not in (4, 8):
-        raise ValueError(f"bits={bits!r}: choose 8 or 4")
+    checks.choice(bits, "bits", (8, 4))
+    block = checks.whole(block, "block")
 
     def matrix(path: str, leaf: Any) -> bool:
         del path
-        return leaf.ndim >= 2 and leaf.size >= 4096 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return is_quantized(leaf) or (
+            leaf.ndim >= 2 and leaf.size >= 4096 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        )
 
     if which is None or callable(which):
         choose = which or matrix
         chosen = jax.tree.map_with_path(
-            lambda path, leaf: choose(jax.tree_util.keystr(path), leaf), params
+            lambda path, leaf: choose(jax.tree_util.keystr(path), leaf),
+            params,
+            is_leaf=is_quantized,
         )
     else:
-        chosen = jax.tree.broadcast(which, params)
+        wrong = [x for x in jax.tree.leaves(which) if not isinstance(x, bool | np.bool_)]
+        if wrong:
+            raise ValueError(
+                f"which={which!r} is neither a function of path and leaf nor a tree of booleans"
+            )
+        chosen = jax.tree.broadcast(which, params, is_leaf=is_quantized)
 
-    def held(leaf: Any, chosen: bool) -> Any:
+    def held(path: Any, leaf: Any, chosen: bool) -> Any:
         if not chosen:
             return leaf
+        name = jax.tree_util.keystr(path)
+        if is_quantized(leaf):
+            raise ValueError(f"params: the leaf at {name} is in {leaf.code.bits} bits already")
+        if np.ndim(leaf) == 0 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"which: the leaf at {name}, of shape {leaf.shape} and dtype {leaf.dtype}, cannot "
+                "be held in few bits; choose floating-point leaves with axes"
+            )
         axis = -2 if leaf.ndim > 1 and leaf.shape[-1] < min(block, leaf.shape[-2]) else -1
         return quantize(leaf, Affine(bits), block=block, axis=axis)
 
-    return jax.tree.map(held, params, chosen)
+    return jax.tree.map_with_path(held, params, chosen, is_leaf=is_quantized)
 
 
 def value_and_grad(
@@ -184,6 +204,9 @@ def apply_updates(
         key: A new one at each step; None rounds to the nearest everywhere, which loses updates
             below half a step of the code.
 
+    Raises:
+        ValueError: If `key` is none, or an update is held in few bits itself.
+
     References:
         Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.4.
 
@@ -198,9 +221,15 @@ def apply_updates(
         >>> round(float(jnp.mean(new.astype(jnp.float32))), 4)
         1.0001
     """
+    if not (key is None or hasattr(key, "dtype")):
+        raise ValueError(f"key={key!r} is no key; give one, such as jax.random.key(0), or None")
     leaves, tree = jax.tree.flatten_with_path(params, is_leaf=is_quantized)
     new: list[Any] = []
     for (path, param), update in zip(leaves, tree.flatten_up_to(updates), strict=True):
+        if is_quantized(update):
+            raise ValueError(
+                f"updates: the one at {jax.tree_util.keystr(path)} is a QuantizedArray; give arrays"
+            )
         hashed = zlib.crc32(jax.tree_util.keystr(path).encode())
         own = None if key is None else jax.random.fold_in(key, hashed)
         if is_quantized(param) or (own is not None and param.dtype == jnp.bfloat16):

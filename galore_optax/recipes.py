@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from galore_optax import checks
 from galore_optax.accumulate import SubspaceTransformation
 from galore_optax.adapter import factor_dimension_numbers, is_adapter
 from galore_optax.adaptive_refresh import AdaptiveRefresh
@@ -71,7 +72,7 @@ def galore_adamw(
     """
     return galore(
         rank,
-        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+        _adamw(learning_rate, b1, b2, eps, weight_decay),
         update_proj_gap=update_proj_gap,
         scale=scale,
         subspace=subspace,
@@ -119,7 +120,7 @@ def adamw8bit(
         16640
     """
     return quantize_state(
-        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+        _adamw(learning_rate, b1, b2, eps, weight_decay),
         bits,
     )
 
@@ -184,7 +185,7 @@ def galore_adamw8bit(
     return galore(
         rank,
         quantize_state(
-            optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+            _adamw(learning_rate, b1, b2, eps, weight_decay),
             bits,
         ),
         update_proj_gap=update_proj_gap,
@@ -266,7 +267,7 @@ def q_galore_adamw8bit(
     return galore(
         rank,
         quantize_state(
-            optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+            _adamw(learning_rate, b1, b2, eps, weight_decay),
             bits,
         ),
         update_proj_gap=update_proj_gap,
@@ -342,6 +343,15 @@ def galore_adafactor(
         >>> tx = galore_adafactor(0.01, rank=8, momentum=0.9)
         >>> state = tx.init({"w": jnp.ones((64, 256))})
     """
+    checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
+    checks.number(weight_decay, "weight_decay", least=0, such_as=0.1)
+    checks.number(decay_rate, "decay_rate", least=0, such_as=0.8)
+    checks.number(eps, "eps", least=0, such_as=1e-30)
+    checks.whole(min_dim_size_to_factor, "min_dim_size_to_factor")
+    if momentum is not None:
+        checks.number(momentum, "momentum", least=0, below=1, such_as=0.9)
+    if clipping_threshold is not None:
+        checks.number(clipping_threshold, "clipping_threshold", least=0, such_as=1.0)
     steps = [
         optax.scale_by_factored_rms(
             decay_rate=decay_rate, epsilon=eps, min_dim_size_to_factor=min_dim_size_to_factor
@@ -446,7 +456,7 @@ def gradnorm_lorp_adamw(
     numbers = weight_dimension_numbers
     if numbers is None:
         numbers = _factors_or_matrices
-    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    adamw = _adamw(learning_rate, b1, b2, eps, weight_decay)
     tx = galore(
         rank,
         adamw if bits is None else quantize_state(adamw, bits),
@@ -480,6 +490,17 @@ def gradnorm_lorp_adamw(
         return tx.init(params)
 
     return SubspaceTransformation(init, tx.update, tx.refresh, tx.project, tx.update_projected)
+
+
+def _adamw(
+    learning_rate: optax.ScalarOrSchedule, b1: Any, b2: Any, eps: Any, weight_decay: Any
+) -> optax.GradientTransformationExtraArgs:
+    checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
+    checks.number(b1, "b1", least=0, below=1, such_as=0.9)
+    checks.number(b2, "b2", least=0, below=1, such_as=0.999)
+    checks.number(eps, "eps", least=0, such_as=1e-8)
+    checks.number(weight_decay, "weight_decay", least=0, such_as=0.1)
+    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
 def _factors_or_matrices(params: optax.Params) -> optax.Params:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
+from galore_optax import checks
 from galore_optax.adaptive_refresh import Similarity
 from galore_optax.moments import CarryOver, transition
 from galore_optax.projection import Bases, Projection, unfold
@@ -27,6 +28,8 @@ from galore_optax.subspace import FindSubspace, refreshed
 Moments = tuple[tuple[Any, ...], ...]
 Change = tuple[tuple[Float[Array, "r r"], ...], Float[Array, ""]]
 """The transitions from old bases to new ones, if moments are carried over, and their similarity."""
+
+_LAST = 2**31 - 1
 
 
 def matrices(plans: Sequence[Projection | None]) -> int:
@@ -61,7 +64,9 @@ def steps_to_next(
 
     Of `layers` layers these are the leaves of `layer`; all layers' are counted leaf by leaf.
     """
-    steps = jnp.maximum(jnp.asarray(gap(count) if callable(gap) else gap, jnp.int32), 1)
+    steps = jnp.asarray(gap(count) if callable(gap) else gap)
+    # A gap that is infinite, or no number, is one that never ends.
+    steps = jnp.where(steps < 2**30, jnp.maximum(steps, 1), 2**30).astype(jnp.int32)
     total = matrices(plans) * layers
     gaps, before = [], 0
     for plan, at in zip(plans, due, strict=True):
@@ -77,6 +82,32 @@ def steps_to_next(
         gaps.append(own)
         before += layers * plan.matrices
     return gaps
+
+
+def later(step: Int[Array, "*n"], gap: Int[Array, "*n"]) -> Int[Array, "*n"]:
+    """So many steps later, or the last step that can be counted."""
+    return step + jnp.minimum(gap, _LAST - step)
+
+
+def multiplied(gap: Int[Array, "*n"], factor: Int[Array, "*n"]) -> Int[Array, "*n"]:
+    """The gap so many times, or as often as can be counted."""
+    return jnp.minimum(gap, _LAST // factor) * factor
+
+
+def check_subspace(find: FindSubspace, plans: Sequence[Projection | None]) -> None:
+    """Whether a user's function finds bases of the right shape.
+
+    Raises:
+        ValueError: If it does not, or cannot be called.
+    """
+    for plan in filter(None, plans):
+        for mode, rank in zip(plan.modes, plan.ranks, strict=True):
+            n = plan.view.sizes[mode]
+            gradient, basis = (
+                jax.ShapeDtypeStruct((n, m), jnp.float32)
+                for m in (math.prod(plan.view.sizes) // n, rank)
+            )
+            checks.gives(find, "subspace", (gradient, basis, jax.random.key(0)), basis)
 
 
 # Compiled on its own, since outside of jit every conditional would be compiled anew at every call.
@@ -166,7 +197,7 @@ def _refresh(
             found = jnp.all(jnp.array([ok for _, ok in pairs]))
             new = tuple(stored_like(p[0], basis) for p, basis in zip(pairs, bases, strict=True))
             new = jax.tree.map(partial(jnp.where, found), new, bases)
-            return new, change(old, dequantized(new)), jnp.where(found, count + gap, due)
+            return new, change(old, dequantized(new)), jnp.where(found, later(count, gap), due)
 
         def stay() -> tuple[Bases, Change, Array]:
             none = jax.eval_shape(lambda b: change(dequantized(b), dequantized(b)), bases)
@@ -178,9 +209,9 @@ def _refresh(
         pairs = list(zip(old, new, strict=True))
         turns = () if carry_over is None else tuple(transition(a, b) for a, b in pairs)
         if similarity is None:
-            return turns, jnp.zeros(())
+            return turns, jnp.zeros((), jnp.float32)
         wide = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in pairs]
-        return turns, jnp.mean(jnp.array([similarity(a, b) for a, b in wide]))
+        return turns, jnp.mean(jnp.array([similarity(a, b) for a, b in wide], jnp.float32))
 
     def carried(turns: Any, found: Array, moments: tuple[Any, ...]) -> tuple[Any, ...]:
         if carry_over is None:
@@ -225,7 +256,7 @@ def _refresh(
         return new, turned, dues, similar
 
     def stay() -> tuple[Bases, Moments, Array, Array]:
-        return bases, moments, due, jnp.zeros(projection.matrices)
+        return bases, moments, due, jnp.zeros(projection.matrices, jnp.float32)
 
     refresh_all = stack if projection.view.batch_axes else single
     return jax.lax.cond(jnp.any(count >= due), refresh_all, stay)

@@ -8,6 +8,7 @@ The energy that a basis P keeps of a gradient G is ‖PᵀG‖² / ‖G‖² (Fr
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +38,17 @@ def orthonormalize(y: Float[Array, "n r"], passes: int = _PASSES) -> Float[Array
     rank = y.shape[-1]
     identity = jnp.eye(rank, dtype=y.dtype)
     for i in range(passes):
-        shift = _SHIFT * rank**0.5 * _SHIFT_DECAY**i
+        shift = _in(y.dtype, _SHIFT) * rank**0.5 * _SHIFT_DECAY**i
         gram = q.T @ q + shift * identity
         # The inverse of a small triangle and a product, since a triangular solve of the large
         # matrix would gather it where it is sharded.
         q = q @ jax.lax.platform_dependent(gram, cpu=_factor_inverse, default=_lapack_inverse).T
     return q
+
+
+def _in(dtype: Any, of_float32: float) -> float:
+    """What is as small in a dtype as a number is in float32."""
+    return of_float32 * float(jnp.finfo(dtype).eps / jnp.finfo(jnp.float32).eps)
 
 
 def _lapack_inverse(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
@@ -176,9 +182,9 @@ def _numbers(key: PRNGKeyArray, like: Float[Array, "n m"], columns: int) -> Floa
 
 
 def _with_noise(sketch: Float[Array, "n r"], noise: Float[Array, "n r"]) -> Float[Array, "n r"]:
-    """Completes a sketch of deficient rank, by less than any direction that float32 resolves."""
+    """Completes a sketch of deficient rank, by less than any direction that its dtype resolves."""
     largest = jnp.sqrt(jnp.max(jnp.sum(sketch * sketch, axis=0)))
-    return sketch + _NOISE * largest / sketch.shape[0] ** 0.5 * noise
+    return sketch + _in(sketch.dtype, _NOISE) * largest / sketch.shape[0] ** 0.5 * noise
 
 
 SUBSPACES: dict[str, FindSubspace] = {
@@ -201,8 +207,8 @@ def refreshed(
     A gradient that is zero or not finite has no subspace: the present basis stays, and the caller
     tries again at the next step. Computed in float32 (float64 for float64 gradients), after a
     division by the largest magnitude, so that no gradient leaves the dtype's range. With `kept`,
-    a fraction, only so many of the rank's columns are used, those with most energy; the others are
-    zero.
+    a fraction, only so many of the rank's columns are used (one at least), those with most energy;
+    the others are zero.
     """
     wide = jnp.promote_types(gradient.dtype, jnp.float32)
     largest = jnp.max(jnp.abs(gradient)).astype(wide)
@@ -212,7 +218,7 @@ def refreshed(
         found = find(unit, basis.astype(wide), key)
         if kept is not None:
             rank = found.shape[-1]
-            used = jnp.arange(rank) < jnp.ceil(kept * rank)
+            used = jnp.arange(rank) < jnp.maximum(jnp.ceil(kept * rank), 1)
             found = jnp.where(used, by_energy(found, unit), 0)
         usable = jnp.all(jnp.isfinite(found))
         return jnp.where(usable, found.astype(basis.dtype), basis), usable

@@ -41,7 +41,8 @@ def unstacked(
         place of a stack, in the order of its axes.
 
     Raises:
-        ValueError: At `init`, if a number of axes is none.
+        ValueError: If `tx` is no transformation or `param_axes` no function; at `init`, if what it
+            gives is no tree like the params, or a number of axes none.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -52,11 +53,20 @@ def unstacked(
         >>> len(mu["norm"]), mu["norm"][0].dtype, mu["head"].codes.dtype  # 512 are below 4,096
         (8, dtype('float32'), dtype('uint8'))
     """
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(f"tx={tx!r} is no optax.GradientTransformation; give one")
+    if not callable(param_axes):
+        raise ValueError(
+            f"param_axes={param_axes!r} is no function; give one from params to a tree like them"
+        )
     extra = optax.with_extra_args_support(tx)
 
     def stacks(params: optax.Params) -> tuple[list[Projection | None], Any]:
         leaves, tree = jax.tree.flatten_with_path(params)
-        axes = tree.flatten_up_to(param_axes(params))
+        try:
+            axes = tree.flatten_up_to(param_axes(params))
+        except ValueError as error:
+            raise ValueError(f"param_axes: it gives no tree like the params ({error})") from error
         return [_stack(*pair, n) for pair, n in zip(leaves, axes, strict=True)], tree
 
     def apart(params: optax.Params) -> optax.Params:
@@ -115,9 +125,9 @@ def _stack(path: Any, leaf: Any, axes: int | None) -> Projection | None:
     """A stack of what is not projected at all; None of what is no stack."""
     if axes is None:
         return None
-    if axes < 0:
+    if isinstance(axes, bool) or not hasattr(axes, "__index__") or axes < 0:
         raise ValueError(
-            f"param_axes: {axes} at {jax.tree_util.keystr(path)} is no number of axes; give 0 or "
+            f"param_axes: {axes!r} at {jax.tree_util.keystr(path)} is no number of axes; give 0 or "
             "more, or None to hand the leaf on whole"
         )
     stacked = max(len(leaf.shape) - axes, 0)

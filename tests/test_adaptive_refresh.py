@@ -216,10 +216,12 @@ def test_without_it_refreshes_are_counted_and_nothing_is_compared():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": float("nan")}, "threshold=nan is no finite number; the paper's is 0.4"),
-        ({"threshold": "high"}, "threshold='high' is no finite number"),
+        ({"threshold": float("nan")}, "threshold=nan: give a finite number"),
+        ({"threshold": "high"}, "threshold='high' is no number; give one, such as 0.4"),
         ({"window": 0}, "window=0 is no whole number of at least 1"),
         ({"window": 2.5}, "window=2.5 is no whole number"),
+        ({"window": 2**20}, "window=1048576 is too large; give less than 1048576"),
+        ({"similarity": ["overlap"]}, r"similarity=\['overlap'\] is unknown"),
         ({"max_factor": True}, "max_factor=True is no whole number"),
         ({"similarity": "cosine"}, f"similarity='cosine' is unknown; .* {', '.join(SIMILARITIES)}"),
     ],
@@ -234,3 +236,34 @@ def test_what_is_no_adaptive_refresh_is_refused():
         ValueError, match=r"adaptive_refresh=True is no AdaptiveRefresh; give Adapt"
     ):
         galore(2, optax.sgd(0.1), adaptive_refresh=True)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert AdaptiveRefresh(threshold=np.float32(0.5), window=np.int64(3)).window == 3
+
+
+def test_a_subspace_of_a_smaller_rank_is_as_similar_to_itself():
+    grad = jnp.outer(jnp.arange(1.0, 9), jnp.ones(12)) + jnp.eye(8, 12)
+    tx = galore(
+        8, optax.sgd(0.1), update_proj_gap=1, rank_schedule=lambda step: 0.25,
+        adaptive_refresh=AdaptiveRefresh(), subspace="svd",
+    )  # fmt: skip
+    state = tx.init(grad)
+    for _ in range(3):
+        _, state = tx.update(grad, state)
+    np.testing.assert_allclose(state.adaptation.recent[0, -1], 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_with_float64_at_hand(dtype):
+    with jax.enable_x64(True):
+        params = {"w": jnp.ones((8, 12), dtype), "s": jnp.ones((2, 8, 12), dtype)}
+        numbers = {"w": GaLoreDimensionNumbers(), "s": GaLoreDimensionNumbers(1, 2)}
+        tx = galore(
+            3, optax.adam(0.1), adaptive_refresh=AdaptiveRefresh(), update_proj_gap=1,
+            weight_dimension_numbers=numbers,
+        )  # fmt: skip
+        state = tx.init(params)
+        for _ in range(2):
+            _, state = tx.update(params, state, params)
+        assert (state.refreshes == 2).all()

@@ -11,9 +11,12 @@ import pytest
 from galore_optax import (
     GaLoreDimensionNumbers,
     TuckerDimensionNumbers,
+    adamw8bit,
     galore,
     galore_adafactor,
     galore_adamw,
+    galore_adamw8bit,
+    q_galore_adamw8bit,
 )
 
 PUBLISHED = np.load(Path(__file__).with_name("fixtures") / "galore_torch.npz")
@@ -303,11 +306,69 @@ def test_warns_of_what_it_leaves_out():
         (dict(subspace="pca"), "subspace='pca'"),
         (dict(side="top"), "side='top'"),
         (dict(inner=0.1), "inner=0.1"),
+        (dict(rank=np.array([4])), "rank=array"),
+        (dict(update_proj_gap=2**31), "update_proj_gap=2147483648 is too large"),
+        (dict(scale=None), "scale=None is no number; give one, such as 0.25"),
+        (dict(scale="0.25"), "scale='0.25' is no number"),
+        (dict(scale=1j), "scale=1j is no number"),
+        (dict(scale=10**40), "scale=1000.*: give a finite number"),
+        (dict(scale=np.float32("nan")), "scale=.*nan.*: give a finite number"),
+        (dict(scale=jnp.ones(2)), "scale=.* is no single real number"),
+        (dict(side=np.array(["left"])), "side=array"),
+        (dict(stagger="yes"), "stagger='yes' is unknown; choose one of False, True"),
+        (dict(decoupled_decay=0), "decoupled_decay=0 is unknown; choose one of None, False, True"),
+        (dict(projection_bits=jnp.array(4)), "projection_bits=.* in static_args"),
+        (dict(rank_schedule=0.5), "rank_schedule=0.5 is no function"),
+        (dict(seed=1.5), "seed=1.5 is no whole number of at least 0"),
+        (dict(seed=-1), "seed=-1"),
     ],
 )
 def test_arguments_out_of_range_name_themselves(arguments, names):
     with pytest.raises(ValueError, match=names):
         galore(**{"rank": 4, "inner": optax.adam(1e-3), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(update_proj_gap=lambda step: None), "update_proj_gap: it cannot be called with step"),
+        (
+            dict(update_proj_gap=lambda step: np.nan),
+            "update_proj_gap: at step 0 it gives nan",
+        ),
+        (dict(update_proj_gap=lambda: 3), "update_proj_gap: it cannot be called with step 0"),
+        (dict(update_proj_gap=lambda step: jnp.ones(3)), "update_proj_gap: at step 0 it gives"),
+        (dict(rank_schedule=lambda step: 0), "rank_schedule: at step 0 it gives 0; .* above 0, at"),
+        (dict(rank_schedule=lambda step: 1.5), "rank_schedule: at step 0 it gives 1.5"),
+        (dict(subspace=lambda g, b, key: b.T), r"subspace: .* of shape \(4, 8\)"),
+        (dict(subspace=lambda g: g), "subspace: it cannot be called with arguments of shapes"),
+        (dict(moments=lambda name, x, turn: x[0]), "moments: .* makes one of shape"),
+        (dict(moments=lambda name: None), "moments: the function does not carry them over"),
+    ],
+)
+def test_functions_that_give_something_else_are_refused_at_init(arguments, message):
+    tx = galore(**{"rank": 4, "inner": optax.adam(1e-3), **arguments})
+    with pytest.raises(ValueError, match=message):
+        tx.init(jnp.ones((8, 12)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (dict(learning_rate=None), "learning_rate=None"),
+        (dict(learning_rate="0.1"), "learning_rate='0.1'"),
+        (dict(learning_rate=float("nan")), "learning_rate=nan"),
+        (dict(b1=1.0), "b1=1.0: give a finite number, at least 0, less than 1"),
+        (dict(b2=None), "b2=None"),
+        (dict(eps="x"), "eps='x'"),
+        (dict(weight_decay=-1), "weight_decay=-1: give a finite number, at least 0"),
+    ],
+)
+@pytest.mark.parametrize("recipe", [galore_adamw, q_galore_adamw8bit, adamw8bit])
+def test_arguments_of_recipes_out_of_range_name_themselves(recipe, arguments, names):
+    rank = {} if recipe is adamw8bit else {"rank": 4}
+    with pytest.raises(ValueError, match=names):
+        recipe(**{"learning_rate": 0.1, **rank, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -317,6 +378,10 @@ def test_arguments_out_of_range_name_themselves(arguments, names):
         GaLoreDimensionNumbers(0, 0),
         {"w": 3},
         {"other": GaLoreDimensionNumbers()},
+        GaLoreDimensionNumbers("a", 1),
+        GaLoreDimensionNumbers(True, False),
+        TuckerDimensionNumbers(()),
+        TuckerDimensionNumbers,
     ],
 )
 def test_dimension_numbers_that_do_not_fit_are_refused_at_init(numbers):
@@ -465,3 +530,66 @@ def test_a_map_of_the_state_to_the_params_leaves_the_counters():
     halved = optax.tree_utils.tree_map_params(tx, lambda x: x.astype(jnp.bfloat16), state)
     assert halved.bases["w"].dtype == halved.inner[0].mu["w"].dtype == jnp.bfloat16
     assert halved.next_refresh.dtype == halved.count.dtype == jnp.int32
+
+
+def test_recipes_with_hyperparameters_say_what_is_to_be_static():
+    params = normal(0, 8, 12)
+    for recipe in (galore_adamw8bit, q_galore_adamw8bit):
+        static = ("rank", "update_proj_gap", "seed")
+        tx = optax.inject_hyperparams(recipe, static_args=static)(learning_rate=0.1, rank=2)
+        with pytest.raises(ValueError, match='"projection_bits", "bits"'):
+            tx.init(params)
+        static = (*static, "bits", "projection_bits")
+        tx = optax.inject_hyperparams(recipe, static_args=static)(learning_rate=0.1, rank=2)
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert jnp.isfinite(updates).all()
+
+
+@pytest.mark.parametrize("gap", [2**31 - 1, lambda step: jnp.where(step < 2, 2.0, jnp.inf)])
+def test_a_gap_that_never_ends_never_ends(gap):
+    tx = galore(3, optax.sgd(0.1), update_proj_gap=gap)
+    state, counts = tx.init(jnp.ones((8, 12))), []
+    for i in range(8):  # the first gradient is zero, so that the first refresh is late
+        _, state = tx.update(normal(i, 8, 12) * (i > 0), state)
+        counts.append(int(state.refreshes[0]))
+    assert counts == ([0, 1, 1, 1, 1, 1, 1, 1] if gap == 2**31 - 1 else [0, 1, 1, 2, 2, 2, 2, 2])
+
+
+def test_which_leaves_are_projected_is_decided_by_the_params():
+    params = {"w": jnp.ones((8, 12)), "i": jnp.ones((3, 4), jnp.int32)}
+    grads = {"w": normal(0, 8, 12), "i": jnp.zeros((3, 4))}
+    tx = galore(3, optax.sgd(0.1))
+    for given in (params, None):
+        updates, _ = tx.update(grads, tx.init(params), given)
+        assert not jnp.any(updates["i"])
+
+    def numbers(params):
+        low = jax.tree.map(lambda x: x.dtype == jnp.bfloat16, params)
+        return jax.tree.map(lambda yes: GaLoreDimensionNumbers() if yes else None, low)
+
+    params = {"w": jnp.ones((8, 12), jnp.bfloat16), "v": jnp.ones((8, 12))}
+    grads = {"w": normal(0, 8, 12), "v": normal(1, 8, 12)}
+    tx = galore(3, optax.adam(0.1), weight_dimension_numbers=numbers)
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert state.bases["v"] == optax.MaskedNode()
+    assert updates["w"].shape == (8, 12)
+
+
+@pytest.mark.parametrize("subspace", ["randomized", "power", "svd"])
+def test_float64_is_exact_to_its_own_rounding(subspace):
+    with jax.enable_x64(True):
+        grad = jax.random.normal(jax.random.key(0), (8, 12), jnp.float64)
+        tx = galore(1.0, optax.sgd(1.0), scale=1.0, subspace=subspace)
+        updates, _ = tx.update(grad, tx.init(grad), grad)
+        np.testing.assert_allclose(updates, -grad, atol=1e-13)
+
+
+def test_a_tucker_projection_of_two_axes_has_a_basis_for_each():
+    for shape, axes in (((8, 12), (0, 1)), ((3, 3, 32, 64), (2, 3))):
+        numbers = TuckerDimensionNumbers(axes)
+        tx = galore(4, optax.adam(1e-3), weight_dimension_numbers=numbers)
+        state = tx.init(jnp.ones(shape))
+        assert [basis.shape[-1] for basis in state.bases] == [4, 4]
+        assert jax.tree.leaves(state.inner[0].mu)[0].shape == (4, 4)
+        updates, _ = tx.update(normal(0, *shape), state)
+        assert updates.shape == shape

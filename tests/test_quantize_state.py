@@ -440,6 +440,7 @@ def distance(params):
     return jnp.sum((params["w"] - TARGET["w"]) ** 2) / 2
 
 
+@pytest.mark.filterwarnings("ignore:quantize_state holds")
 @pytest.mark.parametrize("name", INNERS)
 def test_any_optimizer_runs_in_it(name):
     descend(quantize_state(INNERS[name], min_size=8), name, steps=2)
@@ -494,17 +495,95 @@ def test_an_inner_that_remembers_the_params_is_refused_as_it_is_with_floats():
             galore(8, quantized).init(params)
 
 
+# What an error of rounding would ruin.
+
+SECOND_MOMENTS = {
+    "yogi": (optax.yogi(1e-2), "[0].nu"),
+    "simplified_ademamix": (optax.contrib.simplified_ademamix(1e-3), "[0].n"),
+    "prodigy": (optax.contrib.prodigy(1.0), ".exp_avg_sq"),
+    "dadapt_adamw": (optax.contrib.dadapt_adamw(1.0), ".exp_avg_sq"),
+    "momo_adam": (optax.contrib.momo_adam(1e-2), ".exp_avg_sq"),
+}
+
+
+@pytest.mark.parametrize("name", SECOND_MOMENTS)
+def test_in_4_bits_what_an_update_divides_by_never_becomes_zero(name):
+    tx, path = SECOND_MOMENTS[name]
+    sizes = 10.0 ** -jax.random.uniform(jax.random.key(5), (16, 512), maxval=3.0)
+    grads = [sizes * (1 + normal(i, 16, 512)) for i in range(20)]
+
+    def largest(tx):
+        tx = optax.with_extra_args_support(tx)
+        step = jax.jit(lambda g, s, p: tx.update(g, s, p, value=1.0))
+        params, updates = jnp.zeros((16, 512)), []
+        state = tx.init(params)
+        for grad in grads:
+            update, state = step(grad, state, params)
+            params = params + update
+            updates.append(jnp.max(jnp.abs(update)))
+        return float(max(updates))
+
+    with pytest.warns(UserWarning, match=f"{re.escape(path)}.* in 8 bits: the update may divide"):
+        got = largest(quantize_state(tx, 4))
+    assert got < 100 * largest(tx)  # a division by zero made it a million times as large
+
+
+def test_what_cannot_be_traced_is_held_in_8_bits_unless_told():
+    def needs(updates, state, params=None, *, mine):
+        return jax.tree.map(lambda u: u * mine, updates), state
+
+    own = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), needs)
+    inner = optax.chain(optax.scale_by_adam(), own)
+    params = normal(0, 16, 512)
+    with pytest.warns(UserWarning, match="in 8 bits"):
+        state = quantize_state(inner, 4).init(params)
+    assert [x.code.bits for x in quantized_leaves(state)] == [8, 8]
+    state = quantize_state(inner, 4, unsigned=lambda path: "nu" in path).init(params)
+    assert [x.code.bits for x in quantized_leaves(state)] == [4, 4]
+
+
+@pytest.mark.filterwarnings("ignore:quantize_state holds")  # one of two is matched
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_root_of_a_difference_of_averages_stays_a_number(bits):
+    tx, mean = quantize_state(optax.rmsprop(1e-3, centered=True), bits), normal(0, 16, 512)
+    with pytest.warns(UserWarning, match=r"\[0\].nu as floats: the update takes a root"):
+        _, state = run(tx, mean, [mean + 0.1 * normal(i, 16, 512) for i in range(20)])
+    updates, _ = tx.update(mean, state)
+    assert jnp.isfinite(updates).all()
+
+
+def test_a_state_with_a_random_key_is_held_in_few_bits():
+    noisy = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.adam(1e-2))
+    tx, params = quantize_state(noisy), normal(0, 16, 512)
+    state = tx.init(params)
+    assert len(quantized_leaves(state)) == 2
+    updates, _ = tx.update(params, state, params)
+    assert jnp.isfinite(updates).all()
+
+
+def test_a_state_that_is_in_few_bits_already_is_refused():
+    for inner in (
+        quantize_state(optax.adam(1e-2)),
+        galore(8, optax.adam(1e-2), projection_bits=4),
+    ):
+        with pytest.raises(ValueError, match="inner: its state is in few bits already"):
+            quantize_state(inner).init(normal(0, 512, 1024))
+
+
 # Bad input.
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(bits=2), "bits=2: choose one of 8, 4"),
-        (dict(bits=None), "bits=None: choose one of 8, 4"),
-        (dict(min_size=-1), "min_size=-1 is no number of elements; give 0 or more"),
-        (dict(min_size=0.5), "min_size=0.5 is no number of elements"),
-        (dict(min_size=True), "min_size=True is no number"),
+        (dict(bits=2), "bits=2 is unknown; choose one of 8, 4"),
+        (dict(bits=None), "bits=None is unknown; choose one of 8, 4"),
+        (dict(bits=[8]), r"bits=\[8\] is unknown"),
+        (dict(bits=jnp.array(8)), "bits=.* under optax.inject_hyperparams name it in static_args"),
+        (dict(min_size=-1), "min_size=-1 is no whole number of at least 0"),
+        (dict(min_size=0.5), "min_size=0.5 is no whole number"),
+        (dict(min_size=True), "min_size=True is no whole number"),
+        (dict(unsigned="nu"), "unsigned='nu' is no function"),
         (dict(inner=optax.adam), "inner=.* is no optax.GradientTransformation; give one, such"),
     ],
 )

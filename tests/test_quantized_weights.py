@@ -67,7 +67,7 @@ def test_which_leaves_may_be_a_tree_a_prefix_or_a_function(which):
 
 
 def test_other_numbers_of_bits_are_refused():
-    with pytest.raises(ValueError, match="bits=3: choose 8 or 4"):
+    with pytest.raises(ValueError, match="bits=3 is unknown; choose one of 8, 4"):
         quantize_weights(PARAMS, bits=3)
 
 
@@ -285,3 +285,39 @@ def test_a_llama_computes_with_quantized_layers_as_with_their_values():
     tokens = jax.random.randint(jax.random.key(0), (2, 16), 0, 64)
     logits = nnx.merge(graph, held)(tokens)
     np.testing.assert_allclose(logits, nnx.merge(graph, dequantized(held))(tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(which="w"), "which='w' is neither a function of path and leaf nor a tree of boo"),
+        (dict(which={"w": 1, "b": False}), "which=.* is neither"),
+        (dict(which=lambda path, leaf: True), r"which: the leaf at \['n'\], of shape \(\)"),
+        (dict(block=3.5), "block=3.5 is no whole number of at least 1"),
+        (dict(block=True), "block=True is no whole number"),
+        (dict(params=quantize_weights({"w": jnp.ones((64, 256))})), "is in 8 bits already"),
+    ],
+)
+def test_what_cannot_be_quantized_is_named(arguments, message):
+    params = {"w": jnp.ones((64, 256)), "n": jnp.ones(())}
+    with pytest.raises(ValueError, match=message):
+        quantize_weights(**dict(params=params) | arguments)
+
+
+def test_what_cannot_be_added_is_named():
+    params = {"w": jnp.ones((64, 256))}
+    with pytest.raises(ValueError, match="key=0 is no key"):
+        apply_updates(params, params, 0)
+    with pytest.raises(ValueError, match=r"updates: the one at \['w'\] is a QuantizedArray"):
+        apply_updates(params, quantize_weights(params), jax.random.key(0))
+
+
+def test_a_group_that_is_touched_keeps_its_other_numbers_in_the_mean():
+    x = jnp.tile(jnp.arange(256.0), (64, 1))
+    params = quantize_weights({"w": x})
+    updates = {"w": jnp.zeros((64, 256)).at[:, 3].set(1e-3)}
+    add = jax.jit(lambda key: apply_updates(params, updates, key)["w"].dequantize() - x)
+    moved = jnp.mean(jax.vmap(add)(jax.random.split(jax.random.key(0), 300)), (0, 1))
+    # Rounded up by chance where the sum with a random number is rounded up: one in 2^17 each.
+    np.testing.assert_allclose(jnp.delete(moved, 3), 0, atol=0)
+    np.testing.assert_allclose(moved[3], 1e-3, atol=1e-3)

@@ -1,0 +1,141 @@
+"""Checks of arguments: what is wrong is said where the argument is given, by its name."""
+
+import math
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Those that `optax.inject_hyperparams` is not to make arrays of.
+_STATIC = '"rank", "update_proj_gap", "projection_bits", "bits", "stagger", "rank_schedule", "seed"'
+
+
+def static(value: Any, name: str) -> None:
+    """Refuses an array where shapes or the program depend on the value.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if isinstance(value, jax.Array):
+        raise ValueError(
+            f"{name}={value!r} is an array, yet shapes or the program depend on it; under "
+            "optax.inject_hyperparams name it in static_args=(...), as all of these that the "
+            f"function takes: {_STATIC}"
+        )
+
+
+def whole(value: Any, name: str, least: int = 1, below: int = 2**31) -> int:
+    """A whole number from `least` on, and less than `below`.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    static(value, name)
+    index = not isinstance(value, bool | np.ndarray) and hasattr(value, "__index__")
+    if not index or operator.index(value) < least:
+        raise ValueError(f"{name}={value!r} is no whole number of at least {least}")
+    if operator.index(value) >= below:
+        raise ValueError(f"{name}={value!r} is too large; give less than {below}")
+    return operator.index(value)
+
+
+def number(
+    value: Any, name: str, least: float = -math.inf, below: float = math.inf, *, such_as: float
+) -> Any:
+    """A real number from `least` on, less than `below` and finite in float32.
+
+    An array without axes passes, as `optax.inject_hyperparams` gives it: its value is not known.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(value, jax.Array | np.ndarray):
+        if value.ndim == 0 and not jnp.issubdtype(value.dtype, jnp.complexfloating):
+            return value
+        raise ValueError(f"{name}={value!r} is no single real number; give one, such as {such_as}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name}={value!r} is no number; give one, such as {such_as}")
+    given = float(value)
+    if not (least <= given < below and abs(given) <= float(np.finfo(np.float32).max)):
+        limits = [f"at least {least:g}"] * (least > -math.inf)
+        limits += [f"less than {below:g}"] * (below < math.inf)
+        raise ValueError(f"{name}={value!r}: give {', '.join(['a finite number', *limits])}")
+    return given
+
+
+def number_or_schedule(value: Any, name: str, *, such_as: float) -> None:
+    """A finite real number, or a function, of the step.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if not callable(value):
+        number(value, name, such_as=such_as)
+
+
+def schedule(value: Any, name: str, above: float, most: float = math.inf) -> None:
+    """A function from the step to a real number, whose value at step 0 is within limits.
+
+    Raises:
+        ValueError: If it is none, fails, or that value is not above `above` or more than `most`.
+    """
+    static(value, name)
+    if not callable(value):
+        raise ValueError(f"{name}={value!r} is no function; give one from the step to a number")
+    try:
+        made = value(np.int32(0))
+        real = np.ndim(made) == 0 and jnp.isrealobj(made)
+        known = not isinstance(made, jax.core.Tracer)  # as it is under jit
+        fits = real and (not known or above < float(made) <= most)
+    except Exception as error:
+        raise ValueError(
+            f"{name}: it cannot be called with step 0 ({type(error).__name__}: {error})"
+        ) from error
+    if not fits:
+        raise ValueError(
+            f"{name}: at step 0 it gives {made!r}; it is to give a number above {above:g}"
+            + f", at most {most:g}" * (most < math.inf)
+        )
+
+
+def gives(
+    function: Callable[..., Any],
+    name: str,
+    arguments: tuple[Any, ...],
+    wanted: jax.ShapeDtypeStruct,
+) -> None:
+    """Whether a user's function can be called, and what it gives has the shape that is wanted.
+
+    Raises:
+        ValueError: If it cannot, or has not.
+    """
+    of = ", ".join(str(getattr(x, "shape", x)) for x in arguments)
+    try:
+        made = jax.eval_shape(lambda *args: jnp.asarray(function(*args)), *arguments)
+    except Exception as error:
+        raise ValueError(
+            f"{name}: it cannot be called with arguments of shapes {of} and give an array of shape "
+            f"{wanted.shape} ({type(error).__name__}: {error})"
+        ) from error
+    if made.shape != wanted.shape or jnp.issubdtype(made.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"{name}: from arguments of shapes {of} it gives {made.dtype} of shape {made.shape}; "
+            f"it is to give real numbers of shape {wanted.shape}"
+        )
+
+
+def choice(value: Any, name: str, accepted: tuple[Any, ...]) -> None:
+    """One of a few values, of their type.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    static(value, name)
+    if not any(type(value) is type(x) and value == x for x in accepted):
+        raise ValueError(
+            f"{name}={value!r} is unknown; choose one of {', '.join(map(str, accepted))}"
+        )
