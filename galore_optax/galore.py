@@ -200,7 +200,8 @@ def galore(
     checks.choice(decoupled_decay, "decoupled_decay", (None, False, True))
     if rank_schedule is not None and not callable(rank_schedule):
         checks.schedule(rank_schedule, "rank_schedule", above=0)  # raises
-    seed = checks.whole(seed, "seed", least=0, below=2**32)
+    if not isinstance(seed, jax.Array):  # which it is under optax.inject_hyperparams
+        seed = checks.whole(seed, "seed", least=0, below=2**32)
     if not (adaptive_refresh is None or isinstance(adaptive_refresh, AdaptiveRefresh)):
         raise ValueError(
             f"adaptive_refresh={adaptive_refresh!r} is no AdaptiveRefresh; give AdaptiveRefresh() "

@@ -77,8 +77,8 @@ def generate(
         state,
         prompt_ids,
         key,
-        None if temperature == 0 else np.float32(temperature),
-        None if top_p is None else np.float32(top_p),
+        None if temperature == 0 else _positive(temperature),
+        None if top_p is None else _positive(top_p),
         None if stop_id is None else np.int32(stop_id),
         max_new_tokens=max_new_tokens,
         top_k=top_k,
@@ -96,6 +96,8 @@ def _generate(
     def choose(logits, length):
         if temperature is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # The likeliest is at 0, whatever the temperature; others may come to minus infinity.
+        logits = logits - jnp.max(logits, axis=-1, keepdims=True)
         logits = keep_likeliest(logits / temperature, top_k, top_p)
         return jax.random.categorical(jax.random.fold_in(key, length), logits).astype(jnp.int32)
 
@@ -136,6 +138,11 @@ def keep_likeliest(
         least = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
+
+
+def _positive(value: float) -> np.float32:
+    """In float32, where XLA takes numbers that are too small for zero."""
+    return np.float32(max(value, np.finfo(np.float32).tiny))
 
 
 def _check_range(name: str, value: float, within: bool, accepted: str) -> None:

@@ -72,8 +72,9 @@ def load_llama(
         its own that starts as a copy, and is trained, counted and saved as such.
 
     Raises:
-        ValueError: If there is no checkpoint, if it is of another architecture, or if tensors are
-            missing, unexpected or of another shape than config.json says.
+        ValueError: If there is no checkpoint, if it is of another architecture or quantized, if
+            its JSON is not as it should be, or if tensors are missing, unexpected or of another
+            shape than config.json says.
     """
     directory = Path(directory)
     theirs = _read_json(directory / "config.json")
@@ -168,10 +169,17 @@ def _llama_config(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaCon
         found = theirs.get(name, None if name == "model_type" else accepted)
         if found != accepted:
             raise ValueError(f"config.json: {name}={found!r} is not supported, only {accepted!r}")
+    if theirs.get("quantization_config") is not None:
+        raise ValueError(
+            f"config.json: quantization_config={theirs['quantization_config']!r}: quantized "
+            "checkpoints are not supported; dequantize this one first"
+        )
 
     # Transformers 5 puts theta and type into rope_parameters, before that theta stood at top level
     # and rope_scaling was null or a scaling.
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope parameters {rope!r} are not supported, only an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"config.json: rope type {kind!r} is not supported, only 'default'")
@@ -189,6 +197,11 @@ def _llama_config(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaCon
     missing = [name for name, value in found.items() if value is None]
     if missing:
         raise ValueError(f"config.json: {missing[0]} is missing; a LLaMA's names its sizes")
+    for name, value in {**found, "rope_theta": theta}.items():
+        real = name in ("rms_norm_eps", "rope_theta")
+        if type(value) is not int and not (real and type(value) is float):
+            needed = "number" if real else "whole number"
+            raise ValueError(f"config.json: {name}={value!r}: a {needed} is needed")
     fields = {ours: found[name] for name, ours in _SIZES.items()} | {"rope_theta": float(theta)}
     unknown = sorted(set(overrides) - set(LlamaConfig.__dataclass_fields__))
     if unknown:
@@ -229,13 +242,17 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     """The file of each tensor, by the tensor's name."""
     index, single = directory / _INDEX, directory / "model.safetensors"
     if index.exists():
-        weight_map = _read_json(index)["weight_map"]
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) for name in weight_map.values()
+        ):
+            raise ValueError(f"{index} has no weight_map that names the file of each tensor")
         files = sorted({directory / name for name in weight_map.values()})
     else:
         files = [single]
     tensors = {}
     for path in files:
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(f"{path} is missing; the weights are needed as safetensors")
         try:
             with safe_open(path, framework="numpy") as file:
@@ -324,7 +341,7 @@ def _at(tree: Any, path: Any) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}); a directory with a Hugging Face LLaMA "
@@ -332,3 +349,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content

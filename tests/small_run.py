@@ -45,13 +45,13 @@ def kill_at(where: str, step: int, signum: int) -> None:
     }[where]
     original = getattr(owner, name)
 
-    def patched(self, what, *rest):
+    def patched(self, what, *rest, **options):
         if where == "save":
-            original(self, what, *rest)
+            original(self, what, *rest, **options)
         if step == (what["step"] if where == "metrics" else what):
             os.kill(os.getpid(), signum)
         if where == "metrics":
-            original(self, what, *rest)
+            original(self, what, *rest, **options)
 
     setattr(owner, name, patched)
 

@@ -179,6 +179,17 @@ def test_a_step_that_is_evaluated_after_it_was_saved_can_be_the_best(tmp_path):
         assert checkpoints.best_first() == [1, 3]
 
 
+def test_what_prunes_nothing_leaves_that_to_the_next(tmp_path):
+    mesh = make_mesh(None)
+    with Checkpoints(tmp_path, 1, print, {}) as checkpoints:
+        found = []
+        for step, prune in ((1, True), (2, False), (3, False), (4, True)):
+            checkpoints.save(step, *tree(step, mesh), {}, prune=prune)
+            checkpoints.wait()
+            found.append(checkpoints.steps())
+    assert found == [[1], [1, 2], [1, 2, 3], [4]]
+
+
 def test_a_step_that_overwrites_its_state_does_not_reach_the_checkpoint_being_written(tmp_path):
     mesh = make_mesh(None)
     advance = jax.jit(lambda x: jax.tree.map(lambda v: v + 1, x), donate_argnums=0)

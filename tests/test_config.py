@@ -1,7 +1,12 @@
 """Settings and the command line: defaults, what is accepted, and how wrong use ends."""
 
+import asyncio
 import dataclasses
+import io
 import json
+import sys
+import threading
+import weakref
 from typing import get_args
 
 import pytest
@@ -148,6 +153,9 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--scale -1", "--scale -1.0: expected a positive number"),
         ("--learning-rate nan", "--learning-rate nan: expected a positive number"),
         ("--learning-rate inf", "expected a positive number"),
+        ("--learning-rate 1e39", "--learning-rate 1e+39: expected a positive number, 3.4e+38 at"),
+        ("--scale 1e300", "expected a positive number, 3.4e+38 at most"),
+        ("--weight-decay 1e308", "expected 0 or more, 3.4e+38 at most"),
         ("--clip-norm 0", "expected a positive number"),
         ("--weight-decay -0.1", "expected 0 or more"),
         ("--steps 0", "--steps 0: expected 1 or more"),
@@ -183,6 +191,7 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
             "--gradient-rank 1: expected less than --rank",
         ),
         ("--dropout 1 --optimizer lora-adamw", "--dropout 1.0: expected a share"),
+        ("--adapter-pattern [ --optimizer lora-adamw", "--adapter-pattern [: unterminated"),
         ("--alpha 0 --optimizer lora-adamw", "--alpha 0.0: expected a positive"),
         ("--weight-bits 4 --optimizer relora-adamw", "so few bits at a restart"),
         ("--weight-bits 3 --optimizer qlora-adamw", "--weight-bits 3: choose 4 or 8"),
@@ -232,6 +241,43 @@ def test_a_full_disk_is_one_line_and_exit_code_2(capsys):
         cli.run(fail, Pretrain, "train", args=[])
     assert stop.value.code == 2
     assert "No space left on device: 'runs/x/metrics.jsonl'" in capsys.readouterr().err
+
+
+def test_what_fails_beside_an_error_is_not_logged(caplog):
+    async def leave_a_failed_write():
+        asyncio.get_running_loop().create_future().set_exception(OSError("full"))
+
+    def fail(config: Pretrain) -> int:
+        asyncio.run(leave_a_failed_write())
+        raise OSError("full")
+
+    with pytest.raises(SystemExit):
+        cli.run(fail, Pretrain, "train", args=[])
+    assert not caplog.records
+
+
+def test_an_errors_frames_are_gone_when_a_command_ends():
+    held = []
+
+    def fail(config: Pretrain) -> int:
+        shared_memory = threading.Thread()
+        held.append(weakref.ref(shared_memory))
+        error = ValueError("a cycle: the error's frame has the error")
+        raise error
+
+    with pytest.raises(SystemExit):
+        cli.run(fail, Pretrain, "train", args=[])
+    assert held[0]() is None
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_an_encoding_lacks_is_replaced(monkeypatch, name):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, name, stream)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda _: print("Höhe", file=stream), Pretrain, "train", args=[])
+    assert not stop.value.code
+    assert stream.buffer.getvalue() == b"H?he\n"
 
 
 def test_ctrl_c_is_one_line(capsys):

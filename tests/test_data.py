@@ -1,5 +1,6 @@
 """The text that training reads: where it is from, its order, and that a position resumes it."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -191,6 +192,18 @@ def test_an_error_in_a_worker_is_raised_in_the_run():
     with pytest.raises(OSError, match="the disk is gone"):
         first(training_data(Broken(DOCUMENTS), workers=1), 1)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_text_that_a_tokenizer_cannot_encode_is_met_in_training(tmp_path, workers):
+    path = tmp_path / "tokenizer.json"
+    model = {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1}, "unk_token": "<unk>"}
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    data = TrainingData(
+        ["a"] * 200 + ["b"], load_tokenizer(path), batch_size=1, seq_len=2, workers=workers
+    )
+    with pytest.raises(ValueError, match=r"tokenizer\.json' cannot encode a text \(WordLevel"):
+        first(data, 300)
 
 
 def test_workers_end_with_a_run_that_is_killed():

@@ -54,6 +54,13 @@ def test_a_tiny_top_p_is_greedy(model, prompt):
     np.testing.assert_array_equal(only, greedy)
 
 
+@pytest.mark.parametrize("smallest", [{"temperature": 1e-40}, {"top_p": 1e-40}, {"top_p": 1e-50}])
+def test_what_float32_has_no_room_for_is_greedy(model, prompt, smallest):
+    greedy = generate(model, prompt, max_new_tokens=8, temperature=0, key=KEY)
+    only = generate(model, prompt, max_new_tokens=8, key=KEY, **smallest)
+    np.testing.assert_array_equal(only, greedy)
+
+
 def test_the_key_decides(model, prompt):
     first, again, other = (
         generate(model, prompt, max_new_tokens=8, key=jax.random.key(seed)) for seed in (0, 0, 1)

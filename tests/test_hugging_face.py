@@ -126,6 +126,14 @@ def test_tensors_that_follow_from_the_configuration_are_passed_over(checkpoint):
             {"rope_parameters": "removed", "rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope type 'linear'",
         ),
+        ({"rope_parameters": ["default"]}, r"rope parameters \['default'\]"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta=None: a number is needed"),
+        ({"rope_parameters": "removed", "rope_theta": None}, "rope_theta=None: a number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6': a number"),
+        ({"num_attention_heads": "6"}, "num_attention_heads='6': a whole number"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5: a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True: a whole number"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'}: quantized checkpoints are"),
     ],
 )
 def test_another_architecture_is_refused(checkpoint, changes, message):
@@ -145,6 +153,16 @@ def test_an_absent_or_damaged_checkpoint_is_refused(checkpoint, tmp_path):
         load_llama(checkpoint)
     (checkpoint / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
+        load_llama(checkpoint)
+    (checkpoint / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds no JSON object"):
+        load_llama(checkpoint)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, []])
+def test_an_index_that_names_no_files_is_refused(checkpoint, content):
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"index\.json (has no weight_map|holds no JSON object)"):
         load_llama(checkpoint)
 
 

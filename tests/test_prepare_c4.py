@@ -140,7 +140,9 @@ def test_shards_are_fetched_from_urls(tmp_path):
         (b'{"text": 3}\n', r"c4\.json:1: not a JSON object"),
         (b'["text"]\n', r"c4\.json:1: not a JSON object"),
         (b'{"text": "\xff"}\n', r"c4\.json:1: not a JSON object"),
+        (b'{"text": "a"}\n' + b"[" * 10**6 + b"\n", r"c4\.json:2: not a JSON object"),
         (b"", r"c4\.json: the file is empty"),
+        (b"\n \r\n", r"c4\.json: the file is empty"),
         (b'{"text": "alone"}\n', "no document is left for the split 'train'"),
         # The time would be part of the test's name, which all workers have to agree on.
         (
@@ -156,6 +158,16 @@ def test_a_bad_shard_is_named_with_its_line_and_leaves_nothing(tmp_path, content
         prepare(tmp_path / "data", str(tmp_path / "c4.json"))
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "data").rglob("3.0.1*"))
+
+
+def test_blank_lines_are_passed_over_and_counted(tmp_path):
+    lines = [b"", b'{"text": "a"}', b" \t\r", b'{"text": "b"}', b'{"text": "c"}', b"", b""]
+    (tmp_path / "c4.json").write_bytes(b"\n".join(lines))
+    prepare(tmp_path / "data", str(tmp_path / "c4.json"))
+    assert read(tmp_path / "data", "validation") + read(tmp_path / "data", "train") == [*"abc"]
+    (tmp_path / "c4.json").write_bytes(b"\n".join([*lines, b"{"]))
+    with pytest.raises(ValueError, match=r"c4\.json:8: not"):
+        prepare(tmp_path / "other", str(tmp_path / "c4.json"))
 
 
 def test_inputs_that_are_no_training_shards_are_refused(tmp_path):

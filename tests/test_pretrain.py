@@ -264,6 +264,15 @@ def test_a_run_killed_before_its_summary_gets_the_same_one(finished, tmp_path):
     assert after["peak_memory_bytes"] >= before["peak_memory_bytes"]
 
 
+def test_the_first_step_after_resuming_takes_the_time_since_then(finished, tmp_path):
+    out = unfinished(finished, tmp_path, "14")
+    start = time.perf_counter()
+    assert main(small(out, resume=True)) == 0
+    took = time.perf_counter() - start
+    first = next(line for line in read_metrics(out) if line["step"] == 13)
+    assert 8 * 32 / first["tokens_per_second"] < took
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, tmp_path, capsys):
     out = unfinished(finished, tmp_path)
     (out / "checkpoints" / "14" / "params" / "_METADATA").unlink()
@@ -429,6 +438,53 @@ def test_too_many_such_steps_stop_the_run_and_name_the_last_good_checkpoint(
     assert len([1 for line in read_metrics(tmp_path / "run") if "loss" in line]) == 8
 
 
+ADAMW = {"optimizer": "adamw", "rank": None, "update_proj_gap": None}
+
+
+def checkpoints(run: Path) -> set[str]:
+    return {p.name for p in (run / "checkpoints").iterdir()}
+
+
+def test_a_checkpoint_of_ruined_weights_is_not_called_good(tmp_path, monkeypatch, capsys):
+    settings = ADAMW | {"save_every": 1, "max_skipped": 3}
+    # The first update ruins the weights.
+    assert main(small(tmp_path / "ruined", learning_rate=1e20, **settings)) == 1
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "3 steps in a row" in said
+    assert "; there is no good checkpoint; " in said
+    assert checkpoints(tmp_path / "ruined") == {"1"}
+    # What the last update made of the weights has given no loss.
+    poison(monkeypatch, set(range(6, 100)), only_gradient=False)
+    assert main(small(tmp_path / "run", **settings)) == 1
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '4'};" in said
+    assert checkpoints(tmp_path / "run") == {"4", "5"}
+
+
+def test_a_stop_among_skipped_steps_saves_beside_the_checkpoint_before(tmp_path, monkeypatch):
+    settings = ADAMW | {"save_every": 1, "keep": 1}
+    with monkeypatch.context() as patch:
+        poison(patch, {4, 5, 6}, only_gradient=False)
+        assert main(small(tmp_path / "whole", **settings)) == 0
+    write = pretrain.MetricsLog.write
+
+    def stop_and_write(log, line):
+        write(log, line)
+        if line["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.MetricsLog, "write", stop_and_write)
+        poison(patch, {4, 5, 6}, only_gradient=False)
+        assert main(small(tmp_path / "run", **settings)) == 128 + 15
+    assert checkpoints(tmp_path / "run") == {"3", "4"}
+    with monkeypatch.context() as patch:
+        poison(patch, {1, 2}, only_gradient=False)  # steps 5 and 6
+        assert main(small(tmp_path / "run", resume=True, **settings)) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert checkpoints(tmp_path / "run") == {"14"}
+
+
 def test_the_same_settings_from_config_json_give_the_same_run_and_lines(finished, tmp_path, capsys):
     out = tmp_path / "again"
     config = dataclasses.replace(load(finished / "config.json"), out=str(out))
@@ -450,3 +506,10 @@ def test_out_of_memory_names_the_flags_that_help(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain._Run, "_compile", compile)
     with pytest.raises(OSError, match=r"^out of memory \(RESOURCE.*\): try a smaller --batch-size"):
         main(small(tmp_path / "run"))
+
+    def assemble(config, log):
+        raise MemoryError("Unable to allocate 1.00 TiB")
+
+    monkeypatch.setattr(pretrain, "assemble", assemble)
+    with pytest.raises(OSError, match=r"^out of memory \(Unable.*\): try a smaller --batch-size"):
+        main(small(tmp_path / "other"))

@@ -72,6 +72,8 @@ def test_a_checkpoint_of_another_model_is_refused(run, tmp_path):
         ({"temperature": -1.0}, "temperature=-1"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_k": 0}, "top_k=0"),
+        ({"seed": 99999999999999999999}, r"--seed 99999999999999999999: expected 0 to 2\*\*32 - 1"),
+        ({"seed": -1}, "--seed -1"),
     ],
 )
 def test_values_out_of_range_are_refused(run, options, says):

@@ -1,5 +1,8 @@
 """A run's folder: one process at a time, also where two start in the same moment."""
 
+import errno
+import os
+
 import pytest
 from small_run import small
 
@@ -40,6 +43,18 @@ def test_a_config_json_that_holds_no_object_is_named(tmp_path):
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"config.json is not a config.json of train.pretrain"):
         run_directory.check(resolve(small(tmp_path, resume=True)))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named_by_the_folder(tmp_path, number):
+    config = resolve(small(tmp_path / "run"))
+    with (
+        pytest.raises(OSError, match=r"--out .*/run: cannot write into it: (No space|Disk quota)"),
+        run_directory.hold(config),
+    ):
+        raise OSError(number, os.strerror(number))  # of a file that is open, as Python raises it
+    with pytest.raises(OSError, match="'/dev/full'"), run_directory.hold(config):
+        raise OSError(number, os.strerror(number), "/dev/full")
 
 
 def test_a_run_is_finished_when_its_summary_is_there(tmp_path):

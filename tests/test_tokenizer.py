@@ -153,6 +153,22 @@ def test_a_vocabulary_without_an_end_of_document_is_refused(tmp_path):
         load_tokenizer(path)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1}, "unk_token": "<unk>"},
+        {"type": "Unigram", "vocab": [["</s>", 0.0], ["a", -1.0]], "unk_id": None},
+        {"type": "BPE", "vocab": {"</s>": 0, "a": 1}, "merges": [], "unk_token": "<unk>"},
+    ],
+)
+@pytest.mark.parametrize("special", [[], ["</s>"]])
+def test_text_that_a_vocabulary_cannot_encode_names_the_file(tmp_path, model, special):
+    path = write_tokenizer(tmp_path / "tokenizer.json", {"</s>": 0}, special, model=model)
+    with pytest.raises(ValueError, match=r"tokenizer='.*/tokenizer\.json' cannot encode") as caught:
+        load_tokenizer(path).encode("a b")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", [None, "", "not json", "{}", '{"model": 1}', "\x00\xff"])
 def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "tokenizer.json"

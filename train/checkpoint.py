@@ -46,10 +46,11 @@ class Checkpoints:
         self.directory = directory.absolute()
         self._log = log
         self._evaluations = evaluations
+        self._preservation = _NewestAndBest(keep, evaluations)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_NewestAndBest(keep, evaluations),
+                preservation_policy=self._preservation,
                 create=not read_only,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
@@ -80,6 +81,8 @@ class Checkpoints:
         params: Tree,
         rest: Tree,
         progress: Mapping[str, Any],
+        *,
+        prune: bool = True,
     ) -> None:
         """Copies the state to the host and writes it in the background.
 
@@ -88,10 +91,12 @@ class Checkpoints:
             params: the weights.
             rest: the other arrays.
             progress: what JSON can hold.
+            prune: whether older ones make way for it.
 
         Raises:
             OSError: if this or the save before it could not be written.
         """
+        self._preservation.all = not prune
         with _as_os_error(self.directory):
             # Damaged ones were passed over when the run was resumed; Orbax saves nothing at a step
             # that is not beyond its newest.
@@ -201,10 +206,11 @@ class Checkpoints:
 
 
 class _NewestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the newest few, and the step with the lowest evaluation loss so far."""
+    """Keeps the newest few, and the step with the lowest evaluation loss so far; or `all`."""
 
     def __init__(self, keep: int, evaluations: Mapping[int, float]):
         self.keep, self.evaluations = keep, evaluations
+        self.all = False
 
     def should_preserve(
         self,
@@ -215,7 +221,7 @@ class _NewestAndBest(checkpoint_managers.PreservationPolicy):
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
         # Where none has been evaluated, the first is the newest.
         kept = {*steps[-self.keep :], *_best_first(steps, self.evaluations)[:1]}
-        return [checkpoint.step in kept for checkpoint in checkpoints]
+        return [self.all or checkpoint.step in kept for checkpoint in checkpoints]
 
 
 def _best_first(steps: Iterable[int], evaluations: Mapping[int, float]) -> list[int]:

@@ -4,7 +4,9 @@ Each command's configuration documents every field once, as its help text.
 """
 
 import contextlib
+import gc
 import io
+import logging
 import re
 import signal
 import sys
@@ -38,20 +40,24 @@ def run(
             says what was wrong. `python -X dev` shows the traceback in its place. 130 after Ctrl-C.
     """
     _quiet_libraries()
+    _replace_what_cannot_be_printed()
     try:
         config = _parse(config_type, prog, args)
         file = getattr(config, "config", None)
         if load is not None and file:
             config = _parse(config_type, prog, args, default=load(file))
-        sys.exit(main(config))
+        code = main(config)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        code = 128 + signal.SIGINT
+    # The error's frames may hold Grain's shared memory, of which Python would complain at its end.
+    gc.collect()
+    sys.exit(code)
 
 
 def one_line(error: BaseException) -> str:
@@ -63,6 +69,8 @@ def _quiet_libraries() -> None:
     """Of an error, what is raised is said, and nothing beside it."""
     # Orbax logs pages about an error before it raises it.
     absl.logging.set_verbosity(absl.logging.FATAL)
+    # Of several writes that fail, asyncio logs those that nobody waits for any more.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -71,6 +79,13 @@ def _quiet_libraries() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
+
+
+def _replace_what_cannot_be_printed() -> None:
+    """A character that the terminal's encoding lacks becomes '?', and does not end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _parse(
@@ -83,7 +98,7 @@ def _parse(
 
     # tyro draws its boxes by the encoding of what it writes to.
     words, help_text = (
-        io.TextIOWrapper(io.BytesIO(), encoding=e, write_through=True)
+        io.TextIOWrapper(io.BytesIO(), encoding=e, errors="replace", write_through=True)
         for e in ("utf-8", sys.stdout.encoding or "utf-8")
     )
     try:

@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
-import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from train.optimizers import OPTIMIZERS
 from train.weights import ADAPTERS
 
 if TYPE_CHECKING:
     from models.llama_config import LlamaConfig
+
+# Numbers of a run are float32.
+_LARGEST = float(np.finfo(np.float32).max)
 
 Model = Literal["tiny", "llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b"]
 
@@ -141,8 +146,8 @@ class Pretrain:
     eval_tokens: int | None = None
     """Validation tokens to evaluate on. By default all; 10 million of C4."""
     save_every: int | None = None
-    """Steps between two checkpoints. By default as --eval-every; the best is chosen among
-    checkpoints of steps that are evaluated."""
+    """Steps between two checkpoints; none is saved while steps are skipped. By default as
+    --eval-every; the best is chosen among checkpoints of steps that are evaluated."""
     keep: int = 2
     """Newest checkpoints to keep, beside the best."""
     log_every: int | None = None
@@ -393,8 +398,10 @@ def _check_values(config: Resolved) -> None:
             raise ValueError(f"{flag(name)} {value}: expected less than 2**{limit}")
     for name in ("scale", "learning_rate", "clip_norm", "alpha"):
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{flag(name)} {value}: expected a positive number")
+        if value is not None and not 0 < value <= _LARGEST:
+            raise ValueError(
+                f"{flag(name)} {value}: expected a positive number, {_LARGEST:.1e} at most"
+            )
     for name in ("moment_bits", "projection_bits", "weight_bits", "embedding_bits"):
         value = getattr(config, name)
         if value not in (None, 4, 8):
@@ -407,6 +414,13 @@ def _check_values(config: Resolved) -> None:
         )
     if config.dropout is not None and not 0 <= config.dropout < 1:
         raise ValueError(f"--dropout {config.dropout}: expected a share from 0 to below 1")
+    try:
+        re.compile(config.adapter_pattern or "")
+    except (re.error, OverflowError) as error:
+        raise ValueError(
+            f"--adapter-pattern {config.adapter_pattern}: {error}; expected a regular expression, "
+            "such as query|value"
+        ) from None
     gradient_rank, rank = config.gradient_rank, config.rank
     if gradient_rank is not None and rank is not None and gradient_rank >= rank:
         raise ValueError(
@@ -423,8 +437,8 @@ def _check_values(config: Resolved) -> None:
             f"--restart-warmup {warmup}: expected fewer steps than --restart-every {every}"
         )
     decay = config.weight_decay
-    if decay is not None and not (math.isfinite(decay) and decay >= 0):
-        raise ValueError(f"--weight-decay {decay}: expected 0 or more")
+    if decay is not None and not 0 <= decay <= _LARGEST:
+        raise ValueError(f"--weight-decay {decay}: expected 0 or more, {_LARGEST:.1e} at most")
     if config.layerwise and config.adapter is not None:
         raise ValueError(
             f"--layerwise is of no use with --adapter {config.adapter}: adapters' gradients are "

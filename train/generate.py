@@ -32,7 +32,7 @@ class Generate:
     top_p: float | None = None
     """Sample among the fewest tokens whose probabilities sum to at least this."""
     seed: int = 0
-    """Equal seeds give equal text."""
+    """Equal seeds give equal text; from 0 to 2**32 - 1."""
 
 
 def main(config: Generate) -> int:
@@ -42,6 +42,8 @@ def main(config: Generate) -> int:
         ValueError: for a folder that is no run, or values out of range.
         OSError: if it cannot be read.
     """
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"--seed {config.seed}: expected 0 to 2**32 - 1")
     trained = load_trained(config.run)
     text = sample_text(
         nnx.merge(trained.graph, merge(trained.params)),

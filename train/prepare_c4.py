@@ -205,21 +205,24 @@ def _documents(shards: dict[str, list[Path]]) -> Iterator[tuple[str, bytes]]:
 
 
 def _texts(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """The `text` of each line of a shard, in UTF-8."""
+    """The `text` of each line of a shard that is not blank, in UTF-8."""
     is_gzip = file.read(2) == b"\x1f\x8b"
     file.seek(0)
-    number = 0
+    number, found = 0, False
     try:
         for line in gzip.GzipFile(fileobj=file) if is_gzip else file:
             number += 1
+            if line.isspace():
+                continue
+            found = True
             text = json.loads(line)["text"]
             # JSON may hold half of a surrogate pair, which UTF-8 cannot: it becomes '?'.
             yield text.encode("utf-8", errors="replace")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}:{number + 1}: the gzip file is damaged: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}:{number}: not a JSON object with a string in 'text'") from error
-    if not number:
+    if not found:
         raise ValueError(f"{path}: the file is empty")
 
 

@@ -48,13 +48,12 @@ def main(config: Pretrain) -> int:
         _print(f"the run in {run_directory.directory(config)} is finished: nothing is left to do")
         return 0
     # Before the data and the model are built: a signal that comes then still ends the run well.
-    with StopRequest() as stop:
+    with StopRequest() as stop, _out_of_memory_as_os_error():
         parts = assemble(config, _print)
         with run_directory.hold(config) as note:
             if note:
                 _print(note)
-            with _out_of_memory_as_os_error():
-                return _Run(config, parts, stop).main()
+            return _Run(config, parts, stop).main()
 
 
 LESS_MEMORY = (
@@ -106,6 +105,11 @@ class _TooManySkipped(Exception):
     """More steps in a row were not finite than --max-skipped allows."""
 
 
+def _skipping(state: TrainState) -> bool:
+    """Whether the last step was skipped, because it was not finite."""
+    return int(state.optimizer.notfinite_count) > 0
+
+
 class _Run:
     """One process's part of a run: from its first step or its newest checkpoint on."""
 
@@ -144,7 +148,6 @@ class _Run:
             try:
                 state = self._train(train_step, state)
             except _TooManySkipped as error:
-                self.checkpoints.wait()
                 self.progress.log(f"stopped: {error}")
                 return 1
             self.checkpoints.wait()
@@ -196,6 +199,7 @@ class _Run:
         batches = prefetch(
             self.parts.data.batches(host.position), lambda b: put_batch(self.parts.mesh, b)
         )
+        self.clock = time.perf_counter()
         with closing(batches):
             while True:
                 last = host.step == config.steps
@@ -203,7 +207,9 @@ class _Run:
                     host.step not in host.evaluations
                 ):
                     self._evaluate(state)
-                if (host.step % config.save_every == 0 and host.step > 0) or last:
+                save_due = host.step % config.save_every == 0 and host.step > 0
+                # While steps are skipped it is not known whether the weights are any good.
+                if (save_due and not _skipping(state)) or last:
                     self._save(state)
                 if last or self.stop.signum is not None:
                     break
@@ -287,14 +293,22 @@ class _Run:
         self.metrics.write(line)
         self.progress.step(line, show=step % self.config.log_every == 0 or in_a_row > 0)
         if in_a_row >= self.config.max_skipped:
-            good = "there is no checkpoint yet"
-            if self.host.saved is not None:
-                path = self.directory / "checkpoints" / str(self.host.saved)
-                good = f"the last good checkpoint is {path}"
             raise _TooManySkipped(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite; {good}; "
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite; "
+                f"{self._last_good(step - in_a_row)}; "
                 "try a lower --learning-rate, a longer --warmup-steps or --dtype float32"
             )
+
+    def _last_good(self, applied: int) -> str:
+        """Names the newest checkpoint before the last step that was applied.
+
+        One of that step's outcome may hold the very weights that no further step can be made from.
+        """
+        self.checkpoints.wait()
+        good = [step for step in self.checkpoints.steps() if step < applied]
+        if not good:
+            return "there is no good checkpoint"
+        return f"the last good checkpoint is {self.directory / 'checkpoints' / str(good[-1])}"
 
     def _evaluate(self, state: TrainState) -> None:
         losses, tokens = [], []
@@ -325,6 +339,7 @@ class _Run:
             state.params,
             state.rest(),
             {"tokens": host.tokens, "position": host.position, "peak_memory": host.peak_memory},
+            prune=not _skipping(state),
         )
         host.saved = host.step
         self.clock = time.perf_counter()

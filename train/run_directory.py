@@ -4,6 +4,7 @@ Everything is checked before the first byte is written, so a refused run leaves 
 process at a time writes: it holds a lock that ends with the process, however that ends.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +19,7 @@ from train.config import Resolved, differences, to_json
 
 # It stays in the folder, empty: a process that deleted it could let two others in.
 _LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check(config: Resolved) -> str | None:
@@ -46,13 +48,18 @@ def hold(config: Resolved) -> Iterator[str | None]:
 
     Raises:
         ValueError: as `check`.
-        OSError: as `check`, or the file system has no locks.
+        OSError: as `check`, or the file system has no locks, or is full.
     """
     out = directory(config)
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / _LOCK).open("a") as file:
-        _lock(file)
-        yield _check(config)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / _LOCK).open("a") as file:
+            _lock(file)
+            yield _check(config)
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        raise OSError(f"--out {out}: cannot write into it: {error.strerror}") from error
 
 
 def _lock(file: TextIO) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -97,7 +99,8 @@ class FileTokenizer:
         special = {
             i: t.content for i, t in tokenizer.get_added_tokens_decoder().items() if t.special
         }
-        _spell_out_special_tokens(tokenizer, special)
+        with self._errors_named():
+            _spell_out_special_tokens(tokenizer, special)
         ordinary = [i for i in vocabulary.values() if i not in special]
         self.vocab_size: int = 1 + max([self.separator, *ordinary])
         self._tokenizer = tokenizer
@@ -107,13 +110,29 @@ class FileTokenizer:
         return FileTokenizer, (self.path,)
 
     def encode(self, text: str) -> Int[np.ndarray, " length"]:
-        """Ids of a text, nothing added. Lone surrogates, which UTF-8 lacks, become '?'."""
+        """Ids of a text, nothing added. Lone surrogates, which UTF-8 lacks, become '?'.
+
+        Raises:
+            ValueError: the file's vocabulary has no id for a part of the text.
+        """
         text = text.encode("utf-8", errors="replace").decode("utf-8")
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        with self._errors_named():
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Int[np.ndarray, " length"]) -> str:
         """The text of the ids, special tokens left out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        """Errors of the package, plain Exceptions, as ValueError that names the file."""
+        try:
+            yield
+        except Exception as error:
+            raise ValueError(
+                f"tokenizer={str(self.path)!r} cannot encode a text ({error}): give one whose "
+                "vocabulary has an unknown token, or all bytes"
+            ) from error
 
 
 def _spell_out_special_tokens(tokenizer, special: dict[int, str]) -> None:
