@@ -108,12 +108,24 @@ class Dynamic:
     def decode(self, codes, scales, offsets):
         """See `Code.decode`."""
         del offsets
-        q = codes.astype(jnp.int32).astype(scales.dtype) - self._zero
+        q = codes.astype(jnp.int32) - self._zero
         size = jnp.abs(q) if self.signed else q
-        # As in `encode`, but the steeper line is that of the larger decade.
-        lines = (step * (size - (8 / 9 * n - 0.5)) for n, step in self._lines)
-        value = _smaller(functools.reduce(_larger, lines, jnp.zeros_like(size)), 1)
-        return jnp.where(q < 0, -value, value) * scales
+        # Of q + 1/2 = m 2^i, with m from 1 to 2, a float has i in its bits, the number of a decade,
+        # and m: how far within it q is.
+        bits = jax.lax.bitcast_convert_type((2 * size + 1).astype(jnp.float32), jnp.int32)
+        decade = (bits >> 23) - (128 if self.signed else 129)
+        one = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
+        # No a x + b, which XLA rounds once or twice as it likes: a code has one value everywhere.
+        end = _ten_to(decade, scales.dtype) * (0.9 * 10.0 ** (2 - self.bits))
+        value = _smaller(end * (one.astype(scales.dtype) - 8 / 9), 1)
+        value = jnp.where(q < 0, -value, value) if self.signed else value
+        return jnp.where(decade < 0, 0, value) * scales
+
+
+def _ten_to(exponent: Int[Array, "..."], dtype: Any) -> Float[Array, "..."]:
+    """Ten to a power from 0 to 7, by the bits of the exponent."""
+    factors = (jnp.where(exponent & 2**i, 10.0**2**i, 1).astype(dtype) for i in range(3))
+    return functools.reduce(jnp.multiply, factors)
 
 
 def _whole_part(x: Float[Array, "..."]) -> Int[Array, "..."]:

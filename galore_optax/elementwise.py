@@ -23,7 +23,7 @@ from galore_optax.sharding import explicit_axes
 # Elements that are taken at a time, at most: on a CPU so that their floats stay in its caches, else
 # so that a turn of the loop is worth starting.
 CHUNK = 2**20
-CPU_CHUNK = 2**18
+CPU_CHUNK = 2**19
 _PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
 
 

@@ -86,10 +86,10 @@ def test_floats_of_a_few_rows_are_all_that_there_is(monkeypatch, optimized):
 
 def test_chunks_are_smaller_on_a_cpu_but_where_a_program_is_meant_for_a_gpu():
     x = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
-    assert chunks(x) == 16
+    assert chunks(x) == 8
     with traced_for("gpu"):
         assert chunks(x) == 4
-    assert chunks(x) == 16
+    assert chunks(x) == 8
 
 
 @pytest.mark.parametrize("spec", [P("a", None), P(None, "b"), P("a", "b")])
