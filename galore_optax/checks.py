@@ -77,15 +77,23 @@ def number_or_schedule(value: Any, name: str, *, such_as: float) -> None:
         number(value, name, such_as=such_as)
 
 
-def schedule(value: Any, name: str, above: float, most: float = math.inf) -> None:
-    """A function from the step to a real number, whose value at step 0 is within limits.
+def function(value: Any, name: str) -> None:
+    """A function of the step.
 
     Raises:
-        ValueError: If it is none, fails, or that value is not above `above` or more than `most`.
+        ValueError: If it is none.
     """
     static(value, name)
     if not callable(value):
         raise ValueError(f"{name}={value!r} is no function; give one from the step to a number")
+
+
+def schedule(value: Callable[[Any], Any], name: str, above: float, most: float = math.inf) -> None:
+    """A function from the step to a real number, whose value at step 0 is within limits.
+
+    Raises:
+        ValueError: If it fails, or that value is not above `above` or more than `most`.
+    """
     try:
         made = value(np.int32(0))
         real = np.ndim(made) == 0 and jnp.isrealobj(made)
@@ -103,7 +111,7 @@ def schedule(value: Any, name: str, above: float, most: float = math.inf) -> Non
 
 
 def gives(
-    function: Callable[..., Any],
+    made_by: Callable[..., Any],
     name: str,
     arguments: tuple[Any, ...],
     wanted: jax.ShapeDtypeStruct,
@@ -115,7 +123,7 @@ def gives(
     """
     of = ", ".join(str(getattr(x, "shape", x)) for x in arguments)
     try:
-        made = jax.eval_shape(lambda *args: jnp.asarray(function(*args)), *arguments)
+        made = jax.eval_shape(lambda *args: jnp.asarray(made_by(*args)), *arguments)
     except Exception as error:
         raise ValueError(
             f"{name}: it cannot be called with arguments of shapes {of} and give an array of shape "

@@ -62,7 +62,7 @@ def depends(
     Returns:
         A mark for each output. What cannot be looked into makes every output depend on every input.
     """
-    jaxpr = _open(traced)
+    jaxpr = opened(traced)
     marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
 
     def is_marked(atom: Any) -> bool:
@@ -86,7 +86,8 @@ def depends(
     return [is_marked(atom) for atom in jaxpr.outvars]
 
 
-def _open(traced: ClosedJaxpr | Jaxpr) -> Jaxpr:
+def opened(traced: ClosedJaxpr | Jaxpr) -> Jaxpr:
+    """The equations of a traced function, without the constants that it may be closed over."""
     return traced.jaxpr if isinstance(traced, ClosedJaxpr) else traced
 
 
@@ -118,7 +119,7 @@ def _equation_depends(
             return carry
     bodies = [p for p in params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]
     if len(bodies) == 1:
-        body = _open(bodies[0])
+        body = opened(bodies[0])
         if len(body.invars) == len(into) and len(body.outvars) == len(everything):
             return inside(body, into)
     return everything
@@ -150,7 +151,7 @@ def zeros(traced: ClosedJaxpr | Jaxpr, inputs: Sequence[bool] = ()) -> list[bool
 
     A product with zero counts as zero, although one with an infinite or undefined number is not.
     """
-    jaxpr = _open(traced)
+    jaxpr = opened(traced)
     marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=False) if mark}
 
     def is_marked(atom: Any) -> bool:

@@ -198,8 +198,8 @@ def galore(
     checks.choice(stagger, "stagger", (False, True))
     checks.choice(projection_bits, "projection_bits", (None, 4, 8))
     checks.choice(decoupled_decay, "decoupled_decay", (None, False, True))
-    if rank_schedule is not None and not callable(rank_schedule):
-        checks.schedule(rank_schedule, "rank_schedule", above=0)  # raises
+    if rank_schedule is not None:
+        checks.function(rank_schedule, "rank_schedule")
     if not isinstance(seed, jax.Array):  # which it is under optax.inject_hyperparams
         seed = checks.whole(seed, "seed", least=0, below=2**32)
     if not (adaptive_refresh is None or isinstance(adaptive_refresh, AdaptiveRefresh)):

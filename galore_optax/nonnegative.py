@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from galore_optax.dataflow import traced_update
+from galore_optax.dataflow import opened, traced_update
 
 # Primitives that give nothing below zero: of anything, and of what is not below zero itself.
 _OF_ANYTHING = {"abs", "square", "exp", "exp2", "logistic", "sqrt", "rsqrt", "iota"}
@@ -60,7 +60,7 @@ def nonnegative_state(inner: optax.GradientTransformation, params: optax.Params)
 
 def _nonnegative(traced: ClosedJaxpr | Jaxpr, inputs: Sequence[bool]) -> list[bool]:
     """A mark for each output, where marked inputs are not below zero."""
-    jaxpr = traced.jaxpr if isinstance(traced, ClosedJaxpr) else traced
+    jaxpr = opened(traced)
     constants = traced.consts if isinstance(traced, ClosedJaxpr) else []
     marked = {v for v, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
     marked |= {v for v, c in zip(jaxpr.constvars, constants, strict=False) if _known(c)}
@@ -82,7 +82,7 @@ def _of_equation(equation: Any, into: list[bool]) -> list[bool]:
         return [all(marks) for marks in zip(*branches, strict=True)]
     bodies = [p for p in params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]
     if len(bodies) == 1 and name not in ("scan", "while"):
-        body = bodies[0].jaxpr if isinstance(bodies[0], ClosedJaxpr) else bodies[0]
+        body = opened(bodies[0])
         fits = len(body.invars) == len(into) and len(body.outvars) == outputs
         return _nonnegative(bodies[0], into) if fits else [False] * outputs
     if name == "select_n":

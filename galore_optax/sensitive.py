@@ -1,4 +1,4 @@
-"""Which arrays of an optimizer's state a small error in may ruin the update, read from its trace.
+"""In which arrays of an optimizer's state a small error may ruin the update, read from its trace.
 
 Errors of rounding are harmless in what an update is proportional to. They are not where it divides
 by an array, which must not become zero, nor where it takes the root of a difference of two, which
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from galore_optax.dataflow import traced_update
+from galore_optax.dataflow import opened, traced_update
 
 _ROOTS = {"sqrt", "rsqrt", "log", "pow"}
 _INVERSES = {"rsqrt", "log"}
@@ -36,9 +36,6 @@ class _Of(NamedTuple):
 
     arrays: frozenset[int] = frozenset()
     differences: frozenset[int] = frozenset()
-
-    def __or__(self, other: Any) -> "_Of":
-        return _Of(self.arrays | other.arrays, self.differences | other.differences)
 
 
 def sensitive_state(
@@ -81,7 +78,7 @@ def _follow(
     traced: ClosedJaxpr | Jaxpr, inputs: Sequence[_Of], divisors: set[int], rooted: set[int]
 ) -> list[_Of]:
     """What the outputs are made of; adds to the sets what is divided by, and rooted differences."""
-    jaxpr = traced.jaxpr if isinstance(traced, ClosedJaxpr) else traced
+    jaxpr = opened(traced)
     made = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def of(atom: Any) -> _Of:
@@ -119,20 +116,18 @@ def _of_equation(equation: Any, into: list[_Of], inside: Any) -> list[_Of]:
         return [_union(results) for results in zip(*branches, strict=True)]
     bodies = [p for p in params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]
     for body in bodies:
-        opened = body.jaxpr if isinstance(body, ClosedJaxpr) else body
-        fits = (len(opened.invars), len(opened.outvars)) == (len(into), outputs)
+        taken, given = len(opened(body).invars), len(opened(body).outvars)
+        fits = (taken, given) == (len(into), outputs)
         if fits and len(bodies) == 1 and name != "scan":
             return inside(body, into)
         # A loop may bring anything anywhere.
-        inside(body, [everything] * len(opened.invars))
+        inside(body, [everything] * taken)
     return [everything] * outputs
 
 
 def _union(parts: Sequence[_Of]) -> _Of:
-    made = _Of()
-    for part in parts:
-        made |= part
-    return made
+    arrays, differences = ([part[i] for part in parts] for i in range(2))
+    return _Of(frozenset().union(*arrays), frozenset().union(*differences))
 
 
 def _from_zero(equation: Any) -> bool:
