@@ -202,7 +202,8 @@ def _llama_config(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaCon
         if type(value) is not int and not (real and type(value) is float):
             needed = "number" if real else "whole number"
             raise ValueError(f"config.json: {name}={value!r}: a {needed} is needed")
-    fields = {ours: found[name] for name, ours in _SIZES.items()} | {"rope_theta": float(theta)}
+    fields: dict[str, Any] = {ours: found[name] for name, ours in _SIZES.items()}
+    fields["rope_theta"] = float(theta)
     unknown = sorted(set(overrides) - set(LlamaConfig.__dataclass_fields__))
     if unknown:
         raise ValueError(
