@@ -7,12 +7,13 @@ units and a CPU's have no gather worth the name.
 
 import dataclasses
 import functools
-import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt
 
 Encoded = tuple[
@@ -168,20 +169,19 @@ class Table:
         _refuse(key)
         scales = _scales(blocks, axis, self._signed)
         x = blocks / jnp.where(scales == 0, 1, scales)
-        codes = jnp.zeros(x.shape, jnp.int32)
-        for low, high in itertools.pairwise(self.values):
-            passed = x >= (low + high) / 2 if self._signed or low > 0 else blocks > 0
-            codes += passed.astype(jnp.int32)
+        values = np.array(self.values)
+        middles = list(((values[:-1] + values[1:]) / 2).astype(x.dtype))
+        codes = bisected(lambda middle: x >= middle, middles)
+        if not self._signed:
+            codes = jnp.where((codes == 0) & (blocks > 0), 1, codes)
         return codes.astype(jnp.uint8), scales, None
 
     def decode(self, codes, scales, offsets):
         """See `Code.decode`."""
         del offsets
         numbers = codes.astype(jnp.int32)
-        values = jnp.full(codes.shape, self.values[0], scales.dtype)
-        for i, value in enumerate(self.values[1:], 1):
-            values = jnp.where(numbers >= i, value, values)
-        return values * scales
+        bits = [numbers & 2**bit != 0 for bit in reversed(range(self.bits))]
+        return _chosen(list(np.array(self.values, scales.dtype)), bits) * scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +211,31 @@ class Affine:
     def decode(self, codes, scales, offsets):
         """See `Code.decode`."""
         return codes.astype(jnp.int32).astype(scales.dtype) * scales + offsets
+
+
+def bisected(passes: Callable[[Any], Array], numbers: Sequence[Any]) -> Int[Array, "..."]:
+    """How many of 2**n - 1 ascending numbers are passed, bit by bit from the highest.
+
+    Args:
+        passes: From an array of some of the numbers, one for each element, to whether it is passed.
+        numbers: Scalars of one dtype.
+    """
+    bits, half = [], (len(numbers) + 1) // 2
+    while half:
+        bits.append(passes(_chosen(numbers[half - 1 :: 2 * half], bits)))
+        half //= 2
+    count = jnp.int32(0)
+    for bit in bits:
+        count = 2 * count + bit.astype(jnp.int32)
+    return count
+
+
+def _chosen(values: Sequence[Any], bits: Sequence[Array]) -> Any:
+    """Of 2**n values the one whose number has these n bits, the highest first."""
+    for bit in reversed(bits):
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [jnp.where(bit, high, low) for low, high in pairs]
+    return values[0]
 
 
 def _scales(blocks: Float[Array, "..."], axis: int, signed: bool) -> Float[Array, "..."]:

@@ -1,13 +1,12 @@
 """NF4, the 4-bit code of QLoRA's frozen weights (arXiv:2305.14314, section 3)."""
 
 import dataclasses
-import itertools
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from galore_optax.codes import Affine, Table
+from galore_optax.codes import Affine, Table, bisected
 from galore_optax.quantized import QuantizedArray, quantize
 
 # Its appendix E: quantiles of the normal distribution, of which zero is one.
@@ -34,9 +33,8 @@ class NF4(Table):
             raise ValueError("key: NF4 does not round at random; leave it out")
         scales = jnp.max(jnp.abs(blocks), axis, keepdims=True)
         x = blocks * (1 / jnp.maximum(scales, jnp.finfo(scales.dtype).tiny))
-        codes = jnp.zeros(x.shape, jnp.int32)
-        for low, high in itertools.pairwise(np.asarray(self.values, scales.dtype)):
-            codes += x > (low + high) / 2
+        values = np.array(self.values, x.dtype)
+        codes = bisected(lambda middle: x > middle, list((values[:-1] + values[1:]) / 2))
         return codes.astype(jnp.uint8), scales, None
 
 

@@ -129,11 +129,14 @@ def quantize(
 def _quantized(
     x: Array, key: PRNGKeyArray | None, code: Code, block: int, axis: int
 ) -> QuantizedArray:
+    at = x.ndim + axis
+    stored_shape = (*x.shape[:at], -(-x.shape[at] * code.bits // 8), *x.shape[at + 1 :])
+
     def encoded(x: Array, key: PRNGKeyArray | None) -> Any:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         codes, *rest = code.encode(_blocks(wide, axis, block), axis, key)
-        codes = _merged(codes, axis, x.shape)
         codes = _packed(codes, axis) if code.bits == 4 else codes
+        codes = _merged(codes, axis, stored_shape)
         return codes, *(None if part is None else jnp.squeeze(part, axis) for part in rest)
 
     def out_specs(mesh: Any) -> Any:
@@ -143,7 +146,7 @@ def _quantized(
                 axes[axis] = ()
             return PartitionSpec(*axes)
 
-        codes = split(-(-x.shape[axis] // (8 // code.bits)))
+        codes = split(stored_shape[at])
         scales = split(-(-x.shape[axis] // block))
         return codes, scales, scales if isinstance(code, Affine) else None
 
@@ -155,8 +158,8 @@ def _quantized(
 @partial(jax.jit, static_argnames="dtype")
 def _dequantized(q: QuantizedArray, dtype: Any) -> Array:
     def decoded(codes, scales, offsets):
-        codes = _unpacked(codes, q.axis, q.shape) if q.code.bits == 4 else codes
-        blocks = _blocks(codes, q.axis, q.block)
+        blocks = _blocks(codes, q.axis, q.block * q.code.bits // 8)
+        blocks = _unpacked(blocks, q.axis) if q.code.bits == 4 else blocks
         scales, offsets = jax.tree.map(lambda x: jnp.expand_dims(x, q.axis), (scales, offsets))
         values = q.code.decode(blocks, scales, offsets)
         return _merged(values, q.axis, q.shape).astype(dtype)
@@ -259,18 +262,23 @@ def _merged(blocks: Array, axis: int, shape: tuple[int, ...]) -> Array:
 
 
 def _packed(codes: Array, axis: int) -> Array:
-    """Two codes of 4 bits in a byte, the first of them in its lower half."""
+    """Two codes of 4 bits in a byte, the first of them in its lower half.
+
+    Of blocks, not of what is merged: XLA would not vectorize that on a CPU, nor a choice between
+    halves of a byte.
+    """
     at = codes.ndim + axis
     if codes.shape[at] % 2:
         codes = jnp.pad(codes, [(0, int(i == at)) for i in range(codes.ndim)])
     pairs = codes.reshape(*codes.shape[:at], -1, 2, *codes.shape[at + 1 :])
-    first, second = (jax.lax.index_in_dim(pairs, i, at + 1, keepdims=False) for i in (0, 1))
-    return first | (second << 4)
+    places = jnp.array([1, 16], codes.dtype).reshape(2, *[1] * (-axis - 1))
+    return jnp.sum(pairs * places, axis=at + 1, dtype=codes.dtype)
 
 
-def _unpacked(codes: Array, axis: int, shape: tuple[int, ...]) -> Array:
-    """The inverse of `_packed`."""
+def _unpacked(codes: Array, axis: int) -> Array:
+    """The inverse of `_packed`; of an odd number of codes there is one more."""
     at = codes.ndim + axis
-    pairs = jnp.stack([codes & 15, codes >> 4], at + 1)
-    merged = pairs.reshape(*shape[:at], -1, *shape[at + 1 :])
-    return jax.lax.slice_in_dim(merged, 0, shape[at], axis=at)
+    wide = codes.astype(jnp.uint16)
+    pairs = jax.lax.bitcast_convert_type((wide | wide << 4) & 0x0F0F, jnp.uint8)
+    pairs = jnp.moveaxis(pairs, -1, at + 1)
+    return pairs.reshape(*codes.shape[:at], -1, *codes.shape[at + 1 :])
