@@ -109,18 +109,28 @@ class Dynamic:
     def decode(self, codes, scales, offsets):
         """See `Code.decode`."""
         del offsets
-        q = codes.astype(jnp.int32) - self._zero
-        size = jnp.abs(q) if self.signed else q
+        q = codes.astype(jnp.int32).astype(jnp.float32) - self._zero
         # Of q + 1/2 = m 2^i, with m from 1 to 2, a float has i in its bits, the number of a decade,
         # and m: how far within it q is.
-        bits = jax.lax.bitcast_convert_type((2 * size + 1).astype(jnp.float32), jnp.int32)
+        bits = _bits(2 * (jnp.abs(q) if self.signed else q) + 1)
         decade = (bits >> 23) - (128 if self.signed else 129)
-        one = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
+        one = _float((bits & 0x7FFFFF) | 0x3F800000)
         # No a x + b, which XLA rounds once or twice as it likes: a code has one value everywhere.
         end = _ten_to(decade, scales.dtype) * (0.9 * 10.0 ** (2 - self.bits))
         value = _smaller(end * (one.astype(scales.dtype) - 8 / 9), 1)
-        value = jnp.where(q < 0, -value, value) if self.signed else value
+        if self.signed:
+            value = jnp.copysign(value, q.astype(value.dtype))
         return jnp.where(decade < 0, 0, value) * scales
+
+
+def _bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """The bits of float32 numbers."""
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits: Int[Array, "..."]) -> Float[Array, "..."]:
+    """The inverse of `_bits`."""
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _ten_to(exponent: Int[Array, "..."], dtype: Any) -> Float[Array, "..."]:
@@ -135,7 +145,7 @@ def _whole_part(x: Float[Array, "..."]) -> Int[Array, "..."]:
     The conversion of floats to integers has to mind NaN and numbers beyond an integer's, which
     takes a CPU longer than this: beyond 2^23, where a float's last bit is 1, it has the number.
     """
-    return jax.lax.bitcast_convert_type(x + (2.0**23 - 0.5), jnp.int32) & 0x1FF
+    return _bits(x + (2.0**23 - 0.5)) & 0x1FF
 
 
 def _smaller(a: Any, b: Any) -> Array:
