@@ -3,8 +3,9 @@
     python -m benchmarks.low_bit_step --model llama-60m
 
 All params of a model, float32, embedding and head included; steps of the sides in turns in one run,
-the state overwritten, no refresh in them. A step is `update` and `apply_updates` in one program
-that overwrites the params, or with `--no-apply` is `update` alone. Ratios are of medians.
+no refresh in them. A step is `update` and `apply_updates` in one program that overwrites the params
+and the state, or with `--no-overwrite` makes new ones beside them, or with `--no-apply` is `update`
+alone. Ratios are of medians.
 """
 
 import dataclasses
@@ -34,6 +35,8 @@ class LowBitStep:
     """Steps of each side."""
     apply: bool = True
     """Whether updates are applied in the same program, or given back."""
+    overwrite: bool = True
+    """Whether the params, if they are applied to, and the state are donated."""
 
 
 def main(config: LowBitStep) -> None:
@@ -73,7 +76,7 @@ def main(config: LowBitStep) -> None:
 
         params = tree(0)
         state = jax.jit(tx.init)(params)
-        given = (0, 1) if config.apply else (1,)
+        given = ((0, 1) if config.apply else (1,)) if config.overwrite else ()
         lowered = jax.jit(step, donate_argnums=given).lower(params, state, grads)
         steps[name] = lowered.compile()
         temporaries[name] = steps[name].memory_analysis().temp_size_in_bytes
