@@ -114,7 +114,7 @@ class Dynamic:
         # and m: how far within it q is.
         bits = _bits(2 * (jnp.abs(q) if self.signed else q) + 1)
         decade = (bits >> 23) - (128 if self.signed else 129)
-        one = _float((bits & 0x7FFFFF) | 0x3F800000)
+        one = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
         # No a x + b, which XLA rounds once or twice as it likes: a code has one value everywhere.
         end = _ten_to(decade, scales.dtype) * (0.9 * 10.0 ** (2 - self.bits))
         value = _smaller(end * (one.astype(scales.dtype) - 8 / 9), 1)
@@ -126,11 +126,6 @@ class Dynamic:
 def _bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
     """The bits of float32 numbers."""
     return jax.lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _float(bits: Int[Array, "..."]) -> Float[Array, "..."]:
-    """The inverse of `_bits`."""
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _ten_to(exponent: Int[Array, "..."], dtype: Any) -> Float[Array, "..."]:
@@ -182,7 +177,7 @@ class Table:
         values = np.array(self.values)
         middles = list(((values[:-1] + values[1:]) / 2).astype(x.dtype))
         codes = bisected(lambda middle: x >= middle, middles)
-        if not self._signed:
+        if not self._signed:  # what is not zero is never coded as zero
             codes = jnp.where((codes == 0) & (blocks > 0), 1, codes)
         return codes.astype(jnp.uint8), scales, None
 
