@@ -1,18 +1,34 @@
 """Every test runs on the CPU, seen by JAX as eight devices, so that sharded code runs in CI."""
 
+import gc
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
 
-# Most of the time of most tests is that of compiling, which takes a fraction of it so.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+def _set_up_jax(compiled: str) -> None:
+    """For this process, pytest's workers, and the commands that tests run."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    # Most of the time of most tests is that of compiling. It takes a fraction of it without most
+    # optimizations, with the older of XLA's two code generators, and with what is compiled shared.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    start = [sys.executable, "-c", "import jax; jax.devices()"]
+    if subprocess.run(start, capture_output=True).returncode:  # so ends XLA at an unknown flag
+        os.environ["XLA_FLAGS"] = flags
 
-import jax
-import pytest
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="galore-optax-compiled-")
+    _set_up_jax(_compiled.name)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -23,6 +39,15 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget():
+    """What JAX keeps of a file's functions would slow the garbage collector down in later ones."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

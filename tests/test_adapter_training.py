@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from small_run import small
-from test_pretrain import compiled_once, losses, run_killed  # noqa: F401 (a fixture of the module)
+from test_pretrain import losses, run_killed
 
 from galore_optax.adapter import is_adapter, merge
 from galore_optax.quantized import dequantized

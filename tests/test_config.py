@@ -244,11 +244,15 @@ def test_a_full_disk_is_one_line_and_exit_code_2(capsys):
 
 
 def test_what_fails_beside_an_error_is_not_logged(caplog):
-    async def leave_a_failed_write():
+    async def write():
+        pass
+
+    async def leave_writes():
         asyncio.get_running_loop().create_future().set_exception(OSError("full"))
+        write()  # and one that has not begun
 
     def fail(config: Pretrain) -> int:
-        asyncio.run(leave_a_failed_write())
+        asyncio.run(leave_writes())
         raise OSError("full")
 
     with pytest.raises(SystemExit):

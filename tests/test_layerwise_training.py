@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_run import small
 from test_mesh import ADAMW, train
-from test_pretrain import compiled_once, losses, unfinished
+from test_pretrain import losses, unfinished
 
 from galore_optax import quantize_state
 from train.assemble import assemble
@@ -17,7 +17,6 @@ from train.mesh import put_batch
 from train.plan import RECIPES
 from train.pretrain import main
 
-__all__ = ["compiled_once"]
 # All that a 10 GB card needs; rounded to the nearest, since by layers other numbers are drawn than
 # for the whole stack.
 Q_GALORE = {

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from small_run import small
-from test_pretrain import compiled_once, losses, run_killed
+from test_pretrain import losses, run_killed
 
 from train.assemble import assemble
 from train.config import resolve
@@ -16,7 +16,6 @@ from train.mesh import put_batch
 from train.metrics import read_metrics
 from train.pretrain import main
 
-__all__ = ["compiled_once"]
 Q_GALORE = {"optimizer": "q-galore-adamw8bit", "update_proj_gap": 2}
 
 

@@ -1,6 +1,7 @@
 """`unstacked`: to a transformation the layers of a stack are leaves of their own."""
 
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from galore_optax import (
 from galore_optax.accumulate import SubspaceTransformation
 from galore_optax.sharding import state_shardings
 
+ROUNDING = dict(rtol=1e-6, atol=1e-8)
 AXES = {"norm": 1, "up": 2, "head": None, "bias": 1}
 
 
@@ -58,12 +60,13 @@ def trajectory(tx, params, split=lambda x: x, steps=4):
 def test_numbers_and_state_are_those_of_leaves_of_their_own(tx):
     got, state = trajectory(unstacked(tx, axes), tree())
     expected, theirs = trajectory(tx, tree(), apart)
-    jax.tree.map(np.testing.assert_array_equal, apart(got), expected)
-    jax.tree.map(np.testing.assert_array_equal, state, theirs)
+    # They are programs of their own, which XLA need not round alike.
+    jax.tree.map(partial(np.testing.assert_allclose, **ROUNDING), apart(got), expected)
+    jax.tree.map(partial(np.testing.assert_allclose, **ROUNDING), state, theirs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what galore leaves out
         whole, _ = trajectory(tx, tree())
-    assert np.any(got["norm"] != whole["norm"])
+    assert not np.allclose(got["norm"], whole["norm"], rtol=1e-4, atol=1e-6)
 
 
 def test_an_update_in_parts_is_handed_on():

@@ -10,6 +10,7 @@ import logging
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -69,8 +70,10 @@ def _quiet_libraries() -> None:
     """Of an error, what is raised is said, and nothing beside it."""
     # Orbax logs pages about an error before it raises it.
     absl.logging.set_verbosity(absl.logging.FATAL)
-    # Of several writes that fail, asyncio logs those that nobody waits for any more.
+    # Of several writes that fail, asyncio logs those that nobody waits for any more, and Python
+    # warns of those that had not begun.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -134,15 +134,20 @@ def _builtin_pages() -> list[str]:
 
 def _docstrings(path: Path) -> Iterator[str]:
     """The docstrings of a module in the order of its source, found without importing it."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a library's invalid escapes
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             return
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+    yield from _docstrings_in(tree)
+
+
+def _docstrings_in(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node)
         if text:
             yield text
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):  # no expression
+            yield from _docstrings_in(child)
