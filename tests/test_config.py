@@ -52,6 +52,12 @@ def test_every_default_is_accepted(model, optimizer):
     assert (config.rank is None) == (optimizer in ("adamw", "adamw8bit", "adafactor"))
 
 
+def test_microbatches_are_the_largest_that_divide_any_batch():
+    assert resolve(Pretrain(model="llama-60m", batch_size=3 * 1021)).accumulate == 1021
+    assert resolve(Pretrain(model="llama-60m", batch_size=2**31 - 1)).accumulate == 2**31 - 1
+    assert resolve(Pretrain(model="llama-60m", batch_size=512)).accumulate == 512 // 128
+
+
 def test_the_largest_rank_that_compresses_is_accepted():
     assert resolve(Pretrain(rank=127)).rank == 127
 
@@ -153,8 +159,9 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--scale -1", "--scale -1.0: expected a positive number"),
         ("--learning-rate nan", "--learning-rate nan: expected a positive number"),
         ("--learning-rate inf", "expected a positive number"),
-        ("--learning-rate 1e39", "--learning-rate 1e+39: expected a positive number, 3.4e+38 at"),
-        ("--scale 1e300", "expected a positive number, 3.4e+38 at most"),
+        ("--learning-rate 1e39", "--learning-rate 1e+39: expected a positive number, 1.2e-38 to"),
+        ("--learning-rate 1e-50", "--learning-rate 1e-50: expected a positive number, 1.2e-38 to"),
+        ("--scale 1e300", "expected a positive number, 1.2e-38 to 3.4e+38"),
         ("--weight-decay 1e308", "expected 0 or more, 3.4e+38 at most"),
         ("--clip-norm 0", "expected a positive number"),
         ("--weight-decay -0.1", "expected 0 or more"),

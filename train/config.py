@@ -16,8 +16,8 @@ from train.weights import ADAPTERS
 if TYPE_CHECKING:
     from models.llama_config import LlamaConfig
 
-# Numbers of a run are float32.
-_LARGEST = float(np.finfo(np.float32).max)
+# Numbers of a run are float32; what is smaller than the smallest counts as zero.
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 Model = Literal["tiny", "llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b"]
 
@@ -250,8 +250,8 @@ def resolve(config: Pretrain) -> Resolved:
         defaults.pop(name, None)
     config = _fill(config, {**defaults, **recipe.defaults, **(kind.defaults if kind else {})})
     steps, batch = config.steps or 0, config.batch_size or 0
-    most = int(defaults["microbatch"] or max(1, batch))
-    parts = (n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
+    most = min(int(defaults["microbatch"] or batch), batch)
+    parts = (batch // n for n in range(most, 0, -1) if batch % n == 0)
     config = _fill(config, {"accumulate": next(parts, 1)})
     if "gradient_rank" in listened:
         config = _fill(config, {"gradient_rank": max(1, (config.rank or 0) // 4)})
@@ -398,9 +398,10 @@ def _check_values(config: Resolved) -> None:
             raise ValueError(f"{flag(name)} {value}: expected less than 2**{limit}")
     for name in ("scale", "learning_rate", "clip_norm", "alpha"):
         value = getattr(config, name)
-        if value is not None and not 0 < value <= _LARGEST:
+        if value is not None and not _SMALLEST <= value <= _LARGEST:
             raise ValueError(
-                f"{flag(name)} {value}: expected a positive number, {_LARGEST:.1e} at most"
+                f"{flag(name)} {value}: expected a positive number, {_SMALLEST:.1e} to "
+                f"{_LARGEST:.1e}"
             )
     for name in ("moment_bits", "projection_bits", "weight_bits", "embedding_bits"):
         value = getattr(config, name)
