@@ -214,9 +214,15 @@ def matrix_views(
             matrix.
 
     Raises:
-        ValueError: If the dimension numbers do not fit the params.
+        ValueError: If the dimension numbers do not fit the params, or one of these is no array.
     """
     leaves = jax.tree.leaves_with_path(params)
+    for key, leaf in leaves:
+        if not hasattr(leaf, "shape"):
+            raise ValueError(
+                f"params: {leaf!r} at {jax.tree_util.keystr(key)} is no array; give "
+                f"jnp.asarray({leaf!r})"
+            )
     if not leaves:  # as where optax.tree_utils.tree_map_params looks for params in a state
         return []
     if numbers is None:

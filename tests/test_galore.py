@@ -514,6 +514,12 @@ def test_a_rank_schedule_uses_fewer_directions_later_the_leading_ones():
     assert kept > 0.9 * np.sum(values[:4] ** 2)  # of the range finder's eight the best four
 
 
+def test_a_leaf_that_is_no_array_is_refused_by_name():
+    tx = galore(4, optax.adam(0.01))
+    with pytest.raises(ValueError, match=r"params: 1\.0 at \['b'\] is no array; give jnp\.asarray"):
+        tx.init({"w": jnp.ones((8, 12)), "b": 1.0})
+
+
 def test_a_complex_matrix_is_refused_and_other_complex_leaves_are_the_inners():
     params = {"w": jnp.ones((8, 12), jnp.complex64)}
     with pytest.raises(ValueError, match=r"'w'.*complex64.*give None"):
