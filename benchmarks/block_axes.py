@@ -16,7 +16,7 @@ import optax
 import orbax.checkpoint
 
 from benchmarks.four_bit_codes import change
-from galore_optax.quantize_state import CODES
+from galore_optax.quantization.state import CODES
 
 
 @dataclasses.dataclass(frozen=True)

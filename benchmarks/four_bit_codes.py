@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_optax.codes import Code, Dynamic, Table
-from galore_optax.quantized import quantize
-from train.assemble import assemble
-from train.config import Pretrain, resolve
-from train.mesh import put_batch
+from galore_optax.quantization.array import quantize
+from galore_optax.quantization.codes import Code, Dynamic, Table
+from train.config.resolve import Pretrain, resolve
+from train.run.assemble import assemble
+from train.step.mesh import put_batch
 
 
 @dataclasses.dataclass(frozen=True)

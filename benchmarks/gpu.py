@@ -115,7 +115,7 @@ def _share(card: int) -> str | None:
         return None  # a CPU's is not limited
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     asked = subprocess.run(command, capture_output=True, text=True, check=True)
-    from train.memory_plan import CONTEXT
+    from train.memory.plan import CONTEXT
 
     total = float(asked.stdout.split()[0]) * 2**20
     return f"{(card * 2**30 - CONTEXT) / total:.5f}"
@@ -130,8 +130,8 @@ def _write(out: Path, line: dict[str, Any]) -> None:
 def _prepare(path: str) -> int:
     import numpy as np
 
-    from train.text import load_text
-    from train.tokenizer import load_tokenizer
+    from train.data.text import load_text
+    from train.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("bytes")
     text = load_text("builtin", "train", None)
@@ -159,7 +159,7 @@ def one(part: dict[str, Any]) -> None:
 
 
 def _programs(part: dict[str, Any], **flags: Any):
-    from train.config import Pretrain, resolve
+    from train.config.resolve import Pretrain, resolve
     from train.plan import programs_of
 
     settings = Pretrain(
@@ -174,9 +174,9 @@ def inside(part: dict[str, Any]) -> None:
     import jax
     import numpy as np
 
-    from train.mesh import put_batch
     from train.plan import RECIPES as FLAGS
     from train.plan import plan
+    from train.step.mesh import put_batch
 
     config, programs = _programs(
         part, **FLAGS[part["recipe"]], steps=max(part["steps"], 2), warmup_steps=1
@@ -219,7 +219,7 @@ def timed(part: dict[str, Any]) -> None:
     import jax
     import numpy as np
 
-    from train.mesh import put_batch
+    from train.step.mesh import put_batch
 
     config, programs = _programs(part, **part["flags"])
     compiled = programs.train_step.lower(programs.abstract, programs.batch).compile()

@@ -18,9 +18,9 @@ import numpy as np
 import optax
 
 from galore_optax import adamw8bit, galore_adamw, galore_adamw8bit
-from models.llama import dimension_numbers
-from models.llama_config import SIZES, Weight, weight_table
-from train.config import DEFAULTS
+from models.llama.config import SIZES, Weight, weight_table
+from models.llama.model import dimension_numbers
+from train.config.resolve import DEFAULTS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sys
 from typing import Literal
 
 from benchmarks.runs import Runs, trained
-from train.metrics import read_metrics
+from train.run.metrics import read_metrics
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "GaLore": ("--optimizer", "galore-adamw"),

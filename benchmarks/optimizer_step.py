@@ -25,8 +25,8 @@ import optax
 import optax.contrib
 
 from galore_optax import GaLoreDimensionNumbers, galore
-from models.llama_config import SIZES, weight_table
-from train.config import DEFAULTS
+from models.llama.config import SIZES, weight_table
+from train.config.resolve import DEFAULTS
 
 PARTS = ("ordinary", "refresh", "energy", "memory", "compilations", "int4")
 OURS, SEPARATE = "galore-optax, stacked", "galore-optax, separate"

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
-from train.config import Pretrain, resolve
-from train.memory_plan import plan
+from train.config.resolve import Pretrain, resolve
+from train.memory.plan import plan
 from train.plan import programs_of
 
 

@@ -19,10 +19,10 @@ from galore_optax import (
     q_galore_adamw8bit,
 )
 from galore_optax.memory import state_bytes, tree_bytes
-from models.llama import dimension_numbers
-from models.llama_config import SIZES, Weight, weight_table
-from train.config import DEFAULTS, Pretrain, resolve
-from train.weights import held_weights
+from models.llama.config import SIZES, Weight, weight_table
+from models.llama.model import dimension_numbers
+from train.config.resolve import DEFAULTS, Pretrain, resolve
+from train.config.weights import held_weights
 
 # Weights and states of the papers' tables in GB, by method and model.
 PAPER = {

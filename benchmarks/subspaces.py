@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from galore_optax.subspace import SUBSPACES
-from train.assemble import Parts, abstract_params, assemble, make_forward
-from train.config import Pretrain, Resolved, resolve
-from train.mesh import put_batch
-from train.step import loss_and_gradient
+from galore_optax.projection.subspace import SUBSPACES
+from train.config.resolve import Pretrain, Resolved, resolve
+from train.run.assemble import Parts, abstract_params, assemble, make_forward
+from train.step.mesh import put_batch
+from train.step.ordinary import loss_and_gradient
 
 SIDES = ("smaller", "larger", "both")
 Gradients = dict[str, Float[Array, "layers n m"]]

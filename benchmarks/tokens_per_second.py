@@ -40,9 +40,9 @@ def ours(model: Any, batch_size: int, seq_len: int) -> Callable[[], float]:
     import jax
     import numpy as np
 
-    from train.assemble import assemble
-    from train.config import Pretrain, resolve
-    from train.mesh import put_batch
+    from train.config.resolve import Pretrain, resolve
+    from train.run.assemble import assemble
+    from train.step.mesh import put_batch
 
     config = resolve(
         Pretrain(model=model, batch_size=batch_size, seq_len=seq_len, steps=10_000, accumulate=1)

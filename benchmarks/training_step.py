@@ -12,9 +12,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from train.config import Pretrain, resolve
-from train.mesh import make_mesh, put_batch
+from train.config.resolve import Pretrain, resolve
 from train.plan import programs_of
+from train.step.mesh import make_mesh, put_batch
 
 _GALORE = {"optimizer": "galore-adamw", "update_proj_gap": 1_000_000}
 _BY_LAYERS = {**_GALORE, "layerwise": True}

@@ -17,9 +17,9 @@ import optax
 
 from galore_optax import galore_adafactor, galore_adamw
 from galore_optax.memory import state_bytes, tree_bytes
-from models.llama import dimension_numbers
-from models.llama_config import SIZES, Weight, weight_table
-from train.config import DEFAULTS
+from models.llama.config import SIZES, Weight, weight_table
+from models.llama.model import dimension_numbers
+from train.config.resolve import DEFAULTS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -1,11 +1,12 @@
 """GaLore (arXiv:2403.03507) as optax transformations."""
 
-from galore_optax.adaptive_refresh import AdaptiveRefresh
 from galore_optax.galore import GaLoreState, galore
-from galore_optax.matrices import GaLoreDimensionNumbers, TuckerDimensionNumbers
-from galore_optax.quantize_state import quantize_state
-from galore_optax.quantized import QuantizedArray
-from galore_optax.quantized_weights import apply_updates, quantize_weights
+from galore_optax.layerwise.unstacked import unstacked
+from galore_optax.projection.dimension_numbers import GaLoreDimensionNumbers, TuckerDimensionNumbers
+from galore_optax.projection.schedule import AdaptiveRefresh
+from galore_optax.quantization.array import QuantizedArray
+from galore_optax.quantization.state import quantize_state
+from galore_optax.quantization.weights import apply_updates, quantize_weights
 from galore_optax.recipes import (
     adamw8bit,
     galore_adafactor,
@@ -14,7 +15,6 @@ from galore_optax.recipes import (
     gradnorm_lorp_adamw,
     q_galore_adamw8bit,
 )
-from galore_optax.unstacked import unstacked
 
 __all__ = [
     "AdaptiveRefresh",

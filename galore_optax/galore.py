@@ -19,11 +19,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from galore_optax import checks
-from galore_optax.accumulate import SubspaceTransformation
-from galore_optax.adaptive_refresh import SIMILARITIES, AdaptiveRefresh
-from galore_optax.decoupled_decay import decay, update_and_slopes
-from galore_optax.matrices import WeightDimensionNumbers
-from galore_optax.moments import (
+from galore_optax.nnx_variables import without_variables
+from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
+from galore_optax.projection.leaf import SIDES, Projection, Rank, checked_rank, projections
+from galore_optax.projection.moments import (
     RULES,
     CarryOver,
     MomentsFunction,
@@ -31,10 +30,7 @@ from galore_optax.moments import (
     places,
     reset,
 )
-from galore_optax.nnx_variables import without_variables
-from galore_optax.projection import SIDES, Projection, Rank, checked_rank, projections
-from galore_optax.quantized import dequantized, is_quantized
-from galore_optax.refresh import (
+from galore_optax.projection.refresh import (
     by_leaf,
     check_subspace,
     flat,
@@ -44,9 +40,13 @@ from galore_optax.refresh import (
     refresh,
     steps_to_next,
 )
-from galore_optax.remembered_params import remembers_params
+from galore_optax.projection.schedule import SIMILARITIES, AdaptiveRefresh
+from galore_optax.projection.subspace import SUBSPACES, FindSubspace
+from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.sharding import explain_sharding_errors, explicit_axes, sharded_like
-from galore_optax.subspace import SUBSPACES, FindSubspace
+from galore_optax.trace.decoupled_decay import decay, update_and_slopes
+from galore_optax.trace.remembered_params import remembers_params
+from galore_optax.transformation import SubspaceTransformation
 
 DEFAULT_MOMENTS = "rotate"
 
@@ -116,7 +116,7 @@ def galore(
     times W is added. The matrices of a stacked leaf are separate leaves to `inner`.
 
     Its update takes the extra arguments `layer` and `layers`, where it is called for one layer of a
-    stack at a time (`galore_optax.layerwise`): which layer of how many. Random numbers and the
+    stack at a time (`galore_optax.layerwise.step`): which layer of how many. Random numbers and the
     steps of refreshes are then what they are where it is called for the whole stack.
 
     Args:
@@ -131,7 +131,7 @@ def galore(
             published; a sharded matrix is gathered for it, which no other choice does), "power"
             (one step of subspace iteration from the present basis), "random", or a function from a
             gradient `(n, m)`, the present basis `(n, r)` and a key to a basis, such as
-            `functools.partial(galore_optax.subspace.randomized, power_steps=2)`.
+            `functools.partial(galore_optax.projection.subspace.randomized, power_steps=2)`.
         side: Which side of a matrix `(in, out)` is projected: "smaller" (as published), "larger"
             (least memory with one side; as in `optax.contrib.galore`), "left" (input), "right"
             (output) or "both", where R = PᵀGQ is rank by rank. Ties go to the input.
@@ -140,7 +140,7 @@ def galore(
             that has its axes, a tree of them (or a prefix of one) with None for leaves to leave
             out, or a function from params to such a tree. None projects every leaf with two axes.
         moments: What becomes of the inner's moments at a refresh: "rotate" carries them over to the
-            new basis (`galore_optax.moments`), "keep" leaves their numbers, as published, "reset"
+            new basis (`galore_optax.projection.moments`), "keep" leaves their numbers, as published, "reset"
             makes them anew as `inner.init` does; or a function from a moment's name, the moment and
             `turn(x, squared=False)` to the new moment. None is "rotate", but refuses an inner whose
             state remembers the params, which live in the old basis.

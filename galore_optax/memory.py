@@ -5,8 +5,8 @@ import optax
 from jaxtyping import PyTree
 
 from galore_optax.galore import GaLoreState
-from galore_optax.layered import at
-from galore_optax.layerwise import LayerwiseState
+from galore_optax.layerwise.backward import at
+from galore_optax.layerwise.step import LayerwiseState
 
 
 def tree_bytes(tree: PyTree) -> int:

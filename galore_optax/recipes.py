@@ -6,15 +6,15 @@ import jax
 import optax
 
 from galore_optax import checks
-from galore_optax.accumulate import SubspaceTransformation
-from galore_optax.adapter import factor_dimension_numbers, is_adapter
-from galore_optax.adaptive_refresh import AdaptiveRefresh
+from galore_optax.adapters.base import factor_dimension_numbers, is_adapter
 from galore_optax.galore import galore
-from galore_optax.matrices import GaLoreDimensionNumbers, WeightDimensionNumbers
-from galore_optax.moments import MomentsFunction
-from galore_optax.projection import Rank, projections
-from galore_optax.quantize_state import quantize_state
-from galore_optax.subspace import FindSubspace
+from galore_optax.projection.dimension_numbers import GaLoreDimensionNumbers, WeightDimensionNumbers
+from galore_optax.projection.leaf import Rank, projections
+from galore_optax.projection.moments import MomentsFunction
+from galore_optax.projection.schedule import AdaptiveRefresh
+from galore_optax.projection.subspace import FindSubspace
+from galore_optax.quantization.state import quantize_state
+from galore_optax.transformation import SubspaceTransformation
 
 
 def galore_adamw(
@@ -408,7 +408,7 @@ def gradnorm_lorp_adamw(
     """The optimizer of GradNormLoRP: AdamW, with GaLore on the gradients of an adapter's factors.
 
     The weights' part of the method, the weight-normalised adapter, is in the params
-    (`galore_optax.weight_norm.GradNormLoRP`). Magnitudes, and params without an adapter, have
+    (`galore_optax.adapters.gradnorm_lorp.GradNormLoRP`). Magnitudes, and params without an adapter, have
     AdamW's update at full size.
 
     Args:
@@ -445,8 +445,8 @@ def gradnorm_lorp_adamw(
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from galore_optax import gradnorm_lorp_adamw
-        >>> from galore_optax.adapter import split
-        >>> from galore_optax.weight_norm import GradNormLoRP
+        >>> from galore_optax.adapters.base import split
+        >>> from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
         >>> adapter = GradNormLoRP.create(jnp.ones((64, 256)), jax.random.key(0), rank=8)
         >>> trained, frozen = split({"w": adapter})
         >>> state = gradnorm_lorp_adamw(0.01, rank=4).init(trained)
@@ -478,7 +478,7 @@ def gradnorm_lorp_adamw(
             if is_adapter(x) and x.base is not None:
                 raise ValueError(
                     f"the params at {jax.tree_util.keystr(path)} hold the frozen weight; give the "
-                    "first part of galore_optax.adapter.split(params)"
+                    "first part of galore_optax.adapters.base.split(params)"
                 )
         for plan in projections(params, numbers, rank, side):
             if plan is not None and max(plan.ranks, default=0) >= (least := min(plan.view.sizes)):

@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from paths import SHARED_DATA
+
 
 def _set_up_jax(compiled: str) -> None:
     """For this process, pytest's workers, and the commands that tests run."""
@@ -29,8 +31,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from models.llama_config import SIZES, LlamaConfig
-from train.config import Pretrain
+from models.llama.config import SIZES, LlamaConfig
+from train.config.resolve import Pretrain
 
 MICRO = LlamaConfig(width=32, mlp_width=48, layers=2, heads=2, kv_heads=1, max_length=64)
 SMALL = Pretrain(
@@ -58,8 +58,8 @@ def kill_at(where: str, step: int, signum: int) -> None:
 
 if __name__ == "__main__":
     settings, where, step, signum = sys.argv[1:]
-    from train.cli import run
     from train.pretrain import main
+    from train.run.cli import run
 
     kill_at(where, int(step), signal.Signals[signum])
     sys.argv = sys.argv[:1]

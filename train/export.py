@@ -7,12 +7,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from galore_optax.adapter import is_adapter, merge
-from galore_optax.quantized import dequantized
-from models.hugging_face import save_llama
-from models.peft import save_adapters
-from train.cli import run
-from train.trained import load_trained
+from galore_optax.adapters.base import is_adapter, merge
+from galore_optax.quantization.array import dequantized
+from models.hugging_face.llama import save_llama
+from models.hugging_face.peft import save_adapters
+from train.run.cli import run
+from train.run.trained import load_trained
 
 
 @dataclasses.dataclass(frozen=True)

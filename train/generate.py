@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from galore_optax.adapter import merge
-from models.generate import generate
-from models.llama import Llama
-from train.cli import run
-from train.tokenizer import Tokenizer
-from train.trained import load_trained
+from galore_optax.adapters.base import merge
+from models.llama.generate import generate
+from models.llama.model import Llama
+from train.data.tokenizer import Tokenizer
+from train.run.cli import run
+from train.run.trained import load_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def sample_text(
         model: the language model.
         tokenizer: the one that it was trained with.
         prompt: where the text begins.
-        max_new_tokens: as for `models.generate.generate`, like the rest.
+        max_new_tokens: as for `models.llama.generate.generate`, like the rest.
         temperature: as there.
         top_k: as there.
         top_p: as there.

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.assemble import Programs, make_programs, model_config
-from train.cli import run
-from train.config import Pretrain, Resolved, flag, load, resolve
-from train.memory_plan import CARDS, CONTEXT, MemoryPlan, held, plan
-from train.mesh import make_mesh
-from train.plots import plot_plan
-from train.tokenizer import load_tokenizer
+from train.config.resolve import Pretrain, Resolved, flag, load, resolve
+from train.data.tokenizer import load_tokenizer
+from train.memory.plan import CARDS, CONTEXT, MemoryPlan, held, plan
+from train.run.assemble import Programs, make_programs, model_config
+from train.run.cli import run
+from train.run.plots import plot_plan
+from train.step.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -227,6 +227,6 @@ def _texts(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 if __name__ == "__main__":
-    from train.cli import run
+    from train.run.cli import run
 
     run(main, PrepareC4, "python -m train.prepare_c4")

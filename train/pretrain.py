@@ -14,21 +14,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from models.llama_config import flops_per_token
-from train import run_directory
-from train.assemble import Parts, assemble
-from train.checkpoint import Checkpoints
-from train.cli import run
-from train.config import Pretrain, Resolved, load, resolve
-from train.data import prefetch
-from train.memory_plan import device_memory, plan
-from train.mesh import put_batch
-from train.metrics import MetricsLog, evaluation_losses
-from train.progress import Progress, peak_flops
-from train.report import peak_memory, report
-from train.sequences import START, Position
-from train.signals import StopRequest
-from train.step import TrainState
+from models.llama.config import flops_per_token
+from train.config.resolve import Pretrain, Resolved, load, resolve
+from train.data.loader import prefetch
+from train.data.sequences import START, Position
+from train.memory.plan import device_memory, plan
+from train.run import directory as run_directory
+from train.run.assemble import Parts, assemble
+from train.run.checkpoint import Checkpoints
+from train.run.cli import run
+from train.run.metrics import MetricsLog, evaluation_losses
+from train.run.progress import Progress, peak_flops
+from train.run.report import peak_memory, report
+from train.run.signals import StopRequest
+from train.step.mesh import put_batch
+from train.step.ordinary import TrainState
 
 
 def main(config: Pretrain) -> int:

@@ -1,0 +1,1 @@
+"""galore_optax/layerwise."""

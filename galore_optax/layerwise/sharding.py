@@ -1,0 +1,78 @@
+"""Shardings of a layer-wise optimizer's state, from those of the weights."""
+
+import warnings
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from galore_optax.layerwise.backward import Params
+from galore_optax.layerwise.step import Layerwise, LayerwiseState, absent
+from galore_optax.quantization.array import dequantized
+from galore_optax.sharding import state_shardings
+
+
+def layerwise_shardings(
+    optimizer: Layerwise, params: Params, param_shardings: Params
+) -> LayerwiseState:
+    """Shardings for `optimizer.init(params)`, without allocating anything.
+
+    Args:
+        optimizer: The optimizer.
+        params: Tree of arrays or of `jax.ShapeDtypeStruct`.
+        param_shardings: The same tree of `jax.sharding.NamedSharding`, all over one mesh of
+            automatic axes, none of which splits the layers' axis.
+
+    Raises:
+        ValueError: If the shardings are others.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec
+        >>> from galore_optax.layerwise.backward import Layered
+        >>> from galore_optax.layerwise.step import Layerwise
+        >>> from galore_optax.layerwise.sharding import layerwise_shardings
+        >>> model = Layered(
+        ...     embed=lambda params, x: x,
+        ...     layer=lambda layer, x, _: x @ layer["w"],
+        ...     head=lambda params, x, _: jnp.sum(x),
+        ... )
+        >>> params = {"layers": {"w": jax.ShapeDtypeStruct((4, 16, 16), jnp.float32)}}
+        >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
+        >>> rows = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+        >>> optimizer = Layerwise(model, optax.adam(1e-3))
+        >>> state = layerwise_shardings(optimizer, params, {"layers": {"w": rows}})
+        >>> tuple(state.layers[0].mu["layers"]["w"].spec)
+        (None, 'fsdp', None)
+    """
+    key = optimizer.model.layers
+    stack, rest, _ = optimizer.model.split(params)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stack)
+    one_at = jax.tree.map(_of_a_layer, param_shardings[key])
+    nothing = absent(jax.eval_shape(dequantized, params))
+
+    def init(params: Params) -> optax.OptState:
+        return optimizer.tx.init({**nothing, **dequantized(params)})
+
+    def of_part(part: Params, part_at: Params) -> optax.OptState:
+        tx = optax.GradientTransformation(init, optimizer.tx.update)  # pyrefly: ignore
+        return state_shardings(tx, part, part_at)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a part may lack what the whole has
+        layers = of_part({key: one}, {key: one_at})
+        rest_at = {k: of_part({k: part}, {k: param_shardings[k]}) for k, part in rest.items()}
+    mesh = jax.tree.leaves(param_shardings)[0].mesh
+    whole = NamedSharding(mesh, PartitionSpec())
+    stacked = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(None, *s.spec)), layers)
+    return LayerwiseState(whole, whole, stacked, rest_at)  # pyrefly: ignore[bad-argument-type]
+
+
+def _of_a_layer(sharding: NamedSharding) -> NamedSharding:
+    layers, *spec = (*sharding.spec, None)
+    if layers is not None:
+        raise ValueError(
+            f"param_shardings: {sharding.spec} splits the layers' axis, over which a loop runs; "
+            "split another axis"
+        )
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))

@@ -1,0 +1,247 @@
+"""The projection of one leaf: into the subspace, and back out of it.
+
+GaLore (arXiv:2403.03507, definition 3.4): R = PᵀG, and the update P N; on the right side R = GP and
+N Pᵀ; on both sides PᵀGQ and P N Qᵀ; of a tensor, G ×₁ P₁ᵀ ×₂ P₂ᵀ … and back.
+"""
+
+import dataclasses
+import math
+import operator
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from galore_optax.projection.dimension_numbers import LeafView, WeightDimensionNumbers, matrix_views
+from galore_optax.quantization.array import QuantizedArray, dequantized, quantize
+from galore_optax.quantization.codes import Affine
+from galore_optax.sharding import axis_specs, specs, with_automatic_axes
+
+SIDES = ("smaller", "larger", "left", "right", "both")
+
+Rank = int | float | Callable[[str, tuple[int, ...]], int | float]
+"""A number of dimensions, a fraction of the smaller side, or a function of path and shape."""
+
+
+Bases = tuple[Float[Array, "*batch n r"] | QuantizedArray, ...]
+"""Of one leaf, for each side that is projected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """How the matrices (or tensors) of one leaf are projected, fixed by its shape.
+
+    Attributes:
+        view: The leaf as a stack of matrices `(*batch, in, out)`.
+        modes: The axes of a matrix that are projected, (0,) for the input, (1,) for the output.
+        ranks: Dimensions of the subspace of each of them.
+        path: The leaf's path in the params; no part of equality, so that leaves of one shape share
+            what is compiled for them.
+    """
+
+    view: LeafView
+    modes: tuple[int, ...]
+    ranks: tuple[int, ...]
+    path: str = dataclasses.field(compare=False)
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices the leaf holds."""
+        return math.prod(self.view.batch_shape)
+
+    @property
+    def path_hash(self) -> int:
+        """A number that tells the leaf's path apart from others, as randomness wants it."""
+        return zlib.crc32(self.path.encode())
+
+    @property
+    def small_shape(self) -> tuple[int, ...]:
+        """Shape of one projected matrix."""
+        ranks = dict(zip(self.modes, self.ranks, strict=True))
+        return tuple(ranks.get(mode, size) for mode, size in enumerate(self.view.sizes))
+
+    def into(self, bases: Bases, leaf: Float[Array, "..."]) -> Any:
+        """R = PᵀG `(r, out)` or GP `(in, r)`; of stacked matrices a tuple, one array for each.
+
+        An inner transformation keeps statistics by leaf (Adafactor's clipping, LAMB's trust ratio,
+        a threshold on size): they are to be those of a matrix, never of a stack.
+        """
+
+        def project(bases: Bases, leaf: Array) -> Any:
+            operands = self._operands(bases, leaf.dtype)
+            small = jnp.einsum(leaf, list(range(leaf.ndim)), *operands, self._small_axes())
+            small = small.reshape(-1, *self.small_shape)
+            return tuple(small) if self.view.batch_axes else small[0]
+
+        return with_automatic_axes(project, lambda mesh: self._specs(mesh, leaf)[1], bases, leaf)
+
+    def out_of(
+        self,
+        bases: Bases,
+        small: Any,
+        like: Float[Array, "..."],
+    ) -> Float[Array, "..."]:
+        """P N or N Pᵀ from what `into` gives, in the shape of the leaf, sharded as `like` is."""
+
+        def back(bases: Bases, small: Any) -> Array:
+            small = jnp.stack(small) if self.view.batch_axes else small
+            axes, sizes = self._small_axes(), self.view.shape + self.ranks
+            small = small.reshape([sizes[axis] for axis in axes])
+            operands = self._operands(bases, small.dtype)
+            return jnp.einsum(small, axes, *operands, list(range(len(self.view.shape))))
+
+        return with_automatic_axes(back, lambda _: specs(like), bases, small)
+
+    # A projection is one sum over products, written in the leaf's own axes, followed by its ranks:
+    # merging axes of a leaf into those of a matrix would gather the leaf where they are sharded.
+
+    def _rank_axis(self, mode: int) -> int:
+        return len(self.view.shape) + self.modes.index(mode)
+
+    def _small_axes(self) -> list[int]:
+        axes = list(self.view.batch_axes)
+        for mode, merged in enumerate(self.view.modes):
+            axes += [self._rank_axis(mode)] if mode in self.modes else merged
+        return axes
+
+    def _operands(self, bases: Bases, dtype: Any) -> list[Any]:
+        operands = []
+        for mode, basis in zip(self.modes, bases, strict=True):
+            axes = [*self.view.batch_axes, *self.view.modes[mode]]
+            shape = [self.view.shape[axis] for axis in axes]
+            split = dequantized(basis).astype(dtype).reshape(*shape, basis.shape[-1])
+            operands += [split, [*axes, self._rank_axis(mode)]]
+        return operands
+
+    def random_bases(
+        self,
+        leaf: Float[Array, "..."],
+        key: PRNGKeyArray,
+        bits: int | None = None,
+        by_column: bool = False,
+    ) -> Bases:
+        """Random orthonormal bases in the leaf's dtype, sharded as their axes of the leaf.
+
+        Their columns are coordinates, drawn without repetition: orthonormal in any dtype and code,
+        and made without a factorization. With `bits` they are stored in so many each, `by_column`
+        in groups of one column each, so that a column of zeros stays one. The matrices of a stack
+        begin with the same basis, as they do where each of them is a leaf of that path
+        (`galore_optax.layerwise.step`).
+        """
+
+        def basis(mode: int, rank: int) -> Array:
+            n = self.view.sizes[mode]
+            own = jax.random.fold_in(jax.random.fold_in(key, self.path_hash), mode)
+            drawn = jax.random.permutation(own, n)[:rank]
+            one = (jnp.arange(n)[:, None] == drawn).astype(leaf.dtype)
+            return jnp.broadcast_to(one, (*self.view.batch_shape, n, rank))
+
+        def draw(leaf: Array) -> tuple[Array, ...]:
+            del leaf
+            return tuple(basis(*pair) for pair in zip(self.modes, self.ranks, strict=True))
+
+        bases = with_automatic_axes(draw, lambda mesh: self._specs(mesh, leaf)[0], leaf)
+        return bases if bits is None else tuple(_stored(b, bits, by_column) for b in bases)
+
+    def _specs(
+        self, mesh: Mesh | AbstractMesh, leaf: Array
+    ) -> tuple[tuple[PartitionSpec, ...], Any]:
+        """Shardings of the bases and of the projected matrices, from those of the leaf's axes.
+
+        A rank is replicated. What is projected from a stack are arrays of their own, so that the
+        mesh axes which split the stack split the side that is not projected, where they divide it.
+        """
+        split_by = axis_specs(leaf)
+        batch = [split_by[axis] for axis in self.view.batch_axes]
+        sides = [sum((split_by[axis] for axis in axes), ()) for axes in self.view.modes]
+        for axes in self.view.modes:
+            split = [axis for axis in axes[1:] if split_by[axis]]
+            if split:
+                warnings.warn(
+                    f"the leaf at {self.path} is split along axis {split[0]}, which dimension "
+                    f"numbers merge behind axis {axes[0]}: a refresh gathers it along that axis; "
+                    f"split axis {axes[0]} instead, or name the split axis first",
+                    stacklevel=2,
+                )
+        bases = tuple(PartitionSpec(*batch, sides[mode], None) for mode in self.modes)
+        spare = sum(batch, ())
+        for mode, size in enumerate(self.small_shape):
+            if mode in self.modes:
+                sides[mode] = ()
+            elif size % math.prod(mesh.shape[name] for name in sides[mode] + spare) == 0:
+                sides[mode], spare = sides[mode] + spare, ()
+        small = PartitionSpec(*sides)
+        return bases, (small,) * self.matrices if batch else small
+
+
+def _stored(basis: Float[Array, "*batch n r"], bits: int, by_column: bool) -> QuantizedArray:
+    """In groups of 256 elements (Q-GaLore, arXiv:2407.08296, section 3.1) of one matrix."""
+    by_column = by_column or basis.shape[-1] < 256
+    return quantize(basis, Affine(bits), block=256, axis=-2 if by_column else -1)
+
+
+def unfold(matrix: Float[Array, "..."], mode: int) -> Float[Array, "n m"]:
+    """A matrix or tensor with one axis first and all others merged behind it.
+
+    The longest of the others goes first, since a merged axis stays sharded as the first of its
+    parts only, and a short axis is hardly ever sharded. No subspace depends on their order.
+    """
+    others = [axis for axis in range(matrix.ndim) if axis != mode]
+    others.sort(key=lambda axis: -matrix.shape[axis])
+    return matrix.transpose(mode, *others).reshape(matrix.shape[mode], -1)
+
+
+def checked_rank(value: Any, name: str = "rank") -> int | float:
+    """A rank or a fraction, checked.
+
+    Raises:
+        ValueError: If it is neither a whole number from 1 nor a fraction above 0 and up to 1.
+    """
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    whole = hasattr(value, "__index__") and not isinstance(value, bool | np.ndarray)
+    if whole and operator.index(value) >= 1:
+        return operator.index(value)
+    raise ValueError(
+        f"{name}={value!r} is neither a whole number of at least 1 nor a fraction (a float above "
+        "0, at most 1) of the smaller side"
+    )
+
+
+def projections(
+    params: optax.Params, numbers: WeightDimensionNumbers, rank: Rank, side: str
+) -> list[Projection | None]:
+    """The projection of every leaf, in the order of `jax.tree.leaves`; None where there is none.
+
+    Raises:
+        ValueError: If the dimension numbers do not fit the params, or a function for the rank gives
+            what is no rank.
+    """
+
+    def projection(path: str, view: LeafView) -> Projection:
+        name = f"rank({path!r}, {view.shape})"
+        asked = checked_rank(rank(path, view.shape), name) if callable(rank) else rank
+
+        def within(size: int) -> int:
+            return min(asked if isinstance(asked, int) else max(1, round(asked * size)), size)
+
+        if view.tensor:
+            ranks = {m: within(n) for m, n in enumerate(view.sizes) if within(n) < n}
+            return Projection(view, tuple(ranks), tuple(ranks.values()), path)
+        rows, columns = view.sizes
+        # A tie goes to the input, as published for "smaller" and as in optax.contrib for "larger".
+        left = {"smaller": rows <= columns, "larger": rows >= columns}.get(side, side == "left")
+        modes = (0, 1) if side == "both" else (0,) if left else (1,)
+        return Projection(view, modes, (within(min(rows, columns)),) * len(modes), path)
+
+    return [
+        None if view is None else projection(path, view)
+        for path, view in matrix_views(params, numbers)
+    ]

@@ -1,0 +1,284 @@
+"""`QuantizedArray`: an array held as 4-bit or 8-bit codes with one scale for each block of them."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, PRNGKeyArray, UInt
+
+from galore_optax.quantization.codes import Affine, Code, Dynamic
+from galore_optax.sharding import axis_specs, specs, with_automatic_axes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """An array as codes of few bits, a scale for each block of them, and perhaps an offset.
+
+    A pytree whose leaves are the codes, the scales and the offsets: it passes through `jit`,
+    `scan`, `vmap`, donation, sharding and checkpoints as any tree of arrays. Codes keep the array's
+    shape, blocks run along one axis (the last may be shorter), and no shape is stored, so that an
+    index along a leading axis, or a `vmap` over it, leaves a whole `QuantizedArray`.
+
+    Attributes:
+        codes: Bytes of the array's shape; 4-bit codes lie two in a byte along the blocks' axis,
+            which has half the length, rounded up.
+        scales: Of that shape with the number of blocks in the place of the axis; they may be a
+            `QuantizedArray`, too (double quantization).
+        offsets: Like the scales; None where the code has none.
+        code: What codes mean.
+        block: Elements in a block.
+        axis: Along which blocks run, counted from the last.
+        dtype: Of the array that this stands for.
+        odd: Whether the last of the bytes with two codes has only one.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from galore_optax import QuantizedArray
+        >>> from galore_optax.quantization.array import quantize
+        >>> x = jax.random.normal(jax.random.key(0), (64, 512))
+        >>> q = quantize(x)
+        >>> q.shape, q.scales.shape, q.nbytes, x.nbytes
+        ((64, 512), (64, 2), 33280, 131072)
+        >>> bool(jnp.all(jnp.abs(q.dequantize() - x) <= 0.012 * jnp.abs(x).max()))
+        True
+    """
+
+    codes: UInt[Array, "..."]
+    scales: Any
+    offsets: Float[Array, "..."] | None
+    code: Code = dataclasses.field(metadata={"static": True})
+    block: int = dataclasses.field(metadata={"static": True})
+    axis: int = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+    odd: bool = dataclasses.field(metadata={"static": True}, default=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that this stands for."""
+        shape = list(self.codes.shape)
+        if self.code.bits == 4:
+            shape[self.axis] = 2 * shape[self.axis] - self.odd
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of its axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this takes, scales and offsets included."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """The array that this stands for, in its dtype or another, sharded as the codes are."""
+        return _dequantized(self, jnp.dtype(dtype or self.dtype))
+
+
+def quantize(
+    x: Float[Array, "..."],
+    code: Code = Dynamic(signed=True),  # noqa: B008 (frozen)
+    *,
+    block: int = 256,
+    axis: int | None = None,
+    key: PRNGKeyArray | None = None,
+) -> QuantizedArray:
+    """An array as codes.
+
+    Args:
+        x: Floating point, with one axis or more. Computed in float32, or in float64 if it is that.
+        code: What codes mean; the default is that of 8-bit optimizers for numbers with a sign.
+        block: Elements that share a scale.
+        axis: Along which blocks run. None takes the last, or where it is shorter than half a block
+            the longest.
+        key: Rounds at random, such that the mean is exact, if the code can do that.
+
+    Raises:
+        ValueError: If `x` has no axis, no element or no floating-point dtype, or `block` is below
+            1.
+    """
+    if np.ndim(x) == 0 or np.size(x) == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"x of shape {np.shape(x)} and dtype {x.dtype} has no code; give a floating-point "
+            "array with elements and at least one axis"
+        )
+    if block < 1 or (code.bits == 4 and block % 2):
+        raise ValueError(
+            f"block={block} is no number of elements for {code.bits} bits; give at least 1, and an "
+            "even one for 4 bits, such as 256"
+        )
+    axis = _block_axis(x.shape, block) if axis is None else axis % x.ndim - x.ndim
+
+    return _quantized(x, key, code, block, axis)
+
+
+# Both are compiled on their own, since outside of jit, where an optimizer's state is made as a
+# rule, they would be compiled operation by operation.
+@partial(jax.jit, static_argnames=("code", "block", "axis"))
+def _quantized(
+    x: Array, key: PRNGKeyArray | None, code: Code, block: int, axis: int
+) -> QuantizedArray:
+    at = x.ndim + axis
+    stored_shape = (*x.shape[:at], -(-x.shape[at] * code.bits // 8), *x.shape[at + 1 :])
+
+    def encoded(x: Array, key: PRNGKeyArray | None) -> Any:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        codes, *rest = code.encode(_blocks(wide, axis, block), axis, key)
+        codes = _packed(codes, axis) if code.bits == 4 else codes
+        codes = _merged(codes, axis, stored_shape)
+        return codes, *(None if part is None else jnp.squeeze(part, axis) for part in rest)
+
+    def out_specs(mesh: Any) -> Any:
+        def split(length: int) -> PartitionSpec:  # as x is, along the axis where it divides
+            axes = axis_specs(x)
+            if length % math.prod(mesh.shape[name] for name in axes[axis]):
+                axes[axis] = ()
+            return PartitionSpec(*axes)
+
+        codes = split(stored_shape[at])
+        scales = split(-(-x.shape[axis] // block))
+        return codes, scales, scales if isinstance(code, Affine) else None
+
+    codes, scales, offsets = with_automatic_axes(encoded, out_specs, x, key)
+    odd = code.bits == 4 and x.shape[axis] % 2 == 1
+    return QuantizedArray(codes, scales, offsets, code, block, axis, jnp.dtype(x.dtype), odd)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _dequantized(q: QuantizedArray, dtype: Any) -> Array:
+    def decoded(codes, scales, offsets):
+        blocks = _blocks(codes, q.axis, q.block * q.code.bits // 8)
+        blocks = _unpacked(blocks, q.axis) if q.code.bits == 4 else blocks
+        scales, offsets = jax.tree.map(lambda x: jnp.expand_dims(x, q.axis), (scales, offsets))
+        values = q.code.decode(blocks, scales, offsets)
+        return _merged(values, q.axis, q.shape).astype(dtype)
+
+    scales = dequantized(q.scales)
+    return with_automatic_axes(decoded, lambda _: specs(q.codes), q.codes, scales, q.offsets)
+
+
+def stored_like(x: Float[Array, "..."], like: Any, key: PRNGKeyArray | None = None) -> Any:
+    """An array in the code and dtype of another, or as it is where the other has none."""
+    if not isinstance(like, QuantizedArray):
+        return x
+    stored = quantize(x, like.code, block=like.block, axis=like.axis, key=key)
+    scales = stored_like(stored.scales, like.scales)
+    return dataclasses.replace(stored, scales=scales, dtype=like.dtype)
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether `x` is a `QuantizedArray`, to be used as `is_leaf`."""
+    return isinstance(x, QuantizedArray)
+
+
+def dequantized(tree: Any) -> Any:
+    """A tree with all that has a `dequantize()`, as a `QuantizedArray` has, dequantized."""
+
+    def can(x: Any) -> bool:
+        return hasattr(x, "dequantize")
+
+    return jax.tree.map(lambda x: x.dequantize() if can(x) else x, tree, is_leaf=can)
+
+
+def codes_known_after(known: Float[Array, "..."], tree: Any) -> Any:
+    """A tree whose `QuantizedArray`s XLA does not know before another array is there.
+
+    Zero is added to their codes, or one if the other array begins with NaN. What a backward pass is
+    to dequantize again is dequantized then; else XLA would find that the forward pass has done it,
+    and keep the floats.
+    """
+    nothing = jnp.isnan(known.reshape(-1)[0]).astype(jnp.uint8)
+
+    def after(x: Any) -> Any:
+        return dataclasses.replace(x, codes=x.codes + nothing) if is_quantized(x) else x
+
+    return jax.tree.map(after, tree, is_leaf=is_quantized)
+
+
+def added(
+    x: QuantizedArray, update: Float[Array, "..."], key: PRNGKeyArray | None
+) -> QuantizedArray:
+    """The sum of both in the code of `x`, computed in float32; blocks without update stay.
+
+    Args:
+        x: Held in a code that can round at random, if there is a key.
+        update: Of the same shape.
+        key: Rounds the sum at random, such that its mean is exact; None to the nearest.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    new = stored_like(x.dequantize(wide) + update.astype(wide), x, key)
+
+    def kept(update: Array, new: QuantizedArray, old: QuantizedArray) -> QuantizedArray:
+        blocks = _blocks(update != 0, x.axis, x.block)
+        touched = jnp.any(blocks, x.axis, keepdims=True)
+        elements = _merged(jnp.broadcast_to(touched, blocks.shape), x.axis, x.shape)
+        if x.code.bits == 4:  # both of a byte are in one block
+            elements = jax.lax.slice_in_dim(elements, 0, None, 2, axis=x.ndim + x.axis)
+        block = jnp.squeeze(touched, x.axis)
+        return jax.tree.map(
+            lambda a, b: jnp.where(elements if a is new.codes else block, a, b), new, old
+        )
+
+    return with_automatic_axes(kept, lambda _: specs(x), update, new, x)
+
+
+def _block_axis(shape: tuple[int, ...], block: int) -> int:
+    """Counted from the last: the last axis where it holds half a block, else the longest.
+
+    What is along the last axis of a matrix in training is more alike than what is along another
+    (benchmarks/block_axes.py), which is worth more scales.
+    """
+    longest = max(range(len(shape)), key=lambda i: (shape[i], i))
+    return -1 if 2 * shape[-1] >= block else longest - len(shape)
+
+
+def _blocks(x: Array, axis: int, block: int) -> Array:
+    """`(..., n, ...)` to `(..., blocks, block, ...)`, the last one filled up with its end."""
+    n, before = x.shape[axis], x.ndim + axis
+    blocks, block = -(-n // block), min(block, n)
+    if blocks * block != n:
+        widths = [(0, 0)] * x.ndim
+        widths[before] = (0, blocks * block - n)
+        x = jnp.pad(x, widths, mode="edge")
+    return x.reshape(*x.shape[:before], blocks, block, *x.shape[before + 1 :])
+
+
+def _merged(blocks: Array, axis: int, shape: tuple[int, ...]) -> Array:
+    """The inverse of `_blocks`."""
+    at = len(shape) + axis
+    merged = blocks.reshape(*shape[:at], -1, *shape[at + 1 :])
+    return jax.lax.slice_in_dim(merged, 0, shape[axis], axis=at)
+
+
+def _packed(codes: Array, axis: int) -> Array:
+    """Two codes of 4 bits in a byte, the first of them in its lower half.
+
+    Of blocks, not of what is merged: XLA would not vectorize that on a CPU, nor a choice between
+    halves of a byte.
+    """
+    at = codes.ndim + axis
+    if codes.shape[at] % 2:
+        codes = jnp.pad(codes, [(0, int(i == at)) for i in range(codes.ndim)])
+    pairs = codes.reshape(*codes.shape[:at], -1, 2, *codes.shape[at + 1 :])
+    places = jnp.array([1, 16], codes.dtype).reshape(2, *[1] * (-axis - 1))
+    return jnp.sum(pairs * places, axis=at + 1, dtype=codes.dtype)
+
+
+def _unpacked(codes: Array, axis: int) -> Array:
+    """The inverse of `_packed`; of an odd number of codes there is one more."""
+    at = codes.ndim + axis
+    wide = codes.astype(jnp.uint16)
+    pairs = jax.lax.bitcast_convert_type((wide | wide << 4) & 0x0F0F, jnp.uint8)
+    pairs = jnp.moveaxis(pairs, -1, at + 1)
+    return pairs.reshape(*codes.shape[:at], -1, *codes.shape[at + 1 :])

@@ -1,0 +1,289 @@
+"""Run what a function does element by element on some rows of its large arrays at a time.
+
+An update with its state in few bits needs the state's numbers as floats, but not all at once: what
+Adam does to one element depends on no other. Whether that is so is read from the traced function,
+whatever it is called. Of a large array a few rows are taken, decoded, updated, encoded and written
+back where they were, so that floats of a few rows are all that there is in memory (and in a CPU's
+cache).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jaxtyping import Array, Int
+
+from galore_optax.quantization.array import QuantizedArray, dequantized, is_quantized, stored_like
+from galore_optax.sharding import explicit_axes
+
+# Elements that are taken at a time, at most: on a CPU so that their floats stay in its caches, else
+# so that a turn of the loop is worth starting.
+CHUNK = 2**20
+CPU_CHUNK = 2**19
+_PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """What is traced within is meant for devices of a platform ("gpu") that may not be here."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+# Primitives whose result has at each place what their operands, arrays of its shape or scalars,
+# have there.
+_ELEMENTWISE = {
+    "abs", "add", "add_any", "and", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos",
+    "div", "eq", "erf", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite",
+    "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
+    "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "sign", "sin", "sqrt",
+    "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+}  # fmt: skip
+
+
+def chunks(x: Array | QuantizedArray) -> int:
+    """How many chunks an array's rows are taken in; 1 where it cannot, or need not, be cut.
+
+    Rows are those along the axis before the last. On several devices each has some of every chunk.
+    """
+    # Explicit mesh axes are in the types of a traced function's values, which chunks do not have.
+    explicit = any(map(explicit_axes, jax.tree.leaves(x)))
+    if x.ndim < 2 or explicit or (isinstance(x, QuantizedArray) and x.axis != -1):
+        return 1
+    rows, count = x.shape[-2], 1
+    on_a_cpu = (_PLATFORM.get() or jax.default_backend()) == "cpu"
+    most = min(CHUNK, CPU_CHUNK) if on_a_cpu else CHUNK
+    while x.size // count > most and rows % (2 * count * jax.device_count()) == 0:
+        count *= 2
+    return count
+
+
+def over_chunks(
+    begin: Callable[[Any, Any, Int[Array, ""]], Any],
+    stored: Any,
+    read: Any,
+    count: int,
+    end: Callable[[Any, Any], Any] = lambda new, _: new,
+) -> Any:
+    """A tree of arrays, overwritten chunk by chunk.
+
+    Args:
+        begin: From a chunk of `stored` and of `read`, and its number, to arrays, each of which is
+            computed once, whatever `end` makes of it.
+        stored: Arrays and `QuantizedArray`s with the same axes.
+        read: Others, which are not overwritten.
+        count: Of chunks, from `chunks`.
+        end: From these, and what any chunk of `stored` is like, to the new chunk.
+    """
+    if count == 1:
+        return end(begin(stored, read, jnp.int32(0)), stored)
+    blocks = _blocks([*jax.tree.leaves((stored, read), is_leaf=is_quantized)])
+
+    def cut(x: Array) -> Array:
+        # Chunk i has the i-th of `count` ranges of each device's rows. Blocks have an axis of their
+        # own, so that a scale's place needs no division, which XLA would not vectorize.
+        rows, columns = x.shape[-2:]
+        each = (jax.device_count(), count, rows // (jax.device_count() * count))
+        return x.reshape(*x.shape[:-2], *each, blocks, columns // blocks)
+
+    def take(tree: Any, i: Int[Array, ""] | int) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, -4, False), tree)
+
+    def put(tree: Any, new: Any, i: Int[Array, ""] | int) -> Any:
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, x.ndim - 4), tree, new
+        )
+
+    def turn(i: Int[Array, ""], carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        # Two chunks are under way. So the floats are in the carry, where XLA computes them once
+        # (else it would decode again wherever they are used), and a turn writes another chunk than
+        # it reads (else XLA would copy the whole arrays in each).
+        stored, floats = carry
+        stored = put(stored, end(floats, like), i - 1)
+        following = jnp.minimum(i, count - 1)
+        return stored, begin(take(stored, following), take(read, following), following)
+
+    shapes = jax.tree.map(jnp.shape, stored)
+    stored, read = jax.tree.map(cut, (stored, read))
+    like = jax.eval_shape(lambda: take(stored, 0))
+    first = begin(take(stored, 0), take(read, 0), jnp.int32(0))
+    new, _ = jax.lax.fori_loop(1, count + 1, turn, (stored, first))
+    return jax.tree.map(lambda x, shape: x.reshape(shape), new, shapes)
+
+
+def _blocks(leaves: Sequence[Any]) -> int:
+    """How many whole blocks are in a row of all `QuantizedArray`s; 1 if it is not the same."""
+    quantized = [x for x in leaves if is_quantized(x)]
+    counts = {x.shape[-1] / x.block for x in quantized}
+    count = counts.pop() if len(counts) == 1 else 1
+    return int(count) if count == int(count) else 1
+
+
+def updated(
+    update: Callable[..., tuple[Any, Any]], updates: Any, state: Any, *rest: Any
+) -> tuple[Any, Any]:
+    """`update(updates, state, *rest)` for a state that holds `QuantizedArray`s, not floats.
+
+    Args:
+        update: From trees of arrays to new updates and a new state, trees like the first two.
+        updates: Tree of arrays.
+        state: Tree of arrays and `QuantizedArray`s. They are decoded, and encoded again in the new
+            state: whole, or chunk by chunk where the update is elementwise.
+        *rest: Further trees of arrays.
+    """
+    own, tree = jax.tree.flatten((updates, state), is_leaf=is_quantized)
+    others, others_tree = jax.tree.flatten(rest)
+    leaves = [*own, *others]
+
+    def flat(leaves: Sequence[Any]) -> list[Any]:
+        others = others_tree.unflatten(leaves[len(own) :])
+        return tree.flatten_up_to(update(*tree.unflatten(leaves[: len(own)]), *others))
+
+    if not any(is_quantized(x) and chunks(x) > 1 for x in own):
+        new = flat(dequantized(leaves))
+        return tree.unflatten(stored_like(x, y) for x, y in zip(new, own, strict=True))
+    whole = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+    traced = jax.make_jaxpr(flat)(whole)
+    parts = [part for part in _parts(traced.jaxpr) if part.count(leaves) > 1]
+    known = _outside(traced, parts, leaves)
+    made = {k: x for part in parts for k, x in part.run(known, leaves).items()}
+    outputs = enumerate(zip(traced.jaxpr.outvars, own, strict=True))
+    return tree.unflatten(
+        made[k] if k in made else stored_like(known.of(var), x) for k, (var, x) in outputs
+    )
+
+
+class _Values(dict[Any, Any]):
+    """Values of a traced function's variables."""
+
+    def of(self, atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else self[atom]
+
+    def evaluate(self, equations: Sequence[Any], shape: tuple[int, ...]) -> None:
+        """Evaluates elementwise equations on arrays of a shape, whichever they are about."""
+        for equation in equations:
+            values = [self.of(atom) for atom in equation.invars]
+            primitive, body = equation.primitive, _body(equation)
+            if body is not None:
+                inside = _Values(zip(body.jaxpr.invars, values, strict=True))
+                inside.update(zip(body.jaxpr.constvars, body.consts, strict=True))
+                inside.evaluate(body.jaxpr.eqns, shape)
+                results = [inside.of(atom) for atom in body.jaxpr.outvars]
+            elif primitive.name == "broadcast_in_dim":
+                results = [jnp.broadcast_to(values[0], shape)]
+            else:
+                results = [primitive.bind(*values, **equation.params)]
+            self.update(zip(equation.outvars, results, strict=True))
+
+
+class _Part(NamedTuple):
+    """Equations on arrays of one shape that are connected by them, and elementwise.
+
+    Attributes:
+        equations: In order. What they take beside arrays of the part are scalars.
+        inputs: The variables by number of those of the function's arguments that are among them.
+        outputs: Those of the function's results among them.
+    """
+
+    equations: list[Any]
+    inputs: dict[int, Any]
+    outputs: dict[int, Any]
+
+    def count(self, leaves: Sequence[Any]) -> int:
+        """How many chunks this is to be run in."""
+        return min((chunks(leaves[j]) for j in self.inputs if is_quantized(leaves[j])), default=1)
+
+    def run(self, known: _Values, leaves: Sequence[Any]) -> dict[int, Any]:
+        """The results by number, made chunk by chunk."""
+        stored, read = {}, {j: leaves[j] for j in self.inputs}
+        for k, var in self.outputs.items():
+            if is_quantized(leaves[k]) or leaves[k].dtype == var.aval.dtype:
+                stored[k] = leaves[k]
+                read.pop(k, None)
+            else:
+                stored[k] = jnp.zeros(var.aval.shape, var.aval.dtype)
+
+        def begin(stored: dict[int, Any], read: dict[int, Any], _: Any) -> dict[int, Any]:
+            floats = dequantized({**stored, **read})
+            values = _Values(known)
+            values.update((var, floats[j]) for j, var in self.inputs.items())
+            values.evaluate(self.equations, next(iter(floats.values())).shape)
+            return {k: values.of(var) for k, var in self.outputs.items()}
+
+        def end(floats: dict[int, Any], like: dict[int, Any]) -> dict[int, Any]:
+            return {k: stored_like(x, like[k]) for k, x in floats.items()}
+
+        return over_chunks(begin, stored, read, self.count(leaves), end)
+
+
+def _parts(jaxpr: Jaxpr) -> list[_Part]:
+    """The connected equations of a traced function that are elementwise."""
+    group: dict[Any, int] = {}  # of each variable
+    variables: dict[int, list[Any]] = {}  # of each group
+    equations: dict[int, list[int]] = {}
+    other = set()
+    for number, equation in enumerate(jaxpr.eqns):
+        arrays = _arrays((*equation.invars, *equation.outvars))
+        if not arrays:
+            continue
+        joined = {group[v] for v in arrays if v in group}
+        variables[number] = [v for g in joined for v in variables.pop(g)] + arrays
+        equations[number] = [e for g in joined for e in equations.pop(g)] + [number]
+        group.update(dict.fromkeys(variables[number], number))
+        if joined & other or not _is_elementwise(equation):
+            other.add(number)
+    other |= {group.get(v) for v in _arrays(jaxpr.constvars)}
+
+    def of(atoms: Sequence[Any], number: int) -> dict[int, Any]:
+        return {i: v for i, v in enumerate(atoms) if _arrays([v]) and group.get(v) == number}
+
+    return [
+        _Part([jaxpr.eqns[i] for i in sorted(own)], of(jaxpr.invars, g), of(jaxpr.outvars, g))
+        for g, own in equations.items()
+        if g not in other
+    ]
+
+
+def _outside(traced: ClosedJaxpr, parts: Sequence[_Part], leaves: Sequence[Any]) -> _Values:
+    """What the parts need beside their arrays, and those results that are not theirs."""
+    jaxpr = traced.jaxpr
+    apart = {id(equation) for part in parts for equation in part.equations}
+    inputs = {j for part in parts for j in part.inputs}
+    outputs = {k for part in parts for k in part.outputs}
+    results = [atom for k, atom in enumerate(jaxpr.outvars) if k not in outputs]
+    scalars = [v for part in parts for e in part.equations for v in e.invars if not _arrays([v])]
+    wanted = list({v: None for v in (*results, *scalars) if not isinstance(v, Literal)})
+    rest = [equation for equation in jaxpr.eqns if id(equation) not in apart]
+    function = jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(eqns=rest, outvars=wanted), traced.consts))
+    # What belongs to the parts is not looked at.
+    values = function(*(x if j in inputs else dequantized(x) for j, x in enumerate(leaves)))
+    return _Values(zip(wanted, values, strict=True))
+
+
+def _is_elementwise(equation: Any) -> bool:
+    """Whether an equation gives arrays of one shape from such, and scalars, element by element."""
+    shapes = {v.aval.shape for v in _arrays((*equation.invars, *equation.outvars))}
+    if len(shapes) != 1 or not all(v.aval.shape for v in equation.outvars):
+        return False
+    if (body := _body(equation)) is not None:
+        inside = (e for e in body.jaxpr.eqns if _arrays((*e.invars, *e.outvars)))
+        return not _arrays(body.jaxpr.constvars) and all(map(_is_elementwise, inside))
+    name = equation.primitive.name
+    return name in _ELEMENTWISE or (name == "broadcast_in_dim" and not _arrays(equation.invars))
+
+
+def _body(equation: Any) -> ClosedJaxpr | None:
+    """The function that an equation calls, compiled by itself."""
+    return equation.params["jaxpr"] if equation.primitive.name in ("jit", "pjit") else None
+
+
+def _arrays(atoms: Sequence[Any]) -> list[Any]:
+    """The variables that have axes."""
+    return [v for v in atoms if not isinstance(v, Literal) and v.aval.shape]

@@ -1,0 +1,157 @@
+"""Moments follow the basis: rotated, kept, reset, or as the user says."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import GaLoreDimensionNumbers, TuckerDimensionNumbers, galore
+from galore_optax.projection.leaf import projections
+from galore_optax.projection.moments import CarryOver, transition
+from tests.galore_optax.test_galore import normal, run
+
+LEAVES = {
+    "left": ((8, 12), GaLoreDimensionNumbers(), "smaller"),
+    "right": ((12, 8), GaLoreDimensionNumbers(), "smaller"),
+    "both": ((8, 8), GaLoreDimensionNumbers(), "both"),
+    "stack": ((3, 8, 12), GaLoreDimensionNumbers(1, 2), "smaller"),
+    "stack on both sides": ((2, 6, 6), GaLoreDimensionNumbers(1, 2), "both"),
+}
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_at_full_rank_rotated_momentum_is_plain_momentum(leaf):
+    """P is square then, and turns at every refresh: only moments that turn with it agree."""
+    shape, numbers, side = LEAVES[leaf]
+    grads = [normal(i, *shape) for i in range(6)]
+    inner = optax.sgd(0.1, momentum=0.9)
+
+    def last(moments):
+        tx = galore(
+            8, inner, update_proj_gap=2, scale=1.0, side=side, moments=moments,
+            weight_dimension_numbers=numbers,
+        )  # fmt: skip
+        return run(tx, normal(9, *shape), grads)[-1]
+
+    plain = run(inner, normal(9, *shape), grads)[-1]
+    np.testing.assert_allclose(last("rotate"), plain, atol=2e-5)  # six steps of float32 products
+    assert not np.allclose(last("keep"), plain, atol=1e-2)
+
+
+def bases(seed, n, rank):
+    return jnp.linalg.qr(normal(seed, n, rank))[0]
+
+
+def carry(names, moments, *, shape=(8, 12), rank=4, old=None, new=None):
+    plan = projections(jnp.ones(shape), None, rank, "smaller")[0]
+    old = bases(0, 8, rank) if old is None else old
+    new = bases(1, 8, rank) if new is None else new
+    carry_over = CarryOver(plan, "rotate", tuple((n, ".0") for n in names))
+    carried = carry_over((transition(old, new),), moments)
+    q = np.asarray(new, np.float64).T @ np.asarray(old, np.float64)
+    return [np.asarray(x) for x in carried], q
+
+
+def test_moments_of_adam_follow_ldadams_rule():
+    first, second = normal(2, 4, 12), normal(3, 4, 12) ** 2 + 0.5
+    second = jnp.maximum(second, first**2)  # as averages with equal weights have it
+    (m, v), q = carry(("mu", "nu"), (first, second))
+    first, second = (np.asarray(x, np.float64) for x in (first, second))
+    np.testing.assert_allclose(m, q @ first, atol=1e-6)
+    expected = (q * q) @ (second - first**2) + (q @ first) ** 2
+    np.testing.assert_allclose(v, expected, atol=1e-5)
+
+
+def test_a_second_moment_never_falls_below_zero():
+    first, second = 10 * normal(2, 4, 12), normal(3, 4, 12) ** 2  # m² far above v
+    (_, v), _ = carry(("mu", "nu"), (first, second))
+    assert (v >= 0).all()
+    assert v.max() <= 4 * np.asarray(second).sum(axis=0).max() * (1 + 1e-5)
+
+
+def test_moments_stay_where_the_basis_stays():
+    first, second = normal(2, 4, 12), normal(3, 4, 12) ** 2
+    same = bases(0, 8, 4)
+    (m, v), _ = carry(("mu", "nu"), (first, second), old=same, new=same)
+    np.testing.assert_allclose(m, first, atol=2e-6)
+    np.testing.assert_allclose(v, second, atol=2e-5)
+
+
+def test_a_second_moment_alone_and_adafactors_factors_turn_by_squares():
+    second, along_rank, along_width = normal(3, 4, 12) ** 2, normal(4, 4) ** 2, normal(5, 12) ** 2
+    carried, q = carry(("nu", "v_row", "v_col"), (second, along_rank, along_width))
+    np.testing.assert_allclose(carried[0], (q * q) @ np.asarray(second), atol=1e-5)
+    np.testing.assert_allclose(carried[1], (q * q) @ np.asarray(along_rank), atol=1e-5)
+    np.testing.assert_array_equal(carried[2], along_width)
+
+
+def test_what_has_no_rule_is_kept():
+    names, moments = ("step_sizes", "mu"), (normal(2, 4, 12), normal(3, 1))
+    carried, _ = carry(names, moments)
+    for got, given in zip(carried, moments, strict=True):
+        np.testing.assert_array_equal(got, given)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (3, 8, 12)])
+def test_reset_makes_the_moments_anew_at_a_refresh(shape):
+    numbers = GaLoreDimensionNumbers(-2, -1)
+    tx = galore(
+        4, optax.adam(0.1), update_proj_gap=2, moments="reset", weight_dimension_numbers=numbers
+    )
+    state = tx.init(normal(0, *shape))
+    for i in range(1, 4):
+        grad = normal(i, *shape)
+        _, state = tx.update(grad, state, normal(0, *shape))
+        mu = jnp.stack(state.inner[0].mu) if len(shape) == 3 else state.inner[0].mu
+        projected = state.bases.mT @ grad
+        anew = np.allclose(mu, 0.1 * projected, atol=1e-6)
+        assert anew == (i % 2 == 1)  # a refresh at updates 0 and 2
+
+
+def test_reset_gives_a_memory_of_the_params_their_new_coordinates():
+    inner = optax.GradientTransformation(
+        lambda params: {"anchor": params}, lambda updates, state, params: (updates, state)
+    )
+    tx = galore(4, inner, update_proj_gap=1, moments="reset")
+    weight = normal(0, 8, 12)
+    _, state = tx.update(normal(1, 8, 12), tx.init(weight), weight)
+    np.testing.assert_allclose(state.inner["anchor"], state.bases.T @ weight, atol=1e-6)
+
+
+def test_a_function_decides_for_each_moment():
+    seen = set()
+
+    def only_the_first(name, moment, turn):
+        seen.add(name)
+        return turn(moment) if name == "mu" else jnp.ones_like(moment)
+
+    tx = galore(4, optax.scale_by_adam(b2=1.0), update_proj_gap=1, moments=only_the_first)
+    _, state = tx.update(normal(1, 8, 12), tx.init(normal(0, 8, 12)))
+    assert seen == {"mu", "nu"}
+    np.testing.assert_array_equal(state.inner.nu, 1)
+
+
+def test_an_inner_that_remembers_the_params_is_refused_unless_moments_says_what_to_do():
+    inner = optax.contrib.schedule_free_adamw(0.1)
+    params = normal(0, 8, 12)
+    with pytest.raises(ValueError, match=r"inner.*remembers the params.*moments="):
+        galore(4, inner).init(params)
+    for moments in ("keep", "reset", "rotate"):
+        tx = galore(4, inner, moments=moments, update_proj_gap=2)
+        assert np.isfinite(run(tx, params, [normal(i, 8, 12) for i in range(4)])[-1]).all()
+
+
+def test_moments_of_a_tensors_core_turn_along_every_axis():
+    numbers = TuckerDimensionNumbers((0, 1, 2))
+    grads = [normal(i, 4, 5, 6) for i in range(5)]
+    inner = optax.sgd(0.1, momentum=0.9)
+    # Rank 5 of (4, 5, 6) projects the last axis only; its moments turn along that axis.
+    tx = galore(5, inner, update_proj_gap=2, scale=1.0, weight_dimension_numbers=numbers)
+    state = tx.init(normal(9, 4, 5, 6))
+    before = None
+    for grad in grads[:3]:
+        before = state
+        _, state = tx.update(grad, state)
+    (old,), (new,) = ([s.bases] for s in (before, state))
+    turned = before.inner[0].trace @ (new.T @ old).T
+    np.testing.assert_allclose(state.inner[0].trace, 0.9 * turned + grads[2] @ new, atol=1e-5)

@@ -1,0 +1,187 @@
+"""LLaMA checkpoints against those that transformers wrote (fixtures/make_llama.py)."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from paths import FIXTURES
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from models.hugging_face.llama import load_llama, save_llama
+
+NAMES = ["llama", "llama_grouped", "llama_bfloat16", "llama_tied", "llama_sharded"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(FIXTURES / "llama", tmp_path / "checkpoint"))
+
+
+def edit(path: Path, **changes) -> None:
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v != "removed"}))
+
+
+def tensors(directory: Path) -> dict[str, np.ndarray]:
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: array for file in files for name, array in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_those_of_transformers(name):
+    expected = np.load(FIXTURES / name / "expected.npz")
+    logits = load_llama(FIXTURES / name)(jnp.asarray(expected["token_ids"], jnp.int32))
+    assert np.std(expected["logits"]) > 0.3
+    # The project's promise: two float32 programs of the same function.
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=2e-4)
+
+
+def test_bfloat16_weights_stay_as_they_are():
+    model = load_llama(FIXTURES / "llama_bfloat16", dtype=jnp.bfloat16)
+    theirs = tensors(FIXTURES / "llama_bfloat16")["model.layers.1.mlp.up_proj.weight"]
+    ours = model.layers["mlp"]["up"][...]
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ours[1].T, theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_saved_is_what_transformers_saved(name, tmp_path):
+    """transformers itself read such directories with equal logits when this was written."""
+    source = FIXTURES / name
+    dtype = jnp.bfloat16 if name == "llama_bfloat16" else jnp.float32
+    save_llama(load_llama(source, dtype=dtype), tmp_path / "saved")
+    ours, theirs = tensors(tmp_path / "saved"), tensors(source)
+    if name == "llama_tied":
+        np.testing.assert_array_equal(ours.pop("lm_head.weight"), ours["model.embed_tokens.weight"])
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        assert ours[key].dtype == theirs[key].dtype
+        np.testing.assert_array_equal(ours[key], theirs[key])
+    with safe_open(tmp_path / "saved" / "model.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    for key, value in json.loads((source / "config.json").read_text()).items():
+        if key in config and not key.endswith("_token_id") and key != "tie_word_embeddings":
+            assert config[key] == value, key
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["torch_dtype"] == jnp.dtype(dtype).name
+
+
+def test_shards_hold_at_most_the_bytes_asked_for_and_read_back(tmp_path):
+    model = load_llama(FIXTURES / "llama_grouped")
+    save_llama(model, tmp_path, max_shard_bytes=4096)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(sum(a.nbytes for a in load_file(file).values()) <= 4096 for file in files)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    everything = tensors(tmp_path)
+    assert index["metadata"]["total_size"] == sum(a.nbytes for a in everything.values())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / file)
+    assert index["weight_map"].keys() == everything.keys()
+    again = load_llama(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+    assert again.config == model.config
+
+
+def test_fields_of_the_configuration_can_be_set(checkpoint):
+    model = load_llama(checkpoint, dtype="bfloat16", param_dtype="float32", rematerialize=True)
+    assert model.config.rematerialize
+    assert (model.config.dtype, model.config.param_dtype) == (jnp.bfloat16, jnp.float32)
+    with pytest.raises(ValueError, match="rematerialise=True is no field"):
+        load_llama(checkpoint, rematerialise=True)
+
+
+def test_tensors_that_follow_from_the_configuration_are_passed_over(checkpoint):
+    content = tensors(checkpoint)
+    without = nnx.state(load_llama(checkpoint))
+    content["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    save_file(content, checkpoint / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_llama(checkpoint)), without)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type='mistral'"),
+        ({"model_type": "removed"}, "model_type=None"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"head_dim": 8}, "head_dim=8"),
+        ({"hidden_size": "removed"}, "hidden_size is missing"),
+        ({"intermediate_size": 28}, r"gate_proj.weight has shape \(24, 16\).*\(28, 16\)"),
+        ({"num_hidden_layers": 3}, r"9 tensors are missing: model\.layers\.2\."),
+        ({"num_hidden_layers": 1}, r"9 tensors are unexpected: model\.layers\.1\."),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope type 'llama3'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": "removed", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope type 'linear'",
+        ),
+        ({"rope_parameters": ["default"]}, r"rope parameters \['default'\]"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta=None: a number is needed"),
+        ({"rope_parameters": "removed", "rope_theta": None}, "rope_theta=None: a number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6': a number"),
+        ({"num_attention_heads": "6"}, "num_attention_heads='6': a whole number"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5: a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True: a whole number"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'}: quantized checkpoints are"),
+    ],
+)
+def test_another_architecture_is_refused(checkpoint, changes, message):
+    edit(checkpoint / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_llama(checkpoint)
+
+
+def test_an_absent_or_damaged_checkpoint_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere/config\.json cannot be read"):
+        load_llama(tmp_path / "nowhere")
+    (checkpoint / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="no readable safetensors file"):
+        load_llama(checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        load_llama(checkpoint)
+    (checkpoint / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        load_llama(checkpoint)
+    (checkpoint / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds no JSON object"):
+        load_llama(checkpoint)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, []])
+def test_an_index_that_names_no_files_is_refused(checkpoint, content):
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"index\.json (has no weight_map|holds no JSON object)"):
+        load_llama(checkpoint)
+
+
+def test_saving_overwrites_nothing(checkpoint):
+    before = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    with pytest.raises(ValueError, match="already holds a model"):
+        save_llama(load_llama(checkpoint), checkpoint)
+    assert {path: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_a_failed_save_leaves_no_model_behind(tmp_path, monkeypatch):
+    model = load_llama(FIXTURES / "llama")
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_llama(model, tmp_path, max_shard_bytes=4096)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="max_shard_bytes=0"):
+        save_llama(model, tmp_path, max_shard_bytes=0)

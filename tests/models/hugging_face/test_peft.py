@@ -1,0 +1,184 @@
+"""Adapters in PEFT's format against those that peft wrote (fixtures/make_peft.py)."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from paths import FIXTURES
+from safetensors.numpy import load_file, save_file
+
+from galore_optax.adapters.base import is_adapter, join, merge, split
+from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
+from galore_optax.adapters.lora import DoRA, LoRA, LowRank, adapt
+from models.hugging_face.llama import MODULES, load_llama
+from models.hugging_face.peft import load_adapters, save_adapters
+
+NAMES = ["peft_lora", "peft_dora", "peft_rslora"]
+GRAPH, STATE = nnx.split(load_llama(FIXTURES / "llama"), nnx.Param)
+BASE = nnx.to_pure_dict(STATE)
+
+
+@jax.jit
+def logits(params, ids):
+    return nnx.merge(GRAPH, params)(ids)
+
+
+def expected(name: str) -> dict[str, np.ndarray]:
+    return dict(np.load(FIXTURES / name / "expected.npz"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_and_merged_outputs_equal_pefts(name):
+    theirs, params = expected(name), load_adapters(BASE, FIXTURES / name)
+    plain = logits(BASE, theirs["token_ids"])
+    assert np.abs(plain - theirs["logits"]).max() > 0.1
+    # The project's promise: two float32 programs of the same function.
+    np.testing.assert_allclose(logits(params, theirs["token_ids"]), theirs["logits"], atol=2e-4)
+    merged = merge(params)
+    found = logits(merged, theirs["token_ids"])
+    np.testing.assert_allclose(found, theirs["merged_logits"], atol=2e-4)
+    for path, weight in theirs.items():
+        if path.startswith("merged/"):
+            module = "model.layers.{}." + path.removeprefix("merged/").removesuffix(".weight")
+            _, part, matrix = MODULES[module]
+            ours = merged["layers"][part][matrix][1].T
+            np.testing.assert_allclose(ours, weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["peft_lora", "peft_dora"])
+def test_gradients_equal_pefts(name):
+    theirs = expected(name)
+    ids = jnp.asarray(theirs["token_ids"], jnp.int32)
+    trained, frozen = split(load_adapters(BASE, FIXTURES / name), adapters_only=True)
+
+    @jax.jit
+    @jax.grad
+    def gradient(trained):
+        out = jax.nn.log_softmax(logits(join(trained, frozen), ids)[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(out, ids[:, 1:, None], -1))
+
+    layers = gradient(trained)["layers"]
+    ends = {"lora_A.default.weight": "a", "lora_B.default.weight": "b"}
+    compared = 0
+    for path, wanted in theirs.items():
+        if not path.startswith("gradient/"):
+            continue
+        module, kind, end = path.removeprefix("gradient/").split(".", 2)
+        _, part, matrix = MODULES[f"model.layers.{{}}.{module}.{kind}"]
+        field = ends.get(end, "magnitude")
+        found = getattr(layers[part][matrix], field)[1]
+        # Gradients of 0.01 to 1, in float32.
+        np.testing.assert_allclose(found.T, wanted, rtol=1e-3, atol=2e-6)
+        compared += 1
+    assert compared == 2 * len(load_adapters_of(name)) + (name == "peft_dora") * 4
+
+
+def load_adapters_of(name: str) -> list:
+    leaves = jax.tree.leaves(load_adapters(BASE, FIXTURES / name), is_leaf=is_adapter)
+    return [x for x in leaves if is_adapter(x)]
+
+
+def test_dropout_is_read_but_outputs_have_none():
+    assert {x.dropout for x in load_adapters_of("peft_lora")} == {0.1}
+    assert {x.scale for x in load_adapters_of("peft_lora")} == {4.0}
+    assert {x.scale for x in load_adapters_of("peft_rslora")} == {1.0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_saved_is_what_peft_saved(name, tmp_path):
+    """peft itself read such directories with equal logits when this was written."""
+    save_adapters(load_adapters(BASE, FIXTURES / name), tmp_path / "new", base_model="llama")
+    ours, theirs = (
+        load_file(d / "adapter_model.safetensors") for d in (tmp_path / "new", FIXTURES / name)
+    )
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        np.testing.assert_array_equal(ours[key], theirs[key])
+    config, wanted = (
+        json.loads((d / "adapter_config.json").read_text())
+        for d in (tmp_path / "new", FIXTURES / name)
+    )
+    if name == "peft_rslora":  # written as the plain scale that it is
+        wanted["lora_alpha"] = 4
+    wanted["target_modules"] = sorted(wanted["target_modules"])
+    assert config == {key: wanted[key] for key in config}
+
+
+def test_gradnorm_lorp_is_written_as_dora(tmp_path):
+    def create(weight, key):
+        node = GradNormLoRP.create(weight, key, rank=2)
+        b = 0.1 * jax.random.normal(key, node.b.shape)
+        return GradNormLoRP(node.base, node.a, b, 2 * node.magnitude)
+
+    params = adapt(BASE, create, jax.random.key(0), pattern="mlp")
+    save_adapters(params, tmp_path)
+    again = load_adapters(BASE, tmp_path)
+    assert isinstance(again["layers"]["mlp"]["up"], DoRA)
+    ids = jnp.arange(12)[None]
+    np.testing.assert_allclose(logits(again, ids), logits(params, ids), atol=2e-4)
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(FIXTURES / "peft_dora", tmp_path / "checkpoint"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type='IA3'"),
+        ({"peft_type": None}, "peft_type=None"),
+        ({"bias": "all"}, "bias='all' is not supported, only 'none'"),
+        ({"rank_pattern": {"v_proj": 8}}, "rank_pattern="),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"r": None}, "r is missing"),
+        ({"r": 3}, r"v_proj.lora_A.weight is for \(16, 2\).* but \(16, 3\) is needed"),
+        ({"use_dora": False}, "has a, b, magnitude, but LoRA has a, b"),
+    ],
+)
+def test_other_kinds_of_adapters_are_refused(checkpoint, changes, message):
+    file = checkpoint / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        load_adapters(BASE, checkpoint)
+
+
+def test_tensors_that_do_not_fit_are_refused(checkpoint):
+    file = checkpoint / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, file)
+    with pytest.raises(ValueError, match=r"has no .*layers\.1\.mlp\.up_proj.*in some layers only"):
+        load_adapters(BASE, checkpoint)
+    save_file({**tensors, "base_model.model.lm_head.lora_A.weight": np.ones((2, 16))}, file)
+    with pytest.raises(ValueError, match=r"1 tensors that belong to no matrix.*lm_head\.lora_A"):
+        load_adapters(BASE, checkpoint)
+    file.write_bytes(b"short")
+    with pytest.raises(ValueError, match="cannot be read as PEFT adapters"):
+        load_adapters(BASE, checkpoint)
+
+
+def test_what_has_no_place_in_the_format_is_refused(tmp_path):
+    def adapted(create, params=BASE, pattern="mlp"):
+        return adapt(params, create, jax.random.key(0), pattern=pattern)
+
+    def lora(rank):
+        return lambda weight, key: LoRA.create(weight, key, rank)
+
+    for params, message in (
+        (BASE, "adapters of 0 kinds"),
+        (adapted(lora(2), adapted(lora(3), pattern="up"), pattern="down"), "of 2 kinds"),
+        (adapted(lambda w, key: LowRank.create(w, key, 2)), "LowRank has no place.*merge"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_adapters(params, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    save_adapters(adapted(lora(2)), tmp_path / "new")
+    with pytest.raises(ValueError, match="already holds adapters"):
+        save_adapters(adapted(lora(2)), tmp_path / "new")

@@ -1,0 +1,295 @@
+"""The LLaMA model: sizes, attention's reach, numerics."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from galore_optax import GaLoreDimensionNumbers, adamw8bit, galore
+from models.llama.config import (
+    SIZES,
+    LlamaConfig,
+    count_params,
+    flops_per_token,
+    logical_axes,
+    weight_table,
+)
+from models.llama.model import (
+    Llama,
+    attention_implementation,
+    dimension_numbers,
+    smaller_sides,
+)
+
+SMALL = LlamaConfig(
+    vocab_size=50, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, max_length=32
+)
+# Float32 logits of up to 10, and gradients, of the same function summed in another order.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@functools.cache
+def make(scale: float = 5.0) -> Llama:
+    """A model whose weights are large enough for attention to depend visibly on its input."""
+    params = params_of(Llama(SMALL, rngs=nnx.Rngs(0)))
+    return with_params(SMALL, jax.tree.map(lambda w: w * scale, params))
+
+
+def params_of(model: Llama) -> dict:
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def with_params(config: LlamaConfig, params: dict) -> Llama:
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+@jax.jit
+def run(model: Llama, ids, positions=None, segment_ids=None):
+    return model(ids, positions=positions, segment_ids=segment_ids)
+
+
+def tokens(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), shape, 0, SMALL.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("llama-60m", 58.07),
+        ("llama-130m", 134.1),
+        ("llama-350m", 368.0),
+        ("llama-1b", 1339),
+        ("llama-7b", 6738),
+    ],
+)
+def test_sizes_have_the_papers_number_of_params(name, millions):
+    config = SIZES[name]
+    abstract = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    created = sum(x.size for x in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+    # The published figures are rounded to four digits.
+    assert created / 1e6 == pytest.approx(millions, rel=2e-4)
+    assert count_params(config) == created
+
+
+def test_matrices_start_with_standard_deviation_0_02_and_norms_at_one():
+    config = dataclasses.replace(SMALL, width=128, mlp_width=256)
+    params = params_of(Llama(config, rngs=nnx.Rngs(0)))
+    for leaf in (params["embedding"], params["head"], *jax.tree.leaves(params["layers"]["mlp"])):
+        # 6,400 samples and more: the deviation's standard error is below 1%.
+        assert np.std(leaf) == pytest.approx(0.02, rel=0.04)
+    layers = params["layers"]["mlp"]["up"]
+    assert not np.allclose(layers[0], layers[1])
+    np.testing.assert_array_equal(params["norm"], 1)
+
+
+def test_logits_are_float32_and_an_untrained_model_is_near_uniform():
+    logits = run(Llama(SMALL, rngs=nnx.Rngs(0)), tokens(2, 7))
+    assert logits.shape == (2, 7, SMALL.vocab_size)
+    assert logits.dtype == jnp.float32
+    probabilities = jax.nn.softmax(logits)
+    np.testing.assert_allclose(probabilities, 1 / SMALL.vocab_size, rtol=0.6)
+
+
+def test_a_token_sees_no_later_token():
+    model, ids = make(), tokens(1, 16)
+    changed = ids.at[0, 9].add(1) % SMALL.vocab_size
+    before, after = run(model, ids)[0], run(model, changed)[0]
+    np.testing.assert_array_equal(before[:9], after[:9])
+    assert np.all(np.abs(before[9:] - after[9:]).max(axis=-1) > 1e-3)
+
+
+def test_packed_documents_have_the_logits_that_each_has_alone():
+    model, first, second = make(), tokens(1, 6), tokens(1, 9, seed=1)
+    packed = run(
+        model,
+        jnp.concatenate([first, second], axis=1),
+        positions=jnp.concatenate([jnp.arange(6), jnp.arange(9)])[None],
+        segment_ids=jnp.array([[1] * 6 + [2] * 9]),
+    )
+    np.testing.assert_allclose(packed[:, :6], run(model, first), **ROUNDING)
+    np.testing.assert_allclose(packed[:, 6:], run(model, second), **ROUNDING)
+
+
+def test_only_relative_positions_matter():
+    model, ids = make(), tokens(2, 8)
+    expected = run(model, ids)
+    shifted = run(model, ids, positions=jnp.broadcast_to(jnp.arange(8) + 5, ids.shape))
+    np.testing.assert_allclose(shifted, expected, **ROUNDING)
+    stretched = run(model, ids, positions=jnp.broadcast_to(jnp.arange(8) * 3, ids.shape))
+    assert np.abs(stretched - expected).max() > 1e-2
+
+
+def test_grouped_query_attention_is_attention_with_repeated_heads():
+    params = params_of(make())
+    full = dataclasses.replace(SMALL, kv_heads=SMALL.heads)
+    repeated = jax.tree.map(lambda w: w, params)
+    attention = repeated["layers"]["attention"]
+    for name in ("key", "value"):
+        heads = attention[name].reshape(SMALL.layers, SMALL.width, SMALL.kv_heads, -1)
+        attention[name] = jnp.repeat(heads, 2, axis=2).reshape(SMALL.layers, SMALL.width, -1)
+    ids = tokens(2, 12)
+    np.testing.assert_allclose(
+        run(with_params(full, repeated), ids), run(with_params(SMALL, params), ids), **ROUNDING
+    )
+
+
+def test_rematerializing_gives_the_same_gradients_from_fewer_residuals():
+    ids, params = tokens(2, 12), params_of(make())
+
+    def loss(params, rematerialize):
+        config = dataclasses.replace(SMALL, rematerialize=rematerialize)
+        logits = with_params(config, params)(ids)
+        return -jax.nn.log_softmax(logits)[..., 0].mean()
+
+    plain, again = (jax.jit(jax.grad(loss), static_argnums=1)(params, r) for r in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDING), plain, again)
+
+    def residuals(rematerialize):
+        pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, rematerialize), p)[1], params)
+        return sum(x.size for x in jax.tree.leaves(pullback))
+
+    weights = sum(x.size for x in jax.tree.leaves(params))
+    between_layers = (SMALL.layers + 1) * 2 * 12 * SMALL.width
+    in_the_head = 3 * 2 * 12 * SMALL.vocab_size
+    assert residuals(True) < weights + 2 * between_layers + in_the_head < residuals(False)
+
+
+def test_bfloat16_is_close_to_float32():
+    ids, params = tokens(2, 12), params_of(make(2.0))
+    exact = run(make(2.0), ids)
+    config = dataclasses.replace(SMALL, dtype="bfloat16", param_dtype="bfloat16")
+    rounded = run(with_params(config, jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)), ids)
+    assert rounded.dtype == jnp.float32
+    # BF16 keeps 8 bits: relative errors of up to 0.4% in each of some 20 steps in a row.
+    assert 0 < np.std(rounded - exact) < 0.02 * np.std(exact)
+
+
+def test_float32_weights_may_compute_in_bfloat16():
+    config = dataclasses.replace(SMALL, dtype="bfloat16")
+    model, exact = with_params(config, params_of(make(2.0))), make(2.0)
+    assert model.hidden(tokens(1, 4)).dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    error = np.std(run(model, tokens(1, 4)) - run(exact, tokens(1, 4)))
+    assert 0 < error < 0.02 * np.std(run(exact, tokens(1, 4)))
+
+
+def test_decoding_with_a_cache_gives_the_forward_passs_logits():
+    model, ids = make(), tokens(2, 12)
+    logits, cache = model.decode(ids[:, :5], model.init_cache(2, 20))
+    pieces = [logits]
+    step = jax.jit(Llama.decode)
+    for i in range(5, 12):
+        logits, cache = step(model, ids[:, i : i + 1], cache)
+        pieces.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), run(model, ids), **ROUNDING)
+    assert cache.length == 12
+
+
+@pytest.mark.parametrize(("sizes", "side"), [((32, 48, 4), 32), ((32, 24, 4), 32), ((8, 48, 2), 8)])
+def test_a_rank_of_the_largest_smaller_side_compresses_nothing_and_one_less_does(sizes, side):
+    width, mlp_width, heads = sizes
+    config = LlamaConfig(width=width, mlp_width=mlp_width, layers=2, heads=heads, kv_heads=1)
+    assert max(smaller_sides(config)) == side
+    params = params_of(Llama(config, rngs=nnx.Rngs(0)))
+
+    def state_shapes(rank):
+        tx = galore(rank, optax.sgd(0.1), weight_dimension_numbers=dimension_numbers)
+        return [x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params))]
+
+    assert state_shapes(side) == state_shapes(side + 1)
+    assert state_shapes(side) != state_shapes(side - 1)
+
+
+def test_params_are_one_nested_dict_that_the_tables_describe():
+    params = params_of(Llama(SMALL, rngs=nnx.Rngs(0)))
+    assert params["layers"]["attention"]["key"].shape == (2, 32, 2 * 8)
+    axes = logical_axes(params)
+    assert axes["layers"]["mlp"]["down"] == ("layer", "mlp", "embed")
+    assert jax.tree.map(len, axes, is_leaf=_axes) == jax.tree.map(jnp.ndim, params)
+    numbers = dimension_numbers(params)
+    assert numbers["layers"]["attention"]["out"] == GaLoreDimensionNumbers(-2, -1)
+    assert jax.tree.leaves(numbers) == [-2, -1] * 7  # seven stacks; None for everything else
+    assert numbers["embedding"] is numbers["head"] is numbers["layers"]["mlp_norm"] is None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_no_scale_of_a_state_is_shared_by_two_ids_of_the_vocabulary(bits):
+    shapes = weight_table(SIZES["llama-60m"])
+    params = {
+        name: jax.ShapeDtypeStruct(shapes[name].shape, jnp.float32)
+        for name in ("embedding", "head")
+    }
+    moments = jax.eval_shape(adamw8bit(1e-3, bits=bits).init, params)[0].mu
+    for moment in moments.values():
+        assert moment.scales.shape == (32_000, 512 // moment.block)
+
+
+def _axes(x):
+    return isinstance(x, tuple)
+
+
+def test_flops_follow_from_the_products():
+    c = SIZES["llama-60m"]
+    matrices = 4 * c.width**2 + 3 * c.width * c.mlp_width
+    products = c.layers * (matrices + 2 * 256 * c.width) + c.width * c.vocab_size
+    # Two operations a multiplication, and the backward pass has two products for each.
+    assert flops_per_token(c, 256) == 6 * products
+
+
+def test_cpu_attention_is_xlas():
+    assert attention_implementation(SIZES["llama-60m"]) == "xla"
+    bfloat16 = dataclasses.replace(SIZES["llama-60m"], dtype="bfloat16")
+    assert attention_implementation(bfloat16, 256) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "length", "name"),
+    [
+        ("9.0", {"dtype": "bfloat16"}, 256, "cudnn"),
+        ("8.0", {"dtype": "float16"}, 256, "cudnn"),
+        ("9.0", {"dtype": "float32"}, 256, "xla"),
+        ("7.5", {"dtype": "float16"}, 256, "xla"),
+        ("9.0", {"dtype": "bfloat16"}, 255, "xla"),
+        ("9.0", {"dtype": "bfloat16", "heads": 2, "kv_heads": 2}, 256, "xla"),
+    ],
+)
+def test_cudnn_is_chosen_where_it_can_run(monkeypatch, device, changes, length, name):
+    class Client:
+        platform_version = "PJRT C API\ncuda 12090"
+
+    class Device:
+        client = Client
+        compute_capability = device
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
+    config = dataclasses.replace(SIZES["llama-60m"], **changes)
+    assert attention_implementation(config, length) == name
+
+
+def test_too_long_a_sequence_is_refused():
+    with pytest.raises(ValueError, match=r"33 tokens.*max_length=32"):
+        make()(tokens(1, 33))
+    with pytest.raises(ValueError, match="max_length=32"):
+        make().init_cache(1, 33)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 3}, "width=32 with heads=3"),
+        ({"heads": 32, "kv_heads": 32}, "even whole number"),
+        ({"kv_heads": 3}, "kv_heads=3 must divide heads=4"),
+        ({"layers": 0}, "layers=0: at least 1"),
+        ({"dtype": "int8"}, "dtype=int8: a float type"),
+    ],
+)
+def test_impossible_sizes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)

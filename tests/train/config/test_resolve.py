@@ -1,0 +1,307 @@
+"""Settings and the command line: defaults, what is accepted, and how wrong use ends."""
+
+import asyncio
+import dataclasses
+import io
+import json
+import sys
+import threading
+import weakref
+from typing import get_args
+
+import pytest
+
+from models.llama.config import SIZES
+from train.config.optimizers import OPTIMIZERS, learning_rate_schedule
+from train.config.resolve import DEFAULTS, Model, Pretrain, load, resolve, to_json
+from train.run import cli
+
+
+def command(*args: str) -> Pretrain:
+    """What the command line makes of its flags."""
+    seen = []
+    with pytest.raises(SystemExit) as stop:
+        cli.run(seen.append, Pretrain, "train", load=load, args=args)
+    assert stop.value.code is None or stop.value.code == 0
+    return seen[0]
+
+
+def refused(capsys, *args: str) -> str:
+    """The line on standard error of a command that ends with 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(resolve, Pretrain, "python -m train.pretrain", load=load, args=args)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    return err
+
+
+def test_the_names_are_those_of_the_models_and_optimizers():
+    assert set(get_args(Model)) == set(SIZES) - {"micro"} == set(DEFAULTS)
+    field = next(f for f in dataclasses.fields(Pretrain) if f.name == "optimizer")
+    assert set(get_args(field.type)) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("model", get_args(Model))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_default_is_accepted(model, optimizer):
+    config = resolve(Pretrain(model=model, optimizer=optimizer))
+    assert config.batch_size % config.accumulate == 0
+    assert (config.rank is None) == (optimizer in ("adamw", "adamw8bit", "adafactor"))
+
+
+def test_microbatches_are_the_largest_that_divide_any_batch():
+    assert resolve(Pretrain(model="llama-60m", batch_size=3 * 1021)).accumulate == 1021
+    assert resolve(Pretrain(model="llama-60m", batch_size=2**31 - 1)).accumulate == 2**31 - 1
+    assert resolve(Pretrain(model="llama-60m", batch_size=512)).accumulate == 512 // 128
+
+
+def test_the_largest_rank_that_compresses_is_accepted():
+    assert resolve(Pretrain(rank=127)).rank == 127
+
+
+def test_galores_defaults_are_the_papers():
+    found = {
+        model: (c.rank, c.update_proj_gap, c.learning_rate, c.scale, c.steps, c.batch_size)
+        for model in get_args(Model)
+        if model != "tiny"
+        for c in [resolve(Pretrain(model=model))]
+    }
+    assert found == {
+        "llama-60m": (128, 200, 0.01, 0.25, 10_000, 512),
+        "llama-130m": (256, 200, 0.01, 0.25, 20_000, 512),
+        "llama-350m": (256, 200, 0.01, 0.25, 60_000, 512),
+        "llama-1b": (512, 200, 0.01, 0.25, 100_000, 512),
+        "llama-7b": (1024, 500, 0.005, 0.25, 150_000, 512),
+    }
+
+
+def test_warm_up_never_has_a_learning_rate_of_zero_and_none_is_possible():
+    rate = learning_rate_schedule(resolve(Pretrain(steps=10, warmup_steps=3, learning_rate=1.0)))
+    assert [float(rate(t)) for t in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    rate = learning_rate_schedule(resolve(Pretrain(steps=10, warmup_steps=0, learning_rate=1.0)))
+    assert float(rate(0)) == 1.0
+    assert float(rate(10)) == pytest.approx(0.1)
+
+
+def test_an_adapter_comes_with_the_optimizers_name_or_by_itself():
+    found = {
+        name: resolve(Pretrain(optimizer=name)).adapter  # pyrefly: ignore
+        for name in OPTIMIZERS
+    }
+    assert {name: adapter for name, adapter in found.items() if adapter} == {
+        "gradnorm-lorp-adamw": "gradnorm-lorp",
+        "lora-adamw": "lora",
+        "relora-adamw": "relora",
+        "qlora-adamw": "qlora",
+    }
+    alone = resolve(Pretrain(optimizer="adamw8bit", adapter="dora"))
+    assert (alone.rank, alone.dropout, alone.out) == (32, 0.0, "runs/tiny-dora-adamw8bit")
+    assert resolve(Pretrain(optimizer="relora-adamw", adapter="relora")).adapter == "relora"
+    assert resolve(Pretrain(optimizer="qlora-adamw")).weight_bits == 4
+    lorp = resolve(Pretrain(optimizer="gradnorm-lorp-adamw"))
+    assert (lorp.rank, lorp.gradient_rank, lorp.restart_every) == (32, 8, 120)
+
+
+def test_after_a_restart_the_learning_rate_rises_to_where_the_cosine_is():
+    options = {"optimizer": "relora-adamw", "steps": 40, "warmup_steps": 3, "learning_rate": 1.0}
+    restarted = resolve(Pretrain(**options, restart_every=10, restart_warmup=4))
+    never = resolve(Pretrain(**options, restart_every=40, restart_warmup=4))
+    rate, cosine = (learning_rate_schedule(config) for config in (restarted, never))
+    shares = [float(rate(t) / cosine(t)) for t in range(40)]
+    rise = [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1]
+    assert shares == pytest.approx([1.0] * 10 + rise * 3)
+
+
+def test_flags_override_a_config_json_and_nothing_else_changes(tmp_path):
+    config = resolve(Pretrain(model="llama-60m", rank=7, clip_norm=0.5, deterministic=True))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_json(config)))
+    again = resolve(command("--config", str(file), "--seed", "5"))
+    assert again == dataclasses.replace(config, seed=5, config=str(file))
+    assert again.out == "runs/llama-60m-galore-adamw"
+    # Going on needs no --out, wherever the folder is.
+    assert resolve(command("--config", str(file), "--resume")).out == str(tmp_path)
+
+
+def test_config_json_has_every_setting_but_how_it_was_invoked():
+    stored = to_json(resolve(Pretrain(optimizer="adamw")))
+    assert set(stored) == {f.name for f in dataclasses.fields(Pretrain)} - {
+        "out",
+        "resume",
+        "config",
+    }
+    assert stored["rank"] is stored["scale"] is stored["update_proj_gap"] is None
+    assert json.loads(json.dumps(stored)) == stored
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--model llama-2b", "llama-60m"),
+        ("--optimizer sgd", "galore-adamw"),
+        ("--data pile", "c4"),
+        ("--dtype float16", "bfloat16"),
+        ("--sequences mixed", "packed"),
+        ("--rnak 4", "--rnak"),
+        ("--rank four", "four"),
+        ("--rank", "--rank"),
+        ("stray", "stray"),
+        ("--rank 0", "--rank 0: expected 1 or more"),
+        ("--rank 128", "--rank 128: a rank of 128 or more compresses no matrix of tiny"),
+        ("--rank 600 --model llama-60m", "choose at most 511, or an --optimizer without rank"),
+        ("--update-proj-gap 0", "--update-proj-gap 0: expected 1 or more"),
+        ("--rank 4 --optimizer adamw", "of no use to --optimizer adamw"),
+        ("--scale 1 --optimizer adafactor", "choose one of galore-adamw, galore-adamw8bit"),
+        ("--weight-decay 0.1 --optimizer adafactor", "choose one of adamw"),
+        ("--scale -1", "--scale -1.0: expected a positive number"),
+        ("--learning-rate nan", "--learning-rate nan: expected a positive number"),
+        ("--learning-rate inf", "expected a positive number"),
+        ("--learning-rate 1e39", "--learning-rate 1e+39: expected a positive number, 1.2e-38 to"),
+        ("--learning-rate 1e-50", "--learning-rate 1e-50: expected a positive number, 1.2e-38 to"),
+        ("--scale 1e300", "expected a positive number, 1.2e-38 to 3.4e+38"),
+        ("--weight-decay 1e308", "expected 0 or more, 3.4e+38 at most"),
+        ("--clip-norm 0", "expected a positive number"),
+        ("--weight-decay -0.1", "expected 0 or more"),
+        ("--steps 0", "--steps 0: expected 1 or more"),
+        ("--steps 10 --warmup-steps 10", "fewer than --steps 10"),
+        ("--batch-size -8", "expected 1 or more"),
+        ("--accumulate 0", "expected 1 or more"),
+        ("--seq-len 513", "--seq-len 513: tiny takes at most 512 tokens"),
+        ("--seed -1", "expected 0 or more"),
+        ("--seed 4294967296", "less than 2**32"),
+        ("--steps 99999999999999999999", "expected less than 2**31"),
+        ("--max-skipped 0", "expected 1 or more"),
+        ("--workers -1", "expected 0 or more"),
+        ("--data c4", "needs --data-dir"),
+        ("--data-dir x", "of no use to --data builtin"),
+        ("--config missing.json", "missing.json"),
+        ("--adapter vera", "low-rank"),
+        ("--adapter lora", "galore-adamw has a rank of its own; choose one of adamw, adamw8bit,"),
+        ("--adapter dora --optimizer lora-adamw", "lora-adamw has an adapter of its own"),
+        ("--alpha 8", "--alpha 8.0 is of no use to --optimizer galore-adamw"),
+        (
+            "--alpha 8 --optimizer adamw --adapter low-rank",
+            "choose one of --adapter lora, --adapter",
+        ),
+        ("--restart-every 5 --optimizer lora-adamw", "--adapter relora, --adapter gradnorm-lorp"),
+        ("--rank 129 --optimizer lora-adamw", "smaller side of a matrix, 128 in tiny"),
+        ("--gradient-rank 8 --optimizer lora-adamw", "choose one of gradnorm-lorp-adamw"),
+        (
+            "--gradient-rank 8 --rank 8 --optimizer gradnorm-lorp-adamw",
+            "less than --rank 8, the ad",
+        ),
+        (
+            "--rank 1 --optimizer gradnorm-lorp-adamw",
+            "--gradient-rank 1: expected less than --rank",
+        ),
+        ("--dropout 1 --optimizer lora-adamw", "--dropout 1.0: expected a share"),
+        ("--adapter-pattern [ --optimizer lora-adamw", "--adapter-pattern [: unterminated"),
+        ("--alpha 0 --optimizer lora-adamw", "--alpha 0.0: expected a positive"),
+        ("--weight-bits 4 --optimizer relora-adamw", "so few bits at a restart"),
+        ("--weight-bits 3 --optimizer qlora-adamw", "--weight-bits 3: choose 4 or 8"),
+        (
+            "--restart-every 10 --restart-warmup 10 --optimizer relora-adamw",
+            "--restart-warmup 10: expected fewer steps than --restart-every 10",
+        ),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(capsys, flags, says):
+    assert says in refused(capsys, *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "not a config.json of train.pretrain: it holds no object"),
+        ('{"modle": "tiny"}', "unknown modle"),
+        ('{"steps": "ten"}', "--steps 'ten': expected int or null"),
+        ('{"steps": true}', "--steps True: expected int or null"),
+        ('{"model": "llama-2b"}', "choose one of tiny"),
+        ('{"optimizer": null}', "--optimizer None: choose one of adamw"),
+    ],
+)
+def test_a_wrong_config_json_is_refused_too(capsys, tmp_path, text, says):
+    (tmp_path / "config.json").write_text(text)
+    assert says in refused(capsys, "--config", str(tmp_path / "config.json"))
+
+
+def test_help_documents_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(resolve, Pretrain, "python -m train.pretrain", args=["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Pretrain):
+        assert f"--{field.name.replace('_', '-')} " in text
+    assert "None" not in text
+    assert len({len(line) for line in text.splitlines() if line[:1] in set("╭│╰ ")}) == 1
+
+
+def test_a_full_disk_is_one_line_and_exit_code_2(capsys):
+    def fail(config: Pretrain) -> int:
+        raise OSError(28, "No space left on device", "runs/x/metrics.jsonl")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail, Pretrain, "train", args=[])
+    assert stop.value.code == 2
+    assert "No space left on device: 'runs/x/metrics.jsonl'" in capsys.readouterr().err
+
+
+def test_what_fails_beside_an_error_is_not_logged(caplog):
+    async def write():
+        pass
+
+    async def leave_writes():
+        asyncio.get_running_loop().create_future().set_exception(OSError("full"))
+        write()  # and one that has not begun
+
+    def fail(config: Pretrain) -> int:
+        asyncio.run(leave_writes())
+        raise OSError("full")
+
+    with pytest.raises(SystemExit):
+        cli.run(fail, Pretrain, "train", args=[])
+    assert not caplog.records
+
+
+def test_an_errors_frames_are_gone_when_a_command_ends():
+    held = []
+
+    def fail(config: Pretrain) -> int:
+        shared_memory = threading.Thread()
+        held.append(weakref.ref(shared_memory))
+        error = ValueError("a cycle: the error's frame has the error")
+        raise error
+
+    with pytest.raises(SystemExit):
+        cli.run(fail, Pretrain, "train", args=[])
+    assert held[0]() is None
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_an_encoding_lacks_is_replaced(monkeypatch, name):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, name, stream)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda _: print("Höhe", file=stream), Pretrain, "train", args=[])
+    assert not stop.value.code
+    assert stream.buffer.getvalue() == b"H?he\n"
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def stop(config: Pretrain) -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(stop, Pretrain, "train", args=[])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_the_exit_code_is_mains(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda _: 143, Pretrain, "train", args=[])
+    assert stop.value.code == 143

@@ -1,0 +1,361 @@
+"""The text that training reads: where it is from, its order, and that a position resumes it."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from paths import ROOT
+
+from train.data import text
+from train.data.loader import TrainingData, evaluation_batches, prefetch
+from train.data.sequences import START, Position
+from train.data.text import load_text
+from train.data.tokenizer import load_tokenizer
+
+BYTES = load_tokenizer("bytes")
+# Of many lengths, two of them empty, each recognisable.
+DOCUMENTS = [f"<{i}>" + "x" * (i * 7 % 40) if i % 9 else "" for i in range(1, 20)]
+
+
+def training_data(source=DOCUMENTS, **settings):
+    return TrainingData(source, BYTES, **{"batch_size": 2, "seq_len": 32} | settings)
+
+
+def first(data, count, start=START):
+    with closing(data.batches(start)) as batches:
+        return list(islice(batches, count))
+
+
+def assert_same(got, expected):
+    for (batch, position), (expected_batch, expected_position) in zip(got, expected, strict=True):
+        assert position == expected_position
+        assert batch.keys() == expected_batch.keys()
+        for field, value in expected_batch.items():
+            np.testing.assert_array_equal(batch[field], value)
+
+
+def read_order(data, documents):
+    """The numbers of the documents in the order in which training reads them."""
+    batches = first(data, documents * 50 // 64 + 1)
+    stream = np.concatenate([batch["inputs"].reshape(-1) for batch, _ in batches])
+    return [int(i) for i in re.findall(r"<(\d+)>", BYTES.decode(stream))][:documents]
+
+
+# Sources
+
+
+def test_builtin_text_is_pythons_documentation_and_needs_no_import():
+    before = set(sys.modules)
+    text._builtin_documents.cache_clear()
+    train, validation = load_text("builtin", "train"), load_text("builtin", "validation")
+    assert not {"antigravity", "this", "turtle"} & (set(sys.modules) - before)
+    assert 1.5e6 < sum(map(len, train)) < 3e6
+    assert sum(map(len, validation)) > 3e4
+    assert not set(train) & set(validation)
+    assert len(set(train)) == len(train)
+    everything = "\n".join([*train, *validation])
+    assert "context manager" in everything
+    assert subprocess.check_output.__doc__.split("\n")[0] in everything
+
+
+def test_builtin_documents_are_too_short_to_fill_a_batch_of_tiny():
+    # Of the bytes, a few are in paragraphs that alone are longer than a document is to be.
+    lengths = np.sort([len(document) for document in load_text("builtin", "train")])
+    assert lengths[lengths > 16 * 128].sum() < 0.05 * lengths.sum()
+
+
+def test_a_page_is_cut_between_paragraphs_and_nothing_of_it_is_lost():
+    paragraphs = ["a" * 300, "b" * 300, "c" * 200, "d" * 600, "e"]
+    documents = list(text._documents_of("\n\n".join(paragraphs)))
+    assert documents == [paragraphs[0], "\n\n".join(paragraphs[1:3]), *paragraphs[3:]]
+
+
+def test_c4_is_read_without_tensorflow(shared_data):
+    train, validation = (load_text("c4", split, shared_data) for split in text.SPLITS)
+    assert (len(train), len(validation)) == (1_000, 200)
+    assert "Killtest vSAN Specialist Certification" in train[0]
+    assert sum(1 for document in validation if document) == 200
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("c5", "train", None), "data='c5' is unknown: choose one of builtin, c4"),
+        (("c4", "test", "data"), "split='test' is unknown: choose one of train, validation"),
+        (("c4", "train", None), "data='c4' needs data_dir"),
+        (("builtin", "train", "data"), "data_dir='data' is not used by data='builtin'"),
+        (("c4", "train", "/nowhere"), "no data set c4/en at /nowhere/c4/en: make it with `python"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_text(*arguments)
+
+
+@pytest.mark.parametrize("damage", ["shard", "info", "features", "split", "version"])
+def test_a_damaged_c4_is_named_in_one_line_with_the_way_to_make_it(shared_data, tmp_path, damage):
+    folder = tmp_path / "c4" / "en" / "3.0.1"
+    folder.mkdir(parents=True)
+    for file in (shared_data / "c4" / "en" / "3.0.1").iterdir():
+        shutil.copyfile(file, folder / file.name)
+    info = folder / "dataset_info.json"
+    if damage == "shard":
+        (folder / "c4-train.array_record-00003-of-00008").unlink()
+    elif damage == "info":
+        info.write_text("{")
+    elif damage == "features":
+        (folder / "features.json").unlink()
+    elif damage == "split":
+        info.write_text(info.read_text().replace('"train"', '"other"'))
+    else:
+        folder.rename(folder.with_name("3.0.1.incomplete"))
+    with pytest.raises(ValueError, match="cannot read split 'train' of c4/en at") as caught:
+        load_text("c4", "train", tmp_path)
+    assert "python -m train.prepare_c4" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_breaks_while_training_is_named(shared_data, tmp_path):
+    folder = tmp_path / "c4" / "en" / "3.0.1"
+    folder.mkdir(parents=True)
+    for file in (shared_data / "c4" / "en" / "3.0.1").iterdir():
+        shutil.copyfile(file, folder / file.name)
+    os.truncate(folder / "c4-train.array_record-00003-of-00008", 100_000)
+    with pytest.raises(OSError, match="cannot read document 375"):
+        list(load_text("c4", "train", tmp_path))
+
+
+# Order
+
+
+def test_every_epoch_has_each_document_once_in_another_order():
+    numbers = [i for i in range(1, 20) if i % 9]
+    order = read_order(training_data(), 3 * len(numbers))
+    epochs = [order[i : i + len(numbers)] for i in range(0, len(order), len(numbers))]
+    assert all(sorted(epoch) == numbers for epoch in epochs)
+    assert numbers not in epochs
+    assert len(set(map(tuple, epochs))) == 3
+
+
+def test_the_seed_decides_the_order():
+    assert read_order(training_data(seed=1), 17) == read_order(training_data(seed=1), 17)
+    assert read_order(training_data(seed=1), 17) != read_order(training_data(seed=7), 17)
+
+
+@pytest.mark.parametrize("mode", ["packed", "document"])
+def test_any_position_resumes_the_same_batches_across_epochs(mode):
+    data = training_data(mode=mode)
+    batches = first(data, 25)
+    assert batches[-1][1].documents > 2 * len(DOCUMENTS)
+    for i, (_, position) in enumerate(batches):
+        assert_same(first(data, 2, position), first(data, i + 3)[i + 1 :])
+
+
+def test_worker_processes_give_the_same_batches_and_end_when_closed():
+    expected = first(training_data(), 30)
+    for workers in (1, 2):
+        data = training_data(workers=workers)
+        assert_same(first(data, 30), expected)
+        assert_same(first(data, 9, expected[20][1]), expected[21:])
+    assert not multiprocessing.active_children()
+
+
+def test_a_position_means_the_same_for_the_real_text(shared_data):
+    source = load_text("c4", "train", shared_data)
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "t5_tokenizer.json")
+    kinds = [
+        TrainingData(source, tokenizer, batch_size=4, seq_len=256, workers=workers)
+        for workers in (0, 2)
+    ]
+    expected = first(kinds[0], 40)
+    assert all((batch["weights"] == 1).all() for batch, _ in expected)
+    assert_same(first(kinds[1], 10, expected[29][1]), expected[30:])
+
+
+def test_an_error_in_a_worker_is_raised_in_the_run():
+    class Broken(list):
+        def __getitem__(self, number):
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        first(training_data(Broken(DOCUMENTS), workers=1), 1)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_text_that_a_tokenizer_cannot_encode_is_met_in_training(tmp_path, workers):
+    path = tmp_path / "tokenizer.json"
+    model = {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1}, "unk_token": "<unk>"}
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    data = TrainingData(
+        ["a"] * 200 + ["b"], load_tokenizer(path), batch_size=1, seq_len=2, workers=workers
+    )
+    with pytest.raises(ValueError, match=r"tokenizer\.json' cannot encode a text \(WordLevel"):
+        first(data, 300)
+
+
+def test_workers_end_with_a_run_that_is_killed():
+    script = (
+        "import time\n"
+        "from train.data.loader import TrainingData\n"
+        "from train.data.tokenizer import load_tokenizer\n"
+        "if __name__ == '__main__':\n"
+        "    data = TrainingData(['some text'] * 99, load_tokenizer('bytes'),\n"
+        "                        batch_size=2, seq_len=8, workers=1)\n"
+        "    batches = data.batches()\n"
+        "    next(batches)\n"
+        "    import multiprocessing\n"
+        "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        text=True,
+    )
+    with run:
+        workers = [int(pid) for pid in run.stdout.readline().split()]
+        assert workers
+        run.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in workers if is_running(pid)]:
+        assert time.monotonic() < deadline, f"still running: {alive}"
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "padded"}, "mode='padded' is unknown: choose one of packed, document"),
+        ({"batch_size": 0}, "batch_size=0: give at least 1"),
+        ({"seq_len": 0}, "seq_len=0: give at least 1"),
+        ({"workers": -1}, "workers=-1"),
+        ({"workers": 1_000_000}, "workers=1000000: give the number of processes, 0 for none, "),
+        ({"seed": -1}, "seed=-1"),
+        ({"source": []}, "the text has no document"),
+        ({"vocab_size": 256}, "token ids up to 256, beyond the model's vocabulary of 256"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        training_data(**settings)
+    settings = {k: v for k, v in settings.items() if k not in ("workers", "seed")}
+    if settings:
+        source = settings.pop("source", DOCUMENTS)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            evaluation_batches(source, BYTES, **{"batch_size": 2, "seq_len": 32} | settings)
+
+
+def test_text_without_a_token_is_refused_rather_than_read_for_ever():
+    with pytest.raises(ValueError, match="every document of the training text is empty"):
+        first(training_data(["", ""]), 1)
+    with pytest.raises(ValueError, match="every document of the validation text is empty"):
+        evaluation_batches(["", ""], BYTES, batch_size=2, seq_len=4)
+
+
+def test_a_tokenizer_that_breaks_its_word_on_the_vocabulary_is_caught():
+    class Lying:
+        vocab_size, separator = 200, 0
+
+        def encode(self, text):
+            return np.array([1, 200], np.int32)
+
+        def decode(self, ids):
+            return ""
+
+    data = TrainingData(["a"], Lying(), batch_size=1, seq_len=4)
+    with pytest.raises(ValueError, match="token id 200 is beyond the model's vocabulary of 200"):
+        first(data, 1)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("mode", ["packed", "document"])
+@pytest.mark.parametrize("max_tokens", [1, 64, 200, 201, None])
+def test_evaluation_counts_the_tokens_asked_for_each_once(mode, max_tokens):
+    batches = evaluation_batches(
+        DOCUMENTS, BYTES, batch_size=2, seq_len=64, mode=mode, max_tokens=max_tokens
+    )
+    # Each document and its end, in order; rows of 64 cut none of them.
+    expected = [i for document in DOCUMENTS if document for i in [*document.encode(), 256]]
+    counted = np.concatenate([batch["targets"][batch["weights"] == 1] for batch in batches])
+    assert counted.tolist() == expected[:max_tokens]
+    assert all(batch["targets"].shape == (2, 64) for batch in batches)
+
+
+# Prefetching
+
+
+def test_prefetching_keeps_the_order_and_works_ahead():
+    put = []
+    batches = ((batch, Position(batch)) for batch in range(10))
+    with closing(prefetch(batches, lambda batch: put.append(batch) or -batch, size=3)) as ahead:
+        assert next(ahead) == (0, Position(0))
+        deadline = time.monotonic() + 10
+        while len(put) < 4:  # the one handed out and three ready
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert [next(ahead) for _ in range(9)] == [(-i, Position(i)) for i in range(1, 10)]
+        with pytest.raises(StopIteration):
+            next(ahead)
+
+
+def test_errors_ahead_are_raised_where_the_batch_is_asked_for():
+    def batches():
+        yield 1, Position(1)
+        raise OSError("the disk is gone")
+
+    ahead = prefetch(batches(), lambda batch: batch)
+    assert next(ahead) == (1, Position(1))
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(ahead)
+    with pytest.raises(ZeroDivisionError):
+        next(prefetch(iter([(0, Position(0))]), lambda batch: 1 / batch))
+
+
+def test_closing_prefetch_stops_its_thread_and_closes_the_batches():
+    closed = []
+
+    def batches():
+        try:
+            while True:
+                yield 1, Position(1)
+        finally:
+            closed.append(True)
+
+    ahead = prefetch(batches(), lambda batch: batch, size=2)
+    next(ahead)
+    ahead.close()
+    assert closed == [True]
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+def test_closing_prefetch_ends_the_workers():
+    with closing(prefetch(training_data(workers=1).batches(), lambda batch: batch)) as ahead:
+        next(ahead)
+    assert not multiprocessing.active_children()

@@ -1,0 +1,66 @@
+"""A run's folder: one process at a time, also where two start in the same moment."""
+
+import errno
+import os
+
+import pytest
+from small_run import small
+
+from train.config.resolve import resolve
+from train.run import directory as run_directory
+
+
+def test_of_two_that_found_the_folder_free_one_gets_it(tmp_path):
+    config = resolve(small(tmp_path / "run"))
+    for _ in range(2):
+        run_directory.check(config)
+    with run_directory.hold(config):
+        with pytest.raises(ValueError, match=r"--out .*/run is in use"), run_directory.hold(config):
+            pass
+        with pytest.raises(ValueError, match=r"--out .*/run is in use"):
+            run_directory.check(config)
+    with run_directory.hold(config):  # left, so free again
+        pass
+
+
+def test_a_folder_that_another_process_has_used_since_it_was_checked_is_refused(tmp_path):
+    config = resolve(small(tmp_path / "run"))
+    run_directory.check(config)
+    with run_directory.hold(config):  # the other process
+        run_directory.write_config(config)
+    with pytest.raises(ValueError, match="holds a run: add --resume"), run_directory.hold(config):
+        pass
+
+
+def test_a_run_killed_before_its_config_json_leaves_a_folder_that_counts_as_empty(tmp_path):
+    config = resolve(small(tmp_path / "run"))
+    with run_directory.hold(config):
+        (tmp_path / "run" / ".config.json.draft").write_text("{")
+    assert run_directory.check(config) is None
+
+
+def test_a_config_json_that_holds_no_object_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config.json is not a config.json of train.pretrain"):
+        run_directory.check(resolve(small(tmp_path, resume=True)))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named_by_the_folder(tmp_path, number):
+    config = resolve(small(tmp_path / "run"))
+    with (
+        pytest.raises(OSError, match=r"--out .*/run: cannot write into it: (No space|Disk quota)"),
+        run_directory.hold(config),
+    ):
+        raise OSError(number, os.strerror(number))  # of a file that is open, as Python raises it
+    with pytest.raises(OSError, match="'/dev/full'"), run_directory.hold(config):
+        raise OSError(number, os.strerror(number), "/dev/full")
+
+
+def test_a_run_is_finished_when_its_summary_is_there(tmp_path):
+    config = resolve(small(tmp_path / "run"))
+    assert not run_directory.finished(config)
+    with run_directory.hold(config):
+        assert not run_directory.finished(config)
+        run_directory.write_json(tmp_path / "run" / "summary.json", {})
+    assert run_directory.finished(config)

@@ -1,0 +1,154 @@
+"""`--layerwise`: the ordinary run's losses, on a mesh and after resuming too."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import small
+from test_mesh import ADAMW, train
+from test_pretrain import losses, unfinished
+
+from galore_optax import quantize_state
+from train.config.resolve import resolve
+from train.plan import RECIPES
+from train.pretrain import main
+from train.run.assemble import assemble
+from train.step.mesh import put_batch
+
+# All that a 10 GB card needs; rounded to the nearest, since by layers other numbers are drawn than
+# for the whole stack.
+Q_GALORE = {
+    **RECIPES["10 GB card"], "layerwise": False, "rematerialize": False,
+    "stochastic_rounding": False,
+}  # fmt: skip
+NO_SUBSPACE = {"rank": None, "update_proj_gap": None}
+PREVIOUS = {"clip": "previous", "clip_norm": 0.5}
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Losses of the ordinary step; those of what it cannot do, of the layer-wise one."""
+    return {
+        "galore-adamw": train(),
+        "adamw": train(**ADAMW),
+        "q-galore": train(**Q_GALORE),
+        "previous": train(layerwise=True, **PREVIOUS),
+    }
+
+
+@pytest.mark.parametrize(
+    ("which", "changes"),
+    [
+        ("galore-adamw", {}),
+        ("adamw", ADAMW),
+        ("q-galore", Q_GALORE | {"mesh": "fsdp=2,data=4"}),
+        ("galore-adamw", {"accumulate": 2, "rematerialize": True}),
+        ("galore-adamw", {"mesh": "data=2,fsdp=2,tensor=2"}),
+        ("previous", {"mesh": "data=4,fsdp=2", **PREVIOUS}),
+    ],
+    ids=["galore-adamw", "adamw", "q-galore, mesh", "accumulated", "mesh", "mesh, clip previous"],
+)
+def test_losses_are_those_of_one_device_and_the_ordinary_step(one_device, which, changes):
+    # Six updates, GaLore with two subspaces; float32 sums in another order, by which a number
+    # between two codes becomes one or the other.
+    rtol = 1e-3 if which == "q-galore" else 2e-5
+    np.testing.assert_allclose(
+        train(**{**changes, "layerwise": True}), one_device[which], rtol=rtol
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "galore-adafactor"])
+def test_what_optimizers_do_by_leaf_they_do_by_layer_in_the_ordinary_step_too(optimizer):
+    settings = dict(optimizer=optimizer, learning_rate=0.02)  # fast enough for Adafactor to clip
+    settings |= {} if "galore" in optimizer else NO_SUBSPACE
+    np.testing.assert_allclose(train(**settings, layerwise=True), train(**settings), rtol=2e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "galore-adamw8bit", "q-galore-adamw8bit"])
+@pytest.mark.parametrize("layerwise", [False, True], ids=["ordinary", "layerwise"])
+def test_vectors_of_a_layer_are_held_in_few_bits_by_their_own_size(
+    monkeypatch, optimizer, layerwise
+):
+    # Those of two layers are 64 numbers, of one 32.
+    monkeypatch.setattr(quantize_state, "__kwdefaults__", {"min_size": 50, "unsigned": None})
+    settings = dict(optimizer=optimizer, layerwise=layerwise)
+    settings |= {} if "galore" in optimizer else NO_SUBSPACE
+    state = assemble(resolve(small("unused", **settings)), lambda line: None).abstract.optimizer
+    paths = [(jax.tree_util.keystr(path), x) for path, x in jax.tree.leaves_with_path(state)]
+    norms = [x.dtype for path, x in paths if "_norm" in path]
+    assert {*norms} == {jnp.dtype("float32")}, "moments of the layers' norms"
+    assert any(x.dtype == jnp.uint8 for path, x in paths if "mlp" in path)
+
+
+def test_weights_of_few_bits_are_rounded_at_random():
+    at_random = {**Q_GALORE, "layerwise": True, "stochastic_rounding": True}
+    assert train(**at_random) != train(**{**Q_GALORE, "layerwise": True})
+
+
+def test_microbatches_summed_in_the_subspace_give_the_ordinary_steps_losses_on_a_mesh_too():
+    # The bases come from the first of two microbatches; nothing is clipped, since by layers that
+    # would be by another norm.
+    settings = dict(accumulate=2, accumulate_in_subspace=True, clip_norm=1e6)
+    ordinary = train(**settings)
+    by_layers = train(**settings, layerwise=True, clip="previous", mesh="data=2,fsdp=2,tensor=2")
+    np.testing.assert_allclose(by_layers, ordinary, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(optimizer="adamw", rank=None, update_proj_gap=None), "--optimizer adamw has no"),
+        (dict(layerwise=True, clip="exact"), "--clip exact with --layerwise"),
+    ],
+)
+def test_sums_in_the_subspace_need_one_and_a_norm_that_is_known(settings, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(small("unused", accumulate_in_subspace=True, **settings))
+    assert resolve(small("unused", accumulate_in_subspace=True, layerwise=True)).clip == "previous"
+
+
+def test_adapters_need_no_layers():
+    with pytest.raises(ValueError, match="--layerwise is of no use with --adapter lora"):
+        resolve(small("unused", layerwise=True, optimizer="lora-adamw", update_proj_gap=None))
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path):
+    settings = dict(layerwise=True, clip="previous", steps=8, save_every=3)
+    whole = tmp_path / "whole"
+    assert main(small(whole, **settings)) == 0
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["optimizer_state_bytes"] < summary["adamw_state_bytes"]
+    again = unfinished(whole, tmp_path, "8")
+    assert main(small(again, resume=True, **settings)) == 0
+    assert losses(again) == losses(whole)
+    with pytest.raises(ValueError, match=r"holds another run: .* --layerwise True \(now False\)"):
+        main(small(whole, resume=True, **settings | {"layerwise": False, "clip": "exact"}))
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted():
+    parts = assemble(resolve(small("unused", layerwise=True, clip="previous")), lambda line: None)
+    state = parts.init(jax.random.key(0))
+    state.params["norm"] = state.params["norm"].at[0].set(jnp.nan)
+    before = jax.device_get(state)
+    batch, _ = next(iter(parts.data.batches()))
+    after, metrics = parts.train_step(state, put_batch(parts.mesh, batch))
+    assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == 1
+    assert not np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), before.params)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(after.optimizer.inner_state.layers),
+        before.optimizer.inner_state.layers,
+    )
+    after.params["norm"] = after.params["norm"].at[0].set(1.0)
+    _, metrics = parts.train_step(after, put_batch(parts.mesh, batch))
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (1, 0)
+    # The skipped step has used up no learning rate: it is the warm-up's first of two.
+    assert float(metrics["learning_rate"]) == pytest.approx(0.01 / 3)
+
+
+def test_clipping_by_the_previous_norm_is_of_use_by_layers_only():
+    with pytest.raises(ValueError, match="--clip previous is of use with --layerwise only"):
+        resolve(small("unused", clip="previous"))

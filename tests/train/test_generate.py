@@ -1,0 +1,81 @@
+"""Sampling from a run on disk."""
+
+import json
+import shutil
+
+import pytest
+from small_run import small
+
+from train.generate import Generate, main
+from train.pretrain import main as pretrain
+from train.run.checkpoint import Checkpoints
+from train.run.metrics import evaluation_losses
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    plain = {"optimizer": "adamw", "rank": None, "update_proj_gap": None, "deterministic": True}
+    assert pretrain(small(out, **plain, steps=4, warmup_steps=1, eval_every=2, save_every=1)) == 0
+    return out
+
+
+def sampled(run, capsys, **options) -> str:
+    capsys.readouterr()
+    assert main(Generate(run=str(run), max_new_tokens=20, **options)) == 0
+    return capsys.readouterr().out
+
+
+def test_text_begins_with_the_prompt_and_a_seed_repeats_it(run, capsys):
+    first = sampled(run, capsys, prompt="Return the ", seed=1)
+    assert first.startswith("Return the ")
+    assert len(first) > len("Return the \n")
+    assert sampled(run, capsys, prompt="Return the ", seed=1) == first
+    assert sampled(run, capsys, prompt="Return the ", seed=2) != first
+    assert sampled(run, capsys, prompt="")
+
+
+def test_the_best_checkpoint_is_used_and_a_damaged_one_passed_over(run, tmp_path, capsys):
+    evaluations = evaluation_losses(run)
+    assert evaluations[4] < evaluations[2]
+    with Checkpoints(run / "checkpoints", 1, print, evaluations, read_only=True) as checkpoints:
+        assert checkpoints.best_first() == [4, 3]
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "checkpoints" / "4" / "params" / "_METADATA").unlink()
+    assert "checkpoint 4 is damaged and passed over" in sampled(copy, capsys)
+
+
+def test_a_folder_that_is_no_run_or_has_no_checkpoint_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="not a run"):
+        main(Generate(run=str(tmp_path)))
+    shutil.copy(run / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        main(Generate(run=str(tmp_path)))
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json"}
+
+
+def test_a_checkpoint_of_another_model_is_refused(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model": "tiny"}))
+    with pytest.raises(ValueError, match="checkpoint of another model"):
+        main(Generate(run=str(copy)))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_new_tokens": 64}, "max_length=64"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"seed": 99999999999999999999}, r"--seed 99999999999999999999: expected 0 to 2\*\*32 - 1"),
+        ({"seed": -1}, "--seed -1"),
+    ],
+)
+def test_values_out_of_range_are_refused(run, options, says):
+    with pytest.raises(ValueError, match=says):
+        main(Generate(run=str(run), **options))

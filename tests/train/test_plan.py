@@ -1,0 +1,153 @@
+"""Memory plans: what they are made of, what they find, and what a run does with its own."""
+
+import json
+
+import pytest
+from small_run import small
+
+from train import plan as plan_module
+from train import pretrain
+from train.config.optimizers import OPTIMIZERS
+from train.config.resolve import resolve
+from train.memory.plan import CONTEXT, MemoryPlan, plan
+from train.plan import Plan, _load, main, programs_of
+from train.run.cli import run
+
+NO_GALORE = {"rank": None, "update_proj_gap": None}
+
+
+def planned(**changes):
+    config = resolve(small("unused", **changes))
+    return plan(config, programs_of(config))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_plan_adds_up_for_every_optimizer(optimizer):
+    options = OPTIMIZERS[optimizer].options
+    galore = {} if "rank" in options else NO_GALORE
+    if OPTIMIZERS[optimizer].adapter is not None:
+        galore = {"rank": 4, "update_proj_gap": 3 if "update_proj_gap" in options else None}
+    one = planned(optimizer=optimizer, **galore)
+    assert sum(one.parts().values()) == one.peak
+    assert all(size > 0 for name, size in one.parts().items() if name not in one.states)
+    assert (one.states["projections"] > 0) == ("update_proj_gap" in options)
+
+
+def test_a_layerwise_step_has_one_layers_gradient_and_checkpointing_fewer_activations():
+    wide = {"batch_size": 2, "seq_len": 16}
+    whole, layer = planned(**wide), planned(layerwise=True, **wide)
+    again = planned(layerwise=True, rematerialize=True, **wide)
+    # Two layers; the embedding's and the head's gradients are larger than one's.
+    assert layer.gradients < whole.gradients / 2
+    assert again.activations < layer.activations
+    assert layer.weights == whole.weights
+
+
+def test_accumulating_keeps_the_activations_of_a_microbatch_and_a_gradient_in_float32():
+    whole, parts = planned(), planned(accumulate=4)
+    # All but the head's gradient, which the loss makes in the forward pass.
+    assert whole.activations / 4 <= parts.activations < whole.activations / 3
+    assert parts.gradients == 2 * whole.gradients
+
+
+def test_bfloat16_is_planned_in_two_bytes_though_a_cpu_computes_in_four():
+    sizes = {"batch_size": 16, "seq_len": 64, "layerwise": True, "rematerialize": True}
+    wide, half = (planned(dtype=dtype, **sizes) for dtype in ("float32", "bfloat16"))
+    assert half.weights == wide.weights / 2
+    assert half.activations == wide.activations / 2
+    assert half.temporaries < wide.temporaries  # where it computes in float32 in any case
+
+
+def test_a_mesh_splits_what_a_device_holds():
+    one, eight = planned(**NO_GALORE, optimizer="adamw"), planned(
+        **NO_GALORE, optimizer="adamw", mesh="fsdp=8"
+    )  # fmt: skip
+    assert eight.weights < one.weights / 6
+    assert eight.states["moments"] < one.states["moments"] / 6
+    assert eight.activations == one.activations // 8
+
+
+def output(capsys, **settings):
+    own = small("unused", **settings)
+    assert main(Plan(**vars(own), **{"json": True})) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_has_the_names_of_the_contract(capsys):
+    found = output(capsys)
+    names = ("weight", "optimizer_state", "gradient", "activation", "temporary", "batch")
+    assert sum(found[f"{name}_bytes"] for name in names) == found["peak_bytes"]
+    assert found["cards_gib"][0] == 8
+
+
+def words(*args):
+    with pytest.raises(SystemExit) as stop:
+        run(main, Plan, "plan", load=_load, args=["--model", "tiny", *args])
+    return stop.value.code
+
+
+def test_several_optimizers_stand_side_by_side_in_a_table_and_a_picture(capsys, tmp_path):
+    file = tmp_path / "plan.png"
+    small_batch = ["--batch-size", "1", "--seq-len", "16"]
+    assert words(*small_batch, "--compare", "adamw", "--plot", str(file)) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("galore-adamw", " adamw"))
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "each", "batch"),
+    [("adamw", 1000, 101), ("galore-adamw8bit", 60_000, 2), ("adamw", 9000, 5)],
+)
+def test_a_card_gets_a_command_with_the_largest_batch_that_fits(
+    optimizer, each, batch, capsys, monkeypatch
+):
+    def pretended(config, programs):  # one that grows with the batch, by more for larger ones
+        rows = config.batch_size
+        first = 200_000 if config.optimizer == optimizer else 2**30
+        states = {"projections": 0, "moments": 0, "counters": 0}
+        return MemoryPlan(0, states, 0, 0, 0, 0, first + each * rows + 1000 * (rows > 8))
+
+    monkeypatch.setattr(plan_module, "plan", pretended)
+    monkeypatch.setattr(plan_module, "held", lambda programs: (0, {}))
+    room = 200_000 + each * batch + 1000 + 500
+    card = (room + CONTEXT) / 2**30
+    assert words("--card", str(card), "--json") == 0
+    out = capsys.readouterr()
+    found = json.loads(out.out)
+    assert found["peak_bytes"] <= room < found["peak_bytes"] + each
+    command = found["command"].split()
+    assert command[:3] == ["python", "-m", "train.pretrain"]
+    assert command[command.index("--batch-size") + 1] == str(batch)
+    assert command[command.index("--optimizer") + 1] == optimizer
+    assert ("AdamW: does not fit" in out.err) == (optimizer != "adamw")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--card", "-1"], "--card -1: expected the size"),
+        (["--card", "12", "--optimizer", "adamw"], "--optimizer with --card"),
+        (["--card", "12", "--plot", "x.png"], "leave out --compare and --plot"),
+        (["--compare", "sgd"], "--optimizer 'sgd': choose one of"),
+        (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3 with --accumulate 2"),
+    ],
+)
+def test_wrong_use_ends_with_one_line(args, message, capsys):
+    assert words(*args) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_nothing_fits_a_card_without_room(capsys):
+    assert words("--seq-len", "16", "--card", "0.6") == 1
+    assert "10 GB card: does not fit" in capsys.readouterr().err
+
+
+def test_a_run_says_its_plan_and_is_refused_where_it_will_not_fit(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain, "device_memory", lambda device: 1000)
+    with pytest.raises(OSError, match=r"would take .* GB of 0\.0: try a smaller"):
+        pretrain.main(small(tmp_path / "run"))
+    assert "at its peak" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -1,0 +1,263 @@
+"""What a training step will take of a device's memory, known before any of it is taken."""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jaxtyping import PyTree
+
+from galore_optax.adapters.base import join, split
+from galore_optax.layerwise.backward import forward
+from galore_optax.memory import state_bytes
+from galore_optax.quantization.array import dequantized, is_quantized
+from galore_optax.quantization.elementwise import traced_for
+from galore_optax.quantization.weights import sources, with_sources
+from galore_optax.transformation import SubspaceTransformation
+from train.config.optimizers import make_recipe
+from train.config.resolve import Resolved
+from train.run.assemble import Programs, abstract_params, make_forward
+from train.step import layerwise
+from train.step.mesh import batch_shards
+from train.step.ordinary import summed_loss
+
+# A card of so many GiB has so much less for a program: the CUDA context's.
+CONTEXT = 0.6 * 2**30
+CARDS = (8, 12, 16, 24, 40, 80, 141)
+# On a CPU freed memory stays in the arenas that glibc has for each thread: a step of llama-130m was
+# resident with 3.37 to 3.48 GB, and with 3.07 where there was one arena (MALLOC_ARENA_MAX=1).
+_ARENAS = 100_000_000
+
+# XLA's CPU compiler does bfloat16's arithmetic in float32, and keeps what it converts in memory
+# (for llama-7b ten times what a GPU takes). Float16 has the same size, and with these options the
+# same compiler leaves it as it is, and orders by memory, as the GPU's
+# compiler does. So a program in bfloat16 is planned by that program in float16.
+_AS_ON_A_GPU: dict[str, Any] = {
+    "xla_cpu_strict_dot_conv_math": True,
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_cpu_copy_insertion_use_region_analysis": True,
+    "xla_disable_hlo_passes": "tree_reduction_rewriter",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device.
+
+    Attributes:
+        weights: Of the params.
+        states: Of the optimizer's state by kind, see `galore_optax.memory.state_bytes`.
+        gradients: The most that are there at once.
+        activations: What is kept for the backward pass of one microbatch.
+        temporaries: All else that the step makes: what a layer computes with, updates, a new basis;
+            on a CPU also what its allocator does not give back.
+        batch: Of the tokens.
+        peak: The sum, as the compiled step has it, and the allocator's.
+    """
+
+    weights: int
+    states: dict[str, int]
+    gradients: int
+    activations: int
+    temporaries: int
+    batch: int
+    peak: int
+
+    def parts(self) -> dict[str, int]:
+        """The summands by name."""
+        return {
+            "weights": self.weights,
+            **self.states,
+            "gradients": self.gradients,
+            "activations": self.activations,
+            "temporaries": self.temporaries,
+            "batch": self.batch,
+        }
+
+    def fits(self, card: float) -> bool:
+        """Whether a card of so many GiB is enough."""
+        return self.peak <= card * 2**30 - CONTEXT
+
+    def as_json(self) -> dict[str, Any]:
+        """The names that the README gives them."""
+        return {
+            "weight_bytes": self.weights,
+            "optimizer_state_bytes": sum(self.states.values()),
+            "optimizer_state": self.states,
+            "gradient_bytes": self.gradients,
+            "activation_bytes": self.activations,
+            "temporary_bytes": self.temporaries,
+            "batch_bytes": self.batch,
+            "peak_bytes": self.peak,
+            "cards_gib": [card for card in CARDS if self.fits(card)],
+        }
+
+
+def held(programs: Programs) -> tuple[int, dict[str, int]]:
+    """Bytes on one device of the weights and, by kind, of the optimizer's state."""
+    states = state_bytes(_on_one_device(programs.abstract.optimizer))
+    return _bytes(programs.abstract.params), states
+
+
+def plan(config: Resolved, programs: Programs, memory: Any = None) -> MemoryPlan:
+    """What the training step will take.
+
+    Args:
+        config: From `train.config.resolve.resolve`.
+        programs: Made of it.
+        memory: The compiled step's own analysis; None compiles the step here.
+    """
+    on_a_cpu = programs.mesh.devices.flat[0].platform == "cpu"
+    if memory is None:
+        on_a_cpu &= not _meant_for_a_gpu(config, programs)
+        memory = _memory(config, programs)
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    if on_a_cpu:
+        peak += min(_ARENAS, memory.temp_size_in_bytes)
+    weights, states = held(programs)
+    batch = _bytes(programs.batch)
+    rest = max(0, peak - weights - sum(states.values()) - batch)
+    # XLA may keep less than what is asked of it.
+    gradients = min(_gradients(config, programs), rest)
+    activations = min(_activations(config, programs), rest - gradients)
+    return MemoryPlan(
+        weights=weights,
+        states=states,
+        gradients=gradients,
+        activations=activations,
+        temporaries=rest - gradients - activations,
+        batch=batch,
+        peak=peak,
+    )
+
+
+def device_memory(device: jax.Device) -> int:
+    """Bytes that a program can have of a device: all that its allocator, or the machine, has."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _meant_for_a_gpu(config: Resolved, programs: Programs) -> bool:
+    """Whether the step is planned on a CPU as a GPU would run it: in bfloat16 on one device."""
+    platform = programs.mesh.devices.flat[0].platform
+    return platform == "cpu" and config.dtype == "bfloat16" and programs.mesh.size == 1
+
+
+def _memory(config: Resolved, programs: Programs) -> Any:
+    """The compiled step's memory analysis, for a GPU where the step is in bfloat16."""
+    arguments = programs.abstract, programs.batch
+    if not _meant_for_a_gpu(config, programs):
+        return programs.train_step.lower(*arguments).compile().memory_analysis()
+    with traced_for("gpu"):
+        lowered = programs.train_step.lower(*arguments)
+    backend = jax.extend.backend.get_backend("cpu")
+    options = jax.extend.backend.get_compile_options(
+        num_replicas=1, num_partitions=1, env_options_overrides=_AS_ON_A_GPU
+    )
+    devices = tuple(programs.mesh.devices.flat)
+    text = lowered.as_text().replace("bf16", "f16")
+    return backend.compile_and_load(text, devices, options).get_compiled_memory_stats()
+
+
+def _gradients(config: Resolved, programs: Programs) -> int:
+    """The gradients that are there at once: all of them, or the largest part that is updated."""
+    trained, _ = split(programs.abstract.params)
+
+    def size(name: str) -> int:
+        numbers = [
+            _bytes(x.codes) * 8 // x.code.bits if is_quantized(x) else _bytes(x) // x.dtype.itemsize
+            for x in jax.tree.leaves(trained[name], is_leaf=is_quantized)
+        ]
+        # Microbatches' are summed in float32.
+        summed = 4 * _share_summed(config, {name: trained[name]}) if config.accumulate > 1 else 0
+        return int(sum(numbers) * (jnp.dtype(config.dtype).itemsize + summed))
+
+    if not config.layerwise:
+        return sum(map(size, trained))
+    layers = jax.tree.leaves(trained["layers"])[0].shape[0]
+    rest = [size(name) for name in trained if name != "layers"]
+    return max([size("layers") // layers, *rest])
+
+
+def _share_summed(config: Resolved, part: PyTree) -> float:
+    """How large the sum of gradients is, in numbers of a gradient."""
+    if not config.accumulate_in_subspace:
+        return 1
+    recipe = make_recipe(config)
+    assert isinstance(recipe, SubspaceTransformation)
+
+    def sizes(part: PyTree) -> tuple[PyTree, PyTree]:
+        gradient = dequantized(part)
+        return recipe.project(gradient, recipe.init(gradient)), gradient
+
+    summed, whole = (sum(x.size for x in jax.tree.leaves(t)) for t in jax.eval_shape(sizes, part))
+    return summed / whole
+
+
+def _activations(config: Resolved, programs: Programs) -> int:
+    """What the forward pass of a microbatch keeps for the backward pass."""
+    rows = config.batch_size // config.accumulate
+    batch = {
+        k: jax.ShapeDtypeStruct((rows, config.seq_len), x.dtype) for k, x in programs.batch.items()
+    }
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), programs.abstract.params
+    )
+    if config.layerwise:
+        model = layerwise.layered_llama(programs.model, programs.mesh)
+
+        def kept(params: Any, batch: Any) -> Any:
+            batches = jax.tree.map(lambda x: x[None], batch)
+            tokens = jnp.sum(batch["weights"])
+            batches = layerwise.with_sequences(programs.model, config.sequences, batches, tokens)
+            passed = forward(model, params, batches, checkpoint=config.rematerialize)
+            return passed.kept, passed.last
+    else:
+        graph, _ = abstract_params(config, programs.model)
+        whole = make_forward(graph, config.sequences)
+
+        def kept(params: Any, batch: Any) -> Any:
+            trained, frozen = split(params)
+
+            def loss(own: Any) -> Any:
+                return summed_loss(whole, join(with_sources(trained, own), frozen), batch)
+
+            return jax.vjp(loss, sources(trained))[1]
+
+    traced = jax.make_jaxpr(kept)(params, batch).jaxpr
+    given = set(traced.invars)
+    # By variable, since one may be kept for several uses.
+    made = {v: v.aval for v in traced.outvars if not isinstance(v, Literal) and v not in given}
+    size = sum(aval.size * aval.dtype.itemsize for aval in made.values())
+    # A layer-wise step runs all microbatches through a layer before it comes to the next.
+    microbatches = config.accumulate if config.layerwise else 1
+    return microbatches * size // batch_shards(programs.mesh)
+
+
+def _bytes(tree: PyTree) -> int:
+    """Bytes of a tree's arrays on one device."""
+    arrays = jax.tree.leaves(_on_one_device(tree))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+
+def _on_one_device(tree: PyTree) -> PyTree:
+    """Abstract arrays of the shapes that one device holds."""
+
+    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        place = x.sharding
+        shape = x.shape if place is None else place.shard_shape(x.shape)
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    return jax.tree.map(one, tree)

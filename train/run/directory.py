@@ -1,0 +1,151 @@
+"""A run's folder: who may write into it, its config.json, and when the run in it is finished.
+
+Everything is checked before the first byte is written, so a refused run leaves nothing behind. One
+process at a time writes: it holds a lock that ends with the process, however that ends.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from train.config.resolve import Resolved, differences, to_json
+
+# It stays in the folder, empty: a process that deleted it could let two others in.
+_LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check(config: Resolved) -> str | None:
+    """Says whether the run may use its folder, without touching anything.
+
+    Returns:
+        What a resumed run found that its user may not expect, or None.
+
+    Raises:
+        ValueError: if another process writes into the folder, or it holds another run, or this one
+            and --resume was not given.
+        OSError: if it cannot be written.
+    """
+    lock = directory(config) / _LOCK
+    if lock.exists():
+        with lock.open("a") as file:
+            _lock(file)  # until it is closed: `hold` takes it for the run
+    return _check(config)
+
+
+@contextmanager
+def hold(config: Resolved) -> Iterator[str | None]:
+    """Makes the run's folder, and keeps other processes out of it until left.
+
+    Gives what `check` returns, found again: another process may have been there since.
+
+    Raises:
+        ValueError: as `check`.
+        OSError: as `check`, or the file system has no locks, or is full.
+    """
+    out = directory(config)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / _LOCK).open("a") as file:
+            _lock(file)
+            yield _check(config)
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        raise OSError(f"--out {out}: cannot write into it: {error.strerror}") from error
+
+
+def _lock(file: TextIO) -> None:
+    """Takes the lock of an open file; the kernel gives it back when the process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"--out {Path(file.name).parent} is in use: another process is training there; wait "
+            "for its end, or name another folder"
+        ) from None
+    except OSError as error:
+        raise OSError(
+            f"--out {Path(file.name).parent}: cannot be locked ({error.strerror}); name a folder "
+            "on a file system that has locks"
+        ) from error
+
+
+def _check(config: Resolved) -> str | None:
+    out = directory(config)
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    file = out / "config.json"
+    # A run that was killed before it wrote its config.json has left the lock and a draft of it.
+    begun = {_LOCK, _draft(file).name}
+    if not out.is_dir() or all(path.name in begun for path in out.iterdir()):
+        _check_writable(out)
+        return f"nothing to resume in {out}: starting anew" if config.resume else None
+    if not file.is_file():
+        raise ValueError(f"--out {out} is not empty and not a run (no config.json): name another")
+    if not config.resume:
+        raise ValueError(f"--out {out} holds a run: add --resume to go on, or name another folder")
+    try:
+        old = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(old, dict):
+        raise ValueError(f"{file} is not a config.json of train.pretrain: it holds no object")
+    different = differences(old, to_json(config))
+    if different:
+        raise ValueError(
+            f"--out {out} holds another run: {', '.join(different)}; give it the same flags "
+            "or name another folder"
+        )
+    _check_writable(out)
+    return None
+
+
+def write_config(config: Resolved) -> None:
+    """Writes config.json; the folder is there."""
+    write_json(directory(config) / "config.json", to_json(config))
+
+
+def finished(config: Resolved) -> bool:
+    """Whether the run in the folder came to its end: summary.json is written last, and whole."""
+    return (directory(config) / "summary.json").is_file()
+
+
+def directory(config: Resolved) -> Path:
+    """The run's folder, absolute."""
+    return Path(config.out).absolute()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replaces a file at once: a reader, or a kill, finds the old one or the new one."""
+    draft = _draft(path)
+    with draft.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def resume_command(config: Resolved) -> str:
+    """What to type to go on."""
+    file = directory(config) / "config.json"
+    python = sys.executable or "python"
+    return shlex.join([python, "-m", "train.pretrain", "--config", str(file), "--resume"])
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.draft")
+
+
+def _check_writable(out: Path) -> None:
+    existing = next(p for p in (out, *out.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"--out {out}: cannot write into {existing}; name another folder")

@@ -1,0 +1,127 @@
+"""What a run shows while it trains: a bar, and one line for each step that is logged."""
+
+import datetime
+import re
+import time
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+
+# Peak of one device in FLOP/s, by a part of its `device_kind`: with bfloat16 operands, and with
+# float32 ones, which JAX multiplies as TF32 on NVIDIA's and in bfloat16 on Google's by default.
+# Manufacturers' figures, dense.
+PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "H200": {"bfloat16": 989e12, "float32": 494e12},
+    "H100 PCIe": {"bfloat16": 756e12, "float32": 378e12},
+    "H100": {"bfloat16": 989e12, "float32": 494e12},
+    "A100": {"bfloat16": 312e12, "float32": 156e12},
+    "L40S": {"bfloat16": 362e12, "float32": 183e12},
+    "L4": {"bfloat16": 121e12, "float32": 60e12},
+    "A10": {"bfloat16": 125e12, "float32": 62.5e12},
+    "RTX 4090": {"bfloat16": 165e12, "float32": 82.6e12},
+    "RTX 3090": {"bfloat16": 71e12, "float32": 35.6e12},
+    "TPU v4": {"bfloat16": 275e12, "float32": 275e12},
+    "TPU v5 lite": {"bfloat16": 197e12, "float32": 197e12},
+    "TPU v5p": {"bfloat16": 459e12, "float32": 459e12},
+    "TPU v6 lite": {"bfloat16": 918e12, "float32": 918e12},
+}
+
+
+def peak_flops(device: jax.Device, dtype: str) -> float | None:
+    """A device's peak FLOP/s, or None where it is not known."""
+    if re.search(r"Laptop|NVL", device.device_kind):  # slower variants under the same names
+        return None
+    for kind, peak in PEAK_FLOPS.items():
+        if re.search(rf"\b{kind}\b", device.device_kind):
+            return peak[dtype]
+    return None
+
+
+class Progress:
+    """A live bar on a terminal, and lines that stay.
+
+    Args:
+        step: where the run goes on.
+        steps: where it ends.
+        flops_per_token: of the model, to train on one token.
+        peak: FLOP/s of all devices together, None if not known.
+    """
+
+    def __init__(self, step: int, steps: int, flops_per_token: float, peak: float | None):
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+        from rich.progress import Progress as Bar
+
+        self.console = Console(soft_wrap=True, highlight=False)
+        self._bar = Bar(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]} left"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=step, left="?")
+        self._steps, self._flops_per_token, self._peak = steps, flops_per_token, peak
+        self._width = len(str(steps))
+        self._first: tuple[int, float] | None = None
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def log(self, text: str) -> None:
+        """Prints a line."""
+        self.console.print(text, markup=False)
+
+    def step(self, line: dict[str, Any], show: bool) -> None:
+        """Moves the bar; `line` is what metrics.jsonl says of the step.
+
+        Args:
+            line: of `train.step.ordinary`'s metrics: step, loss, learning_rate, tokens_per_second, skipped.
+            show: whether the step gets a line.
+        """
+        step = line["step"]
+        left = self._left(step)
+        self._bar.update(self._task, completed=step, left=left)
+        if not show:
+            return
+        parts = [
+            f"step {step:{self._width}d}/{self._steps}",
+            f"loss {line['loss']:.4f}",
+            f"lr {line['learning_rate']:.2e}",
+            f"{line['tokens_per_second']:,.0f} tokens/s",
+        ]
+        if self._peak:
+            used = line["tokens_per_second"] * self._flops_per_token / self._peak
+            parts.append(f"MFU {used:.1%}")
+        parts.append(f"{left} left")
+        if line["skipped"]:
+            parts.append(f"{line['skipped']} skipped (not finite)")
+        self.log("  ".join(parts))
+
+    def _left(self, step: int) -> str:
+        """Remaining time at the pace of this process, evaluations and checkpoints included."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+            return "?"
+        first, start = self._first
+        seconds = (now - start) / max(1, step - first) * (self._steps - step)
+        return str(datetime.timedelta(seconds=round(seconds)))

@@ -1,0 +1,209 @@
+"""The device mesh, and where arrays live on it: one table from logical axes to mesh axes.
+
+Three mesh axes: `data` splits the batch alone; `fsdp` splits the batch and the weights (along the
+model's width); `tensor` splits the weights' other axis. XLA inserts the communication.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from galore_optax.quantization.array import is_quantized
+
+AXES = ("data", "fsdp", "tensor")
+
+# Which mesh axis splits an array's axis of that name.
+RULES: Mapping[str | None, str | None] = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "embed": "fsdp",
+    "layer": None,
+    None: None,
+}
+
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def parse_mesh(text: str | None) -> dict[str, int]:
+    """Reads `data=2,fsdp=4`; axes that are not named have size 1.
+
+    Raises:
+        ValueError: for another spelling, an axis that is unknown or named twice, or a size below 1.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    if text is None:
+        return sizes
+    seen = set()
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        name, size = name.strip(), size.strip()
+        if name not in sizes or name in seen or not size.isdecimal() or int(size) < 1:
+            raise ValueError(
+                f"--mesh {text!r}: expected sizes of {', '.join(AXES)}, each named at most once, "
+                f"such as data=2,fsdp=4; {part!r} is not one"
+            )
+        seen.add(name)
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `--mesh`: all devices, or the first one where nothing is asked for.
+
+    Args:
+        text: such as `data=2,fsdp=4`, or None.
+        devices: all that there are, `jax.devices()` by default.
+
+    Raises:
+        ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = available_devices() if devices is None else devices
+    sizes = parse_mesh(text)
+    product = int(np.prod(list(sizes.values())))
+    if text is None:
+        devices = devices[:1]
+    if product != len(devices):
+        raise ValueError(
+            f"--mesh {text!r} asks for {product} devices, there are {len(devices)}: "
+            f"choose sizes whose product is {len(devices)}, such as data={len(devices)}"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def available_devices() -> list[jax.Device]:
+    """`jax.devices()`.
+
+    Raises:
+        ValueError: if there is none of the platform that JAX was told to use.
+    """
+    try:
+        return jax.devices()
+    # JAX asserts where the environment names a platform whose plugin is not installed.
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS") or "any platform"
+        reason = " ".join(str(error).split()) or "no such platform here"
+        raise ValueError(
+            f"JAX has no device of {asked} ({reason}): set the environment variable JAX_PLATFORMS "
+            "to cpu, or install JAX for the device"
+        ) from error
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, list[str]]:
+    """Where each param lives.
+
+    A mesh axis that does not divide its axis of a matrix goes to the other one, if it divides that.
+
+    Args:
+        mesh: with the axes `AXES`.
+        shapes: tree of arrays or `ShapeDtypeStruct`, and `QuantizedArray`s of such.
+        logical_axes: the same tree with a tuple of names (keys of `RULES`) for each leaf.
+
+    Returns:
+        The tree of `NamedSharding`, and a line for each param that is not split as the table says.
+    """
+    notes: list[str] = []
+
+    def place(path, leaf, names):
+        spec, note = _place(dict(mesh.shape), leaf.shape, names)
+        if note:
+            notes.append(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {note}")
+        if is_quantized(leaf):  # its blocks are whole on each device
+            blocks = [None if i - leaf.ndim == leaf.axis else axes for i, axes in enumerate(spec)]
+            # Scales that are codes themselves, of few bits and other blocks, are whole.
+            nested = is_quantized(leaf.scales)
+            scales = NamedSharding(mesh, PartitionSpec(*([] if nested else blocks)))
+            split = spec if leaf.code.bits == 8 else PartitionSpec(*blocks)
+            codes = NamedSharding(mesh, split)
+            return jax.tree.map(lambda part: codes if part is leaf.codes else scales, leaf)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map_with_path(place, shapes, logical_axes, is_leaf=is_quantized), notes
+
+
+def _place(
+    mesh: dict[str, int], shape: tuple[int, ...], names: tuple[str | None, ...]
+) -> tuple[PartitionSpec, str]:
+    """One array's spec, and what had to be done otherwise than the table says."""
+    split: list[list[str]] = [[] for _ in shape]
+
+    def divides(axis: str, d: int) -> bool:
+        return shape[d] % int(np.prod([mesh[a] for a in (*split[d], axis)])) == 0
+
+    homeless = []
+    for d, name in enumerate(names):
+        axis = RULES[name]
+        if axis is None or mesh[axis] == 1:
+            continue
+        if divides(axis, d):
+            split[d].append(axis)
+        else:
+            homeless.append((axis, d))
+    notes = []
+    for axis, d in homeless:
+        note = f"{shape}: {axis}={mesh[axis]} does not divide axis {d} ({names[d]}), "
+        others = [o for o in range(len(shape)) if o != d and RULES[names[o]] is not None]
+        other = next((o for o in others if divides(axis, o)), None)
+        if other is None:
+            note += "nor another: whole on each of them"
+        else:
+            split[other].append(axis)
+            note += f"splits axis {other} ({names[other]}) instead"
+        notes.append(note)
+    spec = PartitionSpec(*(tuple(axes) if len(axes) > 1 else (*axes, None)[0] for axes in split))
+    return spec, "; ".join(notes)
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Puts a batch on the devices, split over `data` and `fsdp`.
+
+    Args:
+        mesh: with the axes `AXES`.
+        batch: arrays `(B, ...)`, the same whole batch in every process, which puts its own rows.
+    """
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+        for name, array in batch.items()
+    }
+
+
+def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as the data and `put_batch` make it, without its arrays."""
+    dtypes = {name: np.int32 for name in ("inputs", "targets", "positions", "segment_ids")}
+    return {
+        name: jax.ShapeDtypeStruct(
+            (batch_size, seq_len), dtype, sharding=NamedSharding(mesh, BATCH)
+        )
+        for name, dtype in {**dtypes, "weights": np.float32}.items()
+    }
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Says whether the devices can split a batch.
+
+    Raises:
+        ValueError: if a batch does not divide into microbatches, or these over the devices.
+    """
+    shards = batch_shards(mesh)
+    if batch_size % accumulate or (batch_size // accumulate) % shards:
+        raise ValueError(
+            f"--batch-size {batch_size} with --accumulate {accumulate} cannot be split over "
+            f"data * fsdp = {shards} devices: choose a multiple of {accumulate * shards}"
+        )
