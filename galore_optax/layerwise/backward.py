@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from galore_optax.layerwise.microbatches import over_microbatches
 from galore_optax.ordering import codes_after
 from galore_optax.quantization.weights import sources, with_sources
 from galore_optax.trace.interpreter import depends
-from galore_optax.transformation import over_microbatches
 
 Params = dict[str, Any]
 Batch = PyTree

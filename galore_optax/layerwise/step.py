@@ -29,10 +29,11 @@ from galore_optax.layerwise.backward import (
     squares,
     written,
 )
+from galore_optax.layerwise.microbatches import over_microbatches_in_subspace
 from galore_optax.ordering import after, codes_after
 from galore_optax.quantization.array import dequantized
 from galore_optax.trace.coupling import coupled_leaves
-from galore_optax.transformation import SubspaceTransformation, over_microbatches_in_subspace
+from galore_optax.transformation import SubspaceTransformation
 
 CLIPS = ("exact", "previous")
 
