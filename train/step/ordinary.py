@@ -17,12 +17,9 @@ from galore_optax import apply_updates
 from galore_optax.adapters.base import join, split
 from galore_optax.adapters.lora import with_dropout_keys
 from galore_optax.adapters.restart import restart
+from galore_optax.layerwise.microbatches import over_microbatches, over_microbatches_in_subspace
 from galore_optax.quantization.weights import value_and_grad
-from galore_optax.transformation import (
-    SubspaceTransformation,
-    over_microbatches,
-    over_microbatches_in_subspace,
-)
+from galore_optax.transformation import SubspaceTransformation
 from train.step.loss import summed_cross_entropy
 from train.step.mesh import BATCH, replicated
 

@@ -28,12 +28,9 @@ from galore_optax import (
     q_galore_adamw8bit,
     quantize_weights,
 )
+from galore_optax.layerwise.microbatches import over_microbatches, over_microbatches_in_subspace
 from galore_optax.layerwise.step import Layerwise
-from galore_optax.transformation import (
-    SubspaceTransformation,
-    over_microbatches,
-    over_microbatches_in_subspace,
-)
+from galore_optax.transformation import SubspaceTransformation
 from train.step.mesh import make_mesh
 from train.step.ordinary import TrainState, train_step_in_subspace
 
