@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from inners import normal, run
 from paths import FIXTURES
 
 from galore_optax import (
@@ -22,22 +23,6 @@ PUBLISHED = np.load(FIXTURES / "galore_torch.npz")
 SHAPES = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16), "odd": (13, 7)}
 CASES = [(name, rank) for name, shape in SHAPES.items() for rank in (1, 4, min(shape))]
 STACKED = GaLoreDimensionNumbers(1, 2)
-
-
-def run(tx, params, grads):
-    """Params after each of the gradients."""
-    state = tx.init(params)
-    update = jax.jit(tx.update)
-    trajectory = []
-    for grad in grads:
-        updates, state = update(grad, state, params)
-        params = optax.apply_updates(params, updates)
-        trajectory.append(params)
-    return trajectory
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 @pytest.mark.parametrize(("shape", "rank"), CASES)

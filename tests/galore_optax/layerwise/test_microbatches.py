@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_step import (
+from toy_layers import (
     MODEL,
     NUMBERS,
     STEPS,

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from inners import normal, run
 
 from galore_optax import GaLoreDimensionNumbers, TuckerDimensionNumbers, galore
 from galore_optax.projection.leaf import projections
 from galore_optax.projection.moments import CarryOver, transition
-from tests.galore_optax.test_galore import normal, run
 
 LEAVES = {
     "left": ((8, 12), GaLoreDimensionNumbers(), "smaller"),

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from inners import INNERS, arguments
 
 from galore_optax.trace.nonnegative import nonnegative_state
-from tests.galore_optax.test_compose import INNERS, arguments
 
 PARAMS = {"w": jax.random.normal(jax.random.key(0), (6, 8))}
 WITH_LOOPS = {"lbfgs", "scale_by_lbfgs", "galore", "scale_by_galore", "muon", "sophia"}
