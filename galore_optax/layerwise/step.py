@@ -33,7 +33,7 @@ from galore_optax.layerwise.microbatches import over_microbatches_in_subspace
 from galore_optax.ordering import after, codes_after
 from galore_optax.quantization.array import dequantized
 from galore_optax.trace.coupling import coupled_leaves
-from galore_optax.transformation import SubspaceTransformation
+from galore_optax.transformation import subspace_parts
 
 CLIPS = ("exact", "previous")
 
@@ -168,7 +168,7 @@ class Layerwise:
             raise ValueError(f"accumulate={self.accumulate}: expected at least 1 microbatch")
         if not self.accumulate_in_subspace:
             return
-        if not isinstance(self.tx, SubspaceTransformation):
+        if subspace_parts(self.tx) is None:
             raise ValueError(
                 f"accumulate_in_subspace=True with tx={self.tx!r}, which has no subspace: give "
                 "galore(...), or a recipe such as galore_adamw(...), as it is (what is to act on "
@@ -326,7 +326,8 @@ class Layerwise:
         *batches: Any,
     ) -> tuple[Params, optax.OptState, Any]:
         """As `over_microbatches`, of a layer's gradients in the subspace, with the new state."""
-        assert isinstance(self.tx, SubspaceTransformation)
+        parts = subspace_parts(self.tx)
+        assert parts is not None
 
         def whole(*batch: Any) -> tuple[Params, Any]:
             gradient, kept = pull(*batch)
@@ -334,7 +335,7 @@ class Layerwise:
 
         params = {**nothing, **dequantized(part)}
         summed, state, kept = over_microbatches_in_subspace(
-            self.tx, state, params, whole, *batches, **place
+            parts, state, params, whole, *batches, **place
         )
         return {k: summed[k] for k in part}, state, kept  # pyrefly: ignore[bad-index]
 
@@ -352,9 +353,10 @@ class Layerwise:
         """A part of the params and its state, updated, and by what."""
         if clip_at is not None and self.clip_norm is not None:
             gradient = _clipped(gradient, clip_at, self.clip_norm)
-        tx = optax.with_extra_args_support(self.tx)
-        projected = layer and isinstance(tx, SubspaceTransformation) and self.accumulate_in_subspace
-        updates, new_state = (tx.update_projected if projected else tx.update)(
+        update = optax.with_extra_args_support(self.tx).update
+        if layer and self.accumulate_in_subspace:
+            update = subspace_parts(self.tx).update_projected
+        updates, new_state = update(
             {**nothing, **gradient},
             state,
             {**nothing, **dequantized(part)},

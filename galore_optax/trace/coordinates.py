@@ -42,9 +42,7 @@ _OTHER_FUNCTIONS = {
     "gt", "ge", "atan2", "erfc", "lgamma", "digamma", "integer_pow", "select_n",
     "shift_left", "shift_right_logical", "shift_right_arithmetic",
 }  # fmt: skip
-_ELEMENTWISE = (
-    _ADD | _MULTIPLY | _KEEP | _EVEN_FUNCTIONS | _ODD_FUNCTIONS | _OTHER_FUNCTIONS
-)
+_ELEMENTWISE = _ADD | _MULTIPLY | _KEEP | _EVEN_FUNCTIONS | _ODD_FUNCTIONS | _OTHER_FUNCTIONS
 _PASSED = {"optimization_barrier", "sharding_constraint", "reshard"}
 _RANDOM = ("random_", "threefry")
 
@@ -226,7 +224,11 @@ def _bounded(name: str, into: list[Coordinates]) -> tuple[str, tuple[str, Number
             continue
         if value.parity == ODD:
             return NEITHER, (name, bound.number)
-        if value.cut is not None and value.cut[0] != name and value.cut[1] == _opposite(bound.number):
+        if (
+            value.cut is not None
+            and value.cut[0] != name
+            and value.cut[1] == _opposite(bound.number)
+        ):
             return ODD, None
     return NEITHER, None
 
@@ -256,9 +258,7 @@ def _joined_axes(several: Sequence[tuple[Axis, ...]]) -> tuple[Axis, ...]:
     return tuple(map(joined, zip(*several, strict=True)))
 
 
-def _axes_of(
-    name: str, equation: JaxprEqn, into: list[Coordinates]
-) -> tuple[Axis, ...] | None:
+def _axes_of(name: str, equation: JaxprEqn, into: list[Coordinates]) -> tuple[Axis, ...] | None:
     """The axes of what only moves, removes or multiplies axes; None of other equations."""
     params, axes = equation.params, into[0].axes if into else ()
     shape = equation.invars[0].aval.shape if into else ()

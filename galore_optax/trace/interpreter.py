@@ -4,14 +4,9 @@ A `Reading` says what an equation makes of abstract values, such as "is never ne
 on this input". Calls, branches and loops are followed here, for every reading alike.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 Value = Any
@@ -129,99 +124,3 @@ def _loop(
         if new == carry:
             return carry, outputs[len(carry) :]
         carry = new
-
-
-class TracedUpdate(NamedTuple):
-    """A transformation's update as equations.
-
-    Attributes:
-        equations: From the leaves of updates, state and params, in this order, to the leaves of the
-            new updates and the new state.
-        params: How many leaves the params have.
-        states: How many leaves the state has.
-    """
-
-    equations: ClosedJaxpr
-    params: int
-    states: int
-
-    def read(
-        self, reading: Reading, updates: Sequence[Value], state: Sequence[Value], params: Any
-    ) -> tuple[list[Value], list[Value]]:
-        """The abstract values of the new updates and the new state."""
-        made = interpret(self.equations, [*updates, *state, *params], reading)
-        return made[: self.params], made[self.params :]
-
-    def settled(
-        self, reading: Reading, updates: Sequence[Value], state: Sequence[Value], params: Any
-    ) -> list[Value]:
-        """The abstract values of the state that hold before and after any number of updates."""
-        state = list(state)
-        while True:
-            _, after = self.read(reading, updates, state, params)
-            new = [reading.join(pair) for pair in zip(state, after, strict=True)]
-            if new == state:
-                return state
-            state = new
-
-
-def traced_update(
-    inner: optax.GradientTransformationExtraArgs,
-    params: optax.Params,
-    state: optax.OptState,
-    **extra_args: Any,
-) -> TracedUpdate | None:
-    """Traces an update; None if the transformation needs extra arguments that are not known here.
-
-    Args:
-        inner: The transformation.
-        params: Its params, arrays or `jax.ShapeDtypeStruct`; their values are not used.
-        state: Its state, in the same manner.
-        **extra_args: Those of the update. optax's usual ones (`value`, `grad`, `value_fn`,
-            `obj_fn`, `grad_fn`) are made up where they are not given.
-    """
-    # Without shardings, which some updates cannot be traced with, and which change nothing here.
-    params, state = without_shardings((params, state))
-    leaves, tree = jax.tree.flatten(params)
-    state_leaves, state_tree = jax.tree.flatten(state)
-
-    def flat(updates: Any, state: Any, params: Any) -> tuple[list[Any], list[Any]]:
-        updates = tree.unflatten(updates)
-        arguments = {**_usual_arguments(inner.update, updates), **extra_args}
-        updates, state = inner.update(
-            updates, state_tree.unflatten(state), tree.unflatten(params), **arguments
-        )
-        return tree.flatten_up_to(updates), state_tree.flatten_up_to(state)
-
-    try:
-        equations = jax.make_jaxpr(flat)(leaves, state_leaves, leaves)
-    except Exception:  # a missing argument may fail in any manner
-        return None
-    return TracedUpdate(equations, len(leaves), len(state_leaves))
-
-
-def without_shardings(tree: Any) -> Any:
-    """The shapes and dtypes of a tree of arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
-
-
-def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict[str, Any]:
-    # The curvature is constant, since a Hessian's diagonal (Sophia) is no remembered value of the
-    # params; values are negative, as a loss may be. Line searches refuse arguments that their
-    # value_fn does not name.
-    def value_fn(params: optax.Params, obj_fn: Any = None, grad_fn: Any = None) -> Any:
-        del obj_fn, grad_fn
-        return -sum(jnp.sum(x * x).real for x in jax.tree.leaves(params))
-
-    arguments = {
-        "value": np.float32(-1),
-        "grad": updates,
-        "value_fn": value_fn,
-        "obj_fn": value_fn,
-        "grad_fn": lambda *_: updates,
-    }
-    taken = inspect.signature(update).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in taken):
-        return arguments
-    names = {p.name for p in taken}
-    return {name: value for name, value in arguments.items() if name in names}

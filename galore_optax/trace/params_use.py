@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 from jaxtyping import Array
 
 from galore_optax.trace.dependence import dependences, is_zero
-from galore_optax.trace.interpreter import Reading, TracedUpdate, interpret
+from galore_optax.trace.interpreter import Reading, interpret
+from galore_optax.trace.traced import Traced
 
 
 class Decay(NamedTuple):
@@ -63,35 +63,32 @@ class Decay(NamedTuple):
         return found
 
 
-def depends_on_params(made: ClosedJaxpr) -> bool:
-    """Whether a traced `init` uses the params' values."""
-    return any(dependences(made, ["params"] * len(made.jaxpr.invars)))
+def init_uses_params(traced: Traced) -> bool:
+    """Whether `init` makes a state that depends on the params' values."""
+    return any(dependences(traced.init, ["params"] * len(traced.params)))
 
 
-def decoupled_decay(
-    made: ClosedJaxpr | None, update: TracedUpdate, params: Sequence[Any]
-) -> Decay | None:
+def decoupled_decay(traced: Traced, *, check: bool = True) -> Decay | None:
     """The decoupled weight decay of a transformation; None if its use of params is something else.
 
     Args:
-        made: Its traced `init`; None does not check, and takes any use of params for decay.
-        update: Its traced update.
-        params: Leaves of the params, arrays or `jax.ShapeDtypeStruct`.
+        traced: The transformation.
+        check: False takes any use of params for decay.
     """
-    if made is not None and depends_on_params(made):
+    if traced.update is None or (check and init_uses_params(traced)):
         return None
-    jaxpr, n = update.equations.jaxpr, update.params
-    rest = [v.aval for v in jaxpr.invars[: n + update.states]]
+    params, n = traced.params, len(traced.params)
+    rest = [*params, *traced.states]
     # Integers and empty leaves have no slope.
     sloped = [
         i for i, x in enumerate(params) if jnp.issubdtype(x.dtype, jnp.inexact) and x.size > 0
     ]
     names = ["params" if i in sloped else None for i in range(n)]
-    uses = dependences(update.equations, [None] * len(rest) + names)
-    if made is not None and any(uses[n:]):
+    uses = dependences(traced.update, [None] * len(rest) + names)
+    if check and any(uses[n:]):
         return None
     used = [bool(uses[i]) for i in sloped]
-    call = jaxpr_as_fun(update.equations)
+    call = jaxpr_as_fun(traced.update)
 
     def slope(rest: Sequence[Array], own: Sequence[Array], tangents: Sequence[Array]) -> Any:
         def apply(own: Sequence[Array]) -> list[Array]:
@@ -102,27 +99,26 @@ def decoupled_decay(
         made = jax.jvp(lambda own: [apply(own)[i] for i in sloped], (own,), (tangents,))
         return made[1]
 
-    floats = [jax.ShapeDtypeStruct(params[i].shape, params[i].dtype) for i in sloped]
-    traced = jax.make_jaxpr(slope)([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in rest], floats, floats)
-    if made is not None:
+    floats = [params[i] for i in sloped]
+    slopes = jax.make_jaxpr(slope)(rest, floats, floats)
+    if check:
         none = [None] * len(floats)
-        on = dependences(traced, [None] * len(rest) + ["params"] * len(none) + ["tangents"] * len(none))
+        of_params, of_tangents = ["params"] * len(none), ["tangents"] * len(none)
+        on = dependences(slopes, [*[None] * len(rest), *of_params, *of_tangents])
         # One number for a whole leaf: what has axes may enter the slope through a scalar only.
         arrays = ["arrays" if x.shape else None for x in rest]
-        on_arrays = dependences(traced, [*arrays, *none, *none], through_scalars=False)
+        on_arrays = dependences(slopes, [*arrays, *none, *none], through_scalars=False)
         # A use of params without a derivative, as in a sign, is not affine.
         affine = ["tangents" in names for names in on] == used
         if any("params" in names for names in on) or any(on_arrays) or not affine:
             return None
     # A decay of zero, such as that of many recipes by default, needs no pass over the weights.
-    zero = interpret(traced, [False] * len(traced.jaxpr.invars), _Zero())
+    zero = interpret(slopes, [False] * len(slopes.jaxpr.invars), _Zero())
     used = [u and not z for u, z in zip(used, zero, strict=True)]
-    return Decay(traced, sloped, used, scalars_only=made is not None)
+    return Decay(slopes, sloped, used, scalars_only=check)
 
 
-def remembers_params(
-    made: ClosedJaxpr, update: TracedUpdate | None, counts: Sequence[bool]
-) -> bool:
+def remembers_params(traced: Traced, counts: Sequence[bool]) -> bool:
     """Whether a state holds values of the params.
 
     It does if an array in it depends on the params' values as `init` makes it (DoG, Prodigy,
@@ -131,35 +127,34 @@ def remembers_params(
     and is a moment. Scalars belong to no basis.
 
     Args:
-        made: The traced `init`.
-        update: The traced update; None judges by `init` alone.
+        traced: The transformation. If its update could not be traced, `init` alone decides.
         counts: For each leaf of the params whether it counts.
     """
     names = ["params" if count else None for count in counts]
-    if any(_arrays(made, dependences(made, names))):
+    if any(_arrays(traced.init, dependences(traced.init, names))):
         return True
-    if update is None or not any(counts):
+    if traced.update is None or not any(counts):
         return False
-    states, nothing = [None] * update.states, [None] * update.params
-    on_params = dependences(update.equations, [*nothing, *states, *names])
+    states, nothing = [None] * len(traced.states), [None] * len(counts)
+    on_params = dependences(traced.update, [*nothing, *states, *names])
     # Its bare values: a step that is skipped for its gradient still keeps the params of the others.
-    on_updates = dependences(
-        update.equations, [*names, *states, *nothing], through_choices=False
-    )
+    on_updates = dependences(traced.update, [*names, *states, *nothing], through_choices=False)
     kept = [bool(p) and not u for p, u in zip(on_params, on_updates, strict=True)]
-    return any(_arrays(update.equations, kept)[update.params :])
+    return any(_arrays(traced.update, kept)[len(counts) :])
 
 
-def acts_within_subspace(update: TracedUpdate, counts: Sequence[bool]) -> bool:
+def acts_within_subspace(traced: Traced, counts: Sequence[bool]) -> bool:
     """Whether params enter the updates elementwise, other than in regularization of the gradient.
 
     Args:
-        update: The traced update.
+        traced: The transformation.
         counts: For each leaf of the params whether it counts.
     """
-    gradient, nothing = [_GRADIENT] * update.params, [_NOTHING] * update.states
+    if traced.update is None:
+        return False
+    gradient, nothing = [_GRADIENT] * len(counts), [_NOTHING] * len(traced.states)
     params = [_PARAMS if count else _NOTHING for count in counts]
-    updates, _ = update.read(_Use(), gradient, nothing, params)
+    updates, _ = traced.read(_Use(), gradient, nothing, params)
     return any(use in (_PARAMS, _USED) for use in updates)
 
 

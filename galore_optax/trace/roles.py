@@ -8,9 +8,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import optax
 
 from galore_optax.trace.coordinates import (
     EITHER,
@@ -22,8 +20,9 @@ from galore_optax.trace.coordinates import (
     CoordinatesReading,
 )
 from galore_optax.trace.divisors import Divisors, Made
-from galore_optax.trace.interpreter import TracedUpdate, interpret, traced_update
+from galore_optax.trace.interpreter import interpret
 from galore_optax.trace.sign import Nonnegative
+from galore_optax.trace.traced import Traced
 
 FIRST, SECOND, FACTOR, OTHER = "first", "second", "factor", "other"
 
@@ -42,90 +41,72 @@ class Role:
         divisor: Whether the update may divide by it.
         stale: Whether it divides by it as it was before the step, without the step's gradient.
         rooted: Whether the update takes a root of its difference from another leaf.
-        unclear: Whether it depends on a param's coordinates in a manner that was not understood.
+        unclear: Whether it has elements of which it is not known how they follow a param's
+            coordinates.
+        shared: Whether it merges coordinates of several params.
     """
 
     kind: str = OTHER
-    param: int | None = None
+    param: int | None = dataclasses.field(default=None, compare=False)
     axes: tuple[int | None, ...] = ()
     nonnegative: bool = False
     divisor: bool = True
     stale: bool = False
     rooted: bool = False
     unclear: bool = False
+    shared: bool = False
 
 
-def state_roles(
-    inner: optax.GradientTransformationExtraArgs,
-    params: optax.Params,
-    *,
-    moving: Collection[tuple[int, int]] | None = None,
-    state: optax.OptState | None = None,
-    update: TracedUpdate | None = None,
-) -> list[Role]:
-    """The role of each leaf of `inner.init(params)`, in the order of `jax.tree.leaves`.
+def state_roles(traced: Traced, moving: Collection[tuple[int, int]] | None = None) -> list[Role]:
+    """The role of each leaf of a state, in the order of `jax.tree.leaves`.
 
     Args:
-        inner: The transformation.
-        params: Its params, arrays or `jax.ShapeDtypeStruct`; their values are not used.
+        traced: The transformation. If its update could not be traced, since it needs arguments that
+            are not known, every leaf is OTHER and may be divided by.
         moving: The params, by index, and their axes whose coordinates change with a basis; None
             for all axes of all params.
-        state: The state that `update` was traced with, if it differs from `inner.init(params)` in
-            its leaves (`QuantizedArray`s are traced as the arrays that they stand for).
-        update: The traced update; None traces it with optax's usual extra arguments. If that fails,
-            since it needs other arguments, every leaf is OTHER and may be divided by.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> from galore_optax.trace.roles import state_roles
+        >>> from galore_optax.trace.traced import trace
         >>> params = {"w": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
-        >>> [(r.kind, r.nonnegative) for r in state_roles(optax.scale_by_adam(), params)]
+        >>> roles = state_roles(trace(optax.scale_by_adam(), params))
+        >>> [(role.kind, role.nonnegative) for role in roles]  # of count, mu, nu
         [('other', True), ('first', False), ('second', True)]
     """
-    leaves = jax.tree.leaves(params)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-    abstract = jax.tree.structure(params).unflatten(shapes)
-    initial, made = jax.make_jaxpr(inner.init, return_shape=True)(abstract)
-    if state is None:
-        state, same = made, True
-    else:
-        same = jax.tree.structure(state) == jax.tree.structure(made)
-    states = jax.tree.leaves(state)
-    if update is None:
-        update = traced_update(inner, abstract, state)
-    if update is None:
+    leaves, states = traced.params, traced.states
+    if traced.update is None:
         return [Role(axes=(None,) * x.ndim) for x in states]
-
     if moving is None:
         moving = {(i, axis) for i, x in enumerate(leaves) for axis in range(x.ndim)}
     given = [
         Coordinates(tuple((i, axis) for axis in range(x.ndim)), ODD, frozenset([i]))
         for i, x in enumerate(leaves)
     ]
-    coordinates = CoordinatesReading(frozenset(moving))
+    reading = CoordinatesReading(frozenset(moving))
     constants = [Coordinates((None,) * x.ndim, EVEN if x.ndim == 0 else EITHER) for x in states]
-    begun = interpret(initial, given, coordinates) if same else constants
+    begun = interpret(traced.init, given, reading) if traced.same else constants
     # A constant that a moment starts from (Yogi: 1e-6) says nothing of how it goes on, unless
     # nothing else does (Rprop's step sizes).
     start = [v if v.leaves else c for v, c in zip(begun, constants, strict=True)]
-    found = update.settled(coordinates, given, start, given)
+    found = traced.settled(reading, given, start, given)
     triples = zip(found, begun, start, strict=True)
     start = [v if f.parity == EITHER and v.parity == EVEN else s for f, v, s in triples]
-    found = update.settled(coordinates, given, start, given)
+    found = traced.settled(reading, given, start, given)
 
-    signs = [False] * len(states)
-    if same:
-        unknown = [False] * len(leaves)
-        start = interpret(initial, unknown, Nonnegative())
-        signs = update.settled(Nonnegative(), unknown, start, unknown)
+    signs, unknown = [False] * len(states), [False] * len(leaves)
+    if traced.same:
+        start = interpret(traced.init, unknown, Nonnegative())
+        signs = traced.settled(Nonnegative(), unknown, start, unknown)
 
-    jaxpr = update.equations.jaxpr
+    jaxpr = traced.update.jaxpr
     before, after = jaxpr.invars[len(leaves) :], jaxpr.outvars[len(leaves) :]
     unchanged = [a is b for a, b in zip(before, after, strict=False)]
     divisors = Divisors()
     made_of = [Made(frozenset([i])) for i in range(len(states))]
     incoming, constant = [Made(fresh=True)] * len(leaves), [Made()] * len(leaves)
-    update.read(divisors, incoming, made_of, constant)
+    traced.read(divisors, incoming, made_of, constant)
     return [
         dataclasses.replace(
             _role(value, x, [y.ndim for y in leaves], frozenset(moving), unchanged[i]),
@@ -157,7 +138,8 @@ def _role(
         # Elements that differ, though along no axis of a param (Sophia's, from random directions).
         unknown = not (known or unchanged) and max(leaf.shape, default=1) > 1
         unclear = floating and leaf.ndim > 0 and (mixed if of_moving else bool(moving) and unknown)
-        return Role(param=param, axes=axes, unclear=unclear)
+        shared = unclear and len(value.leaves) > 1
+        return Role(param=param, axes=axes, unclear=unclear and not shared, shared=shared)
     repeated = len({*known}) < len(known)
     clear = not mixed and value.parity not in (SIGNED, NEITHER) and not repeated
     if not clear:
