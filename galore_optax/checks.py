@@ -1,4 +1,4 @@
-"""Checks of arguments: what is wrong is said where the argument is given, by its name."""
+"""Checks of arguments, whose errors name the argument, its value and what is accepted."""
 
 import math
 import numbers
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # Those that `optax.inject_hyperparams` is not to make arrays of.
-_STATIC = '"rank", "update_proj_gap", "projection_bits", "bits", "stagger", "rank_schedule", "seed"'
+_STATIC = '"rank", "update_proj_gap", "projection_bits", "bits", "seed"'
 
 
 def static(value: Any, name: str) -> None:
@@ -29,15 +29,15 @@ def static(value: Any, name: str) -> None:
 
 
 def whole(value: Any, name: str, least: int = 1, below: int = 2**31) -> int:
-    """A whole number from `least` on, and less than `below`.
+    """An integer of at least `least` and less than `below`.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is something else.
     """
     static(value, name)
     index = not isinstance(value, bool | np.ndarray) and hasattr(value, "__index__")
     if not index or operator.index(value) < least:
-        raise ValueError(f"{name}={value!r} is no whole number of at least {least}")
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
     if operator.index(value) >= below:
         raise ValueError(f"{name}={value!r} is too large; give less than {below}")
     return operator.index(value)
@@ -46,19 +46,19 @@ def whole(value: Any, name: str, least: int = 1, below: int = 2**31) -> int:
 def number(
     value: Any, name: str, least: float = -math.inf, below: float = math.inf, *, such_as: float
 ) -> Any:
-    """A real number from `least` on, less than `below` and finite in float32.
+    """A real number of at least `least`, less than `below`, and finite in float32.
 
-    An array without axes passes, as `optax.inject_hyperparams` gives it: its value is not known.
+    An array without axes passes, as `optax.inject_hyperparams` makes it: its value is not known.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is something else.
     """
     if isinstance(value, jax.Array | np.ndarray):
         if value.ndim == 0 and not jnp.issubdtype(value.dtype, jnp.complexfloating):
             return value
-        raise ValueError(f"{name}={value!r} is no single real number; give one, such as {such_as}")
+        raise ValueError(f"{name}={value!r} must be one real number, such as {such_as}")
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{name}={value!r} is no number; give one, such as {such_as}")
+        raise ValueError(f"{name}={value!r} must be a number, such as {such_as}")
     given = float(value)
     if not (least <= given < below and abs(given) <= float(np.finfo(np.float32).max)):
         limits = [f"at least {least:g}"] * (least > -math.inf)
@@ -68,7 +68,7 @@ def number(
 
 
 def number_or_schedule(value: Any, name: str, *, such_as: float) -> None:
-    """A finite real number, or a function, of the step.
+    """A finite real number, or a function of the step.
 
     Raises:
         ValueError: If it is neither.
@@ -77,36 +77,24 @@ def number_or_schedule(value: Any, name: str, *, such_as: float) -> None:
         number(value, name, such_as=such_as)
 
 
-def function(value: Any, name: str) -> None:
-    """A function of the step.
+def schedule(value: Callable[[Any], Any], name: str, above: float) -> None:
+    """A function from the step to a real number, checked at step 0.
 
     Raises:
-        ValueError: If it is none.
-    """
-    static(value, name)
-    if not callable(value):
-        raise ValueError(f"{name}={value!r} is no function; give one from the step to a number")
-
-
-def schedule(value: Callable[[Any], Any], name: str, above: float, most: float = math.inf) -> None:
-    """A function from the step to a real number, whose value at step 0 is within limits.
-
-    Raises:
-        ValueError: If it fails, or that value is not above `above` or more than `most`.
+        ValueError: If it fails, or the number is not above `above`.
     """
     try:
         made = value(np.int32(0))
         real = np.ndim(made) == 0 and jnp.isrealobj(made)
         known = not isinstance(made, jax.core.Tracer)  # as it is under jit
-        fits = real and (not known or above < float(made) <= most)
+        fits = real and (not known or above < float(made))
     except Exception as error:
         raise ValueError(
             f"{name}: it cannot be called with step 0 ({type(error).__name__}: {error})"
         ) from error
     if not fits:
         raise ValueError(
-            f"{name}: at step 0 it gives {made!r}; it is to give a number above {above:g}"
-            + f", at most {most:g}" * (most < math.inf)
+            f"{name}: at step 0 it returns {made!r}; it must return a number above {above:g}"
         )
 
 
@@ -114,30 +102,30 @@ def gives(
     made_by: Callable[..., Any],
     name: str,
     arguments: tuple[Any, ...],
-    wanted: jax.ShapeDtypeStruct,
+    expected: jax.ShapeDtypeStruct,
 ) -> None:
-    """Whether a user's function can be called, and what it gives has the shape that is wanted.
+    """Checks that a user's function can be called, and returns an array of the expected shape.
 
     Raises:
-        ValueError: If it cannot, or has not.
+        ValueError: If it cannot, or does not.
     """
     of = ", ".join(str(getattr(x, "shape", x)) for x in arguments)
     try:
         made = jax.eval_shape(lambda *args: jnp.asarray(made_by(*args)), *arguments)
     except Exception as error:
         raise ValueError(
-            f"{name}: it cannot be called with arguments of shapes {of} and give an array of shape "
-            f"{wanted.shape} ({type(error).__name__}: {error})"
+            f"{name}: it cannot be called with arguments of shapes {of} to return an array of "
+            f"shape {expected.shape} ({type(error).__name__}: {error})"
         ) from error
-    if made.shape != wanted.shape or jnp.issubdtype(made.dtype, jnp.complexfloating):
+    if made.shape != expected.shape or jnp.issubdtype(made.dtype, jnp.complexfloating):
         raise ValueError(
-            f"{name}: from arguments of shapes {of} it gives {made.dtype} of shape {made.shape}; "
-            f"it is to give real numbers of shape {wanted.shape}"
+            f"{name}: from arguments of shapes {of} it returns {made.dtype} of shape {made.shape}; "
+            f"it must return real numbers of shape {expected.shape}"
         )
 
 
 def choice(value: Any, name: str, accepted: tuple[Any, ...]) -> None:
-    """One of a few values, of their type.
+    """One of a few accepted values, and of the same type.
 
     Raises:
         ValueError: If it is none of them.

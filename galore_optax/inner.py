@@ -165,13 +165,15 @@ class Inner:
         if undecided and acts_within_subspace(traced(), counts):
             _warn(
                 "galore: inner uses params elementwise, and not as decoupled weight decay: this "
-                "acts on the projected weights only, so that weight decay does not reach the whole "
-                "matrix; decoupled_decay=True takes it for decoupled decay, decoupled_decay=False "
-                "says that it is meant"
+                "acts on the projected weights only (weight decay, for instance, does not reach the "
+                "whole matrix); decoupled_decay=True takes it for decoupled decay, "
+                "decoupled_decay=False says that it is meant"
             )
         if self.rule == "keep" or traced().update is None:
             return
         roles = self._state_roles(small, state, plans, traced)
+        paths = [path for path, _ in jax.tree.leaves_with_path(small)]
+        projected = [path for path, count in zip(paths, counts, strict=True) if count]
         pairs = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
         for (path, _), role in zip(pairs, roles, strict=True):
             name = jax.tree_util.keystr(path)
@@ -180,7 +182,8 @@ class Inner:
                     f"inner: its state {name} merges the moments of several params, which cannot "
                     'be told apart when a basis changes; choose moments="keep"'
                 )
-            if role.unclear and self.rule != "reset":
+            of_projected = any(path[len(path) - len(end) :] == end for end in projected)
+            if role.unclear and of_projected and self.rule != "reset":
                 _warn(
                     f"galore: it is not known how the inner's state {name} follows the gradient's "
                     "coordinates; it stays as it is when a basis changes; choose with moments= "

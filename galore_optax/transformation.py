@@ -1,7 +1,7 @@
 """An optax transformation whose update can be made in parts, for microbatches.
 
-A projection is linear: Σ PᵀGᵢ = Pᵀ ΣGᵢ. A sum of projected gradients takes rank / min(in, out) of the
-memory of a gradient.
+A projection is linear: Σ PᵀGᵢ = Pᵀ ΣGᵢ. A sum of projected gradients takes rank / min(in, out) of
+the memory of a gradient.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -55,7 +55,7 @@ class SubspaceParts(Protocol):
         ...
 
     def project(self, gradient: optax.Updates, state: Any) -> optax.Updates:
-        """The projected gradient: R at a projected leaf (a tuple of them for a stack of matrices)."""
+        """The projected gradient: R at a projected leaf, a tuple of them for a stack."""
         ...
 
     def update_projected(

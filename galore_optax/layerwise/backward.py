@@ -280,4 +280,5 @@ def _used(function: Callable[[Params], PyTree], params: Params) -> frozenset[str
     """Which entries of the params a function's result depends on."""
     traced = jax.make_jaxpr(function)(params)
     keys = [path[0].key for path, _ in jax.tree.leaves_with_path(params)]  # pyrefly: ignore
-    return frozenset().union(*dependences(traced, keys))
+    used = frozenset().union(*dependences(traced, keys))
+    return frozenset(k for k in keys if k in used)

@@ -355,7 +355,9 @@ class Layerwise:
             gradient = _clipped(gradient, clip_at, self.clip_norm)
         update = optax.with_extra_args_support(self.tx).update
         if layer and self.accumulate_in_subspace:
-            update = subspace_parts(self.tx).update_projected
+            parts = subspace_parts(self.tx)
+            assert parts is not None
+            update = parts.update_projected
         updates, new_state = update(
             {**nothing, **gradient},
             state,

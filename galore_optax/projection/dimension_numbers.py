@@ -22,7 +22,7 @@ class GaLoreDimensionNumbers(NamedTuple):
     """Says which axes of a leaf are the input and the output of a matrix.
 
     Axes that are listed in neither are batch axes: each index along them is a matrix of its own,
-    with its own subspace, as in `optax.contrib.muon`. `None` in the place of dimension numbers
+    with its own subspace, as in `optax.contrib.muon`. `None` instead of dimension numbers
     leaves a parameter unprojected.
 
     Attributes:
@@ -51,7 +51,7 @@ class GaLoreDimensionNumbers(NamedTuple):
 class TuckerDimensionNumbers(NamedTuple):
     """Says which axes of a leaf are projected, each by a basis of its own (a Tucker projection).
 
-    For tensors that are no matrices, such as a convolution's kernel: the gradient G becomes the
+    For tensors that are not matrices, such as a convolution's kernel: the gradient G becomes the
     core G ×₁ P₁ᵀ ×₂ P₂ᵀ …, each basis found from the gradient's unfolding along its axis. An axis
     no longer than the rank stays as it is. Axes that are not listed are batch axes.
 
@@ -84,7 +84,7 @@ WeightDimensionNumbers = (
 
 
 def _is_dimension_numbers(x: Any) -> bool:
-    # By attribute, so that optax.contrib's tuple of the same name is taken as well.
+    # By attribute, so that optax.contrib's tuple of the same name is accepted, too.
     matrix = hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
     return (
         x is None or (not isinstance(x, type) and matrix) or isinstance(x, TuckerDimensionNumbers)
@@ -131,7 +131,7 @@ class LeafView:
 
 
 def _listed(axes: Any) -> tuple[int, ...]:
-    """An axis, or several, as a tuple of them."""
+    """One axis or several as a tuple."""
     given = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
     if not given or any(isinstance(x, bool) or not hasattr(x, "__index__") for x in given):
         raise ValueError(
@@ -152,7 +152,7 @@ def _axes(axes: int | Sequence[int], name: str, path: str, ndim: int) -> tuple[i
 
 
 def _projectable(leaf: Any) -> bool:
-    # Complex ones pass, to be refused by name.
+    # Complex ones pass here, and are refused by name later.
     return jnp.issubdtype(leaf.dtype, jnp.inexact) and math.prod(leaf.shape) > 0
 
 
@@ -166,7 +166,7 @@ def _modes(numbers: Any, path: str, ndim: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _axes_needed(numbers: Any) -> int:
-    """The fewest axes of a leaf in which the dimension numbers can be found."""
+    """The smallest number of axes a leaf can have to fit the dimension numbers."""
     if isinstance(numbers, TuckerDimensionNumbers):
         named = (numbers.axes,)
     else:
@@ -214,13 +214,13 @@ def matrix_views(
             matrix.
 
     Raises:
-        ValueError: If the dimension numbers do not fit the params, or one of these is no array.
+        ValueError: If the dimension numbers do not fit the params, or one of these is not an array.
     """
     leaves = jax.tree.leaves_with_path(params)
     for key, leaf in leaves:
         if not hasattr(leaf, "shape"):
             raise ValueError(
-                f"params: {leaf!r} at {jax.tree_util.keystr(key)} is no array; give "
+                f"params: {leaf!r} at {jax.tree_util.keystr(key)} is not an array; give "
                 f"jnp.asarray({leaf!r})"
             )
     if not leaves:  # as where optax.tree_utils.tree_map_params looks for params in a state
@@ -238,10 +238,10 @@ def matrix_views(
             parts = prefix.flatten_up_to(params)
         except ValueError as error:
             raise ValueError(
-                "weight_dimension_numbers: its tree is no prefix of the params' tree; give one "
-                f"with GaLoreDimensionNumbers or None in the place of each leaf ({error})"
+                "weight_dimension_numbers: its tree is not a prefix of the params' tree; give one "
+                f"with GaLoreDimensionNumbers or None for each leaf ({error})"
             ) from error
-        # Leaf by leaf, since a None among the params, such as a bias left out, is no leaf.
+        # Leaf by leaf, since a None among the params, such as a bias left out, is not a leaf.
         pairs = zip(given, parts, strict=True)
         flat = [dims for dims, part in pairs for _ in jax.tree.leaves(part)]
     return [

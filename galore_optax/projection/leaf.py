@@ -42,8 +42,8 @@ class Projection:
         view: The leaf as a stack of matrices `(*batch, in, out)`.
         modes: The axes of a matrix that are projected, (0,) for the input, (1,) for the output.
         ranks: Dimensions of the subspace of each of them.
-        path: The leaf's path in the params; no part of equality, so that leaves of one shape share
-            what is compiled for them.
+        path: The leaf's path in the params; not compared, so that leaves of equal shape share what
+            is compiled for them.
     """
 
     view: LeafView
@@ -58,7 +58,7 @@ class Projection:
 
     @property
     def path_hash(self) -> int:
-        """A number that tells the leaf's path apart from others, as randomness wants it."""
+        """The hash of the leaf's path, for random keys."""
         return path_hash(self.path)
 
     @property
@@ -68,10 +68,10 @@ class Projection:
         return tuple(ranks.get(mode, size) for mode, size in enumerate(self.view.sizes))
 
     def into(self, bases: Bases, leaf: Float[Array, "..."]) -> Any:
-        """R = PᵀG `(r, out)` or GP `(in, r)`; of stacked matrices a tuple, one array for each.
+        """R = PᵀG `(r, out)` or GP `(in, r)`; a tuple of arrays for a stack of matrices.
 
-        An inner transformation keeps statistics by leaf (Adafactor's clipping, LAMB's trust ratio,
-        a threshold on size): they are to be those of a matrix, never of a stack.
+        Inner transformations keep statistics per leaf (Adafactor's clipping, LAMB's trust ratio, a
+        threshold on size), which must be those of one matrix.
         """
 
         def project(bases: Bases, leaf: Array) -> Any:
@@ -99,8 +99,8 @@ class Projection:
 
         return with_automatic_axes(back, lambda _: specs(like), bases, small)
 
-    # A projection is one sum over products, written in the leaf's own axes, followed by its ranks:
-    # merging axes of a leaf into those of a matrix would gather the leaf where they are sharded.
+    # A projection is one einsum over the leaf's own axes, followed by its ranks: merging the axes of
+    # a leaf into those of a matrix would gather the leaf if they are sharded.
 
     def _rank_axis(self, mode: int) -> int:
         return len(self.view.shape) + self.modes.index(mode)
@@ -157,8 +157,8 @@ class Projection:
     ) -> tuple[tuple[PartitionSpec, ...], Any]:
         """Shardings of the bases and of the projected matrices, from those of the leaf's axes.
 
-        A rank is replicated. What is projected from a stack are arrays of their own, so that the
-        mesh axes which split the stack split the side that is not projected, where they divide it.
+        A rank is replicated. A stack is projected to separate arrays, so that the mesh axes which
+        split the stack split the side that is not projected, if they divide it.
         """
         split_by = axis_specs(leaf)
         batch = [split_by[axis] for axis in self.view.batch_axes]
@@ -204,7 +204,7 @@ def checked_rank(value: Any, name: str = "rank") -> int | float:
     """A rank or a fraction, checked.
 
     Raises:
-        ValueError: If it is neither a whole number from 1 nor a fraction above 0 and up to 1.
+        ValueError: If it is neither an integer of at least 1 nor a fraction above 0, at most 1.
     """
     if isinstance(value, float) and 0 < value <= 1:
         return value
@@ -212,8 +212,8 @@ def checked_rank(value: Any, name: str = "rank") -> int | float:
     if whole and operator.index(value) >= 1:
         return operator.index(value)
     raise ValueError(
-        f"{name}={value!r} is neither a whole number of at least 1 nor a fraction (a float above "
-        "0, at most 1) of the smaller side"
+        f"{name}={value!r} must be an integer of at least 1, or a float above 0 and at most 1: a "
+        "fraction of the smaller side"
     )
 
 
@@ -224,7 +224,7 @@ def projections(
 
     Raises:
         ValueError: If the dimension numbers do not fit the params, or a function for the rank gives
-            what is no rank.
+            something else than a rank.
     """
 
     def projection(path: str, view: LeafView) -> Projection:

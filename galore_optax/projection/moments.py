@@ -77,8 +77,8 @@ def small_leaves(plans: Sequence[Projection | None]) -> list[tuple[int, int]]:
 
 def moving_axes(plans: Sequence[Projection | None]) -> set[tuple[int, int]]:
     """The axes, of the leaves that the inner is given, whose coordinates are those of a basis."""
-    owners = enumerate(small_leaves(plans))
-    return {(k, mode) for k, (i, _) in owners for mode in (plans[i].modes if plans[i] else ())}
+    owners = ((k, plans[i]) for k, (i, _) in enumerate(small_leaves(plans)))
+    return {(k, mode) for k, plan in owners if plan is not None for mode in plan.modes}
 
 
 def moments_of(
@@ -162,7 +162,7 @@ class CarryOver:
     Attributes:
         projection: How the matrix's leaf is projected.
         rule: "rotate", or the user's own function.
-        moments: What is to be carried over.
+        moments: Of the matrix.
     """
 
     projection: Projection

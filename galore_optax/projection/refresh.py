@@ -106,7 +106,9 @@ def refresh(how: Refresh, leaf: Leaf, key: PRNGKeyArray, first: Int[Array, ""]) 
     """
     return with_automatic_axes(
         partial(_refresh, how),
-        lambda _: Refreshed(*specs((leaf.bases, leaf.moments)), PartitionSpec(), PartitionSpec()),
+        lambda _: Refreshed._make(
+            (specs(leaf.bases), specs(leaf.moments), PartitionSpec(), PartitionSpec())
+        ),
         leaf, key, first,
     )  # fmt: skip
 
@@ -135,7 +137,7 @@ def _refresh(how: Refresh, leaf: Leaf, key: PRNGKeyArray, first: Array) -> Refre
             none = jax.eval_shape(lambda b: change(dequantized(b), dequantized(b)), bases)
             return bases, jax.tree.map(jnp.zeros_like, none), jnp.array(False)
 
-        # Never `select`, which would compute every basis at every step; so there is no `vmap`.
+        # Not under `vmap`, which would turn it into a select, and compute every basis at every step.
         return jax.lax.cond(due, search, stay)
 
     def change(old: Sequence[Any], new: Sequence[Any]) -> Change:

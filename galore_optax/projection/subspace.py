@@ -29,10 +29,10 @@ def orthonormalize(y: Float[Array, "n r"], passes: int = _PASSES) -> Float[Array
     """An orthonormal basis of the columns of `y`, n >= r, by passes of shifted Cholesky QR.
 
     Only the r x r Gram matrix is factorized. Columns may be of any condition, but none may be zero;
-    after fewer passes those of a high condition are only nearer to orthonormal.
-    One matrix at a time: LAPACK calls with a batch of matrices deadlock on the CPU with jaxlib 0.10
-    where as many as there are threads run at once, since each waits, in a thread of the pool, for
-    work that it queued in the same pool.
+    after fewer than three passes, columns of a high condition are not quite orthonormal. Takes one
+    matrix at a time: LAPACK calls on batches of matrices deadlock on a CPU (jaxlib 0.10) if as many
+    run at once as there are threads, since each waits in a thread of the pool for work that it has
+    queued in the same pool.
     """
     q = y / jnp.linalg.norm(y, axis=0, keepdims=True)
     rank = y.shape[-1]
@@ -47,7 +47,7 @@ def orthonormalize(y: Float[Array, "n r"], passes: int = _PASSES) -> Float[Array
 
 
 def _in(dtype: Any, of_float32: float) -> float:
-    """What is as small in a dtype as a number is in float32."""
+    """A number as small, relative to the dtype's resolution, as `of_float32` is in float32."""
     return of_float32 * float(jnp.finfo(dtype).eps / jnp.finfo(jnp.float32).eps)
 
 
@@ -60,11 +60,10 @@ def _lapack_inverse(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
 
 
 def _factor_inverse(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """The same, of products and factors of at most 128.
+    """The same by products, and factors of at most 128 x 128.
 
-    A CPU's LAPACK solves a triangle of 64, and factorizes a matrix of 256, on threads of its own,
-    which go on waiting on the cores when they are done: XLA's own work beside them takes twice as
-    long, for tens of milliseconds.
+    Larger calls of a CPU's LAPACK (OpenBLAS) run on threads of its own, which keep the cores busy
+    after they are done: XLA's work beside them took twice as long (benchmarks/RESULTS.md).
     """
     r = len(gram)
     if r <= 128:
@@ -77,7 +76,7 @@ def _factor_inverse(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
 
 
 def _triangle_inverse(lower: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """From the inverses of a triangle's diagonal blocks those of twice the size, and so on."""
+    """The inverse of a triangle: its diagonal blocks are inverted, then those of twice the size."""
     r = len(lower)
     size = 1 << (r - 1).bit_length()
     padded = jnp.eye(size, dtype=lower.dtype).at[:r, :r].set(lower)
@@ -93,7 +92,7 @@ def _triangle_inverse(lower: Float[Array, "r r"]) -> Float[Array, "r r"]:
 def _lower(
     first: Float[Array, "*b n n"], below: Float[Array, "*b m n"], last: Float[Array, "*b m m"]
 ) -> Float[Array, "*b k k"]:
-    """A lower triangle of blocks."""
+    """The lower triangle [[first, 0], [below, last]]."""
     above = jnp.zeros_like(below.mT)
     rows = jnp.concatenate([first, above], -1), jnp.concatenate([below, last], -1)
     return jnp.concatenate(rows, -2)
@@ -124,7 +123,7 @@ def randomized(
         key: Randomness of the sketch.
         power_steps: Products with G Gᵀ after the sketch. One keeps the energy of the exact
             singular vectors to about a percent where the spectrum falls slowly.
-        oversampling: Columns of the sketch beyond the rank, of which the leading ones are kept.
+        oversampling: Columns of the sketch beyond the rank; the leading ones are kept.
     """
     n, m = gradient.shape
     rank = basis.shape[-1]
@@ -153,8 +152,9 @@ def power(
 ) -> Float[Array, "n r"]:
     """One step of subspace iteration from the present basis, orth(G Gᵀ P).
 
-    The least work of those that look at the gradient: two products and one orthonormalization. It
-    follows a subspace that turns slowly; the first bases, found from random ones, keep less.
+    Of the methods that use the gradient it does the least work: two products and one
+    orthonormalization. It follows a subspace that turns slowly; the first bases, found from random
+    ones, keep less energy.
     """
     noise = _numbers(key, gradient, basis.shape[-1])
     rows = gradient.T @ basis
@@ -164,15 +164,15 @@ def power(
 def random(
     gradient: Float[Array, "n m"], basis: Float[Array, "n r"], key: PRNGKeyArray
 ) -> Float[Array, "n r"]:
-    """A random subspace, whatever the gradient: what the other methods are to be compared with."""
+    """A random subspace, independent of the gradient: the baseline for the other methods."""
     return orthonormalize(_numbers(key, gradient, basis.shape[-1]))
 
 
 def _numbers(key: PRNGKeyArray, like: Float[Array, "n m"], columns: int) -> Float[Array, "n c"]:
     """Random numbers of mean 0 and variance 1, one row for each of `like`.
 
-    Uniform ones of four bits, eight from what the generator makes at a time: as good for a sketch
-    as normal ones, which take twenty times as long.
+    They are uniform with four bits each, eight from one draw of the generator: as good for a sketch
+    as normal numbers, which take twenty times as long.
     """
     rows = like.shape[0]
     drawn = jax.random.bits(key, (rows, -(-columns // 8), 1), jnp.uint32)
@@ -182,7 +182,7 @@ def _numbers(key: PRNGKeyArray, like: Float[Array, "n m"], columns: int) -> Floa
 
 
 def _with_noise(sketch: Float[Array, "n r"], noise: Float[Array, "n r"]) -> Float[Array, "n r"]:
-    """Completes a sketch of deficient rank, by less than any direction that its dtype resolves."""
+    """Completes a sketch of deficient rank with noise below the resolution of its dtype."""
     largest = jnp.sqrt(jnp.max(jnp.sum(sketch * sketch, axis=0)))
     return sketch + _in(sketch.dtype, _NOISE) * largest / sketch.shape[0] ** 0.5 * noise
 

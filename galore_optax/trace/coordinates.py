@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from galore_optax.trace.interpreter import Reading
+from galore_optax.trace.interpreter import Reading, shape_of
 
 # Parities. EITHER is zero, or a random number of symmetric distribution: odd and even. SIGNED has
 # elements that are odd and others that are even, so that its magnitude is even.
@@ -107,7 +107,7 @@ class CoordinatesReading(Reading):
         return dataclasses.replace(value, axes=(MIXED, *value.axes))
 
     def bound(self, var: Any, value: Coordinates) -> Coordinates:
-        ndim = len(getattr(var.aval, "shape", ()))
+        ndim = len(shape_of(var))
         if len(value.axes) != ndim:
             return dataclasses.replace(value, axes=(MIXED,) * ndim)
         if not ndim and value.number is None:
@@ -120,7 +120,7 @@ class CoordinatesReading(Reading):
         name = equation.primitive.name
         if name in _PASSED:
             return into
-        ndim = len(getattr(equation.outvars[0].aval, "shape", ()))
+        ndim = len(shape_of(equation.outvars[0]))
         noise = name.startswith(_RANDOM) or (
             any(v.random for v in into) and all(v.random or not v.leaves for v in into)
         )
@@ -261,8 +261,8 @@ def _joined_axes(several: Sequence[tuple[Axis, ...]]) -> tuple[Axis, ...]:
 def _axes_of(name: str, equation: JaxprEqn, into: list[Coordinates]) -> tuple[Axis, ...] | None:
     """The axes of what only moves, removes or multiplies axes; None of other equations."""
     params, axes = equation.params, into[0].axes if into else ()
-    shape = equation.invars[0].aval.shape if into else ()
-    out = equation.outvars[0].aval.shape
+    shape = shape_of(equation.invars[0]) if into else ()
+    out = shape_of(equation.outvars[0])
     if name == "broadcast_in_dim":
         made: list[Axis] = [None] * len(out)
         for axis, at, size in zip(axes, params["broadcast_dimensions"], shape, strict=True):

@@ -1,8 +1,10 @@
 """Whether a transformation updates every leaf from that leaf's gradient alone.
 
-What does not, such as clipping by the global norm, needs all gradients at once, and cannot run
-where one layer's gradient is known at a time (`galore_optax.layerwise`).
+One that does not, such as clipping by the global norm, needs all gradients at once, and cannot run
+layer by layer (`galore_optax.layerwise`).
 """
+
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from galore_optax.trace.dependence import dependences
 def coupled_leaves(
     tx: optax.GradientTransformationExtraArgs, params: optax.Params, **extra_args: object
 ) -> tuple[str, str] | None:
-    """The paths of two leaves of which the first's update depends on the second's gradient.
+    """The paths of two leaves, the first of which is updated by the second's gradient.
 
     A dependence through a scalar of the state, one or more updates later, counts too. One through
     an array of the state does not: the array would have to hold something of several leaves.
@@ -47,19 +49,15 @@ def coupled_leaves(
     # What a scalar of the state is made of: found by following it over the updates.
     scalars = [i for i, x in enumerate(jax.tree.leaves(state)) if np.ndim(x) == 0]
     direct = dependences(traced, [*paths, *(None for _ in jax.tree.leaves(state)), *nothing])
-    named = {i: f"state {i}" for i in scalars}
-    marks = [named.get(i) for i, _ in enumerate(jax.tree.leaves(state))]
-    through = dependences(traced, [*nothing, *marks, *nothing])
-    made_of = {named[i]: set(direct[n + i]) for i in scalars}
-    changed = True
-    while changed:
-        changed = False
-        for i in scalars:
-            new = made_of[named[i]].union(*(made_of[name] for name in through[n + i]))
-            changed |= new != made_of[named[i]]
-            made_of[named[i]] = new
+    marks = [i if i in scalars else None for i, _ in enumerate(jax.tree.leaves(state))]
+    through: list[Any] = dependences(traced, [*nothing, *marks, *nothing])
+    made_of: dict[Any, frozenset[Any]] = {i: direct[n + i] for i in scalars}
+    before = None
+    while made_of != before:
+        before = made_of
+        made_of = {i: made_of[i].union(*(made_of[j] for j in through[n + i])) for i in scalars}
     for path, own, states in zip(paths, direct[:n], through[:n], strict=True):
-        others = own.union(*(made_of[name] for name in states)) - {path}
+        others = own.union(*(made_of[i] for i in states)) - {path}
         if others:
-            return path, min(others)
+            return path, str(min(others, key=str))
     return None

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from galore_optax.trace.interpreter import Reading, interpret
+from galore_optax.trace.interpreter import Reading, interpret, shape_of
 
 Names = frozenset[Hashable]
 _NONE: Names = frozenset()
@@ -38,7 +38,7 @@ class _Dependence(Reading):
         return self.join(into)
 
     def bound(self, var: Any, value: Names) -> Names:
-        scalar = getattr(var.aval, "shape", ()) == ()
+        scalar = shape_of(var) == ()
         return _NONE if scalar and not self.through_scalars else value
 
     @property

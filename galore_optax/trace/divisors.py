@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from galore_optax.trace.interpreter import Reading
+from galore_optax.trace.interpreter import Reading, shape_of
 
 _ROOTS = {"sqrt", "rsqrt", "log", "pow"}
 _INVERSES = {"rsqrt", "log", "pow"}
@@ -28,7 +28,7 @@ class Made(NamedTuple):
 
     Attributes:
         leaves: Positions of the leaves of the state.
-        differences: Positions of those of which the value contains a difference.
+        differences: Positions of those that the value contains a difference of.
         fresh: Whether it contains the updates that come in.
     """
 
@@ -57,11 +57,12 @@ class Divisors(Reading):
         return Made()
 
     def join(self, values: Sequence[Made]) -> Made:
-        leaves, differences = (frozenset().union(*(v[i] for v in values)) for i in range(2))
+        leaves = frozenset().union(*(v.leaves for v in values))
+        differences = frozenset().union(*(v.differences for v in values))
         return Made(leaves, differences, any(v.fresh for v in values))
 
     def bound(self, var: Any, value: Made) -> Made:
-        return Made() if getattr(var.aval, "shape", ()) == () else value
+        return Made() if shape_of(var) == () else value
 
     def _divide(self, value: Made) -> None:
         self.divisors |= value.leaves

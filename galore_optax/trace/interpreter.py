@@ -77,6 +77,11 @@ def opened(traced: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
     return (traced.jaxpr, traced.consts) if isinstance(traced, ClosedJaxpr) else (traced, ())
 
 
+def shape_of(var: Any) -> tuple[int, ...]:
+    """The shape of a variable; `()` of what has none, such as a token."""
+    return getattr(var.aval, "shape", ())
+
+
 def called(equation: JaxprEqn) -> ClosedJaxpr | Jaxpr | None:
     """The function that an equation calls on its own inputs, if it calls just one."""
     bodies = [p for p in equation.params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]

@@ -21,7 +21,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 from jaxtyping import Array
 
 from galore_optax.trace.dependence import dependences, is_zero
-from galore_optax.trace.interpreter import Reading, interpret
+from galore_optax.trace.interpreter import Reading, interpret, shape_of
 from galore_optax.trace.traced import Traced
 
 
@@ -192,7 +192,7 @@ class _Use(Reading):
 
     def bound(self, var: Any, value: int) -> int:
         # Scalars, such as norms, belong to no basis.
-        return _NOTHING if getattr(var.aval, "shape", ()) == () else value
+        return _NOTHING if shape_of(var) == () else value
 
     def equation(self, equation: JaxprEqn, into: list[int]) -> int | list[int]:
         name = equation.primitive.name
@@ -208,7 +208,7 @@ class _Use(Reading):
         if name in ("add", "add_any", "sub"):
             if known == {_GRADIENT, _PARAMS}:
                 return _GRADIENT
-            # A state is no gradient: params added to it are used.
+            # A state is not a gradient: params added to it are used.
             lone = _NOTHING in into and known == {_PARAMS} and not _zero_or_scalar(equation, into)
             return _USED if lone else self.join(into)
         scaled = name in ("mul", "div") and into[-1 if name == "mul" else 1] == _NOTHING
@@ -220,7 +220,7 @@ class _Use(Reading):
 
 def _zero_or_scalar(equation: JaxprEqn, into: list[int]) -> bool:
     other = equation.invars[into.index(_NOTHING)]
-    return is_zero(other) or getattr(other.aval, "shape", ()) == ()
+    return is_zero(other) or shape_of(other) == ()
 
 
 # Primitives that give zero where their first operand, or where all of them, are zero.

@@ -41,8 +41,7 @@ class Role:
         divisor: Whether the update may divide by it.
         stale: Whether it divides by it as it was before the step, without the step's gradient.
         rooted: Whether the update takes a root of its difference from another leaf.
-        unclear: Whether it has elements of which it is not known how they follow a param's
-            coordinates.
+        unclear: Whether it is not known how its elements follow a param's coordinates.
         shared: Whether it merges coordinates of several params.
     """
 
@@ -81,7 +80,11 @@ def state_roles(traced: Traced, moving: Collection[tuple[int, int]] | None = Non
     if moving is None:
         moving = {(i, axis) for i, x in enumerate(leaves) for axis in range(x.ndim)}
     given = [
-        Coordinates(tuple((i, axis) for axis in range(x.ndim)), ODD, frozenset([i]))
+        Coordinates(
+            axes=tuple((i, axis) for axis in range(x.ndim)),
+            parity=ODD if any((i, axis) in moving for axis in range(x.ndim)) else EVEN,
+            leaves=frozenset([i]),
+        )
         for i, x in enumerate(leaves)
     ]
     reading = CoordinatesReading(frozenset(moving))
@@ -129,8 +132,9 @@ def _role(
     """The kind, the param and the axes of a leaf."""
     param = next(iter(value.leaves)) if len(value.leaves) == 1 else None
     mixed = any(axis is not None and not _is_one(axis) for axis in value.axes)
-    known = [axis for axis in value.axes if _is_one(axis)]
-    axes = tuple(axis[1] if _is_one(axis) else None for axis in value.axes)
+    known: list[Any] = [axis for axis in value.axes if _is_one(axis)]
+    ones: list[Any] = [axis if _is_one(axis) else (None, None) for axis in value.axes]
+    axes = tuple(axis for _, axis in ones)
     follows = any(axis in moving for axis in known)
     of_moving = any(i in value.leaves for i, _ in moving)
     floating = jnp.issubdtype(leaf.dtype, jnp.inexact)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from galore_optax.trace.interpreter import Reading
+from galore_optax.trace.interpreter import Reading, shape_of
 
-# Primitives that return nothing negative: from any operand, and from operands that are not negative.
+# Primitives that return nothing negative: from any operands, and from such themselves.
 _FROM_ANY = {"abs", "square", "exp", "exp2", "logistic", "sqrt", "rsqrt", "iota"}
 _FROM_NONNEGATIVE = {
     "add", "add_any", "mul", "div", "min", "pow", "integer_pow", "log1p", "cbrt",
@@ -52,7 +52,7 @@ class Nonnegative(Reading):
             # One minus a decay rate, which may follow a schedule: a weight.
             first = invars[0]
             one = isinstance(first, Literal) and np.ndim(first.val) == 0 and first.val == 1
-            return one and invars[1].aval.shape == ()
+            return one and shape_of(invars[1]) == ()
         if name == "max":
             return any(into)
         even = name == "integer_pow" and equation.params["y"] % 2 == 0

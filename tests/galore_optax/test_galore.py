@@ -292,16 +292,16 @@ def test_warns_of_what_it_leaves_out():
         (dict(inner=0.1), "inner=0.1"),
         (dict(rank=np.array([4])), "rank=array"),
         (dict(update_proj_gap=2**31), "update_proj_gap=2147483648 is too large"),
-        (dict(scale=None), "scale=None is no number; give one, such as 0.25"),
+        (dict(scale=None), "scale=None must be a number, such as 0.25"),
         (dict(scale="0.25"), "scale='0.25' is no number"),
         (dict(scale=1j), "scale=1j is no number"),
         (dict(scale=10**40), "scale=1000.*: give a finite number"),
         (dict(scale=np.float32("nan")), "scale=.*nan.*: give a finite number"),
-        (dict(scale=jnp.ones(2)), "scale=.* is no single real number"),
+        (dict(scale=jnp.ones(2)), "scale=.* must be one real number"),
         (dict(side=np.array(["left"])), "side=array"),
         (dict(decoupled_decay=0), "decoupled_decay=0 is unknown; choose one of None, False, True"),
         (dict(projection_bits=jnp.array(4)), "projection_bits=.* in static_args"),
-        (dict(seed=1.5), "seed=1.5 is no whole number of at least 0"),
+        (dict(seed=1.5), "seed=1.5 must be an integer of at least 0"),
         (dict(seed=-1), "seed=-1"),
     ],
 )
@@ -316,10 +316,10 @@ def test_arguments_out_of_range_name_themselves(arguments, names):
         (dict(update_proj_gap=lambda step: None), "update_proj_gap: it cannot be called with step"),
         (
             dict(update_proj_gap=lambda step: np.nan),
-            "update_proj_gap: at step 0 it gives nan",
+            "update_proj_gap: at step 0 it returns nan",
         ),
         (dict(update_proj_gap=lambda: 3), "update_proj_gap: it cannot be called with step 0"),
-        (dict(update_proj_gap=lambda step: jnp.ones(3)), "update_proj_gap: at step 0 it gives"),
+        (dict(update_proj_gap=lambda step: jnp.ones(3)), "update_proj_gap: at step 0 it returns"),
         (dict(subspace=lambda g, b, key: b.T), r"subspace: .* of shape \(4, 8\)"),
         (dict(subspace=lambda g: g), "subspace: it cannot be called with arguments of shapes"),
         (dict(moments=lambda name, x, turn: x[0]), "moments: .* makes one of shape"),
@@ -463,7 +463,7 @@ def test_the_gap_may_be_a_function_of_the_step():
 
 def test_a_leaf_that_is_no_array_is_refused_by_name():
     tx = galore(4, optax.adam(0.01))
-    with pytest.raises(ValueError, match=r"params: 1\.0 at \['b'\] is no array; give jnp\.asarray"):
+    with pytest.raises(ValueError, match=r"params: 1\.0 at \['b'\] is not an array; give jnp\.asarray"):
         tx.init({"w": jnp.ones((8, 12)), "b": 1.0})
 
 

@@ -197,6 +197,7 @@ def _share_summed(config: Resolved, part: PyTree) -> float:
         return 1
     recipe = make_recipe(config)
     parts = subspace_parts(recipe)
+    assert parts is not None
 
     def sizes(part: PyTree) -> tuple[PyTree, PyTree]:
         gradient = dequantized(part)

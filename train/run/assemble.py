@@ -189,6 +189,7 @@ def make_programs(
         step = partial(train_step, forward, tx, *how)
         if config.accumulate_in_subspace:
             recipe = subspace_parts(make_recipe(config))
+            assert recipe is not None
             step = partial(train_step_in_subspace, forward, recipe, config.clip_norm, *how)
     shardings = TrainState._make((params_at, optimizer_at, replicated(mesh), replicated(mesh)))
 

@@ -215,12 +215,12 @@ def test_without_it_refreshes_are_counted_and_nothing_is_compared():
     ("options", "message"),
     [
         ({"threshold": float("nan")}, "threshold=nan: give a finite number"),
-        ({"threshold": "high"}, "threshold='high' is no number; give one, such as 0.4"),
-        ({"window": 0}, "window=0 is no whole number of at least 1"),
-        ({"window": 2.5}, "window=2.5 is no whole number"),
+        ({"threshold": "high"}, "threshold='high' must be a number, such as 0.4"),
+        ({"window": 0}, "window=0 must be an integer of at least 1"),
+        ({"window": 2.5}, "window=2.5 must be an integer"),
         ({"window": 2**20}, "window=1048576 is too large; give less than 1048576"),
         ({"similarity": ["overlap"]}, r"similarity=\['overlap'\] is unknown"),
-        ({"max_factor": True}, "max_factor=True is no whole number"),
+        ({"max_factor": True}, "max_factor=True must be an integer"),
         ({"similarity": "cosine"}, f"similarity='cosine' is unknown; .* {', '.join(SIMILARITIES)}"),
     ],
 )
@@ -238,7 +238,7 @@ def test_a_gap_that_is_none_is_refused_in_every_form(form, gap):
 
 @pytest.mark.parametrize("form", [Staggered, Adaptive, lambda gap: gap])
 def test_a_gap_by_a_function_is_tried_at_init(form):
-    with pytest.raises(ValueError, match="update_proj_gap: at step 0 it gives 0"):
+    with pytest.raises(ValueError, match="update_proj_gap: at step 0 it returns 0"):
         galore(2, optax.sgd(0.1), update_proj_gap=form(lambda step: 0)).init(jnp.ones((8, 12)))
 
 

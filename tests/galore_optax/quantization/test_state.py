@@ -580,11 +580,11 @@ def test_a_state_that_is_in_few_bits_already_is_refused():
         (dict(bits=None), "bits=None is unknown; choose one of 8, 4"),
         (dict(bits=[8]), r"bits=\[8\] is unknown"),
         (dict(bits=jnp.array(8)), "bits=.* under optax.inject_hyperparams name it in static_args"),
-        (dict(min_size=-1), "min_size=-1 is no whole number of at least 0"),
-        (dict(min_size=0.5), "min_size=0.5 is no whole number"),
-        (dict(min_size=True), "min_size=True is no whole number"),
-        (dict(unsigned="nu"), "unsigned='nu' is no function"),
-        (dict(inner=optax.adam), "inner=.* is no optax.GradientTransformation; give one, such"),
+        (dict(min_size=-1), "min_size=-1 must be an integer of at least 0"),
+        (dict(min_size=0.5), "min_size=0.5 must be an integer"),
+        (dict(min_size=True), "min_size=True must be an integer"),
+        (dict(unsigned="nu"), "unsigned='nu' is not a function"),
+        (dict(inner=optax.adam), "inner=.* is not an optax.GradientTransformation; give one, such"),
     ],
 )
 def test_what_is_out_of_range_is_refused(arguments, message):

@@ -293,8 +293,8 @@ def test_a_llama_computes_with_quantized_layers_as_with_their_values():
         (dict(which="w"), "which='w' is neither a function of path and leaf nor a tree of boo"),
         (dict(which={"w": 1, "b": False}), "which=.* is neither"),
         (dict(which=lambda path, leaf: True), r"which: the leaf at \['n'\], of shape \(\)"),
-        (dict(block=3.5), "block=3.5 is no whole number of at least 1"),
-        (dict(block=True), "block=True is no whole number"),
+        (dict(block=3.5), "block=3.5 must be an integer of at least 1"),
+        (dict(block=True), "block=True must be an integer"),
         (dict(params=quantize_weights({"w": jnp.ones((64, 256))})), "is in 8 bits already"),
     ],
 )
