@@ -30,13 +30,13 @@ class Decay(NamedTuple):
 
     Attributes:
         slopes: From the leaves of updates and state, of the float params and of their tangents to
-            the derivatives of their updates.
+            the derivatives of their updates; None if no update uses them.
         leaves: The float params, by index; the others have no slope.
         used: For each of them whether its update depends on it at all.
         scalars_only: Whether the slopes are known not to depend on arrays of updates and state.
     """
 
-    slopes: ClosedJaxpr
+    slopes: ClosedJaxpr | None
     leaves: list[int]
     used: list[bool]
     scalars_only: bool
@@ -51,13 +51,15 @@ class Decay(NamedTuple):
             state: Leaves of the state, without `QuantizedArray`s.
             params: Leaves of the params; only their shapes are used.
         """
+        found: list[Array | None] = [None] * len(params)
+        if self.slopes is None:
+            return found
         rest = [*updates, *state]
         if self.scalars_only:
             rest = [x if jnp.ndim(x) == 0 else jnp.zeros_like(x) for x in rest]
         zeros = [jnp.zeros_like(params[i]) for i in self.leaves]
         ones = [jnp.ones_like(params[i]) for i in self.leaves]
         slopes = jaxpr_as_fun(self.slopes)(*rest, *zeros, *ones)
-        found: list[Array | None] = [None] * len(params)
         for i, slope, used in zip(self.leaves, slopes, self.used, strict=True):
             found[i] = slope if used else None
         return found
@@ -88,16 +90,18 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Decay | None:
     if check and any(uses[n:]):
         return None
     used = [bool(uses[i]) for i in sloped]
+    if not any(used):
+        return Decay(None, [], [], scalars_only=True)
     call = jaxpr_as_fun(traced.update)
 
     def slope(rest: Sequence[Array], own: Sequence[Array], tangents: Sequence[Array]) -> Any:
         def apply(own: Sequence[Array]) -> list[Array]:
             given = dict(zip(sloped, own, strict=True))
             others = (jnp.zeros(x.shape, x.dtype) for x in params)
-            return call(*rest, *(given.get(i, x) for i, x in enumerate(others)))
+            made = call(*rest, *(given.get(i, x) for i, x in enumerate(others)))
+            return [made[i] for i in sloped]
 
-        made = jax.jvp(lambda own: [apply(own)[i] for i in sloped], (own,), (tangents,))
-        return made[1]
+        return jax.jvp(apply, (own,), (tangents,))[1]
 
     floats = [params[i] for i in sloped]
     slopes = jax.make_jaxpr(slope)(rest, floats, floats)
