@@ -7,6 +7,7 @@ mean. The same holds for weights in bfloat16.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -248,7 +249,7 @@ def _summed(param: Any, update: Float[Array, "..."], key: PRNGKeyArray | None) -
         assert own is not None
         return _bfloat16(param.astype(jnp.float32) + update.astype(jnp.float32), own)
 
-    return over_chunks(summed, param, update, chunks(param))
+    return over_chunks(summed, param, update, partial(chunks, param))
 
 
 def _bfloat16(x: Float[Array, "..."], key: PRNGKeyArray) -> Float[Array, "..."]:
