@@ -16,15 +16,15 @@ from galore_optax.transformation import SubspaceTransformation
 
 
 def over_microbatches(function: Callable[..., tuple[Any, Any]], *batches: Any) -> tuple[Any, Any]:
-    """Runs a function on one microbatch after the other.
+    """Runs a function on each microbatch, one after the other.
 
     Args:
-        function: From what one microbatch has of `batches` to two trees.
+        function: From a microbatch of each of `batches` to two trees.
         *batches: Trees of arrays with a first axis of microbatches.
 
     Returns:
-        The sum of its first results, taken in float32 and given in their own dtype, and its second
-        ones with a first axis of microbatches.
+        The sum of the first trees, taken in float32 and returned in their own dtypes, and the
+        second trees, stacked along a first axis of microbatches.
     """
     first = jax.tree.map(lambda x: x[0], batches)
     if jax.tree.leaves(batches)[0].shape[0] == 1:
@@ -37,7 +37,7 @@ def over_microbatches(function: Callable[..., tuple[Any, Any]], *batches: Any) -
 
     shapes, _ = jax.eval_shape(function, *first)
     total, kept = jax.lax.scan(add, _zeros(shapes), batches)
-    return _in_dtypes_of(shapes, total), kept
+    return _cast(total, shapes), kept
 
 
 def over_microbatches_in_subspace(
@@ -48,19 +48,18 @@ def over_microbatches_in_subspace(
     *batches: Any,
     **extra_args: Any,
 ) -> tuple[optax.Updates, optax.OptState, Any]:
-    """As `over_microbatches`, where the first results are gradients, which are summed projected.
+    """As `over_microbatches`, with gradients as the first trees, which are summed projected.
 
     Args:
         tx: The transformation.
-        state: Its state. Refreshes that are due are made from the first microbatch's gradient.
+        state: Its state. The first microbatch's gradient refreshes the bases that are due.
         params: The params.
-        function: From what one microbatch has of `batches` to its gradient and another tree.
+        function: From a microbatch of each of `batches` to its gradient and another tree.
         *batches: Trees of arrays with a first axis of microbatches.
-        **extra_args: Of the transformation's refresh.
+        **extra_args: For the transformation's refresh.
 
     Returns:
-        The sum, for `tx.update_projected`, the state, and the second results with a first axis of
-        microbatches.
+        The sum, for `tx.update_projected`, the state, and the other trees, stacked.
     """
 
     def add(carry: Any, batch: Any) -> tuple[Any, Any]:
@@ -74,11 +73,10 @@ def over_microbatches_in_subspace(
 
     shapes = jax.eval_shape(projected, state, *jax.tree.map(lambda x: x[0], batches))
     (total, state), kept = jax.lax.scan(add, (_zeros(shapes), state), batches)
-    return _in_dtypes_of(shapes, total), state, kept
+    return _cast(total, shapes), state, kept
 
 
 def _zeros(shapes: PyTree) -> PyTree:
-    """Of at least float32."""
     return jax.tree.map(
         lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
     )
@@ -88,5 +86,5 @@ def _plus(total: PyTree, own: PyTree) -> PyTree:
     return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, own)
 
 
-def _in_dtypes_of(shapes: PyTree, total: PyTree) -> PyTree:
+def _cast(total: PyTree, shapes: PyTree) -> PyTree:
     return jax.tree.map(lambda t, s: t.astype(s.dtype), total, shapes)

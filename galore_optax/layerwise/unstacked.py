@@ -1,8 +1,8 @@
-"""`unstacked`: every layer of a stacked leaf as a leaf of its own, to any optax transformation.
+"""`unstacked`: shows each layer of a stacked leaf to a transformation as a leaf of its own.
 
-The layers of a scanned model are stacked in one leaf. What a transformation does by leaf (a
-threshold on size, Adafactor's clipping, LAMB's trust ratio) it would do to all of them together;
-an update layer by layer (`galore_optax.layerwise.step`) does it to each.
+A scanned model stacks its layers in one leaf. Without this, what a transformation does per leaf (a
+threshold on size, Adafactor's clipping, LAMB's trust ratio) is done to the whole stack; an update
+layer by layer (`galore_optax.layerwise.step`) does it to each layer.
 """
 
 from collections.abc import Callable
@@ -19,30 +19,30 @@ from galore_optax.quantization.array import dequantized
 from galore_optax.transformation import SubspaceTransformation
 
 ParamAxes = Callable[[Any], Any]
-"""From params to a tree like them: how many of a leaf's last axes are one param's, or None."""
+"""From params to a tree like them: how many of a leaf's last axes form one param, or None."""
 
 
 def unstacked(
     tx: optax.GradientTransformation, param_axes: ParamAxes
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx`, which is given what is stacked in a leaf as leaves of their own.
+    """Wraps `tx` so that it gets each layer of a stacked leaf as a leaf of its own.
 
-    `galore` needs it only for what it does not project: the matrices of a stack are leaves of their
-    own to its inner transformation anyway.
+    `galore` needs it only for leaves that it does not project: the matrices of a projected stack
+    are separate leaves to its inner transformation anyway.
 
     Args:
-        tx: The transformation. What `galore` gives can be updated in parts afterwards, too.
-        param_axes: From the params to a tree like them: of a leaf, how many of its last axes are
-            one param's, so that the axes before are those of a stack; None hands it on whole. A
-            leaf with no more axes than that is no stack, and is handed on as it is.
+        tx: The transformation. If it has a subspace (`galore`), so has the result.
+        param_axes: From the params to a tree like them: for each leaf the number of its last axes
+            that form one param; the axes before are those of a stack. None passes a leaf unchanged,
+            as does a number that is not less than the leaf's.
 
     Returns:
-        The transformation. Its state is that of `tx` for params that have a tuple of arrays in the
-        place of a stack, in the order of its axes.
+        The transformation. Its state is that of `tx` for params with a tuple of arrays instead of
+        each stack, in the order of its axes.
 
     Raises:
-        ValueError: If `tx` is no transformation or `param_axes` no function; at `init`, if what it
-            gives is no tree like the params, or a number of axes none.
+        ValueError: If an argument has the wrong type; at `init`, if `param_axes` returns another
+            tree, or a wrong number.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -54,10 +54,10 @@ def unstacked(
         (8, dtype('float32'), dtype('uint8'))
     """
     if not isinstance(tx, optax.GradientTransformation):
-        raise ValueError(f"tx={tx!r} is no optax.GradientTransformation; give one")
+        raise ValueError(f"tx={tx!r} must be an optax.GradientTransformation")
     if not callable(param_axes):
         raise ValueError(
-            f"param_axes={param_axes!r} is no function; give one from params to a tree like them"
+            f"param_axes={param_axes!r} must be a function from params to a tree like them"
         )
     extra = optax.with_extra_args_support(tx)
 
@@ -66,7 +66,9 @@ def unstacked(
         try:
             axes = tree.flatten_up_to(param_axes(params))
         except ValueError as error:
-            raise ValueError(f"param_axes: it gives no tree like the params ({error})") from error
+            raise ValueError(
+                f"param_axes: it must return a tree like the params ({error})"
+            ) from error
         return [_stack(*pair, n) for pair, n in zip(leaves, axes, strict=True)], tree
 
     def apart(params: optax.Params) -> optax.Params:
@@ -117,18 +119,18 @@ def unstacked(
 
 
 def _concrete(x: Any) -> Any:
-    """Zeros in the place of a shape and dtype alone, which `init` may be given."""
+    """Returns zeros for a `jax.ShapeDtypeStruct`, which `init` may get."""
     return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
 
 def _stack(path: Any, leaf: Any, axes: int | None) -> Projection | None:
-    """A stack of what is not projected at all; None of what is no stack."""
+    """Returns a stack of unprojected leaves; None for a leaf that is not a stack."""
     if axes is None:
         return None
     if isinstance(axes, bool) or not hasattr(axes, "__index__") or axes < 0:
         raise ValueError(
-            f"param_axes: {axes!r} at {jax.tree_util.keystr(path)} is no number of axes; give 0 or "
-            "more, or None to hand the leaf on whole"
+            f"param_axes: {axes!r} at {jax.tree_util.keystr(path)} must be an integer of at least "
+            "0, or None to pass the leaf unchanged"
         )
     stacked = max(len(leaf.shape) - axes, 0)
     if not stacked:
