@@ -12,15 +12,7 @@ import jax
 
 
 def without_variables(tree: Any) -> Any:
-    """Replaces each Variable by its value.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from galore_optax.nnx_variables import without_variables
-        >>> without_variables({"a": nnx.Param(jnp.ones(2)), "b": jnp.zeros(2)})
-        {'a': Array([1., 1.], dtype=float32), 'b': Array([0., 0.], dtype=float32)}
-    """
+    """Replaces each Variable in a tree by its value."""
 
     def is_variable(x: Any) -> bool:
         return hasattr(type(x), "get_metadata")

@@ -2,8 +2,8 @@
 
 JAX's explicit sharding makes the sharding part of an array's type. So a whole state's sharding
 follows from tracing `tx.init` on sharded abstract params: moments keep the axis that is not
-projected, the basis the one that is, and the rank is replicated. Projections and refreshes run under
-automatic axes on any mesh: XLA shards their products without gathering a weight or a gradient.
+projected, the basis the one that is, and the rank is replicated. Projections and refreshes run
+under automatic axes: XLA shards their products without gathering a weight or a gradient.
 """
 
 import functools
@@ -26,11 +26,9 @@ def with_automatic_axes(
     merged axes, a factorization); XLA's partitioner can.
 
     Args:
-        fun: A function of trees, which may have leaves that are not arrays. It must not close over
-            arrays with explicit types.
-        out_specs: From the mesh to a tree of `PartitionSpec`s like the result; not called if no
-            axis is explicit.
-        *args: The arguments.
+        fun: A function of trees. It must not close over arrays with explicit types.
+        out_specs: From the mesh to a tree of `PartitionSpec`s like the result.
+        *args: Trees, which may have leaves that are not arrays.
     """
     leaves, tree = jax.tree.flatten(args)
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
@@ -143,7 +141,18 @@ def state_shardings(
         >>> tuple(state_shardings(tx, params, {"w": rows}).bases["w"].spec)
         ('fsdp', None)
     """
-    mesh = _one_mesh(param_shardings)
+    for path, sharding in jax.tree.leaves_with_path(param_shardings):
+        if not isinstance(sharding, NamedSharding):
+            raise ValueError(
+                f"param_shardings: {sharding!r} at {jax.tree_util.keystr(path)} must be a "
+                "jax.sharding.NamedSharding, as for each param"
+            )
+    meshes = {sharding.mesh for sharding in jax.tree.leaves(param_shardings)}
+    if len(meshes) != 1:
+        raise ValueError(
+            f"param_shardings: they are over {len(meshes)} meshes; give NamedShardings over one"
+        )
+    (mesh,) = meshes
     explicit = mesh.abstract_mesh.update_axis_types(
         dict.fromkeys(mesh.axis_names, AxisType.Explicit)
     )
@@ -165,20 +174,3 @@ def state_shardings(
     with jax.sharding.use_abstract_mesh(explicit):
         state = jax.eval_shape(tx.init, jax.tree.map(abstract, params, param_shardings))
     return jax.tree.map(on_mesh, state)
-
-
-def _one_mesh(shardings: Any) -> Mesh | AbstractMesh:
-    meshes = []
-    for path, sharding in jax.tree.leaves_with_path(shardings):
-        if not isinstance(sharding, NamedSharding):
-            raise ValueError(
-                f"param_shardings: {sharding!r} at {jax.tree_util.keystr(path)} must be a "
-                "jax.sharding.NamedSharding, as for each param"
-            )
-        meshes.append(sharding.mesh)
-    if len(set(meshes)) != 1:
-        raise ValueError(
-            f"param_shardings: they are over {len(set(meshes))} meshes; give NamedShardings over "
-            "one mesh"
-        )
-    return meshes[0]

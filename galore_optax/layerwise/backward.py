@@ -78,10 +78,8 @@ class Backward:
         kept: For each layer, `(layers, microbatches, ...)`, the hidden states before it or, without
             checkpointing, its backward pass as `jax.vjp` returns it.
         last: Hidden states after the last layer.
-        early: Entries of the weights whose gradients are complete after the head's backward pass:
-            those that only the head uses.
-        in_head: Entries that the head uses.
-        in_embed: Entries that the embedding uses.
+        in_head: Keys of the weights that the head uses.
+        in_embed: Keys of the weights that the embedding uses.
     """
 
     model: Layered
@@ -90,9 +88,13 @@ class Backward:
     checkpoint: bool
     kept: PyTree
     last: Hidden
-    early: frozenset[str]
     in_head: frozenset[str]
     in_embed: frozenset[str]
+
+    @property
+    def early(self) -> frozenset[str]:
+        """Keys of the weights whose gradients are complete after the head's backward pass."""
+        return self.in_head - self.in_embed
 
     def head(self) -> tuple[Float[Array, ""], Params, Hidden]:
         """Returns the loss, and the gradients of what the head uses and of the hidden states."""
@@ -140,9 +142,8 @@ class Backward:
 
         def whole(k: str) -> PyTree:
             parts = [g[k] for g in (from_head, gradient) if k in g]
-            return functools.reduce(
-                optax.tree.add, parts or [optax.tree.zeros_like(sources(self.weights[k]))]
-            )
+            parts = parts or [optax.tree.zeros_like(sources(self.weights[k]))]
+            return functools.reduce(optax.tree.add, parts)
 
         return {k: whole(k) for k in self.weights.keys() - self.early}
 
@@ -202,10 +203,7 @@ def forward(model: Layered, params: Params, batches: Batch, *, checkpoint: bool)
     h, b = jax.tree.map(lambda x: x[0], (first, batches))
     in_embed = _used(lambda weights: model.embed(weights, b), weights)
     in_head = _used(lambda weights: model.head(weights, h, b), weights)
-    return Backward(
-        model, weights, batches, checkpoint, kept, last,
-        in_head - in_embed, in_head, in_embed,
-    )  # fmt: skip
+    return Backward(model, weights, batches, checkpoint, kept, last, in_head, in_embed)
 
 
 def _dequantized_for_each(batches: Batch, hidden: Hidden, params: PyTree) -> PyTree:

@@ -1,7 +1,4 @@
-"""Updates of single parts of the params: the transformation sees all other parts masked out.
-
-Here are also the ways in which a part's update keeps XLA from copying what it need not.
-"""
+"""Updates of single parts of the params: the transformation sees all other parts masked out."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +14,7 @@ from galore_optax.layerwise.microbatches import over_microbatches_in_subspace
 from galore_optax.quantization.array import dequantized
 from galore_optax.transformation import SubspaceTransformation
 
-ApplyUpdates = Callable[[Params, optax.Updates, Array, Array | None], Params]
+ApplyUpdates = Callable[..., Any]
 """From a part of the params, its updates, the steps done so far and the layer (None for a part that
 is no layer) to the new part."""
 
@@ -65,20 +62,15 @@ class PartUpdate:
     ) -> tuple[Params, optax.OptState, optax.Updates]:
         """Returns a part of the params and its state after the update, and the updates.
 
-        Args:
-            part: Entries of the params.
-            state: The transformation's state for them.
-            gradient: Their gradient.
-            projected: Whether the gradient is projected, by `summed`.
-            **layer: For a layer its index, `layer`, and the number of `layers`, which `galore`
-                needs to draw and to refresh as for the whole stack.
+        Only `galore` reads the extra arguments `layer` and `layers`, a layer's index and the number
+        of layers: it draws and refreshes as for the whole stack.
         """
-        if self.norm is not None:  # rounded as in optax.clip_by_global_norm
-            norm, most = self.norm, self.clip_norm
+        if self.norm is not None and self.clip_norm is not None:
+            norm, most = self.norm, self.clip_norm  # rounded as in optax.clip_by_global_norm
             gradient = jax.tree.map(
                 lambda g: jnp.where(norm < most, g, g / norm.astype(g.dtype) * most), gradient
             )
-        tx = optax.with_extra_args_support(self.tx)
+        tx: Any = optax.with_extra_args_support(self.tx)
         updates, state = (tx.update_projected if projected else tx.update)(
             {**self.others, **gradient},
             state,
@@ -99,8 +91,8 @@ class PartUpdate:
         """Updates each entry of `parts` that has a gradient, by itself, if `ok`."""
         new, new_states = {}, {}
         for k, gradient in gradients.items():
-            # A loop of one turn or none instead of a condition: what XLA copies for an update it
-            # copies here then, not at the beginning of the step. Updates replace the gradient.
+            # A loop of one turn or none, not a conditional: XLA then makes an update's copies here,
+            # not at the beginning of the step. Updates take the gradient's memory.
             def once(_: Array, own: tuple[Params, Any, Params]) -> tuple[Params, Any, Params]:
                 part, state, updates = self(*own)
                 like = own[2]
@@ -119,18 +111,7 @@ class PartUpdate:
         pull: Callable[..., tuple[Params, Any]],
         *batches: Any,
     ) -> tuple[Params, optax.OptState, Any]:
-        """Sums a layer's gradients over microbatches, projected, as `over_microbatches` does.
-
-        Args:
-            part: The layer as entries of the params.
-            state: The transformation's state for it.
-            layer: The extra arguments `layer` and `layers`.
-            pull: From a microbatch to the layer's gradient and another tree.
-            *batches: Trees with a first axis of microbatches.
-
-        Returns:
-            The sum, the state with the bases that were due, and the other trees, stacked.
-        """
+        """As `over_microbatches_in_subspace`, with a function `pull` to a layer's own gradient."""
 
         def whole(*batch: Any) -> tuple[Params, Any]:
             gradient, kept = pull(*batch)

@@ -31,13 +31,10 @@ def layerwise_shardings(
         >>> import jax, jax.numpy as jnp, optax
         >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec
         >>> from galore_optax.layerwise.backward import Layered
-        >>> from galore_optax.layerwise.parts import masked
-    from galore_optax.layerwise.step import Layerwise
         >>> from galore_optax.layerwise.sharding import layerwise_shardings
+        >>> from galore_optax.layerwise.step import Layerwise
         >>> model = Layered(
-        ...     embed=lambda params, x: x,
-        ...     layer=lambda layer, x, _: x @ layer["w"],
-        ...     head=lambda params, x, _: jnp.sum(x),
+        ...     lambda params, x: x, lambda own, x, _: x @ own["w"], lambda params, x, _: x.sum()
         ... )
         >>> params = {"layers": {"w": jax.ShapeDtypeStruct((4, 16, 16), jnp.float32)}}
         >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))

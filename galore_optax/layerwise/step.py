@@ -66,33 +66,25 @@ class Metrics(NamedTuple):
     finite: Bool[Array, ""]
 
 
-def _apply_updates(
-    part: Params, updates: optax.Updates, count: Array, layer: Array | None
-) -> Params:
-    del count, layer
-    return optax.apply_updates(part, updates)  # pyrefly: ignore[bad-return]
-
-
 @dataclasses.dataclass(frozen=True)
 class Layerwise:
     """A training step that updates each layer as soon as the backward pass has its gradient.
 
-    It takes any transformation that updates each leaf from that leaf's gradient alone. `init` is
-    mapped over the layers: it sees one layer's leaves, `(in, out)` of a stack `(layers, in, out)`,
-    so give dimension numbers, masks and labels for those (axes counted from the end fit both). The
-    update gets the extra arguments `value`, the loss, and for a layer `layer` and `layers`, its
-    index and their number. A transformation with a random key in its state draws the same numbers
-    for each layer; `galore` does not.
+    It takes any transformation that updates each leaf from that leaf's gradient alone. `init` and
+    `update` see one layer's leaves, `(in, out)` of a stack `(layers, in, out)`, so give dimension
+    numbers, masks and labels for those (axes counted from the end fit both). `update` gets the
+    extra argument `value`, the loss. A transformation with a random key in its state draws the same
+    numbers for each layer; `galore` does not.
 
     Up to rounding, the result equals the ordinary step's if there each layer's leaves are leaves of
     their own. `galore` treats its matrices so; for what else is done per leaf (8 bits above a size,
     Adafactor's clipping) use `galore_optax.unstacked` there.
 
     A loss or gradient that is not finite is never applied. With `clip="exact"` it is known before
-    anything changes, and the whole step is skipped, as by `optax.apply_if_finite`. Otherwise it is
-    found during the backward pass: parts from the first such gradient on are not updated; parts
-    nearer to the loss have been, and stay one update ahead, in their learning rate schedule, too.
-    (Tested is the sum of squares in float32, which overflows for elements above 1e19.)
+    anything changes, and the whole step is skipped, as by `optax.apply_if_finite`. Otherwise parts
+    from the first such gradient on are not updated; parts nearer to the loss have been, and stay
+    one update ahead, in their learning rate schedule, too. (Tested is the sum of squares in
+    float32, which overflows for elements above 1e19.)
 
     Attributes:
         model: The model.
@@ -100,15 +92,15 @@ class Layerwise:
         clip_norm: Gradients are scaled down to this global norm; None leaves them.
         clip: The norm that is compared with it: "exact" (an extra backward pass computes it first)
             or "previous" (the previous step's; the first step computes its own).
-        accumulate: Microbatches per step. With more than one, every leaf of a batch has a first
-            axis of microbatches. Losses, and gradients in float32, are summed, layer by layer. The
-            forward pass of all microbatches is kept for the backward pass.
-        accumulate_in_subspace: Whether the layers' gradients are summed projected
-            (`galore_optax.transformation`); tx must be `galore` or a recipe of it. A layer's new
-            basis is then found from the first microbatch. Clipping and metrics take the norm of the
-            projected sum; the first step is clipped by an upper bound of its norm.
+        accumulate: Microbatches per step; with more than one, every leaf of a batch has a first
+            axis of them. Losses, and gradients in float32, are summed, layer by layer; the backward
+            pass needs the forward pass of all.
+        accumulate_in_subspace: Whether the layers' gradients are summed projected; tx must be
+            `galore` or a recipe of it. A layer's new basis is found from the first microbatch, and
+            the norm for clipping and metrics is the projected sum's (for the first step's clipping
+            an upper bound of it).
         checkpoint: Whether the backward pass computes each layer again from the hidden states
-            before it, instead of keeping what each layer's backward pass needs.
+            before it, instead of keeping what it needs.
         apply_updates: From a part of the params, its updates, the steps done so far and the layer
             (None for other parts) to the new part.
 
@@ -145,7 +137,7 @@ class Layerwise:
     accumulate: int = 1
     accumulate_in_subspace: bool = False
     checkpoint: bool = True
-    apply_updates: ApplyUpdates = _apply_updates
+    apply_updates: ApplyUpdates = lambda part, updates, *_: optax.apply_updates(part, updates)
 
     model: Layered
     tx: optax.GradientTransformation
@@ -154,7 +146,7 @@ class Layerwise:
     accumulate: int = 1
     accumulate_in_subspace: bool = False
     checkpoint: bool = True
-    apply_updates: ApplyUpdates = _apply_updates
+    apply_updates: ApplyUpdates = lambda part, updates, *_: optax.apply_updates(part, updates)
 
     def __post_init__(self):
         if self.clip not in CLIPS:
@@ -216,13 +208,8 @@ class Layerwise:
     ) -> tuple[Params, LayerwiseState, Metrics]:
         """Returns params and state after one update, and metrics.
 
-        Compile it with params and state donated.
-
-        Args:
-            params: The params.
-            state: The state.
-            batch: The argument of the model's functions, with a first axis of microbatches if there
-                are several.
+        Compile it with params and state donated. The batch is what the model's functions take, with
+        a first axis of microbatches if there are several.
         """
         stack, rest, layers = self.model.split(params)
         batches = batch if self.accumulate > 1 else jax.tree.map(lambda x: x[None], batch)

@@ -20,10 +20,9 @@ from galore_optax.sharding import axis_specs, specs, with_automatic_axes
 class QuantizedArray:
     """An array stored as low-bit codes, with a scale and for some codes an offset per block.
 
-    A pytree whose leaves are the codes, the scales and the offsets: it passes through `jit`,
-    `scan`, `vmap`, donation, sharding and checkpoints as any tree of arrays. Codes keep the array's
-    shape, blocks run along one axis (the last block may be shorter), and no shape is stored, so
-    that an index along a leading axis, or a `vmap` over it, gives a valid `QuantizedArray`.
+    A pytree of codes, scales and offsets. Codes keep the array's shape, blocks run along one axis
+    (the last block may be shorter), and no shape is stored, so that an index along a leading axis,
+    or a `vmap` over it, gives a valid `QuantizedArray`.
 
     Attributes:
         codes: Bytes of the array's shape. Two 4-bit codes share a byte: the blocks' axis has half

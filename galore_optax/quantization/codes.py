@@ -34,20 +34,14 @@ class Code(Protocol):
     def encode(
         self, blocks: Blocks, axis: int, key: PRNGKeyArray | None
     ) -> tuple[UInt8[Array, "*blocks"], PerBlock, PerBlock | None]:
-        """Returns codes, scales and offsets (None if the code has none).
+        """Returns codes, scales and offsets (or None) of float32 or float64 blocks along an axis.
 
-        Args:
-            blocks: Float32 or float64.
-            axis: The axis along which a block runs.
-            key: Rounds stochastically, without bias; None rounds to the nearest.
+        A key rounds stochastically, without bias; None rounds to the nearest.
         """
         ...
 
     def decode(
-        self,
-        codes: UInt8[Array, "*blocks"],
-        scales: PerBlock,
-        offsets: PerBlock | None,
+        self, codes: UInt8[Array, "*blocks"], scales: PerBlock, offsets: PerBlock | None
     ) -> Blocks:
         """Returns the numbers, in the scales' dtype."""
         ...

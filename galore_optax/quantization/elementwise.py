@@ -66,22 +66,16 @@ def over_chunks(
         count: From the most elements in a chunk to the number of chunks.
         end: From the result of `begin` and the shapes of a chunk of `stored` to the new chunk.
     """
-
-    def run(count: int) -> Callable[[Any, Any], Any]:
-        return lambda stored, read: _over_chunks(begin, stored, read, count, end)
-
     many, few = count(CHUNK // 2), count(CHUNK)
+    run = partial(_over_chunks, begin, end)
     if many == few:
-        return run(few)(stored, read)
-    return jax.lax.platform_dependent(stored, read, cpu=run(many), default=run(few))
+        return run(few, stored, read)
+    cpu, default = partial(run, many), partial(run, few)
+    return jax.lax.platform_dependent(stored, read, cpu=cpu, default=default)
 
 
 def _over_chunks(
-    begin: Callable[[Any, Any, Int[Array, ""]], Any],
-    stored: Any,
-    read: Any,
-    count: int,
-    end: Callable[[Any, Any], Any],
+    begin: Callable[..., Any], end: Callable[..., Any], count: int, stored: Any, read: Any
 ) -> Any:
     if count == 1:
         return end(begin(stored, read, jnp.int32(0)), stored)
@@ -260,9 +254,9 @@ def _outside(traced: ClosedJaxpr, parts: Sequence[_Part], leaves: Sequence[Any])
     apart = {id(equation) for part in parts for equation in part.equations}
     inputs = {j for part in parts for j in part.inputs}
     outputs = {k for part in parts for k in part.outputs}
-    results = [atom for k, atom in enumerate(jaxpr.outvars) if k not in outputs]
-    scalars = [v for part in parts for e in part.equations for v in e.invars if not _arrays([v])]
-    wanted = list({v: None for v in (*results, *scalars) if not isinstance(v, Literal)})
+    atoms = [atom for k, atom in enumerate(jaxpr.outvars) if k not in outputs]
+    atoms += [v for part in parts for e in part.equations for v in e.invars if not _arrays([v])]
+    wanted = list(dict.fromkeys(v for v in atoms if not isinstance(v, Literal)))
     rest = [equation for equation in jaxpr.eqns if id(equation) not in apart]
     function = jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(eqns=rest, outvars=wanted), traced.consts))
     # The parts' own arguments are not used.
@@ -271,7 +265,7 @@ def _outside(traced: ClosedJaxpr, parts: Sequence[_Part], leaves: Sequence[Any])
 
 
 def _is_elementwise(equation: Any) -> bool:
-    """Whether an equation computes arrays element by element from arrays of that shape and scalars."""
+    """Whether an equation works element by element, on arrays of one shape and scalars."""
     shapes = {v.aval.shape for v in _arrays((*equation.invars, *equation.outvars))}
     if len(shapes) != 1 or not all(v.aval.shape for v in equation.outvars):
         return False

@@ -63,19 +63,15 @@ def quantize_weights(
     checks.choice(bits, "bits", (8, 4))
     block = checks.whole(block, "block")
 
-    def matrix(path: str, leaf: Any) -> bool:
-        del path
-        return is_quantized(leaf) or (
-            leaf.ndim >= 2 and leaf.size >= 4096 and jnp.issubdtype(leaf.dtype, jnp.floating)
-        )
+    def matrix(_: str, leaf: Any) -> bool:
+        return leaf.ndim >= 2 and leaf.size >= 4096 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
     if which is None or callable(which):
-        choose = which or matrix
-        chosen = jax.tree.map_with_path(
-            lambda path, leaf: choose(jax.tree_util.keystr(path), leaf),
-            params,
-            is_leaf=is_quantized,
-        )
+
+        def choose(path: Any, leaf: Any) -> bool:
+            return (which or matrix)(jax.tree_util.keystr(path), leaf)
+
+        chosen = jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
     elif all(isinstance(x, bool | np.bool_) for x in jax.tree.leaves(which)):
         chosen = jax.tree.broadcast(which, params, is_leaf=is_quantized)
     else:
@@ -137,25 +133,21 @@ def value_and_grad(
 
 
 def sources(params: optax.Params) -> optax.Params:
-    """Replaces each `QuantizedArray` by zeros, to differentiate with respect to.
+    """Replaces each `QuantizedArray` by zeros, which are never read, to differentiate by."""
 
-    Nothing reads their values: under jit they take no memory.
-    """
-    return jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype) if is_quantized(x) else x,
-        params,
-        is_leaf=is_quantized,
-    )
+    def zeros(x: Any) -> Any:
+        return jnp.zeros(x.shape, x.dtype) if is_quantized(x) else x
+
+    return jax.tree.map(zeros, params, is_leaf=is_quantized)
 
 
 def with_sources(params: optax.Params, sources: optax.Params) -> optax.Params:
     """Returns params whose derivative with respect to their `sources` is the weights' own."""
-    return jax.tree.map(
-        lambda x, source: _WithSource(x, source) if is_quantized(x) else source,
-        params,
-        sources,
-        is_leaf=is_quantized,
-    )
+
+    def one(x: Any, source: Any) -> Any:
+        return _WithSource(x, source) if is_quantized(x) else source
+
+    return jax.tree.map(one, params, sources, is_leaf=is_quantized)
 
 
 @jax.tree_util.register_dataclass
@@ -184,9 +176,7 @@ def _value_of(array: QuantizedArray, source: Float[Array, "*shape"]) -> Float[Ar
     return array.dequantize()
 
 
-_value_of.defvjp(
-    lambda array, source: (_value_of(array, source), None), lambda _, gradient: (None, gradient)
-)
+_value_of.defvjp(lambda *args: (_value_of(*args), None), lambda _, gradient: (None, gradient))
 
 
 def apply_updates(
@@ -241,7 +231,7 @@ def apply_updates(
 
 
 def _summed(param: Any, update: Float[Array, "*shape"], key: PRNGKeyArray | None) -> Any:
-    """Returns the sum, rounded to the param's dtype or code, a few rows at a time if it is large."""
+    """Returns the sum in the param's dtype or code, computed a few rows at a time."""
 
     def summed(param: Any, update: Array, number: Array) -> Any:
         own = None if key is None else jax.random.fold_in(key, number)
