@@ -1,64 +1,79 @@
-"""A transformation in a subspace, whose update can be made in parts."""
+"""An optax transformation whose update can be made in parts, for microbatches.
 
-from collections.abc import Callable
-from typing import Any
+A projection is linear: Σ PᵀGᵢ = Pᵀ ΣGᵢ. A sum of projected gradients takes rank / min(in, out) of the
+memory of a gradient.
+"""
+
+from typing import Any, Protocol, runtime_checkable
 
 import optax
 
 
-class SubspaceTransformation(optax.GradientTransformationExtraArgs):
-    """A transformation in a subspace, whose update can be made in parts.
+@runtime_checkable
+class SubspaceParts(Protocol):
+    """The parts of an update in a subspace.
 
     `updates, state = tx.update(gradient, state, params)` is the same as
 
-        state = tx.refresh(gradient, state, params)
-        projected = tx.project(gradient, state)
-        updates, state = tx.update_projected(projected, state, params)
+        parts = subspace_parts(tx)
+        state = parts.refresh(gradient, state, params)
+        projected = parts.project(gradient, state)
+        updates, state = parts.update_projected(projected, state, params)
 
     A step counts where it is finished, in the third part. A refresh that is due is made by the
     first gradient that can make it, and is not due any more then: the first two parts may be called
     for one microbatch after the other.
 
-    Attributes:
-        refresh: From a gradient, the state and params (None will do where no moments are reset) to
-            the state with new bases where they are due. Extra arguments: `layer` and `layers`, as
-            the update's.
-        project: From a gradient and the state to the projected gradient, of which sums can be
-            taken: R at a projected leaf, of a stack of matrices a tuple of them, and other leaves
-            as they are.
-        update_projected: From the projected gradient, the state, the params and the update's extra
-            arguments to updates and new state.
-
     Examples:
         >>> import jax, jax.numpy as jnp, optax
-        >>> from galore_optax import galore
+        >>> from galore_optax import galore, subspace_parts
         >>> params = {"w": jnp.ones((64, 256)), "b": jnp.zeros(256)}
         >>> tx = galore(8, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)))
-        >>> state, total = tx.init(params), None
+        >>> state, total, parts = tx.init(params), None, subspace_parts(tx)
         >>> for x in jax.random.normal(jax.random.key(0), (4, 16, 64)):  # four microbatches
         ...     grads = jax.grad(lambda p: jnp.mean((x @ p["w"] + p["b"]) ** 2) / 4)(params)
-        ...     state = tx.refresh(grads, state)
-        ...     projected = tx.project(grads, state)
+        ...     state = parts.refresh(grads, state)
+        ...     projected = parts.project(grads, state)
         ...     total = projected if total is None else jax.tree.map(jnp.add, total, projected)
         >>> total["w"].shape, total["b"].shape
         ((8, 256), (256,))
-        >>> updates, state = tx.update_projected(total, state, params)
+        >>> updates, state = parts.update_projected(total, state, params)
         >>> params = optax.apply_updates(params, updates)
     """
 
-    refresh: Callable[..., Any]
-    project: Callable[..., Any]
-    update_projected: Callable[..., Any]
+    def refresh(
+        self, gradient: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> Any:
+        """The state with new bases where they are due.
 
-    def __new__(
-        cls,
-        init: Callable[..., Any],
-        update: Callable[..., Any],
-        refresh: Callable[..., Any],
-        project: Callable[..., Any],
-        update_projected: Callable[..., Any],
-    ) -> "SubspaceTransformation":
-        """From a transformation's two functions and the three parts of its update."""
-        self = super().__new__(cls, init, update)
-        self.refresh, self.project, self.update_projected = refresh, project, update_projected
-        return self
+        Args:
+            gradient: The gradient, or that of a microbatch.
+            state: The state.
+            params: The params; None will do unless moments are reset.
+            **extra_args: Those of the update.
+        """
+        ...
+
+    def project(self, gradient: optax.Updates, state: Any) -> optax.Updates:
+        """The projected gradient: R at a projected leaf (a tuple of them for a stack of matrices)."""
+        ...
+
+    def update_projected(
+        self, projected: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        """Updates and the new state, from a projected gradient or a sum of such."""
+        ...
+
+
+def transformation(owner: Any) -> optax.GradientTransformationExtraArgs:
+    """A plain optax transformation of an object's methods `init` and `update`."""
+    return optax.GradientTransformationExtraArgs(owner.init, owner.update)
+
+
+def subspace_parts(tx: optax.GradientTransformation) -> SubspaceParts | None:
+    """The parts of the update of `galore` or one of its recipes; None if `tx` has no subspace.
+
+    A transformation around it, such as `optax.chain`, has no parts; `unstacked` hands them on.
+    """
+    owner = getattr(tx.update, "__self__", None)
+    return owner if isinstance(owner, SubspaceParts) else None

@@ -35,7 +35,6 @@ from galore_optax.adapters.gradnorm_lorp import column_norms, weight_norm
 from galore_optax.keys import for_path
 from galore_optax.projection import subspace
 from galore_optax.quantization.array import dequantized, is_quantized
-from models.llama import config as llama_config
 
 
 def _static(default: float) -> Any:
@@ -320,6 +319,8 @@ def logical_axes(params: PyTree) -> PyTree:
         }
         present = {f.name for f in dataclasses.fields(x) if getattr(x, f.name) is not None}
         return dataclasses.replace(x, **{n: a for n, a in parts.items() if n in present})
+
+    from models.llama import config as llama_config
 
     plain = llama_config.logical_axes(jax.eval_shape(merge, params))
     return jax.tree.map(one, params, plain, is_leaf=lambda x: is_adapter(x) or is_quantized(x))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from galore_optax.layerwise.microbatches import over_microbatches
 from galore_optax.ordering import codes_after
 from galore_optax.quantization.weights import sources, with_sources
-from galore_optax.trace.interpreter import depends
+from galore_optax.trace.dependence import dependences
 
 Params = dict[str, Any]
 Batch = PyTree
@@ -267,4 +267,4 @@ def _used(function: Callable[[Params], PyTree], params: Params) -> frozenset[str
     """Returns the entries of the params on which a function's result depends."""
     traced = jax.make_jaxpr(function)(params)
     keys = [path[0].key for path, _ in jax.tree.leaves_with_path(params)]  # pyrefly: ignore
-    return frozenset(k for k in {*keys} if any(depends(traced, [k == other for other in keys])))
+    return frozenset().union(*dependences(traced, keys))

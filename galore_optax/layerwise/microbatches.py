@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.transformation import SubspaceTransformation
+from galore_optax.transformation import SubspaceParts
 
 
 def over_microbatches(function: Callable[..., tuple[Any, Any]], *batches: Any) -> tuple[Any, Any]:
@@ -38,7 +38,7 @@ def over_microbatches(function: Callable[..., tuple[Any, Any]], *batches: Any) -
 
 
 def over_microbatches_in_subspace(
-    tx: SubspaceTransformation,
+    tx: SubspaceParts,
     state: optax.OptState,
     params: optax.Params,
     function: Callable[..., tuple[optax.Updates, Any]],

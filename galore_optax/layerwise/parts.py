@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from galore_optax.layerwise.backward import Params
 from galore_optax.layerwise.microbatches import over_microbatches_in_subspace
 from galore_optax.quantization.array import dequantized
-from galore_optax.transformation import SubspaceTransformation
+from galore_optax.transformation import subspace_parts
 
 ApplyUpdates = Callable[..., Any]
 """From a part of the params, its updates, the steps done so far and the layer (None for a part that
@@ -22,11 +22,6 @@ is no layer) to the new part."""
 def masked(params: Params) -> Params:
     """The params as `optax.masked` shows them if every leaf is masked out."""
     return jax.tree.map(lambda _: optax.MaskedNode(), jax.eval_shape(dequantized, params))
-
-
-def has_subspace(tx: optax.GradientTransformation) -> bool:
-    """Whether gradients can be summed projected (`galore_optax.transformation`)."""
-    return isinstance(tx, SubspaceTransformation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +38,7 @@ class PartUpdate:
         norm: The global norm; None without clipping.
     """
 
-    tx: Any
+    tx: optax.GradientTransformation
     apply: ApplyUpdates
     others: Params
     count: Int[Array, ""]
@@ -70,8 +65,9 @@ class PartUpdate:
             gradient = jax.tree.map(
                 lambda g: jnp.where(norm < most, g, g / norm.astype(g.dtype) * most), gradient
             )
+        parts: Any = subspace_parts(self.tx)
         tx: Any = optax.with_extra_args_support(self.tx)
-        updates, state = (tx.update_projected if projected else tx.update)(
+        updates, state = (parts.update_projected if projected else tx.update)(
             {**self.others, **gradient},
             state,
             {**self.others, **dequantized(part)},
@@ -118,7 +114,8 @@ class PartUpdate:
             return {**self.others, **gradient}, kept
 
         params = {**self.others, **dequantized(part)}
+        parts: Any = subspace_parts(self.tx)
         total, state, kept = over_microbatches_in_subspace(
-            self.tx, state, params, whole, *batches, **layer
+            parts, state, params, whole, *batches, **layer
         )
         return {k: total[k] for k in part}, state, kept  # pyrefly: ignore[bad-index]

@@ -28,10 +28,11 @@ from galore_optax.layerwise.backward import (
     squares,
     written,
 )
-from galore_optax.layerwise.parts import ApplyUpdates, PartUpdate, has_subspace, masked
+from galore_optax.layerwise.parts import ApplyUpdates, PartUpdate, masked
 from galore_optax.ordering import after, codes_after
 from galore_optax.quantization.array import dequantized
 from galore_optax.trace.coupling import coupled_leaves
+from galore_optax.transformation import subspace_parts
 
 CLIPS = ("exact", "previous")
 
@@ -157,7 +158,7 @@ class Layerwise:
             )
         if self.accumulate < 1:
             raise ValueError(f"accumulate={self.accumulate} must be at least 1 microbatch")
-        if self.accumulate_in_subspace and not has_subspace(self.tx):
+        if self.accumulate_in_subspace and subspace_parts(self.tx) is None:
             raise ValueError(
                 f"accumulate_in_subspace=True with tx={self.tx!r}, which has no subspace: give "
                 "galore(...), or a recipe such as galore_adamw(...), itself (put what acts on "

@@ -5,6 +5,7 @@ threshold on size, Adafactor's clipping, LAMB's trust ratio) is done to the whol
 layer by layer (`galore_optax.layerwise.step`) does it to each layer.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from galore_optax.nnx_variables import without_variables
 from galore_optax.projection.dimension_numbers import LeafView
 from galore_optax.projection.leaf import Projection
 from galore_optax.quantization.array import dequantized
-from galore_optax.transformation import SubspaceTransformation
+from galore_optax.transformation import subspace_parts, transformation
 
 ParamAxes = Callable[[Any], Any]
 """From params to a tree like them: how many of a leaf's last axes form one param, or None."""
@@ -59,63 +60,76 @@ def unstacked(
         raise ValueError(
             f"param_axes={param_axes!r} must be a function from params to a tree like them"
         )
-    extra = optax.with_extra_args_support(tx)
+    kind = _Unstacked if subspace_parts(tx) is None else _UnstackedInParts
+    return transformation(kind(optax.with_extra_args_support(tx), param_axes))
 
-    def stacks(params: optax.Params) -> tuple[list[Projection | None], Any]:
+
+@dataclasses.dataclass(frozen=True)
+class _Unstacked:
+    """The transformation around `tx`."""
+
+    tx: optax.GradientTransformationExtraArgs
+    param_axes: ParamAxes
+
+    def _stacks(self, params: optax.Params) -> tuple[list[Projection | None], Any]:
         leaves, tree = jax.tree.flatten_with_path(params)
         try:
-            axes = tree.flatten_up_to(param_axes(params))
+            axes = tree.flatten_up_to(self.param_axes(params))
         except ValueError as error:
             raise ValueError(
                 f"param_axes: it must return a tree like the params ({error})"
             ) from error
         return [_stack(*pair, n) for pair, n in zip(leaves, axes, strict=True)], tree
 
-    def apart(params: optax.Params) -> optax.Params:
+    def _apart(self, params: optax.Params | None) -> Any:
+        if params is None:
+            return None
         params = dequantized(jax.tree.map(_concrete, without_variables(params)))
-        plans, tree = stacks(params)
+        plans, tree = self._stacks(params)
         pairs = zip(plans, jax.tree.leaves(params), strict=True)
         return tree.unflatten([x if plan is None else plan.into((), x) for plan, x in pairs])
 
-    def together(params: optax.Params, like: optax.Params) -> optax.Params:
+    def _together(self, params: optax.Params, like: optax.Params) -> optax.Params:
         like = dequantized(without_variables(like))
-        plans, tree = stacks(like)
+        plans, tree = self._stacks(like)
         triples = zip(plans, tree.flatten_up_to(params), jax.tree.leaves(like), strict=True)
         return tree.unflatten([x if p is None else p.out_of((), x, y) for p, x, y in triples])
 
-    def given(params: optax.Params | None) -> optax.Params | None:
-        return None if params is None else apart(params)
-
-    def init(params: optax.Params) -> optax.OptState:
-        return tx.init(apart(params))
+    def init(self, params: optax.Params) -> optax.OptState:
+        return self.tx.init(self._apart(params))
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        self, updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        steps, state = extra.update(apart(updates), state, given(params), **extra_args)
-        return together(steps, updates), state
+        steps, state = self.tx.update(
+            self._apart(updates), state, self._apart(params), **extra_args
+        )
+        return self._together(steps, updates), state
 
-    if not isinstance(tx, SubspaceTransformation):
-        return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+
+class _UnstackedInParts(_Unstacked):
+    """The transformation, with `galore_optax.transformation.SubspaceParts`."""
+
+    @property
+    def _parts(self) -> Any:
+        return subspace_parts(self.tx)
 
     def refresh(
-        gradient: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        self, gradient: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
-        return tx.refresh(apart(gradient), state, given(params), **extra_args)
+        apart = self._apart(gradient), state, self._apart(params)
+        return self._parts.refresh(*apart, **extra_args)
 
-    def project(gradient: optax.Updates, state: Any) -> optax.Updates:
-        return tx.project(apart(gradient), state)
+    def project(self, gradient: optax.Updates, state: Any) -> optax.Updates:
+        return self._parts.project(self._apart(gradient), state)
 
     def update_projected(
-        small: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
+        self, projected: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        steps, state = tx.update_projected(small, state, apart(params), **extra_args)
-        return together(steps, params), state
-
-    return SubspaceTransformation(init, update, refresh, project, update_projected)
+        steps, state = self._parts.update_projected(
+            projected, state, self._apart(params), **extra_args
+        )
+        return self._together(steps, params), state
 
 
 def _concrete(x: Any) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import (
-    AdaptiveRefresh,
+    Adaptive,
     adamw8bit,
     galore_adafactor,
     galore_adamw,
@@ -19,7 +19,6 @@ from galore_optax import (
     unstacked,
 )
 from galore_optax.layerwise.unstacked import ParamAxes
-from galore_optax.transformation import SubspaceTransformation
 from models.llama.model import dimension_numbers, param_axes
 
 if TYPE_CHECKING:
@@ -50,7 +49,9 @@ def _adafactor(learning_rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.adafactor(learning_rate, multiply_by_parameter_scale=False, momentum=0.9)
 
 
-def _galore_adafactor(learning_rate: optax.Schedule, **options: Any) -> SubspaceTransformation:
+def _galore_adafactor(
+    learning_rate: optax.Schedule, **options: Any
+) -> optax.GradientTransformation:
     return galore_adafactor(learning_rate, momentum=0.9, **options)
 
 
@@ -154,7 +155,8 @@ def make_recipe(config: "Resolved") -> optax.GradientTransformation:
         if name not in _OF_WEIGHTS
     }
     if "rank" in options:
-        options["adaptive_refresh"] = AdaptiveRefresh() if config.adaptive_refresh else None
+        if options.pop("adaptive_refresh"):
+            options["update_proj_gap"] = Adaptive(options["update_proj_gap"])
         options["seed"] = config.seed
         if recipe.adapter is None:
             options["weight_dimension_numbers"] = dimension_numbers

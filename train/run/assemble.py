@@ -11,12 +11,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from galore_optax import subspace_parts
 from galore_optax.adapters.base import split
 from galore_optax.adapters.lora import logical_axes
 from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized
 from galore_optax.sharding import state_shardings
-from galore_optax.transformation import SubspaceTransformation
 from models.llama import model as llama
 from models.llama.config import SIZES, LlamaConfig, count_params
 from train.config.optimizers import learning_rate_schedule, make_optimizer, make_recipe
@@ -188,8 +188,7 @@ def make_programs(
         how = schedule, config.accumulate, rounding, mesh
         step = partial(train_step, forward, tx, *how)
         if config.accumulate_in_subspace:
-            recipe = make_recipe(config)
-            assert isinstance(recipe, SubspaceTransformation)
+            recipe = subspace_parts(make_recipe(config))
             step = partial(train_step_in_subspace, forward, recipe, config.clip_norm, *how)
     shardings = TrainState._make((params_at, optimizer_at, replicated(mesh), replicated(mesh)))
 

@@ -19,7 +19,7 @@ from galore_optax.adapters.lora import with_dropout_keys
 from galore_optax.adapters.restart import restart
 from galore_optax.layerwise.microbatches import over_microbatches, over_microbatches_in_subspace
 from galore_optax.quantization.weights import value_and_grad
-from galore_optax.transformation import SubspaceTransformation
+from galore_optax.transformation import SubspaceParts
 from train.step.loss import summed_cross_entropy
 from train.step.mesh import BATCH, replicated
 
@@ -148,7 +148,7 @@ def train_step(
 
 def train_step_in_subspace(
     forward: Forward,
-    recipe: SubspaceTransformation,
+    recipe: SubspaceParts,
     clip_norm: float,
     schedule: optax.Schedule,
     accumulate: int,

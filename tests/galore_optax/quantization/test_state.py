@@ -10,6 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from inners import FEW, INNERS, TARGET, arguments
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from paths import FIXTURES
@@ -18,7 +19,6 @@ from galore_optax import GaLoreDimensionNumbers, QuantizedArray, galore, quantiz
 from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.sharding import state_shardings
-from tests.galore_optax.test_compose import FEW, INNERS, TARGET, arguments
 
 PUBLISHED = np.load(FIXTURES / "bitsandbytes.npz")
 
