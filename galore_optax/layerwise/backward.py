@@ -123,8 +123,8 @@ class Backward:
 
         def pull(kept: Any, b: Batch, c: Hidden) -> tuple[Params, Hidden]:
             if self.checkpoint:
-                held = {key: _dequantized_for_each(self.batches, c, own)}
-                back = _vjp(lambda w, h: self.model.layer(w[key], h, b), held, kept)[1]
+                params = {key: _dequantized_for_each(self.batches, c, own)}
+                back = _vjp(lambda w, h: self.model.layer(w[key], h, b), params, kept)[1]
             else:
                 back = _put_back(kept, (own, b))
             return back(c)
@@ -207,10 +207,7 @@ def forward(model: Layered, params: Params, batches: Batch, *, checkpoint: bool)
 
 
 def _dequantized_for_each(batches: Batch, hidden: Hidden, params: PyTree) -> PyTree:
-    """Has XLA dequantize params for each microbatch, not before the loop over them.
-
-    Otherwise a whole layer's floats would be kept.
-    """
+    """Has XLA dequantize a layer for each microbatch, instead of keeping its floats for all."""
     several = jax.tree.leaves(batches)[0].shape[0] > 1
     return codes_after(jax.tree.leaves(hidden)[0], params) if several else params
 

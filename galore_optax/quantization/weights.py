@@ -39,16 +39,15 @@ def quantize_weights(
             function from a leaf's path (`jax.tree_util.keystr`) and the leaf. None takes every
             floating-point leaf with at least two axes and 4,096 elements.
         bits: 8 or 4.
-        block: Elements that share a scale and an offset, along the last axis, or along the one
-            before if that is longer and the last is shorter than a block.
+        block: Elements that share a scale and an offset, along the last axis (or the one before,
+            if that is longer and the last is shorter than a block).
 
     Returns:
         The params with `QuantizedArray`s, on which a model calls `dequantize()`, one layer at a
         time. An index into a stack gives a `QuantizedArray`.
 
     Raises:
-        ValueError: If an argument is out of range, or a chosen leaf cannot be quantized or already
-            is.
+        ValueError: If an argument is out of range, or a chosen leaf cannot be quantized.
 
     References:
         Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.3.

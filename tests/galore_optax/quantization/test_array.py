@@ -343,7 +343,7 @@ def test_blocks_run_along_the_last_axis_unless_it_is_short():
     assert abstract((600, 4), axis=0, block=100).scales.shape == (6, 4)
 
 
-def test_a_tree_is_read_with_what_is_no_code_as_it_is():
+def test_dequantizing_a_tree_leaves_other_leaves_as_they_are():
     q = quantize(X)
     tree = dequantized({"a": q, "b": [X, None]})
     np.testing.assert_array_equal(tree["a"], q.dequantize())
@@ -408,6 +408,6 @@ def test_sharded_codes_are_the_unsharded_ones(name, spec, axis_type):
         ),
     ],
 )
-def test_what_has_no_code_is_refused(x, options, message):
+def test_what_cannot_be_quantized_is_refused(x, options, message):
     with pytest.raises(ValueError, match=message):
         quantize(x, **options)

@@ -43,7 +43,7 @@ def static(x: QuantizedArray) -> tuple:
 PARAMS = {"w": normal(0, 64, 300), "stack": normal(1, 3, 64, 300), "norm": jnp.ones(300)}
 
 
-def test_by_default_large_matrices_are_held_in_8_bits():
+def test_by_default_large_matrices_are_stored_in_8_bits():
     held = quantize_weights({**PARAMS, "small": normal(2, 4, 4)})
     assert {name for name, x in held.items() if is_quantized(x)} == {"w", "stack"}
     assert held["stack"].shape == (3, 64, 300)
