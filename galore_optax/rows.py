@@ -4,10 +4,21 @@ import math
 
 
 def parts(rows: int, needed: int, shares: int) -> int:
-    """Returns into how many equal parts to cut rows, at least `needed` if possible.
+    """Returns into how many equal parts to cut rows, so that each device has a share of each part.
 
-    The number is at most four times `needed`. If devices, up to `shares` of them, split the rows
-    evenly, each has an equal share of each part. `shares=16` serves 2, 4 and 8 devices, too.
+    That is the least number from `needed` to four times `needed` that divides the rows, or else the
+    largest below. Where `shares` has a common divisor with the number of rows, so has each part.
+
+    Args:
+        rows: Rows to cut.
+        needed: Parts that are needed for one to fit.
+        shares: The number of devices that the rows may be split over; 16 if it is not known, which
+            serves 2, 4 and 8, too.
+
+    Examples:
+        >>> from galore_optax.rows import parts
+        >>> parts(512, 5, shares=8), parts(32, 5, shares=8), parts(5461, 5, shares=8)
+        (8, 4, 1)
     """
     common = math.gcd(rows, shares)
     fitting = [
