@@ -121,7 +121,7 @@ def test_a_refresh_waits_for_the_first_microbatch_that_can_make_it():
     weights = {"w": jnp.zeros((6, 8))}
     several = {"w": np.concatenate([np.zeros((1, 6, 8), np.float32), gradient])}
     total, state, _ = over_microbatches_in_subspace(
-        tx, tx.init(weights), weights, lambda g: (g, ()), several
+        subspace_parts(tx), tx.init(weights), weights, lambda g: (g, ()), several
     )
     basis = np.linalg.svd(gradient[0])[0][:, :2]
     np.testing.assert_allclose(np.abs(basis.T @ state.bases["w"]), np.eye(2), atol=1e-5)
@@ -189,7 +189,7 @@ def test_layer_by_layer_too():
 
 
 def test_the_first_step_by_layers_is_clipped_by_no_less_than_its_norm():
-    cut = batches(STEPS, 2)
+    cut = batches(1, 2)
     tx = galore(3, optax.sgd(0.1), update_proj_gap=2, weight_dimension_numbers=NUMBERS)
     run = partial(by_layers, tx, model=HALF, accumulate=2, batches=cut)
     _, trajectory, told = run(accumulate_in_subspace=True, clip_norm=0.3, clip="previous")
@@ -204,8 +204,9 @@ def test_the_first_step_by_layers_is_clipped_by_no_less_than_its_norm():
 
 def trainer(forward, tx, clip_norm, accumulate):
     schedule = optax.constant_schedule(0.1)
+    parts, mesh = subspace_parts(tx), make_mesh(None)
     return partial(
-        train_step_in_subspace, forward, tx, clip_norm, schedule, accumulate, False, make_mesh(None)
+        train_step_in_subspace, forward, parts, clip_norm, schedule, accumulate, False, mesh
     )
 
 
@@ -239,7 +240,7 @@ def test_the_trainers_step_clips_by_what_is_summed_and_skips_what_is_not_finite(
 
 
 def test_the_sum_takes_the_subspaces_share_of_the_memory():
-    count, rows, columns, rank, microbatches = 8, 256, 512, 16, 4
+    count, rows, columns, rank, microbatches = 3, 256, 512, 16, 4
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     weights = {str(i): shape((rows, columns)) for i in range(count)}
     tx = galore(rank, optax.adam(0.01), subspace="random")

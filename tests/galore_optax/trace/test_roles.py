@@ -76,7 +76,9 @@ def trajectory(inner, find, name, steps=5):
     return found
 
 
-@pytest.mark.parametrize("name", sorted(INNERS.keys() - REMEMBER_PARAMS - RANDOM - MIXES - set(NOT_UNDERSTOOD)))
+@pytest.mark.parametrize(
+    "name", sorted(INNERS.keys() - REMEMBER_PARAMS - RANDOM - MIXES - set(NOT_UNDERSTOOD))
+)
 def test_updates_do_not_depend_on_the_order_and_the_signs_of_a_basis(name):
     expected = trajectory(INNERS[name], stays, name)
     found = trajectory(INNERS[name], permuted, name)
