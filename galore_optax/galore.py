@@ -20,6 +20,7 @@ from jaxtyping import Array, Int
 
 from galore_optax import checks
 from galore_optax.nnx_variables import without_variables
+from galore_optax.ordering import after
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.leaf import SIDES, Projection, Rank, checked_rank, projections
 from galore_optax.projection.moments import (
@@ -43,7 +44,7 @@ from galore_optax.projection.refresh import (
 from galore_optax.projection.schedule import SIMILARITIES, AdaptiveRefresh
 from galore_optax.projection.subspace import SUBSPACES, FindSubspace
 from galore_optax.quantization.array import dequantized, is_quantized
-from galore_optax.sharding import explain_sharding_errors, explicit_axes, sharded_like
+from galore_optax.sharding import explain_sharding_errors, sharded_like
 from galore_optax.trace.decoupled_decay import decay, update_and_slopes
 from galore_optax.trace.remembered_params import remembers_params
 from galore_optax.transformation import SubspaceTransformation
@@ -381,7 +382,9 @@ def galore(
         for i, plan in enumerate(plans):
             if plan is not None:
                 scaled = jax.tree.map(lambda n: scale * n, steps[i])
-                steps[i] = plan.out_of(bases[i], _after(previous, scaled), leaves[i])
+                # A CPU runs large products side by side otherwise, each on some of its cores, which
+                # takes longer than one after the other.
+                steps[i] = plan.out_of(bases[i], after(previous, scaled), leaves[i])
                 previous = steps[i] if steps[i].size else previous
         if weights is not None and slopes is not None:
             for i, slope in enumerate(tree.flatten_up_to(slopes)):
@@ -425,18 +428,6 @@ def _projected(
 ) -> optax.Params:
     triples = zip(plans, bases, leaves, strict=True)
     return tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
-
-
-def _after(known: Array | None, tree: Any) -> Any:
-    """The same floats, which XLA does not have before another array, if any, is there.
-
-    A CPU would make large products side by side, each on a part of its cores, which takes longer
-    than one after the other; and of `jax.lax.optimization_barrier` nothing is left there.
-    """
-    if known is None or explicit_axes(known):  # of arrays with these no element can be taken so
-        return tree
-    zero = jnp.isnan(known[(0,) * known.ndim]).astype(jnp.float32) * 0.0
-    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
 
 def _warn_of_left_out(

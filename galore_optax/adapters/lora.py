@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from galore_optax.adapters.base import (
     Adapter,
-    folded,
     is_adapter,
     merge,
     new_factors,
@@ -33,6 +32,7 @@ from galore_optax.adapters.base import (
     wide,
 )
 from galore_optax.adapters.gradnorm_lorp import column_norms, weight_norm
+from galore_optax.keys import for_path
 from galore_optax.projection import subspace
 from galore_optax.quantization.array import dequantized, is_quantized
 from models.llama import config as llama_config
@@ -277,7 +277,7 @@ def adapt(
         )
 
     def one(path: Any, x: Any) -> Any:
-        return create(x, folded(key, path)) if _name(path) in chosen else x
+        return create(x, for_path(key, path)) if _name(path) in chosen else x
 
     return jax.tree.map_with_path(one, params, is_leaf=is_quantized)
 
@@ -297,7 +297,7 @@ def with_dropout_keys(params: PyTree, key: PRNGKeyArray) -> PyTree:
     def one(path: Any, x: Any) -> Any:
         if not (isinstance(x, LoRA) and x.dropout > 0):
             return x
-        return dataclasses.replace(x, key=jax.random.split(folded(key, path), x.a.shape[:-2]))
+        return dataclasses.replace(x, key=jax.random.split(for_path(key, path), x.a.shape[:-2]))
 
     return jax.tree.map_with_path(one, params, is_leaf=is_adapter)
 

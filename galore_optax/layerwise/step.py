@@ -29,7 +29,8 @@ from galore_optax.layerwise.backward import (
     squares,
     written,
 )
-from galore_optax.quantization.array import codes_known_after, dequantized
+from galore_optax.ordering import after, codes_after
+from galore_optax.quantization.array import dequantized
 from galore_optax.trace.coupling import coupled_leaves
 from galore_optax.transformation import SubspaceTransformation, over_microbatches_in_subspace
 
@@ -232,9 +233,7 @@ class Layerwise:
         backward = forward(self.model, params, batches, checkpoint=self.checkpoint)
         clip_at = self._norm(backward, stack, state.norm)
         if clip_at is not None:  # quantized weights are dequantized for one pass, then the other
-            backward = dataclasses.replace(
-                backward, weights=codes_known_after(clip_at, backward.weights)
-            )
+            backward = dataclasses.replace(backward, weights=codes_after(clip_at, backward.weights))
         loss, from_head, cotangent = backward.head()
         nothing = absent(jax.eval_shape(dequantized, params))
         update = functools.partial(self._update, nothing, jnp.asarray(state.count), clip_at, loss)
@@ -244,7 +243,7 @@ class Layerwise:
         total, ok = self._judged(jnp.zeros((), jnp.float32), ok, early)
         new_rest, rest_states = _update_rest(update, rest, state.rest, early, ok)
         # The layers come when that is done, and its gradients are gone.
-        top = _known_after((new_rest, cotangent), layers - 1)
+        top = after((new_rest, cotangent), jnp.int32(layers - 1))
         stacks = stack, state.layers
         carry = stacks, at(stacks, top), cotangent, total, ok
         turn = functools.partial(self._turn, backward, update, nothing, layers)
@@ -386,13 +385,6 @@ def _update_rest(
         part, new_states[k], _ = jax.lax.fori_loop(0, ok.astype(jnp.int32), once, own)
         new |= part
     return new, new_states
-
-
-def _known_after(tree: Any, number: int) -> Array:
-    """A number that XLA cannot know before the arrays of a tree are computed."""
-    firsts = [leaf.reshape(-1)[0].astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
-    finite = jnp.sum(jnp.isfinite(jnp.array(firsts)).astype(jnp.int32))
-    return jnp.minimum(number + finite, number)
 
 
 def _clipped(gradient: Params, norm: Array, at: float) -> Params:

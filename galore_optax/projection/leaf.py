@@ -8,7 +8,6 @@ import dataclasses
 import math
 import operator
 import warnings
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from galore_optax.keys import for_path, path_hash
 from galore_optax.projection.dimension_numbers import LeafView, WeightDimensionNumbers, matrix_views
 from galore_optax.quantization.array import QuantizedArray, dequantized, quantize
 from galore_optax.quantization.codes import Affine
@@ -59,7 +59,7 @@ class Projection:
     @property
     def path_hash(self) -> int:
         """A number that tells the leaf's path apart from others, as randomness wants it."""
-        return zlib.crc32(self.path.encode())
+        return path_hash(self.path)
 
     @property
     def small_shape(self) -> tuple[int, ...]:
@@ -138,7 +138,7 @@ class Projection:
 
         def basis(mode: int, rank: int) -> Array:
             n = self.view.sizes[mode]
-            own = jax.random.fold_in(jax.random.fold_in(key, self.path_hash), mode)
+            own = jax.random.fold_in(for_path(key, self.path), mode)
             drawn = jax.random.permutation(own, n)[:rank]
             one = (jnp.arange(n)[:, None] == drawn).astype(leaf.dtype)
             return jnp.broadcast_to(one, (*self.view.batch_shape, n, rank))

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
 
 from galore_optax import checks
 from galore_optax.nnx_variables import without_variables
+from galore_optax.ordering import opaque
 from galore_optax.quantization.array import is_quantized, quantize
 from galore_optax.quantization.codes import Code, Dynamic, Table
 from galore_optax.quantization.elementwise import updated
@@ -122,7 +122,7 @@ def quantize_state(
                 _warn(paths[i], "in 8 bits: the update may divide by it, and it may have a sign")
             signed_code, unsigned_code, block = CODES[8 if careful else bits]
             code = unsigned_code if marks[i] else signed_code
-            leaves[i] = quantize(_opaque(leaves[i]), code, block=block)
+            leaves[i] = quantize(opaque(leaves[i]), code, block=block)
         return tree.unflatten(leaves)
 
     def update(
@@ -142,12 +142,3 @@ def quantize_state(
 
 def _warn(path: str, held: str) -> None:
     warnings.warn(f"quantize_state holds {path} {held}", stacklevel=4)
-
-
-def _opaque(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The same numbers, not known to the compiler.
-
-    XLA would encode the zeros that most states start as while it compiles, which took it minutes
-    for a large embedding. Behind a barrier themselves they would all be in memory as floats.
-    """
-    return x + jax.lax.optimization_barrier(jnp.zeros((), x.dtype))
