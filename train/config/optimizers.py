@@ -20,7 +20,7 @@ from galore_optax import (
 )
 from galore_optax.layerwise.unstacked import ParamAxes
 from galore_optax.transformation import SubspaceTransformation
-from models.llama.model import dimension_numbers, param_axes
+from models.llama.axes import dimension_numbers, param_axes
 
 if TYPE_CHECKING:
     from train.config.resolve import Resolved

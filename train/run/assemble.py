@@ -12,13 +12,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from galore_optax.adapters.base import split
-from galore_optax.adapters.lora import logical_axes
 from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized
 from galore_optax.sharding import state_shardings
 from galore_optax.transformation import SubspaceTransformation
-from models.llama import model as llama
+from models.llama.attention import attention_implementation
+from models.llama.axes import dimension_numbers, logical_axes
 from models.llama.config import SIZES, LlamaConfig, count_params
+from models.llama.model import Llama, init_params
 from train.config.optimizers import learning_rate_schedule, make_optimizer, make_recipe
 from train.config.resolve import Pretrain, Resolved
 from train.config.weights import ADAPTERS, held_weights
@@ -27,7 +28,14 @@ from train.data.sequences import Batch
 from train.data.text import load_text
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.step import layerwise
-from train.step.mesh import abstract_batch, check_batch, make_mesh, param_shardings, replicated
+from train.step.mesh import (
+    abstract_batch,
+    batch_shards,
+    check_batch,
+    make_mesh,
+    param_shardings,
+    replicated,
+)
 from train.step.ordinary import (
     Forward,
     Params,
@@ -95,7 +103,7 @@ def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
 
 def abstract_params(config: Pretrain, model: LlamaConfig) -> tuple[nnx.GraphDef, Params]:
     """The model without its weights, and their shapes as a run holds them."""
-    abstract = nnx.eval_shape(lambda: llama.Llama(model, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Llama(model, rngs=nnx.Rngs(0)))
     graph, _ = nnx.split(abstract, nnx.Param)
     held = jax.eval_shape(partial(_init_params, config, model), jax.random.key(0))
     return graph, held
@@ -106,11 +114,11 @@ def _init_params(config: Pretrain, model: LlamaConfig, key: jax.Array) -> Params
     own, key = jax.random.split(key)
 
     def hold(part: Params, key: jax.Array) -> Params:
-        return held_weights(config, part, llama.dimension_numbers, key)
+        return held_weights(config, part, dimension_numbers, key)
 
     if config.adapter is None:  # in few bits from the beginning, a layer at a time
-        return llama.init_params(model, key, hold)
-    return hold(llama.init_params(model, key), own)
+        return init_params(model, key, hold)
+    return hold(init_params(model, key), own)
 
 
 def assemble(config: Resolved, log: Callable[[str], object]) -> Parts:
@@ -169,6 +177,8 @@ def make_programs(
         ValueError: names the flag, its value and what is accepted.
     """
     check_batch(config.batch_size, config.accumulate, mesh)
+    attention = attention_implementation(model, mesh.devices.flat[0], config.seq_len)
+    model = dataclasses.replace(model, attention=attention, batch_shards=batch_shards(mesh))
     graph, shapes = abstract_params(config, model)
     forward = make_forward(graph, config.sequences)
     schedule = learning_rate_schedule(config)
@@ -206,8 +216,7 @@ def make_programs(
     )
     log(
         f"model: {config.model}, {count_params(model):,} params, {config.dtype}, "
-        f"{tree_bytes(shapes) / 1e6:,.1f} MB; attention by "
-        f"{llama.attention_implementation(model, config.seq_len)}"
+        f"{tree_bytes(shapes) / 1e6:,.1f} MB; attention by {model.attention}"
     )
     if config.adapter is not None:
         trained = sum(x.size for x in jax.tree.leaves(split(shapes)[0]))

@@ -364,7 +364,7 @@ def test_an_adapter_of_a_quantized_weight_merges_into_its_code(bits):
 
 @pytest.mark.parametrize("keep", [-0.1, 1.0])
 def test_a_share_that_is_none_is_refused(keep):
-    with pytest.raises(ValueError, match=f"keep={keep}: a share"):
+    with pytest.raises(ValueError, match=f"keep={keep}: must be at least 0 and below 1"):
         restart(optax.sgd(0.1), {}, (), jax.random.key(0), keep=keep)
 
 
