@@ -2,8 +2,7 @@
 
 A model that multiplies its rows by `product` takes plain matrices, quantized ones and adapters
 alike. All of them may be stacked over layers: a `jax.lax.scan` over the stack gives one layer's
-node at a time. Matrices are (in, out), so the correction that LoRA (arXiv:2106.09685) writes as B A
-of (out, in) matrices is a @ b here, with a of shape (in, rank) and b of shape (rank, out).
+node at a time. Matrices are (in, out), so LoRA's B A (arXiv:2106.09685) is a @ b here.
 """
 
 import dataclasses
@@ -33,8 +32,8 @@ class Adapter:
     Attributes:
         base: The frozen weight, `(*layers, in, out)`, an array or a `QuantizedArray`. None in the
             trained part of the params, and where there is no frozen weight.
-        a: The factor at the input.
-        b: The factor at the output.
+        a: Factor at the input.
+        b: Factor at the output.
     """
 
     base: Any
@@ -60,7 +59,7 @@ class Adapter:
         """Returns trained fields that leave a weight unchanged, by name; arguments as `create`."""
         check_rank(weight, rank)
         *layers, rows, columns = weight.shape
-        # Uniform within ±1/√in, as PEFT draws it.
+        # As PEFT draws it.
         a = jax.random.uniform(key, (*layers, rows, rank), weight.dtype, -1, 1) / rows**0.5
         return {"a": a, "b": jnp.zeros((*layers, rank, columns), weight.dtype)}
 
@@ -107,9 +106,7 @@ def check_rank(weight: Array | QuantizedArray, rank: int) -> None:
         )
 
 
-def wide(
-    weight: Float[Array, "*layers n m"] | QuantizedArray,
-) -> Float[Array, "*layers n m"]:
+def wide(weight: Array | QuantizedArray) -> Float[Array, "*layers n m"]:
     """Returns a weight in float32 or wider, where a small correction is not rounded away."""
     dtype = jnp.promote_types(weight.dtype, jnp.float32)
     return weight.dequantize(dtype) if isinstance(weight, QuantizedArray) else weight.astype(dtype)
@@ -118,10 +115,9 @@ def wide(
 def product(rows: Float[Array, "N in"], weight: Any) -> Float[Array, "N out"]:
     """Returns `rows @ weight`, where the weight may be quantized or an adapter.
 
-    The backward pass computes the matrix of a quantized weight or an adapter again, so that no more
-    than one layer's matrix exists at a time. A step of LLaMA-60M with GradNormLoRP (rank 64, 8 x
-    256 tokens, products kept) needs 649 MiB this way and 745 MiB by plain differentiation, which
-    would also keep float copies of quantized weights.
+    The backward pass computes the matrix of a quantized weight or an adapter again, so that only
+    one layer's exists at a time. A step of LLaMA-60M with GradNormLoRP (rank 64, 8 x 256 tokens,
+    products kept) needs 649 MiB this way, and 745 MiB if autodiff keeps the matrices.
     """
     if is_adapter(weight) or hasattr(weight, "dequantize"):
         return _recomputed_product(rows, weight)
@@ -163,10 +159,9 @@ def adapt(
 
     Args:
         params: A model's params. Leaves with three axes, `(layers, in, out)`, can be adapted.
-        create: From a weight and a key to its adapter, such as
-            `functools.partial(LoRA.create, rank=8)`.
-        key: For the factors; paths are folded in.
-        pattern: Regular expression searched for in the path of each of these matrices, such as
+        create: Makes an adapter from a weight and a key: `partial(LoRA.create, rank=8)`.
+        key: Random key of all factors; paths are folded in.
+        pattern: Regular expression searched for in the paths of these matrices, such as
             "attention|mlp/up" in "layers/mlp/up". All of them by default.
 
     Raises:
@@ -192,31 +187,24 @@ def adapt(
 
 
 def split(params: PyTree, *, adapters_only: bool = False) -> tuple[PyTree, Frozen]:
-    """Splits params into the trained and the frozen part; `join` is the inverse.
+    """Splits params into a trained and a frozen part; `join` is the inverse.
 
-    Gradients and an optimizer's state are for the trained part alone: `jax.grad` of
-    `lambda trained: loss(join(trained, frozen))`.
-
-    Args:
-        params: Tree of arrays and adapters.
-        adapters_only: Freezes params that have no adapter; they are trained otherwise.
-
-    Returns:
-        The tree with None instead of each frozen leaf and each adapter's base, and these by path.
+    The trained part has None instead of each adapter's base, and with `adapters_only` instead of
+    each leaf that has no adapter. Gradients and an optimizer's state are for that part: `jax.grad`
+    of `lambda trained: loss(join(trained, frozen))`.
     """
+    frozen: Frozen = {}
 
-    def trained(x: Any) -> Any:
-        return dataclasses.replace(x, base=None) if is_adapter(x) else None if adapters_only else x
+    def trained(path: Any, x: Any) -> Any:
+        if not is_adapter(x) and not adapters_only:
+            return x
+        frozen[jax.tree_util.keystr(path)] = x.base if is_adapter(x) else x
+        return dataclasses.replace(x, base=None) if is_adapter(x) else None
 
     def is_leaf(x: Any) -> bool:
         return is_adapter(x) or is_quantized(x)
 
-    frozen = {
-        jax.tree_util.keystr(path): x.base if is_adapter(x) else x
-        for path, x in jax.tree.leaves_with_path(params, is_leaf=is_leaf)
-        if adapters_only or is_adapter(x)
-    }
-    return jax.tree.map(trained, params, is_leaf=is_leaf), frozen
+    return jax.tree.map_with_path(trained, params, is_leaf=is_leaf), frozen
 
 
 def join(trained: PyTree, frozen: Frozen) -> PyTree:
@@ -238,10 +226,8 @@ def factors(params: PyTree) -> PyTree:
     """Returns a tree like params that tells for each leaf whether it is an adapter's a or b."""
 
     def one(x: Any) -> Any:
-        def is_factor(path: Any, _: Any) -> bool:
-            return is_adapter(x) and path[0].name in ("a", "b")
-
-        return jax.tree.map_with_path(is_factor, x)
+        adapter = is_adapter(x)
+        return jax.tree.map_with_path(lambda path, _: adapter and path[0].name in ("a", "b"), x)
 
     return jax.tree.map(one, params, is_leaf=is_adapter)
 

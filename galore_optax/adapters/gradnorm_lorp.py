@@ -11,12 +11,11 @@ With ∇W the gradient of the loss with respect to W, and V̂ = V / ‖V‖,
 and the gradients of a and b go through GaLore, at a rank below the adapter's
 (`galore_optax.gradnorm_lorp_adamw`).
 
-The paper's abstract states that the weight matrix is normalised to better condition the gradient,
-that low-rank approximations are applied to the weight and to the gradient matrices, and that
-inference costs nothing more. The rest is a reconstruction: norms by columns, a trained magnitude,
-which gradients are projected and to what rank, and, for pre-training, merging and restarting the
-adapter as ReLoRA (arXiv:2307.05695) does. The published code differs from the paper and is not
-followed.
+The paper's abstract states that the weight matrix is normalised, that low-rank approximations are
+applied to the weight and to the gradient matrices, and that inference costs nothing more. The rest
+is a reconstruction: norms by columns, a trained magnitude, which gradients are projected and to
+what rank, and, for pre-training, restarts as in ReLoRA (arXiv:2307.05695). The published code
+differs from the paper and is not followed.
 """
 
 import dataclasses
@@ -53,8 +52,7 @@ class GradNormLoRP(Adapter):
     of 1e-6, at which its factors have the gradient of a plain weight.
 
     Attributes:
-        base: W₀; the factors are those of `Adapter`.
-        magnitude: m, the norm of each column of W.
+        magnitude: m, the norm of each column of W; the other fields are those of `Adapter`.
 
     References:
         Huang et al., `GradNormLoRP <https://arxiv.org/abs/2412.19616>`_, 2024; Salimans and Kingma,
@@ -62,7 +60,6 @@ class GradNormLoRP(Adapter):
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from galore_optax import gradnorm_lorp_adamw
         >>> from galore_optax.adapters.base import join, merge, product, split
         >>> from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
         >>> w = jax.random.normal(jax.random.key(0), (64, 32))
@@ -70,10 +67,7 @@ class GradNormLoRP(Adapter):
         >>> trained, frozen = split(params)
         >>> x = jnp.ones((5, 64))
         >>> loss = lambda trained: jnp.mean(product(x, join(trained, frozen)["w"]) ** 2)
-        >>> tx = gradnorm_lorp_adamw(0.01, rank=4)
-        >>> update = jax.jit(lambda t, state: tx.update(jax.grad(loss)(t), state, t))
-        >>> updates, state = update(trained, tx.init(trained))
-        >>> merge(params)["w"].shape, updates["w"].b.shape
+        >>> merge(params)["w"].shape, jax.grad(loss)(trained)["w"].b.shape
         ((64, 32), (8, 32))
     """
 

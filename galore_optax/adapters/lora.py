@@ -19,19 +19,14 @@ from galore_optax.keys import for_path
 from galore_optax.quantization.array import dequantized
 
 
-def _static(default: float) -> Any:
-    return dataclasses.field(default=default, metadata={"static": True})
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoRA(Adapter):
-    """W = W₀ + scale · a b (arXiv:2106.09685, section 4.1).
+    """W = W₀ + scale · a b (arXiv:2106.09685, section 4.1), an `Adapter` with three more fields.
 
     Attributes:
-        base: W₀; the factors are those of `Adapter`.
-        key: Dropout's random key, one for each layer of a stack. Without it nothing is dropped (see
-            `with_dropout_keys`).
+        key: Random key of the dropout, one for each layer of a stack; without it nothing is dropped
+            (see `with_dropout_keys`).
         scale: alpha / rank.
         dropout: The share of the factors' inputs that is dropped.
 
@@ -47,8 +42,8 @@ class LoRA(Adapter):
     """
 
     key: Key[Array, "*layers"] | None = None
-    scale: float = _static(1.0)
-    dropout: float = _static(0.0)
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     @classmethod
     def create(
@@ -60,17 +55,10 @@ class LoRA(Adapter):
         alpha: float | None = None,
         dropout: float = 0.0,
     ) -> Self:
-        """Returns an adapter of a weight, whose product is that of the weight itself.
+        """Returns an adapter of a weight, as `Adapter.create`, with the scale alpha / rank.
 
-        Args:
-            weight: As in `Adapter.create`, like `key` and `rank`.
-            key: As there.
-            rank: As there.
-            alpha: Numerator of the scale, alpha / rank; the rank by default.
-            dropout: The share of the factors' inputs that is dropped in training.
-
-        Raises:
-            ValueError: If the weight is not a matrix, or a number is out of its range.
+        `alpha` is the rank by default; `dropout` is the share of the factors' inputs that is
+        dropped in training. ValueError if one of them is out of its range.
         """
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: must be at least 0 and below 1, such as 0.1")
@@ -132,11 +120,9 @@ class DoRA(LoRA):
 
 
 def with_dropout_keys(params: PyTree, key: PRNGKeyArray) -> PyTree:
-    """Returns params whose LoRA adapters drop inputs; call it in training steps only.
+    """Returns params whose LoRA adapters drop inputs, for one training step.
 
-    Args:
-        params: Trained and frozen params in one tree.
-        key: Random key of the step; each path and layer gets its own.
+    Each path and layer gets its own key from that of the step.
     """
 
     def one(path: Any, x: Any) -> Any:

@@ -50,11 +50,10 @@ def _leading_directions(
     """Returns orthonormal columns that keep most of each matrix's energy."""
     start = jnp.eye(w.shape[-2], rank, dtype=w.dtype)
 
-    def of_one(matrix_and_key: tuple[Array, Array]) -> Array:
-        matrix, key = matrix_and_key
-        return subspace.refreshed(subspace.randomized, matrix, start, key)[0]
+    def find(args: tuple[Array, Array]) -> Array:
+        return subspace.refreshed(subspace.randomized, args[0], start, args[1])[0]
 
     # One matrix at a time, as factorizations of a batch can deadlock on a CPU.
     matrices = w.reshape(-1, *w.shape[-2:])
-    found = jax.lax.map(of_one, (matrices, jax.random.split(key, len(matrices))))
+    found = jax.lax.map(find, (matrices, jax.random.split(key, len(matrices))))
     return found.reshape(*w.shape[:-1], rank)

@@ -28,17 +28,15 @@ def restart(
 ) -> tuple[PyTree, optax.OptState]:
     """Merges every adapter, draws new factors, and resets the factors' moments.
 
-    The model's outputs stay as they are. Of the factors' moments only the largest entries stay;
-    other moments, the magnitudes' too, and the count of steps are unchanged. GaLore keeps its bases
-    until the new factors have gradients, and then refreshes them all.
+    The model's outputs and the other moments (the magnitudes' too) stay as they are. GaLore keeps
+    its bases until the new factors have gradients, and then refreshes them all.
 
     Args:
         tx: The optimizer of the trained params (`galore_optax.adapters.base.split`).
         params: Trained and frozen params in one tree.
         state: The optimizer's state.
         key: Draws the new factors.
-        keep: The share of each moment's entries, those of largest magnitude, that is kept. ReLoRA
-            keeps 0.01.
+        keep: Share of each moment's entries, the largest, that is kept; ReLoRA keeps 0.01.
 
     Raises:
         ValueError: If `keep` is out of its range.
@@ -64,13 +62,9 @@ def restart(
 
 
 def restart_params(params: PyTree, key: PRNGKeyArray) -> PyTree:
-    """Merges every adapter and draws new factors.
+    """Merges every adapter and draws new factors; the key also rounds quantized weights.
 
     Outputs stay equal, to the rounding of the weights' dtype or code.
-
-    Args:
-        params: Tree of arrays and adapters.
-        key: Draws the new factors, and the rounding of quantized weights; paths are folded in.
     """
 
     def one(path: Any, x: Any) -> Any:

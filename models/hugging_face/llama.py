@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import DTypeLike, Shaped
 from safetensors.numpy import save_file
 
@@ -48,16 +49,10 @@ MODULES = {name.removesuffix(".weight"): path for name, path in _NAMES.items() i
 
 
 class _Place(NamedTuple):
-    """Where one of their tensors lies in our params.
-
-    Attributes:
-        path: Path of the weight.
-        layer: Index along the weight's first axis, whose tensors are transposed; ... without one.
-        shape: The tensor's shape there.
-    """
+    """Where one of their tensors lies in our params, and its shape there."""
 
     path: tuple[str, ...]
-    layer: int | EllipsisType
+    layer: int | EllipsisType  # a layer's tensor is transposed; all others have ...
     shape: tuple[int, ...]
 
 
@@ -77,24 +72,19 @@ def load_llama(
         weight that starts as a copy, and is trained, counted and saved as such.
 
     Raises:
-        ValueError: If there is no checkpoint, if it is of another architecture or quantized, if
-            its JSON is not as expected, or if tensors are missing, unexpected or of another shape
-            than config.json says.
+        ValueError: If there is no checkpoint, if it is damaged, quantized or of another
+            architecture, or if the tensors do not match config.json.
     """
     directory = Path(directory)
     theirs = read_json(directory / "config.json")
     config = from_theirs(theirs, {"dtype": dtype, "param_dtype": dtype, **overrides})
     files, places = _tensor_files(directory), _places(config)
     tied = bool(theirs.get("tie_word_embeddings", False))
-    # Old checkpoints have the rotary frequencies, which follow from the configuration; a tied head
-    # may be written twice.
-    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    if tied:
-        files[_HEAD] = files.get(_EMBEDDING, directory)
-    for what, names in {
-        "missing": set(places) - set(files),
-        "unexpected": set(files) - set(places) - ignored,
-    }.items():
+    # Old checkpoints have the rotary frequencies, which follow from the configuration. A tied head
+    # may be absent, or a copy.
+    present = {name for name in files if not name.endswith("rotary_emb.inv_freq")}
+    present |= {_HEAD} if tied else set()
+    for what, names in (("missing", {*places} - present), ("unexpected", present - {*places})):
         if names:
             raise ValueError(
                 f"{len(names)} tensors are {what}: {', '.join(sorted(names)[:3])}"
@@ -102,25 +92,25 @@ def load_llama(
             )
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:
-        with open_tensors(files[name]) as file:
-            tensor = file.get_tensor(_EMBEDDING if tied and name == _HEAD else name)
+        source = _EMBEDDING if tied and name == _HEAD else name
+        with open_tensors(files[source]) as file:
+            tensor = file.get_tensor(source)
         if tensor.shape != places[name].shape:
             raise ValueError(
                 f"{name} has shape {tensor.shape}, but config.json says {places[name].shape}"
             )
         return tensor
 
-    params = weight_table(config)
+    params: dict[Any, Any] = flatten_dict(weight_table(config))
     # One stack at a time, so that the host never has a second copy of the model.
     for path, names in groupby(places, lambda name: places[name].path):
-        parent = at(params, path[:-1])
-        stack = np.empty(parent[path[-1]].shape, config.param_dtype)
+        stack = np.empty(params[path].shape, config.param_dtype)
         for name in names:
             layer = places[name].layer
             stack[layer] = read(name) if layer is ... else read(name).T
-        parent[path[-1]] = jnp.asarray(stack)
+        params[path] = jnp.asarray(stack)
     graph, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return nnx.merge(graph, params)
+    return nnx.merge(graph, unflatten_dict(params))
 
 
 def save_llama(
@@ -133,8 +123,8 @@ def save_llama(
     Args:
         model: The model.
         directory: Created if needed; must not have a model in it.
-        max_shard_bytes: Most bytes of weights in one file; beyond it, several files and an index. A
-            single larger tensor gets a file of its own.
+        max_shard_bytes: Most bytes of weights in one file, unless one tensor has more. A larger
+            model is written as several files and an index.
 
     Raises:
         ValueError: If the directory has a model in it, or `max_shard_bytes` is below 1.
@@ -151,11 +141,11 @@ def save_llama(
     places, itemsize = _places(model.config), jnp.dtype(model.config.param_dtype).itemsize
     sizes = {name: math.prod(place.shape) * itemsize for name, place in places.items()}
     shards = _shards(sizes, max_shard_bytes)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    params: dict[Any, Any] = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
     def array(name: str) -> Shaped[np.ndarray, "..."]:
         path, layer, _ = places[name]
-        ours = np.asarray(at(params, path)[layer])
+        ours = np.asarray(params[path][layer])
         return np.ascontiguousarray(ours if layer is ... else ours.T)
 
     with tempfile.TemporaryDirectory(prefix="partial-", dir=directory) as partial:
@@ -173,23 +163,14 @@ def save_llama(
             path.rename(directory / path.name)
 
 
-def at(tree: Any, path: tuple[str, ...]) -> Any:
-    """Returns what a nested dict has at a path."""
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
 def _tensor_files(directory: Path) -> dict[str, Path]:
     """Returns the file of each tensor, by the tensor's name."""
     paths = [directory / "model.safetensors"]
     if (index := directory / _INDEX).exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) for name in weight_map.values()
-        ):
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
             raise ValueError(f"{index} has no weight_map that names the file of each tensor")
-        paths = sorted({directory / name for name in weight_map.values()})
+        paths = sorted({directory / name for name in names.values()})
     files = {}
     for path in paths:
         with open_tensors(path) as file:
@@ -200,8 +181,9 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
 def _places(config: LlamaConfig) -> dict[str, _Place]:
     """Returns the place of every tensor of a checkpoint, by the tensor's name."""
     places = {}
+    weights: dict[Any, Any] = flatten_dict(weight_table(config))
     for name, path in _NAMES.items():
-        shape = at(weight_table(config), path).shape
+        shape = weights[path].shape
         if "{}" in name:
             theirs = shape[:0:-1]
             places |= {name.format(i): _Place(path, i, theirs) for i in range(shape[0])}

@@ -20,11 +20,7 @@ _SIZES = {
 
 
 def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaConfig:
-    """Returns the configuration that a config.json describes.
-
-    Args:
-        theirs: Content of config.json.
-        overrides: Fields of `LlamaConfig` to set instead.
+    """Returns the configuration in a config.json, with other values of some fields.
 
     Raises:
         ValueError: If that LLaMA differs from ours, or a value is missing or of the wrong type.
@@ -50,19 +46,16 @@ def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaConfi
                 "checkpoint, or load another"
             )
 
-    optional = {
-        "num_key_value_heads": theirs.get("num_attention_heads"),
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-    }
-    sizes = optional | {name: theirs[name] for name in _SIZES if theirs.get(name) is not None}
+    sizes: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    sizes["num_key_value_heads"] = theirs.get("num_attention_heads")
+    sizes |= {name: theirs[name] for name in _SIZES if theirs.get(name) is not None}
     sizes["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10_000.0))
     for name in (*_SIZES, "rope_theta"):
         value, real = sizes.get(name), name in ("rms_norm_eps", "rope_theta")
         if type(value) is not int and not (real and type(value) is float):
             needed = "a number" if real else "an integer"
             raise ValueError(f"config.json: {name}={value!r}: must be {needed}")
-    fields = {ours: sizes[name] for name, ours in _SIZES.items()}
+    fields: dict[str, Any] = {ours: sizes[name] for name, ours in _SIZES.items()}
     fields["rope_theta"] = float(sizes["rope_theta"])
     if unknown := sorted(set(overrides) - set(LlamaConfig.__dataclass_fields__)):
         raise ValueError(

@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree
 from safetensors.numpy import save_file
 
@@ -19,7 +19,7 @@ from galore_optax.adapters.base import Adapter, is_adapter
 from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
 from galore_optax.adapters.lora import DoRA, LoRA
 from models.hugging_face.files import open_tensors, read_json, write_json
-from models.hugging_face.llama import MODULES, at
+from models.hugging_face.llama import MODULES
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -31,32 +31,22 @@ _TENSORS = {
 }
 
 # Settings that could change the meaning of the weights, with the values that do not.
+_OFF = (None, False, [], {})
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
     "bias": ("none", None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": ([], None),
-    "layer_replication": ([], None),
-    "trainable_token_indices": (None,),
-    "target_parameters": ([], None),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "alora_invocation_tokens": (None,),
+    **dict.fromkeys(("lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora"), _OFF),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save"), _OFF),
+    **dict.fromkeys(("layer_replication", "target_parameters"), _OFF),
+    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens"), (None,)),
 }
 
 
 def load_adapters(params: PyTree, directory: str | os.PathLike[str]) -> PyTree:
     """Returns a LLaMA's params with the LoRA or DoRA adapters of a PEFT checkpoint.
 
-    Args:
-        params: The params of the base model, as `nnx.to_pure_dict` returns them; matrices may be
-            quantized.
-        directory: Has adapter_config.json and adapter_model.safetensors.
-
-    Returns:
-        The params with adapters instead of the adapted matrices, in these matrices' dtypes.
+    The params are a nested dict, as `nnx.to_pure_dict` returns it; matrices may be quantized. Each
+    adapter has the dtype of its matrix.
 
     Raises:
         ValueError: If there is no such checkpoint, if it is of another kind, or its tensors do not
@@ -70,10 +60,9 @@ def load_adapters(params: PyTree, directory: str | os.PathLike[str]) -> PyTree:
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
     dropout = float(config.get("lora_dropout") or 0.0)
     expected = {"a", "b", "magnitude"} if kind is DoRA else {"a", "b"}
-    adapted = jax.tree.map(lambda x: x, params)
+    adapted: dict[Any, Any] = flatten_dict(params)
     for module, path in MODULES.items():
-        parent = at(adapted, path[:-1])
-        base = parent[path[-1]]
+        base = adapted[path]
         fields = _take_fields(tensors, module, base.shape, rank)
         if not fields:
             continue
@@ -83,13 +72,13 @@ def load_adapters(params: PyTree, directory: str | os.PathLike[str]) -> PyTree:
                 f"{', '.join(sorted(expected))}"
             )
         arrays = {name: jnp.asarray(array, base.dtype) for name, array in fields.items()}
-        parent[path[-1]] = kind(base, **arrays, scale=scale, dropout=dropout)
+        adapted[path] = kind(base, **arrays, scale=scale, dropout=dropout)
     if tensors:
         raise ValueError(
             f"{directory / _WEIGHTS} has {len(tensors)} tensors that belong to no matrix of this "
             f"model, such as {min(tensors)}"
         )
-    return adapted
+    return unflatten_dict(adapted)
 
 
 def save_adapters(
@@ -103,8 +92,7 @@ def save_adapters(
         base_model: Where the base model is, for readers of the file.
 
     Raises:
-        ValueError: If there are no adapters, they cannot be written in this format, or the
-            directory has some.
+        ValueError: If the directory has adapters, or these cannot be written in this format.
     """
     directory = Path(directory)
     if present := [name for name in (_CONFIG, _WEIGHTS) if (directory / name).exists()]:
@@ -144,7 +132,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name in ("r", "lora_alpha"):
         if not isinstance(config.get(name), int | float):
             raise ValueError(f"{_CONFIG}: {name} is missing; it must be a number")
-    for name, accepted in {"peft_type": ("LORA",), **_ACCEPTED}.items():
+    for name, accepted in _ACCEPTED.items():
         found = config.get(name, None if name == "peft_type" else accepted[0])
         if found not in accepted:
             raise ValueError(f"{_CONFIG}: {name}={found!r} is not supported, only {accepted[0]!r}")
@@ -181,18 +169,17 @@ def _take_fields(
 
 def _adapters(params: PyTree) -> dict[str, Adapter]:
     """Returns the adapters of params by their modules' names there, with {} for the layer."""
-    leaves = jax.tree.leaves_with_path(params, is_leaf=is_adapter)
-    by_path = {tuple(entry.key for entry in path): x for path, x in leaves if is_adapter(x)}
+    flat: dict[Any, Any] = flatten_dict(params)
+    by_path = {path: x for path, x in flat.items() if is_adapter(x)}
     kinds = {(type(x), x.a.shape[-1], getattr(x, "scale", 1.0)) for x in by_path.values()}
     if len(kinds) != 1:
         raise ValueError(
             f"params have adapters of {len(kinds)} kinds, ranks or scales; PEFT's format is for one"
         )
-    adapters = {module: by_path.pop(path) for module, path in MODULES.items() if path in by_path}
-    other = [x for x in adapters.values() if not isinstance(x, LoRA | GradNormLoRP)]
-    if by_path or other:
-        what = "/".join(next(iter(by_path))) if by_path else type(other[0]).__name__
-        raise ValueError(
-            f"{what} has no place in PEFT's format; merge the adapters and save the model instead"
-        )
-    return adapters
+    for path, x in by_path.items():
+        if path not in MODULES.values() or not isinstance(x, LoRA | GradNormLoRP):
+            raise ValueError(
+                f"{type(x).__name__} at {'/'.join(path)} has no place in PEFT's format; merge the "
+                "adapters and save the model instead"
+            )
+    return {module: by_path[path] for module, path in MODULES.items() if path in by_path}

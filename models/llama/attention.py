@@ -30,11 +30,7 @@ def sequences_of(
     positions: Int[Array, "*A B L"],
     segment_ids: Int[Array, "*A B L"] | None = None,
 ) -> Sequences:
-    """Returns `Sequences` from positions and, where a row has several documents, their numbers.
-
-    Raises:
-        ValueError: If L is above `config.max_length`.
-    """
+    """Returns `Sequences` from positions and, where a row has several documents, their numbers."""
     config.check_length(positions.shape[-1])
     mask = None
     if segment_ids is not None:
@@ -70,31 +66,26 @@ def causal_attention(
 ) -> Float[Array, "B L N K"]:
     """Returns causal attention over whole sequences; XLA takes a few rows of a batch at a time."""
 
-    def attend(arrays: tuple[Array, ...]) -> Float[Array, "b L N K"]:
-        query, key, value, *mask = arrays
+    def attend(arrays: tuple[Array, Array, Array, Array | None]) -> Float[Array, "b L N K"]:
+        query, key, value, mask = arrays
         return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=mask[0] if mask else None,
-            is_causal=True,
-            implementation=config.attention,
+            query, key, value, mask=mask, is_causal=True, implementation=config.attention
         )
 
-    arrays = (query, key, value) if mask is None else (query, key, value, mask)
+    arrays = query, key, value, mask
     batch, length, heads, _ = query.shape
-    parts = 1
-    while (
-        config.attention == "xla"
-        and 4 * batch * heads * length**2 // parts > _ATTENTION_BYTES
-        and batch % (2 * parts * config.batch_shards) == 0
-    ):
+    weight_bytes = 4 * batch * heads * length**2 if config.attention == "xla" else 0
+    shards, parts = config.batch_shards, 1
+    while weight_bytes // parts > _ATTENTION_BYTES and batch % (2 * parts * shards) == 0:
         parts *= 2
     if parts == 1:
         return attend(arrays)
-    # Part i has the rows i, i + parts, ...: some rows of each device.
-    cut = [jnp.moveaxis(x.reshape(batch // parts, parts, *x.shape[1:]), 1, 0) for x in arrays]
-    attended = jax.lax.map(jax.checkpoint(attend), tuple(cut))
+
+    def cut(x: Array) -> Array:
+        # Part i has the rows i, i + parts, ...: some rows of each device.
+        return jnp.moveaxis(x.reshape(batch // parts, parts, *x.shape[1:]), 1, 0)
+
+    attended = jax.lax.map(jax.checkpoint(attend), jax.tree.map(cut, arrays))
     return jnp.moveaxis(attended, 0, 1).reshape(query.shape)
 
 

@@ -148,9 +148,8 @@ def count_params(config: LlamaConfig) -> int:
 def flops_per_token(config: LlamaConfig, length: int) -> float:
     """Returns the operations to train on one token, forward and backward, nothing recomputed.
 
-    Six for each weight of a matrix product (the embedding is looked up, not multiplied), and twelve
-    for each component of the queries and each of `length` keys (PaLM, arXiv:2204.02311, appendix B,
-    which counts attention as if it were not causal).
+    Six for each weight of a matrix product, and twelve for each component of the queries and each
+    of `length` keys (PaLM, arXiv:2204.02311, appendix B, which counts attention as not causal).
     """
     looked_up = config.vocab_size * config.width
     norms = (2 * config.layers + 1) * config.width

@@ -67,12 +67,8 @@ def apply_layer(
 ) -> Float[Array, "B L D"]:
     """Adds attention and then the MLP, each of the normalised stream, to the residual stream.
 
-    Args:
-        config: Sizes and numerics.
-        params: One layer's slice of the params under "layers".
-        hidden: The residual stream.
-        rotary: `rotary_angles` of the tokens' positions.
-        attend: Attention of rotated queries, rotated keys, and values.
+    `params` is one layer's slice of the params under "layers"; `attend` gets rotated queries and
+    keys, and values.
     """
     batch, length, _ = hidden.shape
 

@@ -34,27 +34,19 @@ class KVCache(NamedTuple):
 class Llama(nnx.Module):
     """A LLaMA language model.
 
-    Args:
-        config: Sizes and numerics.
-        rngs: `rngs.params` draws the matrices from normal(0, 0.02), as Hugging Face's LLaMA does;
-            the norms' weights start at one.
+    `rngs.params` draws the matrices from normal(0, 0.02), as in Hugging Face's LLaMA; the norms'
+    weights start at one.
     """
 
     embedding: nnx.Param
-    layers: nnx.Dict
+    layers: Params
     norm: nnx.Param
     head: nnx.Param
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
-
-        def parameters(weights: Any) -> Any:
-            if isinstance(weights, dict):
-                return nnx.Dict({name: parameters(inner) for name, inner in weights.items()})
-            return nnx.Param(weights)
-
         for name, weights in init_params(config, rngs.params()).items():
-            setattr(self, name, parameters(weights))
+            setattr(self, name, nnx.data(jax.tree.map(nnx.Param, weights)))
 
     def __call__(
         self,
@@ -105,15 +97,7 @@ class Llama(nnx.Module):
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def init_cache(self, batch_size: int, length: int) -> KVCache:
-        """Returns an empty cache for `decode`.
-
-        Args:
-            batch_size: B, rows decoded at once.
-            length: S, tokens that the cache can store.
-
-        Raises:
-            ValueError: If `length` is above `config.max_length`.
-        """
+        """Returns an empty cache for `decode` with room for B rows of S tokens."""
         config = self.config
         config.check_length(length)
         shape = (config.layers, batch_size, length, config.kv_heads, config.head_width)
@@ -125,9 +109,8 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B L V"], KVCache]:
         """Returns the logits of the next L tokens of each row, and the cache with them added.
 
-        L is the whole prompt at first (prefill), then usually 1. Attention is always XLA's here:
-        cuDNN's flash attention is made for long queries. The caller keeps `cache.length + L` within
-        the cache.
+        L is the whole prompt at first (prefill), then usually 1; `cache.length + L` must not exceed
+        S. Attention is always XLA's here: cuDNN's flash attention is made for long queries.
         """
         config = self.config
         new = jnp.arange(token_ids.shape[1]) + cache.length
@@ -163,13 +146,10 @@ def init_params(
     key: PRNGKeyArray,
     store: Callable[[Params, PRNGKeyArray], Params] = lambda part, _: part,
 ) -> Params:
-    """Draws random weights, a layer at a time: temporaries have the size of one layer.
+    """Draws random weights, a layer at a time, so that temporaries have the size of one layer.
 
-    Args:
-        config: Sizes and numerics.
-        key: Random key of all weights.
-        store: From one layer's params under "layers", or from all other params, and a key to how
-            they are stored, such as quantized.
+    `store` gets one layer's params under "layers", or all other params, and a key, and returns them
+    as they are to be stored, such as quantized.
     """
 
     def draw(weight: Weight, shape: tuple[int, ...], key: PRNGKeyArray) -> Float[Array, "..."]:
