@@ -59,7 +59,7 @@ class Adapter:
         """Returns trained fields that leave a weight unchanged, by name; arguments as `create`."""
         check_rank(weight, rank)
         *layers, rows, columns = weight.shape
-        # As PEFT draws it.
+        # Uniform within ±1/√in, as in PEFT.
         a = jax.random.uniform(key, (*layers, rows, rank), weight.dtype, -1, 1) / rows**0.5
         return {"a": a, "b": jnp.zeros((*layers, rank, columns), weight.dtype)}
 
