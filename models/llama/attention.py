@@ -3,12 +3,14 @@
 Letters: B batch, L length, N query heads, G key and value heads, K a head's width.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from galore_optax import rows
 from models.llama.config import AttentionImplementation, LlamaConfig
 
 Rotary = tuple[Float[Array, "*A B L 1 K/2"], Float[Array, "*A B L 1 K/2"]]
@@ -75,9 +77,7 @@ def causal_attention(
     arrays = query, key, value, mask
     batch, length, heads, _ = query.shape
     weight_bytes = 4 * batch * heads * length**2 if config.attention == "xla" else 0
-    shards, parts = config.batch_shards, 1
-    while weight_bytes // parts > _ATTENTION_BYTES and batch % (2 * parts * shards) == 0:
-        parts *= 2
+    parts = rows.parts(batch, math.ceil(weight_bytes / _ATTENTION_BYTES), config.batch_shards)
     if parts == 1:
         return attend(arrays)
 
