@@ -18,8 +18,8 @@ import numpy as np
 import optax
 
 from galore_optax import adamw8bit, galore_adamw, galore_adamw8bit
+from models.llama.axes import dimension_numbers
 from models.llama.config import SIZES, Weight, weight_table
-from models.llama.model import dimension_numbers
 from train.config.resolve import DEFAULTS
 
 

@@ -17,8 +17,8 @@ import optax
 
 from galore_optax import galore_adafactor, galore_adamw
 from galore_optax.memory import state_bytes, tree_bytes
+from models.llama.axes import dimension_numbers
 from models.llama.config import SIZES, Weight, weight_table
-from models.llama.model import dimension_numbers
 from train.config.resolve import DEFAULTS
 
 matplotlib.use("Agg")

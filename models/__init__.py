@@ -1,1 +1,1 @@
-"""Flax models."""
+"""Flax models and their weights' file formats. Imports `galore_optax`, nothing of `train`."""

@@ -1,7 +1,7 @@
 """GradNormLoRP (arXiv:2412.19616): weight-normalised low-rank training of a weight.
 
     V = W₀ + a b        W₀ frozen, a (in, rank) and b (rank, out) trained
-    W = m ⊙ V / ‖V‖     the norm of each output's column; m, one magnitude for each, trained
+    W = m ⊙ V / ‖V‖     ‖V‖ of each output's column; m, one magnitude for each column, trained
 
 With ∇W the gradient of the loss with respect to W, and V̂ = V / ‖V‖,
 
@@ -11,65 +11,48 @@ With ∇W the gradient of the loss with respect to W, and V̂ = V / ‖V‖,
 and the gradients of a and b go through GaLore, at a rank below the adapter's
 (`galore_optax.gradnorm_lorp_adamw`).
 
-What the paper's abstract states: the weight matrix is normalised to better condition the gradient,
-low-rank approximations are applied to the weight and to the gradient matrices, and inference costs
-nothing more. All else here is a reconstruction: the norm by columns, a trained magnitude, which
-gradients are projected and to what rank, and, for pre-training, merging and restarting the adapter
-as ReLoRA (arXiv:2307.05695) does. The published code, which does not do what the paper says, is not
-followed.
+The paper's abstract states that the weight matrix is normalised, that low-rank approximations are
+applied to the weight and to the gradient matrices, and that inference costs nothing more. The rest
+is a reconstruction: norms by columns, a trained magnitude, which gradients are projected and to
+what rank, and, for pre-training, restarts as in ReLoRA (arXiv:2307.05695). The published code
+differs from the paper and is not followed.
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from galore_optax.adapters.base import Adapter, new_factors, stored, wide
+from galore_optax.adapters.base import Adapter, wide
 
-# Far below the norm of any column that matters, and its square far above float32's least number.
+# Far below the norm of any column that matters; its square is far above float32's least number.
 _LEAST_NORM = 1e-6
 
 
 def column_norms(v: Float[Array, "*layers in out"]) -> Float[Array, "*layers out"]:
-    """‖V‖ of each column, √(Σv² + 1e-12): bounded below, and differentiable at zero columns."""
+    """Returns ‖V‖ of each column as √(Σv² + 1e-12), which is differentiable at zero columns."""
     return jnp.sqrt(jnp.sum(v * v, axis=-2) + _LEAST_NORM**2)
 
 
 def weight_norm(
     magnitude: Float[Array, "*layers out"], v: Float[Array, "*layers in out"]
 ) -> Float[Array, "*layers in out"]:
-    """W = m ⊙ V / ‖V‖.
-
-    Args:
-        magnitude: m, one for each output.
-        v: V.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from galore_optax.adapters.gradnorm_lorp import weight_norm
-        >>> v = jnp.array([[3.0, 0.0], [4.0, 0.0]])
-        >>> print(weight_norm(jnp.array([10.0, 1.0]), v))
-        [[6. 0.]
-         [8. 0.]]
-    """
+    """Returns m ⊙ V / ‖V‖, with one magnitude for each column."""
     return (magnitude / column_norms(v))[..., None, :] * v
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GradNormLoRP(Adapter):
-    """A frozen weight, and the factors and magnitudes that are trained in its place.
+    """A frozen weight, and the factors and magnitudes that are trained instead.
 
-    Computed in float32 at least, whatever the dtype of the weight. A zero column starts with a
-    magnitude of 1e-6, at which its factors have the gradient of a plain weight.
+    Computed in float32 or wider for any dtype of the weight. A zero column starts with a magnitude
+    of 1e-6, at which its factors have the gradient of a plain weight.
 
     Attributes:
-        base: W₀, `(*layers, in, out)`, an array or a `QuantizedArray`.
-        a: The factor at the input.
-        b: The factor at the output.
-        magnitude: m, the norm of each column of W.
+        magnitude: m, the norm of each column of W; the other fields are those of `Adapter`.
 
     References:
         Huang et al., `GradNormLoRP <https://arxiv.org/abs/2412.19616>`_, 2024; Salimans and Kingma,
@@ -77,7 +60,6 @@ class GradNormLoRP(Adapter):
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from galore_optax import gradnorm_lorp_adamw
         >>> from galore_optax.adapters.base import join, merge, product, split
         >>> from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
         >>> w = jax.random.normal(jax.random.key(0), (64, 32))
@@ -85,37 +67,19 @@ class GradNormLoRP(Adapter):
         >>> trained, frozen = split(params)
         >>> x = jnp.ones((5, 64))
         >>> loss = lambda trained: jnp.mean(product(x, join(trained, frozen)["w"]) ** 2)
-        >>> tx = gradnorm_lorp_adamw(0.01, rank=4)
-        >>> update = jax.jit(lambda t, state: tx.update(jax.grad(loss)(t), state, t))
-        >>> updates, state = update(trained, tx.init(trained))
-        >>> merge(params)["w"].shape, updates["w"].b.shape
+        >>> merge(params)["w"].shape, jax.grad(loss)(trained)["w"].b.shape
         ((64, 32), (8, 32))
     """
 
     magnitude: Float[Array, "*layers out"]
 
     @classmethod
-    def create(cls, weight: Any, key: PRNGKeyArray, rank: int) -> Self:
-        """An adapter of a weight that does not change it yet.
-
-        Args:
-            weight: `(*layers, in, out)`, an array or a `QuantizedArray`.
-            key: Of the factor at the input; that at the output is zero.
-            rank: Of the factors.
-
-        Raises:
-            ValueError: If the weight is no matrix, or the rank does not fit it.
-        """
-        a, b = new_factors(weight, key, rank)
-        magnitude = column_norms(wide(weight)).astype(b.dtype)
-        return cls(weight, a, b, magnitude)
+    def new_parts(cls, weight: Any, key: PRNGKeyArray, rank: int) -> dict[str, Array]:
+        """Returns new factors and the norms of the weight's columns."""
+        parts = super().new_parts(weight, key, rank)
+        return parts | {"magnitude": column_norms(wide(weight)).astype(parts["b"].dtype)}
 
     def matrix(self) -> Float[Array, "*layers in out"]:
-        """W = m ⊙ V / ‖V‖, in the dtype of the base."""
+        """Returns m ⊙ V / ‖V‖, in the dtype of the base."""
         v = wide(self.base) + wide(self.a) @ wide(self.b)
         return weight_norm(wide(self.magnitude), v).astype(self.base.dtype)
-
-    def restarted(self, key: PRNGKeyArray) -> Self:
-        """W in the place of W₀, with an adapter that does not change it yet."""
-        new, old = jax.random.split(key)
-        return self.create(stored(self.merged(), self.base, old), new, self.a.shape[-1])

@@ -1,8 +1,8 @@
-"""Merging adapters and beginning anew, again and again: a sum of low-rank updates is of high rank.
+"""Restarts of adapters: a sum of low-rank updates of a weight has a high rank.
 
-ReLoRA (arXiv:2307.05695, section 3): every some thousand steps the adapter is merged into its
-weight, its factors are made anew, and most of their moments are dropped, which belong to the old
-factors. The learning rate then rises from near zero again, which is the schedule's affair.
+ReLoRA (arXiv:2307.05695, section 3) merges each adapter into its weight every few thousand steps,
+draws new factors, and drops most of the factors' moments, which belong to the old ones. The
+learning rate then rises from near zero again, which is left to the schedule.
 """
 
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from galore_optax.adapters import base as adapter
-from galore_optax.quantization.array import dequantized, is_quantized, stored_like
+from galore_optax.adapters.base import factors, is_adapter, split
 from galore_optax.stages import GaLoreState
+from galore_optax.keys import for_path
+from galore_optax.quantization.array import dequantized, is_quantized, stored_like
 
 
 def restart(
@@ -25,22 +26,20 @@ def restart(
     *,
     keep: float = 0.0,
 ) -> tuple[PyTree, optax.OptState]:
-    """Params with every adapter merged and begun anew, and the optimizer's state for them.
+    """Merges every adapter, draws new factors, and resets the factors' moments.
 
-    The model's outputs stay as they are. Of the factors' moments only the largest stay; those of
-    everything else, magnitudes too, and the count of steps are left alone. GaLore keeps its bases
-    until the new factors have gradients, and then refreshes them all.
+    The model's outputs and the other moments (the magnitudes' too) stay as they are. GaLore keeps
+    its bases until the new factors have gradients, and then refreshes them all.
 
     Args:
-        tx: The optimizer, of the trained params (`galore_optax.adapters.base.split`).
+        tx: The optimizer of the trained params (`galore_optax.adapters.base.split`).
         params: Trained and frozen params in one tree.
         state: The optimizer's state.
-        key: Of the new factors.
-        keep: The share of each moment's entries, those of largest magnitude, that is kept. ReLoRA
-            keeps 0.01.
+        key: Draws the new factors.
+        keep: Share of each moment's entries, the largest, that is kept; ReLoRA keeps 0.01.
 
     Raises:
-        ValueError: If `keep` is no share.
+        ValueError: If `keep` is out of its range.
 
     References:
         Lialin et al., `ReLoRA <https://arxiv.org/abs/2307.05695>`_, 2023, section 3.
@@ -57,46 +56,57 @@ def restart(
         >>> params, state = restart(tx, params, state, jax.random.key(2))
     """
     if not 0 <= keep < 1:
-        raise ValueError(f"keep={keep}: a share of the moments, from 0 to below 1, is needed")
-    trained, _ = adapter.split(params)
-    return adapter.restart(params, key), _pruned(tx, state, trained, keep)
+        raise ValueError(f"keep={keep}: must be at least 0 and below 1, such as ReLoRA's 0.01")
+    pruned = _prune(tx, state, split(params)[0], keep)
+    return restart_params(params, key), pruned
 
 
-def _pruned(
+def restart_params(params: PyTree, key: PRNGKeyArray) -> PyTree:
+    """Merges every adapter and draws new factors; the key also rounds quantized weights.
+
+    Outputs stay equal, to the rounding of the weights' dtype or code.
+    """
+
+    def one(path: Any, x: Any) -> Any:
+        return x.restarted(for_path(key, path)) if is_adapter(x) else x
+
+    return jax.tree.map_with_path(one, params, is_leaf=is_adapter)
+
+
+def _prune(
     tx: optax.GradientTransformation, state: optax.OptState, trained: PyTree, keep: float
 ) -> optax.OptState:
-    factors = {path for path, yes in jax.tree.leaves_with_path(adapter.factors(trained)) if yes}
+    """Returns the state without the factors' moments, and with every basis due for a refresh."""
+    chosen = {path for path, yes in jax.tree.leaves_with_path(factors(trained)) if yes}
 
-    def belongs(like_params: Any) -> Any:
+    def of_factors(like_params: Any) -> Any:
         # By the path's beginning: in GaLore's inner state each matrix of a stack is its own leaf.
         return jax.tree.map_with_path(
-            lambda path, _: any(path[:n] in factors for n in range(len(path) + 1)), like_params
+            lambda path, _: any(path[:n] in chosen for n in range(len(path) + 1)), like_params
         )
 
     marks = optax.tree_utils.tree_map_params(
-        tx.init, belongs, state, transform_non_params=lambda _: False, is_leaf=lambda _: True
+        tx.init, of_factors, state, transform_non_params=lambda _: False, is_leaf=lambda _: True
     )
 
+    def is_part(x: Any) -> bool:
+        return isinstance(x, GaLoreState) or is_quantized(x)
+
     def part(old: Any, marks: Any) -> Any:
-        if isinstance(old, GaLoreState):
-            # The bases are no moments.
+        if isinstance(old, GaLoreState):  # its bases are not moments
             return old._replace(
                 next_refresh=jnp.full_like(old.next_refresh, old.count),
-                inner=jax.tree.map(part, old.inner, marks.inner, is_leaf=_is_part),
+                inner=jax.tree.map(part, old.inner, marks.inner, is_leaf=is_part),
             )
         if not all(jax.tree.leaves(marks)):
             return old
         return stored_like(_largest(dequantized(old), keep), old)
 
-    return jax.tree.map(part, state, marks, is_leaf=_is_part)
+    return jax.tree.map(part, state, marks, is_leaf=is_part)
 
 
-def _is_part(x: Any) -> bool:
-    return isinstance(x, GaLoreState) or is_quantized(x)
-
-
-def _largest(moment: Array, keep: float) -> Array:
-    """A moment, or each matrix of a stack of them, with all but its largest entries at zero."""
+def _largest(moment: Float[Array, "*layers n m"], keep: float) -> Float[Array, "*layers n m"]:
+    """Returns each matrix with all but its largest entries set to zero."""
     if keep == 0:
         return jnp.zeros_like(moment)
     size = jnp.abs(moment).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face's formats, in and out: LLaMA folders and PEFT's adapters."""
+"""Weights in Hugging Face's formats, read and written: LLaMA checkpoints and PEFT's adapters."""
 
 from models.hugging_face.llama import load_llama, save_llama
 

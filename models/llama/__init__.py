@@ -1,6 +1,7 @@
-"""LLaMA: its configuration, the model and text generation."""
+"""LLaMA: its configuration, the model and text generation. Imports `galore_optax`."""
 
+from models.llama.axes import dimension_numbers
 from models.llama.config import SIZES, LlamaConfig
-from models.llama.model import Llama, dimension_numbers
+from models.llama.model import Llama
 
 __all__ = ["SIZES", "Llama", "LlamaConfig", "dimension_numbers"]

@@ -1,41 +1,40 @@
-"""LLaMA's sizes and its table of weights, and what can be told from them without any array.
-
-The sizes are those that GaLore (arXiv 2403.03507, appendix) pre-trains; `models.llama.model` computes
-with them.
-"""
+"""LLaMA's configuration and the table of its weights; nothing here creates an array."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
-from galore_optax.quantization.array import is_quantized
-
 Params = dict[str, Any]
-"""A nested dict of arrays, as `nnx.to_pure_dict` gives it."""
+"""A nested dict of arrays, as `nnx.to_pure_dict` returns it."""
+
+AttentionImplementation = Literal["xla", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and numerics of a LLaMA.
+    """Sizes and numerics of a LLaMA, and what depends on the devices that it runs on.
 
     Attributes:
-        vocab_size: Token ids run from 0 to `vocab_size - 1`.
         width: Width of the residual stream.
         mlp_width: Width inside the MLP.
         layers: Number of layers.
         heads: Number of query heads; each is `width / heads` wide.
         kv_heads: Number of key and value heads; fewer than `heads` is grouped-query attention.
-        max_length: The longest sequence the model takes, in tokens.
+        vocab_size: Token ids run from 0 to `vocab_size - 1`.
+        max_length: The longest sequence that the model takes, in tokens.
         rope_theta: Base of the rotary frequencies.
         norm_eps: Added to the mean square in RMSNorm.
-        dtype: Computation in matrix products; norms and softmax are always float32.
-        param_dtype: Storage of the weights.
+        dtype: Of matrix products; norms and softmax are always computed in float32.
+        param_dtype: Of the stored weights.
         rematerialize: Keep only the activations between layers for the backward pass, and compute
             those within a layer again.
+        attention: Implementation of attention over whole sequences; see
+            `models.llama.attention.attention_implementation`.
+        batch_shards: Number of devices that a batch is split over.
     """
 
     width: int
@@ -50,40 +49,45 @@ class LlamaConfig:
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     rematerialize: bool = False
+    attention: AttentionImplementation = "xla"
+    batch_shards: int = 1
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "width",
-            "mlp_width",
-            "layers",
-            "heads",
-            "kv_heads",
-            "max_length",
-        ):
+        sizes = "vocab_size width mlp_width layers heads kv_heads max_length batch_shards"
+        for name in sizes.split():
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed")
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"width={self.width} with heads={self.heads}: a head's width, width / heads, must "
-                "be an even whole number; change either"
+                "be an even integer; change either"
             )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"kv_heads={self.kv_heads} must divide heads={self.heads}; "
                 f"kv_heads={self.heads} is ordinary attention"
             )
+        if self.attention not in (known := get_args(AttentionImplementation)):
+            raise ValueError(f"attention={self.attention!r}: must be one of {', '.join(known)}")
         # One spelling of a dtype, so that configurations compare equal and can be hashed.
         for name in ("dtype", "param_dtype"):
             dtype = jnp.dtype(getattr(self, name))
             if not jnp.issubdtype(dtype, jnp.floating):
-                raise ValueError(f"{name}={dtype}: a float type is needed, such as bfloat16")
+                raise ValueError(f"{name}={dtype}: must be a float type, such as bfloat16")
             object.__setattr__(self, name, dtype)
 
     @property
     def head_width(self) -> int:
         """K, the width of one head."""
         return self.width // self.heads
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError if a sequence of `length` tokens is too long."""
+        if length > self.max_length:
+            raise ValueError(
+                f"a sequence of {length} tokens: this model takes at most "
+                f"max_length={self.max_length}; shorten it"
+            )
 
 
 SIZES: dict[str, LlamaConfig] = {
@@ -96,18 +100,18 @@ SIZES: dict[str, LlamaConfig] = {
         width=4096, mlp_width=11_008, layers=32, heads=32, kv_heads=32, max_length=2048
     ),
 }
-"""The sizes of GaLore's table 2 and 3 at a vocabulary of 32,000, and `tiny` for a CPU."""
+"""`tiny` for a CPU, and the sizes that GaLore pre-trains (arXiv:2403.03507, tables 2 and 3)."""
 
 
 class Weight(NamedTuple):
-    """Shape and logical axis names of one weight, layers stacked in front."""
+    """Shape and logical axis names of one weight, stacked over the layers."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
 
 
 def weight_table(config: LlamaConfig) -> dict[str, Any]:
-    """The one table of weights: a nested dict of `Weight`, in the structure of the params."""
+    """Returns a nested dict of `Weight` in the structure of the params."""
     n, d, f, v = config.layers, config.width, config.mlp_width, config.vocab_size
     heads = config.heads * config.head_width
     kv_heads = config.kv_heads * config.head_width
@@ -129,40 +133,23 @@ def weight_table(config: LlamaConfig) -> dict[str, Any]:
             },
         },
         "norm": Weight((d,), (None,)),
-        # As the embedding: in few bits, what has one scale belongs to one id of the vocabulary, and
-        # frequent and rare ones differ by orders of magnitude.
+        # One row per id, as in the embedding: quantized, a scale then belongs to one id. Frequent
+        # and rare ids differ by orders of magnitude.
         "head": Weight((v, d), ("vocab", "embed")),
     }
 
 
-def logical_axes(params: Params) -> Params:
-    """A tree like `params` of tuples of logical axis names, for sharding rules.
-
-    The names are "layer", "vocab", "embed", "heads" and "mlp"; None is an axis that is never split.
-    """
-    table = weight_table(SIZES["tiny"])  # names do not depend on the size
-
-    def choose(path, _):
-        entry: Any = table
-        for key in path:
-            entry = entry[key.key]
-        return entry.axes
-
-    return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
-
-
 def count_params(config: LlamaConfig) -> int:
-    """Number of weights, embedding and head included."""
+    """Returns the number of weights, embedding and head included."""
     leaves = jax.tree.leaves(weight_table(config), is_leaf=lambda x: isinstance(x, Weight))
     return sum(int(np.prod(weight.shape)) for weight in leaves)
 
 
 def flops_per_token(config: LlamaConfig, length: int) -> float:
-    """Floating-point operations to train on one token: forward and backward, nothing recomputed.
+    """Returns the operations to train on one token, forward and backward, nothing recomputed.
 
-    Six for each weight of a matrix product (the embedding is looked up, not multiplied), and twelve
-    for each component of the queries and each of `length` keys (PaLM, arXiv 2204.02311, appendix B,
-    which counts attention as if it were not causal).
+    Six for each weight of a matrix product, and twelve for each component of the queries and each
+    of `length` keys (PaLM, arXiv:2204.02311, appendix B, which counts attention as not causal).
     """
     looked_up = config.vocab_size * config.width
     norms = (2 * config.layers + 1) * config.width

@@ -467,7 +467,7 @@ def _check_values(config: Resolved) -> None:
 
 
 def _check_model(config: Resolved, size: "LlamaConfig") -> None:
-    from models.llama.model import smaller_sides
+    from models.llama.axes import smaller_sides
 
     if config.seq_len > size.max_length:
         raise ValueError(

@@ -14,8 +14,9 @@ from galore_optax.layerwise.backward import Layered
 from galore_optax.layerwise.sharding import layerwise_shardings
 from galore_optax.layerwise.step import Layerwise
 from galore_optax.quantization.array import dequantized
+from models.llama.attention import sequences_of
 from models.llama.config import LlamaConfig
-from models.llama.model import embed, rms_norm, sequences_of, training_layer
+from models.llama.layer import embed, rms_norm, training_layer
 from train.config.optimizers import make_recipe
 from train.step.loss import summed_cross_entropy
 from train.step.mesh import BATCH, replicated

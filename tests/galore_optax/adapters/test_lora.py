@@ -12,10 +12,13 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from galore_optax import quantize_weights
-from galore_optax.adapters.base import Adapter, is_adapter, join, merge, product, restart, split
+from galore_optax.adapters.base import Adapter, adapt, is_adapter, join, merge, product, split
 from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
-from galore_optax.adapters.lora import DoRA, LoRA, LowRank, adapt, logical_axes, with_dropout_keys
+from galore_optax.adapters.lora import DoRA, LoRA, with_dropout_keys
+from galore_optax.adapters.low_rank import LowRank
+from galore_optax.adapters.restart import restart_params
 from galore_optax.quantization.array import dequantized
+from models.llama.axes import logical_axes
 from models.llama.config import LlamaConfig
 from models.llama.model import Llama
 from train.step.mesh import make_mesh, param_shardings
@@ -99,9 +102,9 @@ def test_a_pattern_without_a_matrix_is_refused_with_those_there_are(pattern):
     ("options", "message"),
     [
         ({"rank": 17}, r"rank=17 for a weight of shape \(2, 32, 16\).* smaller side, 16"),
-        ({"alpha": 0.0}, "alpha=0.0: a positive"),
+        ({"alpha": 0.0}, "alpha=0.0: must be a positive"),
         ({"alpha": float("nan")}, "alpha=nan"),
-        ({"dropout": 1.0}, "dropout=1.0: a share"),
+        ({"dropout": 1.0}, "dropout=1.0: must be at least 0 and below 1"),
         ({"dropout": -0.1}, "dropout=-0.1"),
     ],
 )
@@ -130,7 +133,7 @@ def test_merged_weights_give_the_adapted_models_outputs(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_restart_gives_the_same_outputs_and_a_new_adapter(kind):
     params = trained_a_while(kind)
-    again = restart(params, jax.random.key(5))
+    again = restart_params(params, jax.random.key(5))
     np.testing.assert_allclose(logits(again), logits(params), rtol=1e-4, atol=1e-4)
     if kind is not LowRank:
         assert all(float(jnp.abs(x.b).max()) == 0 for x in adapters_of(again).values())

@@ -12,9 +12,10 @@ from flax import nnx
 from paths import FIXTURES
 from safetensors.numpy import load_file, save_file
 
-from galore_optax.adapters.base import is_adapter, join, merge, split
+from galore_optax.adapters.base import adapt, is_adapter, join, merge, split
 from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
-from galore_optax.adapters.lora import DoRA, LoRA, LowRank, adapt
+from galore_optax.adapters.lora import DoRA, LoRA
+from galore_optax.adapters.low_rank import LowRank
 from models.hugging_face.llama import MODULES, load_llama
 from models.hugging_face.peft import load_adapters, save_adapters
 
@@ -138,7 +139,7 @@ def checkpoint(tmp_path) -> Path:
         ({"rank_pattern": {"v_proj": 8}}, "rank_pattern="),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
         ({"r": None}, "r is missing"),
-        ({"r": 3}, r"v_proj.lora_A.weight is for \(16, 2\).* but \(16, 3\) is needed"),
+        ({"r": 3}, r"v_proj.lora_A.weight is \(16, 2\).* must be \(16, 3\)"),
         ({"use_dora": False}, "has a, b, magnitude, but LoRA has a, b"),
     ],
 )
@@ -160,7 +161,7 @@ def test_tensors_that_do_not_fit_are_refused(checkpoint):
     with pytest.raises(ValueError, match=r"1 tensors that belong to no matrix.*lm_head\.lora_A"):
         load_adapters(BASE, checkpoint)
     file.write_bytes(b"short")
-    with pytest.raises(ValueError, match="cannot be read as PEFT adapters"):
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_adapters(BASE, checkpoint)
 
 
@@ -174,11 +175,11 @@ def test_what_has_no_place_in_the_format_is_refused(tmp_path):
     for params, message in (
         (BASE, "adapters of 0 kinds"),
         (adapted(lora(2), adapted(lora(3), pattern="up"), pattern="down"), "of 2 kinds"),
-        (adapted(lambda w, key: LowRank.create(w, key, 2)), "LowRank has no place.*merge"),
+        (adapted(lambda w, key: LowRank.create(w, key, 2)), "LowRank at layers/mlp/.*; merge"),
     ):
         with pytest.raises(ValueError, match=message):
             save_adapters(params, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     save_adapters(adapted(lora(2)), tmp_path / "new")
-    with pytest.raises(ValueError, match="already holds adapters"):
+    with pytest.raises(ValueError, match="already has adapters"):
         save_adapters(adapted(lora(2)), tmp_path / "new")

@@ -109,10 +109,10 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p():
     [
         (25, {}, "prompt of 25 tokens.*max_length=24"),
         (20, {"max_new_tokens": 5}, "max_new_tokens=5.*max_length=24"),
-        (5, {"max_new_tokens": 0}, "max_new_tokens=0: at least 1"),
-        (5, {"temperature": -1.0}, "temperature=-1.0: 0"),
-        (5, {"top_k": 31}, "top_k=31: 1 to 30"),
-        (5, {"top_p": 0.0}, "top_p=0.0: above 0"),
+        (5, {"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+        (5, {"temperature": -1.0}, "temperature=-1.0: must be 0"),
+        (5, {"top_k": 31}, "top_k=31: must be 1 to 30"),
+        (5, {"top_p": 0.0}, "top_p=0.0: must be above 0"),
         (0, {}, "at least one token"),
     ],
 )
@@ -123,5 +123,5 @@ def test_arguments_out_of_range_are_refused(model, length, arguments, message):
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(model):
-    with pytest.raises(ValueError, match=r"prompt_ids holds 30; .* 0 to 29"):
+    with pytest.raises(ValueError, match=r"prompt_ids contains 30; .* 0 to 29"):
         generate(model, jnp.array([[3, 30]]), max_new_tokens=4, key=KEY)

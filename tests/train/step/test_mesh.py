@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small_run import MICRO, small
 
-from models.llama.config import SIZES, LlamaConfig, Weight, logical_axes, weight_table
+from models.llama.axes import logical_axes
+from models.llama.config import SIZES, LlamaConfig, Weight, weight_table
 from train.config.resolve import resolve
 from train.run.assemble import assemble
 from train.step.mesh import check_batch, make_mesh, param_shardings, parse_mesh, put_batch

@@ -1,0 +1,108 @@
+"""Attention over whole sequences: rotary positions, masks, and which implementation computes it.
+
+Letters: B batch, L length, N query heads, G key and value heads, K a head's width.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from galore_optax import rows
+from models.llama.config import AttentionImplementation, LlamaConfig
+
+Rotary = tuple[Float[Array, "*A B L 1 K/2"], Float[Array, "*A B L 1 K/2"]]
+
+# Bytes of float32 attention weights that exist at once, where no fused kernel avoids them.
+_ATTENTION_BYTES = 2**25
+
+
+class Sequences(NamedTuple):
+    """What every layer needs to know about a batch of whole sequences."""
+
+    rotary: Rotary
+    mask: Bool[Array, "*A B 1 L L"] | None
+    """Which keys (last axis) a query may see, apart from later ones; None is all."""
+
+
+def sequences_of(
+    config: LlamaConfig,
+    positions: Int[Array, "*A B L"],
+    segment_ids: Int[Array, "*A B L"] | None = None,
+) -> Sequences:
+    """Returns `Sequences` from positions and, where a row has several documents, their numbers."""
+    config.check_length(positions.shape[-1])
+    mask = None
+    if segment_ids is not None:
+        mask = (segment_ids[..., :, None] == segment_ids[..., None, :])[..., None, :, :]
+    return Sequences(rotary_angles(config, positions), mask)
+
+
+def rotary_angles(config: LlamaConfig, positions: Int[Array, "*A B L"]) -> Rotary:
+    """Returns float32 cosines and sines of the positions' angles (arXiv:2104.09864, 3.2.2)."""
+    half = jnp.arange(0, config.head_width, 2, dtype=jnp.float32)
+    frequencies = config.rope_theta ** (-half / config.head_width)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B L N K"], rotary: Rotary) -> Float[Array, "B L N K"]:
+    """Rotates each head's vector by its position.
+
+    Component i is paired with i + K/2, as in Hugging Face's checkpoints, not with its neighbour as
+    in the paper; that permutes the columns of the query's and the key's weights.
+    """
+    cos, sin = rotary
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def causal_attention(
+    config: LlamaConfig,
+    query: Float[Array, "B L N K"],
+    key: Float[Array, "B L G K"],
+    value: Float[Array, "B L G K"],
+    mask: Bool[Array, "B 1 L L"] | None,
+) -> Float[Array, "B L N K"]:
+    """Returns causal attention over whole sequences; XLA takes a few rows of a batch at a time."""
+
+    def attend(arrays: tuple[Array, Array, Array, Array | None]) -> Float[Array, "b L N K"]:
+        query, key, value, mask = arrays
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, is_causal=True, implementation=config.attention
+        )
+
+    arrays = query, key, value, mask
+    batch, length, heads, _ = query.shape
+    weight_bytes = 4 * batch * heads * length**2 if config.attention == "xla" else 0
+    parts = rows.parts(batch, math.ceil(weight_bytes / _ATTENTION_BYTES), config.batch_shards)
+    if parts == 1:
+        return attend(arrays)
+
+    def cut(x: Array) -> Array:
+        # Part i has the rows i, i + parts, ...: some rows of each device.
+        return jnp.moveaxis(x.reshape(batch // parts, parts, *x.shape[1:]), 1, 0)
+
+    attended = jax.lax.map(jax.checkpoint(attend), jax.tree.map(cut, arrays))
+    return jnp.moveaxis(attended, 0, 1).reshape(query.shape)
+
+
+def attention_implementation(
+    config: LlamaConfig, device: Any, length: int
+) -> AttentionImplementation:
+    """Returns the fastest implementation of `jax.nn.dot_product_attention` that a device can run.
+
+    cuDNN's flash attention takes 16-bit floats, heads up to 128 wide in multiples of 8, NVIDIA GPUs
+    from compute capability 8.0 and, where documents are masked, an even length in tokens.
+    """
+    fits = (
+        "cuda" in device.client.platform_version
+        and float(device.compute_capability) >= 8.0
+        and config.dtype in (jnp.bfloat16, jnp.float16)
+        and config.head_width % 8 == 0
+        and config.head_width <= 128
+        and length % 2 == 0
+    )
+    return "cudnn" if fits else "xla"

@@ -1,0 +1,84 @@
+"""What the axes of each weight mean: for GaLore, for the layerwise step and for sharding."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from galore_optax.adapters.base import is_adapter
+from galore_optax.projection.dimension_numbers import GaLoreDimensionNumbers
+from galore_optax.quantization.array import is_quantized
+from models.llama.config import SIZES, LlamaConfig, Params, Weight, weight_table
+
+_MATRICES = {"attention", "mlp"}
+
+
+def dimension_numbers(params: Params) -> Params:
+    """Returns GaLore's `weight_dimension_numbers` for params, or for a part of them.
+
+    They project attention's and the MLP's matrices, of one layer or of the stack. Embedding, norms
+    and head have None: they are trained at full rank, as published.
+    """
+
+    def choose(path: Any, _: Any) -> GaLoreDimensionNumbers | None:
+        return GaLoreDimensionNumbers(-2, -1) if _names(path) & _MATRICES else None
+
+    return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
+
+
+def param_axes(params: Params) -> Params:
+    """Returns how many axes each param has within one layer, and None for params outside layers.
+
+    That is 2 for attention's and the MLP's matrices and 1 for the layers' norms.
+    """
+
+    def choose(path: Any, _: Any) -> int | None:
+        names = _names(path)
+        return (2 if names & _MATRICES else 1) if "layers" in names else None
+
+    return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
+
+
+def logical_axes(params: Params) -> Params:
+    """Returns a tree like `params` of tuples of logical axis names, for sharding rules.
+
+    The names are "layer", "vocab", "embed", "heads" and "mlp"; None is an axis that is never split.
+    An adapter of a weight (layer, in, out) has factors (layer, in, None) and (layer, None, out).
+    """
+    table = weight_table(SIZES["tiny"])  # names do not depend on the size
+
+    def choose(path: Any, x: Any) -> Any:
+        entry: Any = table
+        for key in path:
+            entry = entry[key.key]
+        if not is_adapter(x):
+            return entry.axes
+        *layers, rows, columns = entry.axes
+        parts = {
+            "base": entry.axes,
+            "a": (*layers, rows, None),
+            "b": (*layers, None, columns),
+            "magnitude": (*layers, columns),
+        }
+        present = {name: axes for name, axes in parts.items() if getattr(x, name, None) is not None}
+        return dataclasses.replace(x, **present)
+
+    return jax.tree.map_with_path(
+        choose, params, is_leaf=lambda x: is_adapter(x) or is_quantized(x)
+    )
+
+
+def smaller_sides(config: LlamaConfig) -> list[int]:
+    """Returns the smaller side of each kind of matrix that GaLore projects.
+
+    Ranks below a matrix's smaller side compress it, so the largest of these compresses none.
+    """
+    weights = jax.tree.leaves_with_path(
+        weight_table(config), is_leaf=lambda x: isinstance(x, Weight)
+    )
+    return [min(x.shape[-2:]) for path, x in weights if _names(path) & _MATRICES]
+
+
+def _names(path: Any) -> set[str | None]:
+    """Returns the dict keys in a path; unstacked leaves also have an index, adapters a field."""
+    return {getattr(entry, "key", None) for entry in path}

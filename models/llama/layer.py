@@ -1,0 +1,110 @@
+"""One layer of a LLaMA: RMSNorm, attention, SwiGLU; and the embedding that comes before.
+
+Letters: B batch, L length, D width, F MLP width, N query heads, G key and value heads, K a head's
+width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from galore_optax.adapters.base import product
+from galore_optax.quantization.array import dequantized
+from models.llama.attention import Rotary, Sequences, causal_attention, rotate
+from models.llama.config import LlamaConfig, Params
+
+Attend = Callable[
+    [Float[Array, "B L N K"], Float[Array, "B L G K"], Float[Array, "B L G K"]],
+    Float[Array, "B L N K"],
+]
+
+# Attention's products, and the outputs of the linear layers: an adapter's output is the sum of
+# several products of its size, which need not be kept.
+_KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.save_only_these_names("product"),
+)
+
+
+def embed(
+    config: LlamaConfig, embedding: Any, token_ids: Int[Array, "*B L"]
+) -> Float[Array, "*B L D"]:
+    """Returns the residual stream before the first layer; the embedding may be quantized."""
+    return dequantized(embedding)[token_ids].astype(config.dtype)
+
+
+def training_layer(
+    config: LlamaConfig, sequences: Sequences, params: Params, hidden: Float[Array, "B L D"]
+) -> Float[Array, "B L D"]:
+    """Applies one layer to whole sequences; the config decides what the backward pass keeps."""
+
+    def layer(params: Params, hidden: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            return causal_attention(config, query, key, value, sequences.mask)
+
+        return apply_layer(config, params, hidden, sequences.rotary, attend)
+
+    # XLA never merges a loop's body with its recomputation, so no barrier is needed.
+    if config.rematerialize:
+        layer = jax.checkpoint(layer, prevent_cse=False)
+    elif config.attention == "xla":
+        # Norms, rotations and softmax take less time to compute again than to write and read.
+        # Not with cuDNN: its attention is not a plain product, and would run twice.
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=_KEEP_PRODUCTS)
+    return layer(params, hidden)
+
+
+def apply_layer(
+    config: LlamaConfig,
+    params: Params,
+    hidden: Float[Array, "B L D"],
+    rotary: Rotary,
+    attend: Attend,
+) -> Float[Array, "B L D"]:
+    """Adds attention and then the MLP, each of the normalised stream, to the residual stream.
+
+    `params` is one layer's slice of the params under "layers"; `attend` gets rotated queries and
+    keys, and values.
+    """
+    batch, length, _ = hidden.shape
+
+    def heads(x: Float[Array, "B L NK"]) -> Float[Array, "B L N K"]:
+        return x.reshape(batch, length, -1, config.head_width)
+
+    attention, mlp = params["attention"], params["mlp"]
+    x = rms_norm(hidden, params["attention_norm"], config.norm_eps)
+    query = rotate(heads(linear(x, attention["query"])), rotary)
+    key = rotate(heads(linear(x, attention["key"])), rotary)
+    mixed = attend(query, key, heads(linear(x, attention["value"])))
+    hidden = hidden + linear(mixed.reshape(hidden.shape), attention["out"])
+
+    x = rms_norm(hidden, params["mlp_norm"], config.norm_eps)
+    activation = gated(linear(x, mlp["gate"]), linear(x, mlp["up"]))
+    return hidden + linear(activation, mlp["down"])
+
+
+def linear(x: Float[Array, "B L in"], weight: Any) -> Float[Array, "B L out"]:
+    """Multiplies by a matrix (in, out), quantized matrix or adapter."""
+    # With rows along one axis the weight's gradient is xᵀg. For a (B, L, out) gradient XLA's CPU
+    # backend makes a transposed copy first, which takes longer than the product.
+    rows = checkpoint_name(product(x.reshape(-1, x.shape[-1]), weight), "product")
+    return rows.reshape(*x.shape[:-1], -1)
+
+
+@jax.checkpoint
+def gated(gate: Float[Array, "B L F"], up: Float[Array, "B L F"]) -> Float[Array, "B L F"]:
+    """Returns SwiGLU (arXiv:2002.05202); the backward pass keeps only its arguments."""
+    return jax.nn.silu(gate) * up
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "*B D"]:
+    """Returns x / rms(x) · weight over the last axis, computed in float32 (arXiv:1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype) * weight.astype(x.dtype)
