@@ -16,7 +16,8 @@ import optax
 
 from galore_optax.quantization.array import quantize
 from galore_optax.quantization.codes import Code, Dynamic, Table
-from train.config.resolve import Pretrain, resolve
+from train.config.resolve import resolve
+from train.config.settings import Pretrain
 from train.run.assemble import assemble
 from train.step.mesh import put_batch
 

@@ -159,7 +159,8 @@ def one(part: dict[str, Any]) -> None:
 
 
 def _programs(part: dict[str, Any], **flags: Any):
-    from train.config.resolve import Pretrain, resolve
+    from train.config.resolve import resolve
+    from train.config.settings import Pretrain
     from train.plan import programs_of
 
     settings = Pretrain(

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
-from train.config.resolve import Pretrain, resolve
+from train.config.resolve import resolve
+from train.config.settings import Pretrain
 from train.memory.plan import plan
 from train.plan import programs_of
 

@@ -21,8 +21,9 @@ from galore_optax import (
 from galore_optax.memory import state_bytes, tree_bytes
 from models.llama.config import SIZES, Weight, weight_table
 from models.llama.model import dimension_numbers
-from train.config.resolve import DEFAULTS, Pretrain, resolve
-from train.config.weights import held_weights
+from train.config.resolve import DEFAULTS, resolve
+from train.config.settings import Pretrain
+from train.config.weights import stored_weights
 
 # Weights and states of the papers' tables in GB, by method and model.
 PAPER = {
@@ -45,7 +46,7 @@ def quantized(params: Any) -> Any:
     """The projected matrices in INT8, as Q-GaLore has them."""
     config = resolve(Pretrain(optimizer="q-galore-adamw8bit"))
     key = jax.random.key(0)
-    return jax.eval_shape(lambda p: held_weights(config, p, dimension_numbers, key), params)
+    return jax.eval_shape(lambda p: stored_weights(config, p, dimension_numbers, key), params)
 
 
 def methods(rank: int) -> dict[str, optax.GradientTransformation]:

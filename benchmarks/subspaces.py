@@ -24,10 +24,12 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax.projection.subspace import SUBSPACES
-from train.config.resolve import Pretrain, Resolved, resolve
-from train.run.assemble import Parts, abstract_params, assemble, make_forward
+from train.config.resolve import resolve
+from train.config.settings import Pretrain, Resolved
+from train.run.assemble import Parts, assemble
 from train.step.mesh import put_batch
 from train.step.ordinary import loss_and_gradient
+from train.step.programs import abstract_params, make_forward
 
 SIDES = ("smaller", "larger", "both")
 Gradients = dict[str, Float[Array, "layers n m"]]

@@ -40,7 +40,8 @@ def ours(model: Any, batch_size: int, seq_len: int) -> Callable[[], float]:
     import jax
     import numpy as np
 
-    from train.config.resolve import Pretrain, resolve
+    from train.config.resolve import resolve
+    from train.config.settings import Pretrain
     from train.run.assemble import assemble
     from train.step.mesh import put_batch
 

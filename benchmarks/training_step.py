@@ -12,7 +12,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from train.config.resolve import Pretrain, resolve
+from train.config.resolve import resolve
+from train.config.settings import Pretrain
 from train.plan import programs_of
 from train.step.mesh import make_mesh, put_batch
 

@@ -35,7 +35,8 @@ from galore_optax.transformation import (
     over_microbatches_in_subspace,
 )
 from train.step.mesh import make_mesh
-from train.step.ordinary import TrainState, train_step_in_subspace
+from train.step.ordinary import train_step_in_subspace
+from train.step.state import TrainState
 
 MICROBATCHES = 3
 STACKED = GaLoreDimensionNumbers(-2, -1)

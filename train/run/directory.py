@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from train.config.resolve import Resolved, differences, to_json
+from train.config.settings import Resolved, differences, read_fields, to_json
 
 # It stays in the folder, empty: a process that deleted it could let two others in.
 _LOCK = ".lock"
@@ -92,13 +92,7 @@ def _check(config: Resolved) -> str | None:
         raise ValueError(f"--out {out} is not empty and not a run (no config.json): name another")
     if not config.resume:
         raise ValueError(f"--out {out} holds a run: add --resume to go on, or name another folder")
-    try:
-        old = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(old, dict):
-        raise ValueError(f"{file} is not a config.json of train.pretrain: it holds no object")
-    different = differences(old, to_json(config))
+    different = differences(read_fields(file), to_json(config))
     if different:
         raise ValueError(
             f"--out {out} holds another run: {', '.join(different)}; give it the same flags "

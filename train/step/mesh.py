@@ -1,4 +1,4 @@
-"""The device mesh, and where arrays live on it: one table from logical axes to mesh axes.
+"""The device mesh, and how arrays are split over it: one table from logical axes to mesh axes.
 
 Three mesh axes: `data` splits the batch alone; `fsdp` splits the batch and the weights (along the
 model's width); `tensor` splits the weights' other axis. XLA inserts the communication.
@@ -16,7 +16,7 @@ from galore_optax.quantization.array import is_quantized
 
 AXES = ("data", "fsdp", "tensor")
 
-# Which mesh axis splits an array's axis of that name.
+# The mesh axis that splits an array's axis of each name.
 RULES: Mapping[str | None, str | None] = {
     "vocab": "tensor",
     "heads": "tensor",
@@ -33,7 +33,7 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     """Reads `data=2,fsdp=4`; axes that are not named have size 1.
 
     Raises:
-        ValueError: for another spelling, an axis that is unknown or named twice, or a size below 1.
+        ValueError: for any other format, an axis unknown or named twice, or a size below 1.
     """
     sizes = dict.fromkeys(AXES, 1)
     if text is None:
@@ -53,11 +53,11 @@ def parse_mesh(text: str | None) -> dict[str, int]:
 
 
 def make_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `--mesh`: all devices, or the first one where nothing is asked for.
+    """The mesh of `--mesh`.
 
     Args:
-        text: such as `data=2,fsdp=4`, or None.
-        devices: all that there are, `jax.devices()` by default.
+        text: such as `data=2,fsdp=4`, over all devices, or None: the first device alone.
+        devices: all devices; default `jax.devices()`.
 
     Raises:
         ValueError: if the sizes do not multiply to the number of devices.
@@ -81,7 +81,7 @@ def available_devices() -> list[jax.Device]:
     """`jax.devices()`.
 
     Raises:
-        ValueError: if there is none of the platform that JAX was told to use.
+        ValueError: if the platform that JAX was told to use has none.
     """
     try:
         return jax.devices()
@@ -96,27 +96,27 @@ def available_devices() -> list[jax.Device]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of an array of which each device has a copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """The number of parts into which a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, list[str]]:
-    """Where each param lives.
+    """The sharding of each param.
 
-    A mesh axis that does not divide its axis of a matrix goes to the other one, if it divides that.
+    A mesh axis that does not divide its axis of a matrix splits the other one, if it divides that.
 
     Args:
         mesh: with the axes `AXES`.
-        shapes: tree of arrays or `ShapeDtypeStruct`, and `QuantizedArray`s of such.
+        shapes: tree of arrays or `ShapeDtypeStruct`s, and `QuantizedArray`s of them.
         logical_axes: the same tree with a tuple of names (keys of `RULES`) for each leaf.
 
     Returns:
-        The tree of `NamedSharding`, and a line for each param that is not split as the table says.
+        The tree of `NamedSharding`s, and a line for each param that is not split as `RULES` says.
     """
     notes: list[str] = []
 
@@ -124,9 +124,9 @@ def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, li
         spec, note = _place(dict(mesh.shape), leaf.shape, names)
         if note:
             notes.append(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {note}")
-        if is_quantized(leaf):  # its blocks are whole on each device
+        if is_quantized(leaf):  # no block is split
             blocks = [None if i - leaf.ndim == leaf.axis else axes for i, axes in enumerate(spec)]
-            # Scales that are codes themselves, of few bits and other blocks, are whole.
+            # Scales that are quantized themselves have blocks along another axis: not split.
             nested = is_quantized(leaf.scales)
             scales = NamedSharding(mesh, PartitionSpec(*([] if nested else blocks)))
             split = spec if leaf.code.bits == 8 else PartitionSpec(*blocks)
@@ -140,13 +140,13 @@ def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, li
 def _place(
     mesh: dict[str, int], shape: tuple[int, ...], names: tuple[str | None, ...]
 ) -> tuple[PartitionSpec, str]:
-    """One array's spec, and what had to be done otherwise than the table says."""
+    """An array's spec, and in what it differs from `RULES`."""
     split: list[list[str]] = [[] for _ in shape]
 
     def divides(axis: str, d: int) -> bool:
         return shape[d] % int(np.prod([mesh[a] for a in (*split[d], axis)])) == 0
 
-    homeless = []
+    left = []
     for d, name in enumerate(names):
         axis = RULES[name]
         if axis is None or mesh[axis] == 1:
@@ -154,14 +154,14 @@ def _place(
         if divides(axis, d):
             split[d].append(axis)
         else:
-            homeless.append((axis, d))
+            left.append((axis, d))
     notes = []
-    for axis, d in homeless:
+    for axis, d in left:
         note = f"{shape}: {axis}={mesh[axis]} does not divide axis {d} ({names[d]}), "
         others = [o for o in range(len(shape)) if o != d and RULES[names[o]] is not None]
         other = next((o for o in others if divides(axis, o)), None)
         if other is None:
-            note += "nor another: whole on each of them"
+            note += "nor another: a copy on each device"
         else:
             split[other].append(axis)
             note += f"splits axis {other} ({names[other]}) instead"
@@ -173,9 +173,7 @@ def _place(
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts a batch on the devices, split over `data` and `fsdp`.
 
-    Args:
-        mesh: with the axes `AXES`.
-        batch: arrays `(B, ...)`, the same whole batch in every process, which puts its own rows.
+    Each process has the whole batch, arrays `(B, L)`, and puts its own rows.
     """
     sharding = NamedSharding(mesh, BATCH)
     return {
@@ -185,7 +183,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as the data and `put_batch` make it, without its arrays."""
+    """The `ShapeDtypeStruct`s of a batch of `put_batch`."""
     dtypes = {name: np.int32 for name in ("inputs", "targets", "positions", "segment_ids")}
     return {
         name: jax.ShapeDtypeStruct(
@@ -196,10 +194,10 @@ def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.S
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Says whether the devices can split a batch.
+    """Checks that the devices can split a batch.
 
     Raises:
-        ValueError: if a batch does not divide into microbatches, or these over the devices.
+        ValueError: if the batch does not divide into microbatches, or these over the devices.
     """
     shards = batch_shards(mesh)
     if batch_size % accumulate or (batch_size // accumulate) % shards:

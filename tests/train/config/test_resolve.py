@@ -13,7 +13,8 @@ import pytest
 
 from models.llama.config import SIZES
 from train.config.optimizers import OPTIMIZERS, learning_rate_schedule
-from train.config.resolve import DEFAULTS, Model, Pretrain, load, resolve, to_json
+from train.config.resolve import DEFAULTS, load, resolve
+from train.config.settings import Model, Pretrain, to_json
 from train.run import cli
 
 
@@ -153,7 +154,7 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--rank 128", "--rank 128: a rank of 128 or more compresses no matrix of tiny"),
         ("--rank 600 --model llama-60m", "choose at most 511, or an --optimizer without rank"),
         ("--update-proj-gap 0", "--update-proj-gap 0: expected 1 or more"),
-        ("--rank 4 --optimizer adamw", "of no use to --optimizer adamw"),
+        ("--rank 4 --optimizer adamw", "no effect with --optimizer adamw"),
         ("--scale 1 --optimizer adafactor", "choose one of galore-adamw, galore-adamw8bit"),
         ("--weight-decay 0.1 --optimizer adafactor", "choose one of adamw"),
         ("--scale -1", "--scale -1.0: expected a positive number"),
@@ -176,12 +177,12 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--max-skipped 0", "expected 1 or more"),
         ("--workers -1", "expected 0 or more"),
         ("--data c4", "needs --data-dir"),
-        ("--data-dir x", "of no use to --data builtin"),
+        ("--data-dir x", "no effect with --data builtin"),
         ("--config missing.json", "missing.json"),
         ("--adapter vera", "low-rank"),
         ("--adapter lora", "galore-adamw has a rank of its own; choose one of adamw, adamw8bit,"),
         ("--adapter dora --optimizer lora-adamw", "lora-adamw has an adapter of its own"),
-        ("--alpha 8", "--alpha 8.0 is of no use to --optimizer galore-adamw"),
+        ("--alpha 8", "--alpha 8.0 has no effect with --optimizer galore-adamw"),
         (
             "--alpha 8 --optimizer adamw --adapter low-rank",
             "choose one of --adapter lora, --adapter",
@@ -200,7 +201,7 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--dropout 1 --optimizer lora-adamw", "--dropout 1.0: expected a share"),
         ("--adapter-pattern [ --optimizer lora-adamw", "--adapter-pattern [: unterminated"),
         ("--alpha 0 --optimizer lora-adamw", "--alpha 0.0: expected a positive"),
-        ("--weight-bits 4 --optimizer relora-adamw", "so few bits at a restart"),
+        ("--weight-bits 4 --optimizer relora-adamw", "weights of 4 bits lose what was learnt"),
         ("--weight-bits 3 --optimizer qlora-adamw", "--weight-bits 3: choose 4 or 8"),
         (
             "--restart-every 10 --restart-warmup 10 --optimizer relora-adamw",

@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import small
-from test_mesh import ADAMW, train
-from test_pretrain import losses, unfinished
+from small_run import ADAMW, NO_SUBSPACE, losses, small, train, unfinished
 
 from galore_optax import quantize_state
 from train.config.resolve import resolve
@@ -23,7 +21,6 @@ Q_GALORE = {
     **RECIPES["10 GB card"], "layerwise": False, "rematerialize": False,
     "stochastic_rounding": False,
 }  # fmt: skip
-NO_SUBSPACE = {"rank": None, "update_proj_gap": None}
 PREVIOUS = {"clip": "previous", "clip_norm": 0.5}
 
 
@@ -110,7 +107,7 @@ def test_sums_in_the_subspace_need_one_and_a_norm_that_is_known(settings, messag
 
 
 def test_adapters_need_no_layers():
-    with pytest.raises(ValueError, match="--layerwise is of no use with --adapter lora"):
+    with pytest.raises(ValueError, match="--layerwise has no effect with --adapter lora"):
         resolve(small("unused", layerwise=True, optimizer="lora-adamw", update_proj_gap=None))
 
 
@@ -150,5 +147,5 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted():
 
 
 def test_clipping_by_the_previous_norm_is_of_use_by_layers_only():
-    with pytest.raises(ValueError, match="--clip previous is of use with --layerwise only"):
+    with pytest.raises(ValueError, match="--clip previous has an effect with --layerwise only"):
         resolve(small("unused", clip="previous"))
