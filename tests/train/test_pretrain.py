@@ -232,8 +232,8 @@ def test_resume_without_a_run_starts_one_and_says_so(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "holds a run: add --resume"),
-        ({"resume": True, "rank": 5}, r"holds another run: --rank 4 \(now 5\)"),
+        ({}, "has a run: add --resume"),
+        ({"resume": True, "rank": 5}, r"has another run: --rank 4 \(now 5\)"),
         (
             {"resume": True, "seq_len": 16, "seed": 1},
             r"--seed 0 \(now 1\), --seq-len 32 \(now 16\)",

@@ -120,7 +120,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path):
     again = unfinished(whole, tmp_path, "8")
     assert main(small(again, resume=True, **settings)) == 0
     assert losses(again) == losses(whole)
-    with pytest.raises(ValueError, match=r"holds another run: .* --layerwise True \(now False\)"):
+    with pytest.raises(ValueError, match=r"has another run: .* --layerwise True \(now False\)"):
         main(small(whole, resume=True, **settings | {"layerwise": False, "clip": "exact"}))
 
 
