@@ -38,11 +38,7 @@ class PrepareC4:
 
 
 def main(config: PrepareC4) -> None:
-    """Writes the data set; it appears under its name only when it is complete.
-
-    Raises:
-        ValueError: if the data set exists, nothing matches, or a shard is invalid (with its line).
-    """
+    """Writes the data set; it appears under its name only when it is complete."""
     home = config.data_dir.expanduser() / "c4" / "en"
     final, unfinished = home / VERSION, home / f"{VERSION}.incomplete"
     if unfinished.exists():

@@ -81,19 +81,16 @@ def resolve(config: Pretrain) -> Resolved:
     resolved = Resolved(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     checks.check_values(resolved)
     checks.check_model(resolved, SIZES[config.model])
-    files = {name: getattr(config, name) for name in ("data_dir", "tokenizer")}
-    return dataclasses.replace(
-        resolved,  # absolute, so that a run can be resumed from another folder
-        **{k: os.path.abspath(v) for k, v in files.items() if v is not None and v != "bytes"},
+    # Absolute, so that a run can be resumed from another folder.
+    data_dir, tokenizer = (
+        path if path in (None, "bytes") else os.path.abspath(path)
+        for path in (config.data_dir, config.tokenizer)
     )
+    return dataclasses.replace(resolved, data_dir=data_dir, tokenizer=tokenizer)
 
 
 def load(path: str | os.PathLike[str]) -> Pretrain:
-    """Reads a config.json.
-
-    Raises:
-        ValueError: if the file cannot be read or is not a config.json.
-    """
+    """Reads a config.json; raises ValueError if it cannot be read as one."""
     fields = read_fields(path)
     known = {f.name for f in dataclasses.fields(Pretrain)} - set(NOT_STORED)
     if unknown := ", ".join(sorted(set(fields) - known)):

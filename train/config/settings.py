@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 Model = Literal["tiny", "llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b"]
+Optimizer = Literal[
+    "adamw", "adamw8bit", "adafactor", "galore-adamw", "galore-adamw8bit", "galore-adafactor",
+    "q-galore-adamw8bit", "gradnorm-lorp-adamw", "lora-adamw", "relora-adamw", "qlora-adamw",
+]  # fmt: skip
 
 # How a run is started, not what it is: these are not in config.json.
 NOT_STORED = ("out", "resume", "config")
@@ -33,19 +37,7 @@ class Pretrain:
     sequences: Literal["packed", "document"] = "packed"
     """`packed`: no padding, no attention across documents. `document`: one document per row,
     truncated or padded, as published."""
-    optimizer: Literal[
-        "adamw",
-        "adamw8bit",
-        "adafactor",
-        "galore-adamw",
-        "galore-adamw8bit",
-        "galore-adafactor",
-        "q-galore-adamw8bit",
-        "gradnorm-lorp-adamw",
-        "lora-adamw",
-        "relora-adamw",
-        "qlora-adamw",
-    ] = "galore-adamw"
+    optimizer: Optimizer = "galore-adamw"
     """Optimizer; the last four come with the adapter of their name."""
     adapter: Literal["lora", "dora", "relora", "qlora", "low-rank", "gradnorm-lorp"] | None = None
     """Trained instead of the layers' matrices, which are frozen (low-rank: replaced). Params
@@ -190,16 +182,11 @@ def flag(name: str) -> str:
 
 def to_json(config: Resolved) -> dict[str, Any]:
     """The content of config.json."""
-    fields = dataclasses.asdict(config)
-    return {name: value for name, value in fields.items() if name not in NOT_STORED}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_STORED}
 
 
 def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the fields of a config.json.
-
-    Raises:
-        ValueError: if the file cannot be read or is not a config.json.
-    """
+    """Reads the fields of a config.json; raises ValueError if it cannot be read as one."""
     try:
         fields = json.loads(Path(path).read_text())
     except OSError as error:

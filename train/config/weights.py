@@ -55,16 +55,9 @@ def stored_weights(
 ) -> Params:
     """The params as a run stores them.
 
-    Args:
-        config: from `train.config.resolve.resolve`.
-        params: the model's.
-        dimension_numbers: from the params to which of them are matrices: `--weight-bits` quantizes
-            these; with an adapter, those that have one. `--embedding-bits` is for embedding and
-            head.
-        key: for the adapters' random factors.
-
-    Raises:
-        ValueError: if the matrices cannot have such adapters.
+    Without an adapter `--weight-bits` quantizes the matrices that `dimension_numbers` finds among
+    the params, and `--embedding-bits` embedding and head; with one, the matrices that get adapters,
+    whose random factors come from `key`.
     """
     if config.adapter is None:
         if config.weight_bits is None:

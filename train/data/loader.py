@@ -7,6 +7,7 @@ position means the same for any number of workers, processes and devices.
 """
 
 import collections
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -20,15 +21,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from train.data.sequences import (
-    MODES,
-    START,
-    Batch,
-    Document,
-    Position,
-    check_token_ids,
-    limit_tokens,
-)
+from train.data import sequences
+from train.data.sequences import MODES, START, Batch, Document, Position
 from train.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -39,10 +33,11 @@ _GROUP, _GROUPS_AHEAD = 32, 4
 _WORKERS_PER_CORE = 8
 
 
+@dataclasses.dataclass(frozen=True)
 class TrainingData:
     """An endless stream of batches, shuffled anew in each epoch, that starts at any position.
 
-    Args:
+    Attributes:
         source: the documents, e.g. of `train.data.text.load_text` or a list of strings.
         tokenizer: of `train.data.tokenizer.load_tokenizer`.
         batch_size: rows in a batch, over all devices and processes.
@@ -57,29 +52,27 @@ class TrainingData:
             model's vocabulary.
     """
 
-    def __init__(
-        self,
-        source: Sequence[str],
-        tokenizer: Tokenizer,
-        *,
-        batch_size: int,
-        seq_len: int,
-        mode: str = "packed",
-        seed: int = 0,
-        workers: int = 0,
-        vocab_size: int | None = None,
-    ):
-        vocab_size = _checked(source, tokenizer, mode, batch_size, seq_len, vocab_size)
+    source: Sequence[str]
+    tokenizer: Tokenizer
+    _: dataclasses.KW_ONLY
+    batch_size: int
+    seq_len: int
+    mode: str = "packed"
+    seed: int = 0
+    workers: int = 0
+    vocab_size: int | None = None
+
+    def __post_init__(self):
+        _check_sizes(self.source, self.mode, self.batch_size, self.seq_len)
         most = _WORKERS_PER_CORE * (os.cpu_count() or 1)
-        if not 0 <= workers <= most:
+        if not 0 <= self.workers <= most:
             raise ValueError(
-                f"workers={workers}: give the number of processes, 0 for none, {most} at most here"
+                f"workers={self.workers}: give the number of processes, 0 for none, {most} at most "
+                "here"
             )
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed={seed}: give a seed from 0 to {2**32 - 1}")
-        self.source, self.tokenizer = source, tokenizer
-        self.batch_size, self.seq_len, self.mode = batch_size, seq_len, mode
-        self.seed, self.workers, self.vocab_size = seed, workers, vocab_size
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: give a seed from 0 to {2**32 - 1}")
+        check_vocabulary(self.tokenizer, self.vocab_size)
 
     def batches(self, start: Position = START) -> Generator[tuple[Batch, Position]]:
         """Batches from a position on, each with the position after it.
@@ -94,7 +87,7 @@ class TrainingData:
                 seq_len=self.seq_len,
                 start=start,
             ):
-                check_token_ids(batch, self.vocab_size)
+                sequences.check_token_ids(batch, self.vocab_size or self.tokenizer.vocab_size)
                 yield batch, position
 
     def _documents(self, start: int) -> Generator[Document]:
@@ -170,7 +163,8 @@ def evaluation_batches(
     Arguments and errors are those of `TrainingData`; `max_tokens` is the most targets that count,
     each once, default all. The last batch is padded.
     """
-    vocab_size = _checked(source, tokenizer, mode, batch_size, seq_len, vocab_size)
+    _check_sizes(source, mode, batch_size, seq_len)
+    check_vocabulary(tokenizer, vocab_size)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: give at least 1")
     documents = (tokenizer.encode(source[i]) for i in range(len(source)))
@@ -178,23 +172,24 @@ def evaluation_batches(
         documents, separator=tokenizer.separator, batch_size=batch_size, seq_len=seq_len
     )
     kept = (batch for batch, _ in batches)
-    result = list(kept if max_tokens is None else limit_tokens(kept, max_tokens))
+    result = list(kept if max_tokens is None else sequences.limit_tokens(kept, max_tokens))
     if not result:
         raise ValueError("every document of the validation text is empty")
     for batch in result:
-        check_token_ids(batch, vocab_size)
+        sequences.check_token_ids(batch, vocab_size or tokenizer.vocab_size)
     return result
 
 
-def _checked(
-    source: Sequence[str],
-    tokenizer: Tokenizer,
-    mode: str,
-    batch_size: int,
-    seq_len: int,
-    vocab_size: int | None,
-) -> int:
-    """Checks what training and evaluation share; returns the vocabulary's size."""
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int | None) -> None:
+    """Raises ValueError if a text could give a token id that a model does not have."""
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token ids up to {tokenizer.vocab_size - 1}, beyond the model's "
+            f"vocabulary of {vocab_size}: take another tokenizer, or a model with a larger one"
+        )
+
+
+def _check_sizes(source: Sequence[str], mode: str, batch_size: int, seq_len: int) -> None:
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown: choose one of {', '.join(MODES)}")
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
@@ -202,12 +197,6 @@ def _checked(
             raise ValueError(f"{name}={value}: give at least 1")
     if not len(source):
         raise ValueError("the text has no document")
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer gives token ids up to {tokenizer.vocab_size - 1}, beyond the model's "
-            f"vocabulary of {vocab_size}: take another tokenizer, or a model with a larger one"
-        )
-    return tokenizer.vocab_size if vocab_size is None else vocab_size
 
 
 def prefetch(

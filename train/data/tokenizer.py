@@ -1,11 +1,14 @@
-"""From text to token ids and back: plain bytes, or any `tokenizer.json`."""
+"""From text to token ids and back: plain bytes, or any `tokenizer.json`.
+
+`vocab_size` is one more than the largest id of a text or of the separator; `separator` is the id
+of the token between two documents, which no text contains.
+"""
 
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -14,29 +17,7 @@ from jaxtyping import Int
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]", "[EOS]")
 
 
-class Tokenizer(Protocol):
-    """What the data need from a tokenizer. It can be pickled, for Grain's worker processes."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id of a text or of the separator."""
-        ...
-
-    @property
-    def separator(self) -> int:
-        """Id of the token between two documents, which no text contains."""
-        ...
-
-    def encode(self, text: str) -> Int[np.ndarray, " length"]:
-        """Token ids of a text, without special tokens."""
-        ...
-
-    def decode(self, ids: Int[np.ndarray, " length"]) -> str:
-        """The text of the ids, without special tokens."""
-        ...
-
-
-def load_tokenizer(name: str | Path) -> Tokenizer:
+def load_tokenizer(name: str | Path) -> "Tokenizer":
     """The tokenizer "bytes", or that of a `tokenizer.json` (format of the package `tokenizers`).
 
     Raises:
@@ -48,8 +29,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255; 256 separates documents."""
 
-    vocab_size = 257
-    separator = 256
+    vocab_size, separator = 257, 256
 
     def encode(self, text: str) -> Int[np.ndarray, " length"]:
         """Token ids of a text. Lone surrogates, which UTF-8 lacks, become '?'."""
@@ -62,7 +42,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer read from a `tokenizer.json`.
+    """A tokenizer read from a `tokenizer.json`. It can be pickled, for Grain's worker processes.
 
     No text gives a special token: T5's `<extra_id_0>` in a document is tokenized like any other
     word, so that T5 needs only 32,000 of its 32,100 ids.
@@ -125,6 +105,9 @@ class FileTokenizer:
                 f"tokenizer={str(self.path)!r} cannot encode a text ({error}): give one whose "
                 "vocabulary has an unknown token, or all bytes"
             ) from error
+
+
+Tokenizer = ByteTokenizer | FileTokenizer
 
 
 def _spell_out_special_tokens(tokenizer, special: dict[int, str]) -> None:

@@ -47,26 +47,15 @@ _AS_ON_A_GPU: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device.
-
-    Attributes:
-        weights: the params.
-        states: the optimizer's state by kind, see `galore_optax.memory.state_bytes`.
-        gradients: the most that exist at once.
-        activations: what one microbatch's forward pass keeps for the backward pass.
-        temporaries: all else: within a layer, updates, a new basis; on a CPU also what its
-            allocator does not give back.
-        batch: the tokens.
-        peak: the sum, from the compiled step and the allocator.
-    """
+    """Bytes on one device."""
 
     weights: int
-    states: dict[str, int]
-    gradients: int
-    activations: int
-    temporaries: int
+    states: dict[str, int]  # the optimizer's, by kind: `galore_optax.memory.state_bytes`
+    gradients: int  # the most that exist at once
+    activations: int  # what a microbatch's forward pass keeps for its backward pass
+    temporaries: int  # all else: within a layer, updates, a new basis, a CPU allocator's arenas
     batch: int
-    peak: int
+    peak: int  # the sum, from the compiled step and the allocator
 
     def parts(self) -> dict[str, int]:
         """The summands by name."""
@@ -102,10 +91,7 @@ def stored(programs: Programs) -> tuple[int, dict[str, int]]:
 def plan(config: Resolved, programs: Programs, memory: Any = None) -> MemoryPlan:
     """The memory that the training step will take.
 
-    Args:
-        config: from `train.config.resolve.resolve`.
-        programs: made from it.
-        memory: the compiled step's own analysis; None compiles the step here.
+    `memory` is the compiled step's own analysis; None compiles the step here.
     """
     on_a_cpu = programs.mesh.devices.flat[0].platform == "cpu"
     if memory is None:

@@ -9,7 +9,8 @@ saves first and evaluates after it is resumed.
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,25 +76,12 @@ class Checkpoints:
         self._manager.close()
 
     def save(
-        self,
-        step: int,
-        params: Tree,
-        rest: Tree,
-        progress: Mapping[str, Any],
-        *,
-        prune: bool = True,
+        self, step: int, params: Tree, rest: Tree, progress: Tree, *, prune: bool = True
     ) -> None:
-        """Copies the state to the host and writes it in the background.
+        """Copies params, other arrays and JSON values to the host; writes them in the background.
 
-        Args:
-            step: number of updates done.
-            params: the weights.
-            rest: the other arrays.
-            progress: values that JSON can store.
-            prune: whether older checkpoints that need not be kept are deleted.
-
-        Raises:
-            OSError: if this or the previous save could not be written.
+        Raises OSError if this or the previous save could not be written. Unless `prune`, no older
+        checkpoint is deleted.
         """
         self._preservation.all = not prune
         with _as_os_error(self.directory):
@@ -140,7 +128,7 @@ class Checkpoints:
             rest: the other arrays likewise.
 
         Returns:
-            Its step, params, rest and progress; None if there is no checkpoint.
+            Its step, params, rest and progress; None if there is none.
 
         Raises:
             ValueError: if it has another format, model or optimizer, or all are damaged.
@@ -158,11 +146,7 @@ class Checkpoints:
         return None
 
     def restore_params(self, params: Tree) -> tuple[int, Tree]:
-        """Reads the weights of the best checkpoint, or of the newest if none was evaluated.
-
-        Raises:
-            ValueError: as `restore`, or if there is none.
-        """
+        """Reads the weights of the best checkpoint, or of the newest if none was evaluated."""
         for step in self.best_first():
             found = self._read(step, {"params": params})
             if found is not None:
@@ -258,17 +242,12 @@ def _check_same(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]
         )
 
 
-class _as_os_error:
+@contextmanager
+def _as_os_error(directory: Path) -> Iterator[None]:
     """Raises the errors of Orbax and TensorStore when they cannot write as OSError of one line."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception):
-            code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore
-            reason = os.strerror(int(code[1])) if code else one_line(error)
-            raise OSError(f"cannot write a checkpoint to {self.directory}: {reason}") from error
+    try:
+        yield
+    except Exception as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore
+        reason = os.strerror(int(code[1])) if code else one_line(error)
+        raise OSError(f"cannot write a checkpoint to {directory}: {reason}") from error

@@ -3,8 +3,6 @@
 import math
 import resource
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import optax
@@ -15,8 +13,8 @@ from galore_optax.memory import state_bytes, tree_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
 from models.llama.config import count_params
 from train.config.settings import Resolved
-from train.run.assemble import Parts
-from train.run.directory import write_json
+from train.run import directory as run_directory
+from train.run.assemble import Log, Parts
 from train.run.metrics import read_metrics, tokens_per_second
 from train.run.plots import plot_loss
 from train.run.sample import prompt_ids, sample_text
@@ -25,26 +23,14 @@ from train.step.state import TrainState
 
 
 def report(
-    config: Resolved,
-    parts: Parts,
-    state: TrainState,
-    directory: Path,
-    log: Callable[[str], object],
-    *,
-    tokens: int,
-    peak_memory: tuple[int, str],
+    config: Resolved, parts: Parts, state: TrainState, log: Log, tokens: int, peak: tuple[int, str]
 ) -> None:
     """Writes the plot and the summary, and prints a sample and the table.
 
-    Args:
-        config: the run's settings.
-        parts: of `train.run.assemble`.
-        state: the last one.
-        directory: the run's folder, with its metrics.jsonl.
-        log: prints a line.
-        tokens: number of targets trained on.
-        peak_memory: most bytes that any process of the run had in use, and the source of that.
+    `tokens`: targets trained on; `peak`: most bytes that any process of the run had in use, and the
+    source of that number.
     """
+    directory = run_directory.directory(config)
     lines = read_metrics(directory)
     last = [line for line in lines if "eval_loss" in line][-1]
     ours = state_bytes(parts.abstract.optimizer.inner_state)
@@ -59,8 +45,8 @@ def report(
         "optimizer_state_bytes": sum(ours.values()),
         "adamw_state_bytes": sum(adamw.values()),
         "weight_bytes": tree_bytes(parts.abstract.params),
-        "peak_memory_bytes": peak_memory[0],
-        "peak_memory_source": peak_memory[1],
+        "peak_memory_bytes": peak[0],
+        "peak_memory_source": peak[1],
         "tokens_per_second": tokens_per_second(lines),
         "steps": config.steps,
         "tokens": tokens,
@@ -78,7 +64,9 @@ def report(
     )
     log(f"sample: {text}")
     _print_table(config.optimizer, ours, adamw)
-    write_json(directory / "summary.json", summary)  # last: it says that the run is finished
+    run_directory.write_json(
+        directory / "summary.json", summary
+    )  # last: it says that the run is finished
     perplexity = last["eval_perplexity"]
     log(f"perplexity {math.nan if perplexity is None else perplexity:.2f}; see {directory}")
 

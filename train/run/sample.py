@@ -15,14 +15,8 @@ def sample_text(
 ) -> str:
     """A prompt at the beginning of a document, and its continuation by the model.
 
-    Args:
-        model: the language model.
-        tokenizer: the one that it was trained with.
-        prompt: beginning of the text.
-        seed: of the sampling.
-        stop: whether to end with the document.
-        **how: `max_new_tokens`, `temperature`, `top_k` and `top_p` of
-            `models.llama.generate.generate`.
+    With `stop` the text ends with the document. The other arguments are those of
+    `models.llama.generate.generate`: `max_new_tokens`, `temperature`, `top_k`, `top_p`.
     """
     new = generate(
         model,

@@ -30,14 +30,10 @@ class Trained(NamedTuple):
 
 
 def load_trained(run: str) -> Trained:
-    """Reads the best checkpoint of a run, or its newest if none was evaluated.
-
-    Args:
-        run: the run's folder.
+    """Reads the best checkpoint of a run's folder, or its newest if none was evaluated.
 
     Raises:
         ValueError: if it is not a run, or has no checkpoint that can be read.
-        OSError: if it cannot be read.
     """
     folder = Path(run)
     if not (folder / "config.json").is_file():

@@ -23,6 +23,7 @@ from train.run.progress import Progress, peak_flops
 from train.run.report import peak_memory, report
 from train.run.signals import StopRequest
 from train.step.mesh import put_batch
+from train.step.skipping import skipping
 from train.step.state import TrainState
 
 LESS_MEMORY = (
@@ -33,34 +34,19 @@ LESS_MEMORY = (
 
 @dataclasses.dataclass
 class Host:
-    """What the host knows of a run's progress; a checkpoint has all of it but `evaluations`.
-
-    Attributes:
-        step: updates done.
-        tokens: number of targets trained on.
-        position: the place in the data of the next batch.
-        peak_memory: most bytes that any process of the run had in use, and the source of that.
-        skipped: number of updates skipped as not finite, as far as metrics have been read.
-        evaluations: loss by step, also in metrics.jsonl.
-        saved: step of the newest checkpoint.
-    """
+    """What the host knows of a run's progress; a checkpoint has all of it but `evaluations`."""
 
     step: int = 0
-    tokens: int = 0
-    position: Position = START
-    peak_memory: tuple[int, str] = (0, "")
-    skipped: int = 0
-    evaluations: dict[int, float] = dataclasses.field(default_factory=dict)
-    saved: int | None = None
+    tokens: int = 0  # targets trained on
+    position: Position = START  # of the next batch
+    peak_memory: tuple[int, str] = (0, "")  # most bytes of any process, and the source of that
+    skipped: int = 0  # as far as metrics have been read
+    evaluations: dict[int, float] = dataclasses.field(default_factory=dict)  # loss by step
+    saved: int | None = None  # step of the newest checkpoint
 
 
 class _TooManySkipped(Exception):
-    """More steps in a row were not finite than --max-skipped allows."""
-
-
-def _skipping(state: TrainState) -> bool:
-    """Whether the last step was skipped."""
-    return int(state.optimizer.notfinite_count) > 0
+    """--max-skipped steps in a row were not finite."""
 
 
 class Training:
@@ -82,22 +68,15 @@ class Training:
             run_directory.write_config(config)
             self.metrics = stack.enter_context(closing(MetricsLog(self.directory, self.host.step)))
             self.host.evaluations = evaluation_losses(self.directory)
+            folder, evaluations = self.directory / "checkpoints", self.host.evaluations
             self.checkpoints = stack.enter_context(
-                Checkpoints(
-                    self.directory / "checkpoints", config.keep, self.log, self.host.evaluations
-                )
+                Checkpoints(folder, config.keep, self.log, evaluations)
             )
             if state is None:
                 state = parts.init(jax.random.key(config.seed))
             peak = peak_flops(parts.mesh.devices.flat[0], config.dtype)
-            self.progress = stack.enter_context(
-                Progress(
-                    self.host.step,
-                    config.steps,
-                    flops_per_token(parts.model, config.seq_len),
-                    peak and peak * parts.mesh.size,
-                )
-            )
+            flops = flops_per_token(parts.model, config.seq_len), peak and peak * parts.mesh.size
+            self.progress = stack.enter_context(Progress(self.host.step, config.steps, *flops))
             try:
                 state = self._train(train_step, state)
             except _TooManySkipped as error:
@@ -112,10 +91,7 @@ class Training:
             )
             return 128 + self.stop.signum
         self._note_peak_memory()
-        tokens, peak_bytes = self.host.tokens, self.host.peak_memory
-        report(
-            config, parts, state, self.directory, self.log, tokens=tokens, peak_memory=peak_bytes
-        )
+        report(config, parts, state, self.log, self.host.tokens, self.host.peak_memory)
         return 0
 
     def compile(self) -> Callable[..., Any]:
@@ -179,7 +155,7 @@ class Training:
                     self.evaluate(state)
                 save_due = host.step % config.save_every == 0 and host.step > 0
                 # While steps are skipped, the weights may be unusable.
-                if (save_due and not _skipping(state)) or last:
+                if (save_due and not skipping(state.optimizer)) or last:
                     self._save(state)
                 if last or self.stop.signum is not None:
                     break
@@ -246,10 +222,7 @@ class Training:
             )
 
     def _last_good(self, applied: int) -> str:
-        """Names the newest checkpoint before the last applied step.
-
-        That step's own may have the very weights from which no step is finite any more.
-        """
+        """Names the newest checkpoint before the last applied step, whose weights may be ruined."""
         self.checkpoints.wait()
         good = [step for step in self.checkpoints.steps() if step < applied]
         if not good:
@@ -286,12 +259,11 @@ class Training:
             state.params,
             state.rest(),
             {"tokens": host.tokens, "position": host.position, "peak_memory": host.peak_memory},
-            prune=not _skipping(state),
+            prune=not skipping(state.optimizer),
         )
         host.saved = host.step
         self.clock = time.perf_counter()
 
     def _note_peak_memory(self) -> None:
-        self.host.peak_memory = max(
-            self.host.peak_memory, peak_memory(self.parts.mesh.devices.flat[0])
-        )
+        here = peak_memory(self.parts.mesh.devices.flat[0])
+        self.host.peak_memory = max(self.host.peak_memory, here)

@@ -81,13 +81,9 @@ def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
 def with_sequences(
     config: LlamaConfig, mode: str, batch: Batch, tokens: Float[Array, ""]
 ) -> dict[str, Any]:
-    """A batch, or a stack of microbatches, with what the layers and the head need besides.
+    """A batch `(B, L)` or microbatches `(A, B, L)`, with what layers and head need besides.
 
-    Args:
-        config: sizes and numerics.
-        mode: `packed` or `document`.
-        batch: arrays `(B, L)` or `(A, B, L)`.
-        tokens: number of targets that count, over all microbatches.
+    `tokens` is the number of targets that count, over all microbatches.
     """
     if mode == "packed":
         sequences = sequences_of(config, batch["positions"], batch["segment_ids"])

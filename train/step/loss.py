@@ -35,16 +35,9 @@ def summed_cross_entropy(
 ) -> Float[Array, ""]:
     """Σ w · -log softmax(hidden · headᵀ)[target], in float32.
 
-    Args:
-        hidden: the last hidden states; their dtype is that of the products' operands.
-        head: the head's matrix.
-        targets: token ids.
-        weights: of the targets; where 0, targets and finite hidden states do not matter.
-        by_vocabulary: cut the vocabulary instead of the positions for the gradient: less memory,
-            for a fourth product.
-
-    Returns:
-        The sum, differentiable with respect to `hidden` and `head`.
+    Differentiable with respect to `hidden`, whose dtype is that of the products' operands, and
+    `head`. Where a weight is 0, target and finite hidden state do not matter. `by_vocabulary` cuts
+    the vocabulary instead of the positions for the gradient: less memory, for a fourth product.
     """
     del by_vocabulary
 

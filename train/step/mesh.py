@@ -4,6 +4,7 @@ Three mesh axes: `data` splits the batch alone; `fsdp` splits the batch and the 
 model's width); `tensor` splits the weights' other axis. XLA inserts the communication.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,11 +31,7 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:
-    """Reads `data=2,fsdp=4`; axes that are not named have size 1.
-
-    Raises:
-        ValueError: for any other format, an axis unknown or named twice, or a size below 1.
-    """
+    """Reads `data=2,fsdp=4`; axes that are not named have size 1."""
     sizes = dict.fromkeys(AXES, 1)
     if text is None:
         return sizes
@@ -53,18 +50,14 @@ def parse_mesh(text: str | None) -> dict[str, int]:
 
 
 def make_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `--mesh`.
-
-    Args:
-        text: such as `data=2,fsdp=4`, over all devices, or None: the first device alone.
-        devices: all devices; default `jax.devices()`.
+    """The mesh of `--mesh`: such as `data=2,fsdp=4` over all devices, or None: the first alone.
 
     Raises:
         ValueError: if the sizes do not multiply to the number of devices.
     """
     devices = available_devices() if devices is None else devices
     sizes = parse_mesh(text)
-    product = int(np.prod(list(sizes.values())))
+    product = math.prod(sizes.values())
     if text is None:
         devices = devices[:1]
     if product != len(devices):
@@ -78,11 +71,7 @@ def make_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) -> 
 
 
 def available_devices() -> list[jax.Device]:
-    """`jax.devices()`.
-
-    Raises:
-        ValueError: if the platform that JAX was told to use has none.
-    """
+    """`jax.devices()`; raises ValueError if the platform that JAX was told to use has none."""
     try:
         return jax.devices()
     # JAX asserts where the environment names a platform whose plugin is not installed.
@@ -144,7 +133,7 @@ def _place(
     split: list[list[str]] = [[] for _ in shape]
 
     def divides(axis: str, d: int) -> bool:
-        return shape[d] % int(np.prod([mesh[a] for a in (*split[d], axis)])) == 0
+        return shape[d] % math.prod(mesh[a] for a in (*split[d], axis)) == 0
 
     left = []
     for d, name in enumerate(names):
@@ -171,10 +160,7 @@ def _place(
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts a batch on the devices, split over `data` and `fsdp`.
-
-    Each process has the whole batch, arrays `(B, L)`, and puts its own rows.
-    """
+    """Puts a batch `(B, L)` on the devices; each process has all of it, and puts its own rows."""
     sharding = NamedSharding(mesh, BATCH)
     return {
         name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
@@ -184,21 +170,17 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The `ShapeDtypeStruct`s of a batch of `put_batch`."""
-    dtypes = {name: np.int32 for name in ("inputs", "targets", "positions", "segment_ids")}
-    return {
-        name: jax.ShapeDtypeStruct(
-            (batch_size, seq_len), dtype, sharding=NamedSharding(mesh, BATCH)
-        )
-        for name, dtype in {**dtypes, "weights": np.float32}.items()
-    }
+    shape = batch_size, seq_len
+    ids, weights = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
+        for dtype in (np.int32, np.float32)
+    )
+    names = ("inputs", "targets", "positions", "segment_ids")
+    return {**dict.fromkeys(names, ids), "weights": weights}
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Checks that the devices can split a batch.
-
-    Raises:
-        ValueError: if the batch does not divide into microbatches, or these over the devices.
-    """
+    """Raises ValueError unless a batch divides into microbatches, and these over the devices."""
     shards = batch_shards(mesh)
     if batch_size % accumulate or (batch_size // accumulate) % shards:
         raise ValueError(

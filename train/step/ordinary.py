@@ -40,13 +40,8 @@ def loss_and_gradient(
 ) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
     """The loss over a batch, its gradient, and the number of targets that count.
 
-    Args:
-        forward: from params and a microbatch to the last hidden states and the head's matrix; the
-            microbatch has its number, too, as `microbatch`.
-        params: the weights.
-        batch: arrays `(B, L)`: what `forward` reads, and `targets` and `weights`.
-        accumulate: number of microbatches; their gradients are summed in float32.
-        mesh: the devices over which each microbatch is split.
+    `forward` is given a microbatch of arrays `(B / A, L)`, and its number as `microbatch`. The
+    microbatches' gradients are summed in float32.
     """
     tokens = jnp.sum(batch["weights"])
     gradient, losses = over_microbatches(

@@ -39,10 +39,10 @@ class Programs:
         mesh: the devices.
         abstract: the train state as `ShapeDtypeStruct`s with their shardings.
         batch: a batch likewise.
-        init: makes the first train state, sharded, from the run's key.
+        init: from the run's key to the first train state, sharded.
         train_step: from a train state, which it overwrites, and a batch to the next and metrics.
-        restart: merges and resets the adapters of a train state, which it overwrites; None if the
-            run has no restarts. A program of its own, so that no step pays for it.
+        restart: merges and resets a train state's adapters; None without restarts. A program of
+            its own, so that no step pays for it.
         eval_step: from params and a batch to the summed loss and the number of tokens.
         notes: a line for each param that is not split over the devices as its axes say.
     """
@@ -141,7 +141,7 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
         jax.eval_shape(init, jax.random.key(0)),
         state_at,
     )
-    restarts = config.adapter is not None and config.restart_every is not None
+    again = advance(restarted, in_shardings=(state_at,), out_shardings=state_at)
     return Programs(
         model=model,
         mesh=mesh,
@@ -149,9 +149,7 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
         batch=abstract_batch(config.batch_size, config.seq_len, mesh),
         init=jit(init, out_shardings=state_at),
         train_step=advance(step, in_shardings=(state_at, by_rows), out_shardings=(state_at, whole)),
-        restart=advance(restarted, in_shardings=(state_at,), out_shardings=state_at)
-        if restarts
-        else None,
+        restart=again if config.restart_every is not None else None,
         eval_step=jit(evaluate, in_shardings=(params_at, by_rows), out_shardings=whole),
         notes=notes,
     )

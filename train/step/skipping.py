@@ -42,16 +42,17 @@ def update_if(
     otherwise: tuple[optax.Updates, optax.OptState],
     before: optax.ApplyIfFiniteState,
 ) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
-    """The updates and the optimizer's next state.
+    """The updates and the optimizer's state after a step: `update()` if finite, else `otherwise`.
 
-    Args:
-        finite: whether the step counts.
-        update: gives the updates and the optimizer's inner state.
-        otherwise: what a skipped step has instead, of the same types.
-        before: the state before the step.
+    Both are updates and the optimizer's inner state, of the same types.
     """
     updates, inner = jax.lax.cond(finite, update, lambda: otherwise)
     return updates, counted(before, finite, inner)
+
+
+def skipping(state: optax.ApplyIfFiniteState) -> bool:
+    """Whether the last step was skipped."""
+    return int(state.notfinite_count) > 0
 
 
 def counted(
