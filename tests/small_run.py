@@ -4,12 +4,14 @@ As a command it takes the settings as JSON, and the point at which it kills itse
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +19,13 @@ import jax.numpy as jnp
 from paths import ROOT
 
 from models.llama.config import SIZES, LlamaConfig
+from train.config.resolve import resolve
 from train.config.settings import Pretrain
+from train.data.text import load_text
+from train.pretrain import main
+from train.run import assemble, checkpoint, metrics
+from train.run.cli import run
+from train.step.mesh import put_batch
 
 MICRO = LlamaConfig(width=32, mlp_width=48, layers=2, heads=2, kv_heads=1, max_length=64)
 SMALL = Pretrain(
@@ -38,6 +46,22 @@ NO_SUBSPACE = {"rank": None, "update_proj_gap": None}
 ADAMW = {"optimizer": "adamw", **NO_SUBSPACE}
 
 
+@functools.cache
+def topics(split: str) -> list[str]:
+    """A part of the built-in text: reading all of it takes each process 2.5 seconds."""
+    from pydoc_data.topics import topics
+
+    paragraphs = [text for name in sorted(topics) for text in topics[name].split("\n\n")]
+    return [text for i, text in enumerate(paragraphs) if (i % 20 == 0) == (split == "validation")]
+
+
+def load_few(name: str, split: str, data_dir: str | None = None) -> Sequence[str]:
+    return topics(split) if name == "builtin" else load_text(name, split, data_dir)
+
+
+assemble.load_text = load_few
+
+
 def small(out: Path | str, **changes) -> Pretrain:
     SIZES["micro"] = MICRO
     return dataclasses.replace(SMALL, out=str(out), **changes)
@@ -45,18 +69,14 @@ def small(out: Path | str, **changes) -> Pretrain:
 
 def trained(steps: int, **changes):
     """What a run is made of, its first and last train state, and the losses of its steps."""
-    from train.config.resolve import resolve
-    from train.run.assemble import assemble
-    from train.step.mesh import put_batch
-
-    parts = assemble(resolve(small("unused", **changes)), lambda _: None)
+    parts = assemble.assemble(resolve(small("unused", **changes)), lambda _: None)
     state = parts.init(jax.random.key(0))
     for x, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(parts.abstract), strict=True):
         assert x.sharding == wanted.sharding
     first, losses = jax.tree.map(jnp.copy, state), []
     for batch, _ in parts.data.batches():
-        state, metrics = parts.train_step(state, put_batch(parts.mesh, batch))
-        losses.append(float(metrics["loss"]))
+        state, told = parts.train_step(state, put_batch(parts.mesh, batch))
+        losses.append(float(told["loss"]))
         if len(losses) == steps:
             break
     for x, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(parts.abstract), strict=True):
@@ -69,12 +89,10 @@ def train(steps: int = 6, **changes) -> list[float]:
     return trained(steps, **changes)[-1]
 
 
-def losses(run: Path) -> dict[tuple[str, int], float]:
+def losses(folder: Path) -> dict[tuple[str, int], float]:
     """Every loss of a run by kind and step, and none twice."""
-    from train.run.metrics import read_metrics
-
     found = {}
-    for line in read_metrics(run):
+    for line in metrics.read_metrics(folder):
         for kind in ("loss", "eval_loss", "grad_norm", "tokens", "learning_rate"):
             if kind in line:
                 assert (kind, line["step"]) not in found
@@ -89,10 +107,10 @@ def everything_in(folder: Path) -> dict[str, bytes]:
     }
 
 
-def unfinished(run: Path, tmp_path: Path, *lost: str) -> Path:
+def unfinished(whole: Path, tmp_path: Path, *lost: str) -> Path:
     """A copy of a run without its summary and some of its checkpoints."""
     copy = tmp_path / "run"
-    shutil.copytree(run, copy)
+    shutil.copytree(whole, copy)
     (copy / "summary.json").unlink()
     for step in lost:
         shutil.rmtree(copy / "checkpoints" / step)
@@ -119,8 +137,6 @@ def run_killed(settings: dict, where: str, step: int, signum: str) -> subprocess
 
 def kill_at(where: str, step: int, signum: int) -> None:
     """Has the process kill itself when it writes a step's metrics, or has begun to save it."""
-    from train.run import checkpoint, metrics
-
     owner, name = {
         "metrics": (metrics.MetricsLog, "write"),
         "save": (checkpoint.Checkpoints, "save"),
@@ -140,9 +156,6 @@ def kill_at(where: str, step: int, signum: int) -> None:
 
 if __name__ == "__main__":
     settings, where, step, signum = sys.argv[1:]
-    from train.pretrain import main
-    from train.run.cli import run
-
     kill_at(where, int(step), signal.Signals[signum])
     sys.argv = sys.argv[:1]
     run(lambda _: main(small(**json.loads(settings))), Pretrain, "small_run")

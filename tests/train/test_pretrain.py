@@ -38,9 +38,9 @@ from train.step import programs
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run that nothing interrupted."""
+    """A run that nothing interrupted, with all of its checkpoints."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(small(out)) == 0
+    assert main(small(out, keep=5)) == 0
     return out
 
 
@@ -296,9 +296,7 @@ def test_an_unwritable_directory_is_an_error(out):
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(finished, tmp_path):
-    whole = tmp_path / "whole"
-    assert main(small(whole, keep=5)) == 0
-    out = unfinished(whole, tmp_path, "12", "14")
+    out = unfinished(finished, tmp_path, "12", "14")
     # Files end at 16 blocks of 512 bytes, as they would on a disk with no more room.
     command = killed_command({"out": str(out), "keep": 5, "resume": True}, "metrics", -1, "SIGKILL")
     command["args"] = ["sh", "-c", 'ulimit -f 16 && exec "$@"', "-", *command["args"]]

@@ -1,16 +1,17 @@
 """`--layerwise`: the ordinary run's losses, on a mesh and after resuming too."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import ADAMW, NO_SUBSPACE, losses, small, train, unfinished
+from small_run import ADAMW, MICRO, NO_SUBSPACE, losses, small, train, unfinished
 
-from galore_optax import quantize_state
+from models.llama.config import SIZES
 from train.config.resolve import resolve
-from train.plan import RECIPES
+from train.plan import RECIPES, programs_of
 from train.pretrain import main
 from train.run.assemble import assemble
 from train.step.mesh import put_batch
@@ -65,14 +66,12 @@ def test_what_optimizers_do_by_leaf_they_do_by_layer_in_the_ordinary_step_too(op
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "galore-adamw8bit", "q-galore-adamw8bit"])
 @pytest.mark.parametrize("layerwise", [False, True], ids=["ordinary", "layerwise"])
-def test_vectors_of_a_layer_are_held_in_few_bits_by_their_own_size(
-    monkeypatch, optimizer, layerwise
-):
-    # Those of two layers are 64 numbers, of one 32.
-    monkeypatch.setattr(quantize_state, "__kwdefaults__", {"min_size": 50, "unsigned": None})
-    settings = dict(optimizer=optimizer, layerwise=layerwise)
+def test_vectors_of_a_layer_are_quantized_by_their_own_size(monkeypatch, optimizer, layerwise):
+    # Arrays of 4,096 numbers are quantized: a norm of both layers has as many, one layer's half.
+    monkeypatch.setitem(SIZES, "wide", dataclasses.replace(MICRO, width=2048))
+    settings = dict(model="wide", optimizer=optimizer, layerwise=layerwise)
     settings |= {} if "galore" in optimizer else NO_SUBSPACE
-    state = assemble(resolve(small("unused", **settings)), lambda line: None).abstract.optimizer
+    state = programs_of(resolve(small("unused", **settings))).abstract.optimizer
     paths = [(jax.tree_util.keystr(path), x) for path, x in jax.tree.leaves_with_path(state)]
     norms = [x.dtype for path, x in paths if "_norm" in path]
     assert {*norms} == {jnp.dtype("float32")}, "moments of the layers' norms"
