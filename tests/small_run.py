@@ -22,6 +22,7 @@ from models.llama.config import SIZES, LlamaConfig
 from train.config.resolve import resolve
 from train.config.settings import Pretrain
 from train.data.text import load_text
+from train.plan import RECIPES
 from train.pretrain import main
 from train.run import assemble, checkpoint, metrics
 from train.run.cli import run
@@ -44,6 +45,12 @@ SMALL = Pretrain(
 )
 NO_SUBSPACE = {"rank": None, "update_proj_gap": None}
 ADAMW = {"optimizer": "adamw", **NO_SUBSPACE}
+# All that a 10 GB card needs; rounded to the nearest, since by layers other numbers are drawn than
+# for the whole stack.
+LOW_BIT = {
+    **RECIPES["10 GB card"], "layerwise": False, "rematerialize": False,
+    "stochastic_rounding": False,
+}  # fmt: skip
 
 
 @functools.cache

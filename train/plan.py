@@ -70,10 +70,9 @@ def main(config: Plan) -> int:
     """
     if config.card is not None:
         return _for_card(config, config.card)
-    plans = {}
-    for name in dict.fromkeys((config.optimizer, *config.compare)):
-        resolved = _resolved(config, optimizer=name)
-        plans[name] = plan(resolved, programs_of(resolved))
+    names = dict.fromkeys((config.optimizer, *config.compare))
+    settings = {name: _resolved(config, optimizer=name) for name in names}
+    plans = {name: plan(one, programs_of(one)) for name, one in settings.items()}
     if config.plot is not None:
         sizes = {name: one.parts() for name, one in plans.items()}
         plot_plan(sizes, Path(config.plot), f"{config.model}: memory of one device")

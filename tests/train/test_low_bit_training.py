@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from small_run import losses, run_killed, small, train
+from small_run import LOW_BIT, losses, run_killed, small, train
 
 from train.config.resolve import resolve
 from train.generate import Generate
@@ -48,11 +48,10 @@ def test_text_is_sampled_from_quantized_weights(finished, capsys):
 
 
 def test_weights_in_codes_are_split_over_devices_and_train_alike():
-    changes = {**Q_GALORE, "stochastic_rounding": False}
     # A sum in another order may fall to the other side of a code's middle: a step of one weight,
     # half a hundredth of its group's range.
     np.testing.assert_allclose(
-        train(4, mesh="fsdp=4,tensor=2", **changes), train(4, **changes), rtol=2e-3
+        train(mesh="fsdp=4,tensor=2", **LOW_BIT), train(**LOW_BIT), rtol=2e-3
     )
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from small_run import NO_SUBSPACE, small
+from small_run import ADAMW, NO_SUBSPACE, small
 
 from train import plan as plan_module
 from train.config.optimizers import OPTIMIZERS
@@ -26,6 +26,7 @@ def test_a_plan_adds_up_for_every_optimizer(optimizer):
     galore = {} if "rank" in options else NO_SUBSPACE
     if OPTIMIZERS[optimizer].adapter is not None:
         galore = {"rank": 4, "update_proj_gap": 3 if "update_proj_gap" in options else None}
+        galore["adapter_pattern"] = "query|up"
     one = planned(optimizer=optimizer, **galore)
     assert sum(one.parts().values()) == one.peak
     assert all(size > 0 for name, size in one.parts().items() if name not in one.states)
@@ -33,7 +34,7 @@ def test_a_plan_adds_up_for_every_optimizer(optimizer):
 
 
 def test_a_layerwise_step_has_one_layers_gradient_and_checkpointing_fewer_activations():
-    wide = {"batch_size": 2, "seq_len": 16}
+    wide = {"batch_size": 2, "seq_len": 16, **ADAMW}
     whole, layer = planned(**wide), planned(layerwise=True, **wide)
     again = planned(layerwise=True, rematerialize=True, **wide)
     # Two layers; the embedding's and the head's gradients are larger than one's.
@@ -43,7 +44,7 @@ def test_a_layerwise_step_has_one_layers_gradient_and_checkpointing_fewer_activa
 
 
 def test_accumulating_keeps_the_activations_of_a_microbatch_and_a_gradient_in_float32():
-    whole, parts = planned(), planned(accumulate=4)
+    whole, parts = planned(**ADAMW), planned(**ADAMW, accumulate=4)
     # All but the head's gradient, which the loss makes in the forward pass.
     assert whole.activations / 4 <= parts.activations < whole.activations / 3
     assert parts.gradients == 2 * whole.gradients
@@ -58,9 +59,7 @@ def test_bfloat16_is_planned_in_two_bytes_though_a_cpu_computes_in_four():
 
 
 def test_a_mesh_splits_what_a_device_holds():
-    one, eight = planned(**NO_SUBSPACE, optimizer="adamw"), planned(
-        **NO_SUBSPACE, optimizer="adamw", mesh="fsdp=8"
-    )  # fmt: skip
+    one, eight = planned(**ADAMW), planned(**ADAMW, mesh="fsdp=8")
     assert eight.weights < one.weights / 6
     assert eight.states["moments"] < one.states["moments"] / 6
     assert eight.activations == one.activations // 8
@@ -88,9 +87,10 @@ def words(*args):
 def test_several_optimizers_stand_side_by_side_in_a_table_and_a_picture(capsys, tmp_path):
     file = tmp_path / "plan.png"
     small_batch = ["--batch-size", "1", "--seq-len", "16"]
-    assert words(*small_batch, "--compare", "adamw", "--plot", str(file)) == 0
+    names = ["--optimizer", "adamw8bit", "--compare", "adamw"]
+    assert words(*small_batch, *names, "--plot", str(file)) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("galore-adamw", " adamw"))
+    assert all(name in out for name in (" adamw8bit ", " adamw "))
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
