@@ -31,12 +31,7 @@ class Generate:
 
 
 def main(config: Generate) -> int:
-    """Prints the prompt and its continuation.
-
-    Raises:
-        ValueError: if the folder is not a run, or a value is out of range.
-        OSError: if the run cannot be read.
-    """
+    """Prints the prompt and its continuation; raises ValueError for a value out of range."""
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"--seed {config.seed}: expected 0 to 2**32 - 1")
     trained = load_trained(config.run)
@@ -44,12 +39,8 @@ def main(config: Generate) -> int:
         nnx.merge(trained.graph, merge(trained.params)),
         trained.tokenizer,
         config.prompt,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
         stop=True,
+        **{k: v for k, v in vars(config).items() if k not in ("run", "prompt")},
     )
     print(text)
     return 0

@@ -60,14 +60,7 @@ def programs_of(config: Resolved) -> Programs:
 
 
 def main(config: Plan) -> int:
-    """Prints the plan.
-
-    Returns:
-        The exit code: 0; 1 if nothing fits the card.
-
-    Raises:
-        ValueError: for wrong use.
-    """
+    """Prints the plan; returns the exit code: 0; 1 if nothing fits the card."""
     if config.card is not None:
         return _for_card(config, config.card)
     names = dict.fromkeys((config.optimizer, *config.compare))

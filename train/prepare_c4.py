@@ -109,14 +109,15 @@ def write_data_set(shards: dict[str, list[Path]], folder: Path) -> dict[str, int
     """Writes the shards' documents to `folder` in TFDS' layout; returns each split's number."""
     import tensorflow_datasets as tfds
 
+    identity = tfds.core.DatasetIdentity(
+        name="c4",
+        config_name="en",
+        version=tfds.core.Version(VERSION),
+        data_dir=str(folder),
+        module_name="train.prepare_c4",
+    )
     info = tfds.core.DatasetInfo(
-        builder=tfds.core.DatasetIdentity(
-            name="c4",
-            config_name="en",
-            version=tfds.core.Version(VERSION),
-            data_dir=str(folder),
-            module_name="train.prepare_c4",
-        ),
+        builder=identity,
         description="Text of the JSON shards given to train.prepare_c4.",
         features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
     )

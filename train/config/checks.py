@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from models.llama.config import SIZES, LlamaConfig
+from models.llama.config import SIZES
 from models.llama.model import smaller_sides
 from train.config.optimizers import OPTIMIZERS
 from train.config.settings import Pretrain, Resolved, flag
@@ -70,122 +70,98 @@ def check_unused(config: Pretrain, used: Collection[str]) -> None:
 
 
 def check_values(config: Resolved) -> None:
-    """Checks each value, and the values that contradict each other."""
-    for wrong, message in itertools.chain(_ranges(config), _conflicts(config)):
-        if wrong:
-            raise ValueError(message)
+    """Checks each value, the values that contradict each other, and those against the model."""
+    for error in itertools.chain(_ranges(config), _conflicts(config), _sizes(config)):
+        raise ValueError(error)
 
 
-def _ranges(config: Resolved) -> Iterator[tuple[bool, str]]:
-    """For each value that has a range: whether it is outside, and the error."""
+def _ranges(c: Resolved) -> Iterator[str]:
+    """An error for each value that is out of its range."""
     for name, least in _AT_LEAST.items():
-        value = getattr(config, name)
+        value = getattr(c, name)
         limit = 32 if name == "seed" else 31  # unsigned; the others are, or count in, int32
-        if value is not None:
-            yield value < least, f"{flag(name)} {value}: expected {least} or more"
-            yield value >= 2**limit, f"{flag(name)} {value}: expected less than 2**{limit}"
+        if value is not None and value < least:
+            yield f"{flag(name)} {value}: expected {least} or more"
+        if value is not None and value >= 2**limit:
+            yield f"{flag(name)} {value}: expected less than 2**{limit}"
     for name in _POSITIVE:
-        value = getattr(config, name)
-        yield (
-            value is not None and not _SMALLEST <= value <= _LARGEST,
-            f"{flag(name)} {value}: expected a positive number, {_SMALLEST:.1e} to {_LARGEST:.1e}",
-        )
+        value = getattr(c, name)
+        if value is not None and not _SMALLEST <= value <= _LARGEST:
+            limits = f"{_SMALLEST:.1e} to {_LARGEST:.1e}"
+            yield f"{flag(name)} {value}: expected a positive number, {limits}"
     for name in _BITS:
-        value = getattr(config, name)
-        yield value not in (None, 4, 8), f"{flag(name)} {value}: choose 4 or 8"
-    dropout, decay = config.dropout, config.weight_decay
-    yield (
-        dropout is not None and not 0 <= dropout < 1,
-        f"--dropout {dropout}: expected a share from 0 to below 1",
-    )
-    yield (
-        decay is not None and not 0 <= decay <= _LARGEST,
-        f"--weight-decay {decay}: expected 0 or more, {_LARGEST:.1e} at most",
-    )
+        if getattr(c, name) not in (None, 4, 8):
+            yield f"{flag(name)} {getattr(c, name)}: choose 4 or 8"
+    if c.dropout is not None and not 0 <= c.dropout < 1:
+        yield f"--dropout {c.dropout}: expected a share from 0 to below 1"
+    if c.weight_decay is not None and not 0 <= c.weight_decay <= _LARGEST:
+        yield f"--weight-decay {c.weight_decay}: expected 0 or more, {_LARGEST:.1e} at most"
     try:
-        re.compile(config.adapter_pattern or "")
+        re.compile(c.adapter_pattern or "")
     except (re.error, OverflowError) as error:
+        expected = "expected a regular expression, such as query|value"
+        yield f"--adapter-pattern {c.adapter_pattern}: {error}; {expected}"
+
+
+def _conflicts(c: Resolved) -> Iterator[str]:
+    """An error for each pair of settings that contradict each other."""
+    adapter, every, pause = c.adapter, c.restart_every, c.restart_warmup
+    quantized = c.weight_bits is not None and adapter is None
+    if c.stochastic_rounding and c.dtype == "float32" and not quantized:
         yield (
-            True,
-            f"--adapter-pattern {config.adapter_pattern}: {error}; expected a regular expression, "
-            "such as query|value",
+            "--stochastic-rounding: float32 weights need no rounding; leave it out, or choose "
+            "--dtype bfloat16"
         )
-
-
-def _conflicts(c: Resolved) -> Iterator[tuple[bool, str]]:
-    """For each pair of settings that can contradict each other: whether they do, and the error."""
-    quantized = c.weight_bits is not None and c.adapter is None
-    yield (
-        bool(c.stochastic_rounding) and c.dtype == "float32" and not quantized,
-        "--stochastic-rounding: float32 weights need no rounding; leave it out, or choose "
-        "--dtype bfloat16",
-    )
-    yield (
-        None not in (c.gradient_rank, c.rank) and (c.gradient_rank or 0) >= (c.rank or 0),
-        f"--gradient-rank {c.gradient_rank}: expected less than --rank {c.rank}, the adapter's",
-    )
-    yield (
-        c.restart_every is not None and c.weight_bits == 4,
-        f"--weight-bits 4 with --adapter {c.adapter}: weights of 4 bits lose what was learnt when "
-        "a restart merges it into them; choose 8, or leave it out",
-    )
-    yield (
-        None not in (c.restart_every, c.restart_warmup)
-        and (c.restart_warmup or 0) >= (c.restart_every or 0),
-        f"--restart-warmup {c.restart_warmup}: expected fewer steps than --restart-every "
-        f"{c.restart_every}",
-    )
-    yield (
-        c.warmup_steps >= c.steps,
-        f"--warmup-steps {c.warmup_steps}: expected fewer than --steps {c.steps}",
-    )
-    yield (
-        c.layerwise and c.adapter is not None,
-        f"--layerwise has no effect with --adapter {c.adapter}: the gradients of adapters are "
-        "small, and frozen weights have none; leave one of them out",
-    )
-    yield (
-        c.clip != "exact" and not c.layerwise,
-        f"--clip {c.clip} has an effect with --layerwise only; any other step clips exactly",
-    )
+    if c.gradient_rank is not None and c.rank is not None and c.gradient_rank >= c.rank:
+        yield f"--gradient-rank {c.gradient_rank}: expected below --rank {c.rank}, the adapter's"
+    if every is not None and c.weight_bits == 4:
+        yield (
+            f"--weight-bits 4 with --adapter {adapter}: 4-bit weights lose what was learnt when "
+            "a restart merges it into them; choose 8, or leave it out"
+        )
+    if every is not None and pause is not None and pause >= every:
+        yield f"--restart-warmup {pause}: expected fewer steps than --restart-every {every}"
+    if c.warmup_steps >= c.steps:
+        yield f"--warmup-steps {c.warmup_steps}: expected fewer than --steps {c.steps}"
+    if c.layerwise and adapter is not None:
+        yield (
+            f"--layerwise has no effect with --adapter {adapter}: the gradients of adapters are "
+            "small, and frozen weights have none; leave one of them out"
+        )
+    if c.clip != "exact" and not c.layerwise:
+        yield f"--clip {c.clip} has an effect with --layerwise only; any other step clips exactly"
     users = [name for name, recipe in OPTIMIZERS.items() if "scale" in recipe.options]
-    yield (
-        c.accumulate_in_subspace and c.optimizer not in users,
-        f"--accumulate-in-subspace: --optimizer {c.optimizer} has no subspace; leave it out, or "
-        f"choose one of {', '.join(users)}",
-    )
-    yield (
-        c.clip == "exact" and c.layerwise and c.accumulate_in_subspace,
-        "--clip exact with --layerwise --accumulate-in-subspace: the norm of the projected sum is "
-        "not known before the new subspaces are; choose previous, or leave one of them out",
-    )
-    yield (
-        c.data == "c4" and c.data_dir is None,
-        "--data c4 needs --data-dir, the folder of the data set: `python -m train.prepare_c4` "
-        "writes one; --data builtin needs none",
-    )
-    yield (
-        c.data == "builtin" and c.data_dir is not None,
-        "--data-dir has no effect with --data builtin: leave it out, or choose --data c4",
-    )
+    if c.accumulate_in_subspace and c.optimizer not in users:
+        yield (
+            f"--accumulate-in-subspace: --optimizer {c.optimizer} has no subspace; leave it out or "
+            f"choose one of {', '.join(users)}"
+        )
+    if c.clip == "exact" and c.layerwise and c.accumulate_in_subspace:
+        yield (
+            "--clip exact with --layerwise --accumulate-in-subspace: the norm of the projected sum "
+            "is not known before the new subspaces are; choose previous, or leave one of them out"
+        )
+    if c.data == "c4" and c.data_dir is None:
+        yield (
+            "--data c4 needs --data-dir, the folder of the data set: `python -m train.prepare_c4` "
+            "writes one; --data builtin needs none"
+        )
+    if c.data == "builtin" and c.data_dir is not None:
+        yield "--data-dir has no effect with --data builtin: leave it out, or choose --data c4"
 
 
-def check_model(config: Resolved, size: LlamaConfig) -> None:
-    """Checks length and rank against the model's sizes."""
-    if config.seq_len > size.max_length:
-        raise ValueError(
-            f"--seq-len {config.seq_len}: {config.model} takes at most {size.max_length} tokens"
+def _sizes(c: Resolved) -> Iterator[str]:
+    """An error if length or rank exceed the model's sizes."""
+    size, sides = SIZES[c.model], smaller_sides(SIZES[c.model])
+    if c.seq_len > size.max_length:
+        yield f"--seq-len {c.seq_len}: {c.model} takes at most {size.max_length} tokens"
+    if c.rank is not None and c.adapter is None and c.rank >= max(sides):
+        yield (
+            f"--rank {c.rank}: a rank of {max(sides)} or more compresses no matrix of {c.model}; "
+            f"choose at most {max(sides) - 1}, or an --optimizer without rank"
         )
-    if config.rank is None:
-        return
-    sides = smaller_sides(size)
-    if config.adapter is None and config.rank >= max(sides):
-        raise ValueError(
-            f"--rank {config.rank}: a rank of {max(sides)} or more compresses no matrix of "
-            f"{config.model}; choose at most {max(sides) - 1}, or an --optimizer without rank"
-        )
-    if config.adapter is not None and config.rank > min(sides):
-        raise ValueError(
-            f"--rank {config.rank}: an adapter's rank is at most the smaller side of a matrix, "
-            f"{min(sides)} in {config.model}"
+    if c.rank is not None and c.adapter is not None and c.rank > min(sides):
+        yield (
+            f"--rank {c.rank}: an adapter's rank is at most the smaller side of a matrix, "
+            f"{min(sides)} in {c.model}"
         )

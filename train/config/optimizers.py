@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
 
 from galore_optax import (
     AdaptiveRefresh,
@@ -111,7 +110,7 @@ def learning_rate_schedule(config: Resolved) -> optax.Schedule:
     if every is None or warmup is None:
         return cosine
 
-    def restarted(count: Int[Array, ""]) -> Float[Array, ""]:
+    def restarted(count: Any) -> Any:
         rise = jnp.minimum((count % every + 1) / (warmup + 1), 1)
         return cosine(count) * jnp.where(count < every, 1, rise)
 

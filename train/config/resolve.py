@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from models.llama.config import SIZES
 from train.config import checks
 from train.config.optimizers import OPTIMIZERS
 from train.config.settings import NOT_STORED, Pretrain, Resolved, read_fields
@@ -80,13 +79,13 @@ def resolve(config: Pretrain) -> Resolved:
     config = _fill(config, {"save_every": config.eval_every})
     resolved = Resolved(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     checks.check_values(resolved)
-    checks.check_model(resolved, SIZES[config.model])
     # Absolute, so that a run can be resumed from another folder.
-    data_dir, tokenizer = (
-        path if path in (None, "bytes") else os.path.abspath(path)
-        for path in (config.data_dir, config.tokenizer)
+    tokenizer = config.tokenizer
+    return dataclasses.replace(
+        resolved,
+        data_dir=None if config.data_dir is None else os.path.abspath(config.data_dir),
+        tokenizer=tokenizer if tokenizer == "bytes" else os.path.abspath(tokenizer),
     )
-    return dataclasses.replace(resolved, data_dir=data_dir, tokenizer=tokenizer)
 
 
 def load(path: str | os.PathLike[str]) -> Pretrain:

@@ -57,9 +57,6 @@ def packed_batches(
 
     Yields:
         A batch and the position after it. If `documents` ends, the last batch is padded.
-
-    Raises:
-        ValueError: if `start` is beyond the end of its document: it belongs to other data.
     """
     size = batch_size * seq_len
     number, taken = start

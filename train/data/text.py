@@ -30,9 +30,6 @@ def load_text(name: str, split: str, data_dir: str | Path | None = None) -> Sequ
             each Python version), or "c4", the TFDS data set c4/en.
         split: "train" or "validation"; no document is in both.
         data_dir: for "c4", the folder that has `c4/en` in it.
-
-    Raises:
-        ValueError: for an unknown source or split, or data that are missing, empty or unreadable.
     """
     if name not in SOURCES:
         raise ValueError(f"data={name!r} is unknown: choose one of {', '.join(SOURCES)}")

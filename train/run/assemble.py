@@ -70,12 +70,10 @@ def assemble(config: Resolved, log: Log) -> Parts:
         **common,
     )
     eval_tokens = int(sum(batch["weights"].sum() for batch in evaluation))
-    named = {
-        "builtin": "the documentation of Python's standard library",
-        "c4": f"C4 (c4/en) in {config.data_dir}",
-    }
+    builtin = "the documentation of Python's standard library"
+    source = builtin if config.data == "builtin" else f"C4 (c4/en) in {config.data_dir}"
     log(
-        f"data: {named[config.data]}, {len(train_text):,} documents to train on, "
+        f"data: {source}, {len(train_text):,} documents to train on, "
         f"{len(eval_text):,} to evaluate on ({eval_tokens:,} tokens); tokenizer "
         f"{config.tokenizer}, {tokenizer.vocab_size:,} ids; {config.sequences} sequences"
     )

@@ -89,10 +89,7 @@ def _replace_what_cannot_be_printed() -> None:
 
 
 def _parse(
-    config_type: type[Config],
-    prog: str,
-    args: Sequence[str] | None,
-    default: Config | None = None,
+    config_type: type[Config], prog: str, args: Sequence[str] | None, default: Config | None = None
 ) -> Config:
     import tyro
 
@@ -112,19 +109,16 @@ def _parse(
             )
     except SystemExit as stop:
         if not stop.code:  # --help
-            print(_without_none(_written(help_text)), end="")
+            help_text.seek(0)
+            print(_without_none(help_text.read()), end="")
             raise
         # tyro prints a box of several lines with a title; its text fits into one line.
-        lines = [line.strip("│ ") for line in _written(words).splitlines()]
+        words.seek(0)
+        lines = [line.strip("│ ") for line in words.read().splitlines()]
         lines = [line for line in lines if line[:1] not in "╭╰─" and line.strip("- ")]
         text = " ".join(" ".join(lines).split())
         text = re.sub(r" For full helptext, run:? (.*)", r" (help: \1)", text)
         raise ValueError(text) from None
-
-
-def _written(file: io.TextIOWrapper) -> str:
-    file.seek(0)
-    return file.read()
 
 
 def _without_none(help_text: str) -> str:
