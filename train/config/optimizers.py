@@ -24,20 +24,14 @@ from train.config.settings import Resolved
 
 
 class Recipe(NamedTuple):
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        make: from the learning rate's schedule and the options to the optimizer.
-        options: the settings that it uses, with their defaults; None: the default is the model's,
-            or the option is off.
-        adapter: the one of `train.config.weights.ADAPTERS` that comes with the name.
-        stacks: which stacked leaves to split into a leaf per layer, for an optimizer that does
-            something per leaf; None: none. GaLore splits the matrices that it projects by itself.
-    """
-
-    make: Callable[..., optax.GradientTransformation]
+    make: Callable[..., optax.GradientTransformation]  # from the learning rate and the options
+    # The settings that it uses, with defaults; None: off, or the default is the model's.
     options: Mapping[str, Any]
-    adapter: str | None = None
+    adapter: str | None = None  # of `train.config.weights.ADAPTERS`, which comes with the name
+    # Which stacked leaves to split into a leaf per layer, for an optimizer that does something per
+    # leaf. GaLore splits the matrices that it projects by itself.
     stacks: ParamAxes | None = None
 
 

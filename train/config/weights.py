@@ -18,17 +18,11 @@ Params = dict[str, Any]
 
 
 class Kind(NamedTuple):
-    """A row of the table of adapters.
+    """A row of the table of adapters."""
 
-    Attributes:
-        create: from a weight, a key and those of `_ARGUMENTS` among the options to the adapter.
-        options: the settings that it uses, with their defaults, as in `optimizers.Recipe`.
-        keep: the share of the factors' moments that a restart keeps.
-    """
-
-    create: Callable[..., Adapter]
-    options: Mapping[str, Any]
-    keep: float = 0.0
+    create: Callable[..., Adapter]  # from a weight, a key and those of `_ARGUMENTS` in the options
+    options: Mapping[str, Any]  # the settings that it uses, with defaults
+    keep: float = 0.0  # the share of the factors' moments that a restart keeps
 
 
 _ARGUMENTS = ("rank", "alpha", "dropout")

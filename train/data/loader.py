@@ -35,32 +35,17 @@ _WORKERS_PER_CORE = 8
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """An endless stream of batches, shuffled anew in each epoch, that starts at any position.
+    """An endless stream of batches, shuffled anew in each epoch, that starts at any position."""
 
-    Attributes:
-        source: the documents, e.g. of `train.data.text.load_text` or a list of strings.
-        tokenizer: of `train.data.tokenizer.load_tokenizer`.
-        batch_size: rows in a batch, over all devices and processes.
-        seq_len: tokens in a row.
-        mode: "packed" (no padding, no attention across documents) or "document" (one per row).
-        seed: of the order of the documents.
-        workers: processes that read and tokenize; 0: this process does both.
-        vocab_size: the model's; default: the tokenizer's.
-
-    Raises:
-        ValueError: for a value out of range, an empty source, or a tokenizer with more ids than the
-            model's vocabulary.
-    """
-
-    source: Sequence[str]
+    source: Sequence[str]  # the documents, e.g. of `train.data.text.load_text`
     tokenizer: Tokenizer
     _: dataclasses.KW_ONLY
-    batch_size: int
-    seq_len: int
-    mode: str = "packed"
-    seed: int = 0
-    workers: int = 0
-    vocab_size: int | None = None
+    batch_size: int  # rows, over all devices and processes
+    seq_len: int  # tokens in a row
+    mode: str = "packed"  # no padding, no attention across documents; or "document": one per row
+    seed: int = 0  # of the order of the documents
+    workers: int = 0  # processes that read and tokenize; 0: this process does both
+    vocab_size: int | None = None  # the model's; default: the tokenizer's
 
     def __post_init__(self):
         _check_sizes(self.source, self.mode, self.batch_size, self.seq_len)

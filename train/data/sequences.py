@@ -21,15 +21,10 @@ Document = Int[np.ndarray, " length"]
 
 
 class Position(NamedTuple):
-    """A place in the stream of documents.
+    """A place in the stream of documents."""
 
-    Attributes:
-        documents: number of documents that are completely read.
-        tokens: number of tokens read of the next one, with its separator.
-    """
-
-    documents: int = 0
-    tokens: int = 0
+    documents: int = 0  # completely read
+    tokens: int = 0  # read of the next one, with its separator
 
 
 START = Position()
@@ -48,15 +43,9 @@ def packed_batches(
     A document that does not fit goes on in the next row, as a segment of its own. Each token of the
     stream is a target once, except the very first separator. Empty documents are skipped.
 
-    Args:
-        documents: token ids of each document, from number `start.documents` on.
-        separator: id of the token before each document.
-        batch_size: rows in a batch.
-        seq_len: tokens in a row.
-        start: the position to start from.
-
-    Yields:
-        A batch and the position after it. If `documents` ends, the last batch is padded.
+    `documents` are token ids of each document, from number `start.documents` on; `separator` is the
+    id of the token before each. Gives batches, each with the position after it. If `documents`
+    ends, the last batch is padded.
     """
     size = batch_size * seq_len
     number, taken = start

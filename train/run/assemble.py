@@ -23,13 +23,7 @@ Log = Callable[[str], object]
 
 @dataclasses.dataclass(frozen=True)
 class Parts(Programs):
-    """What a run computes with, and its data.
-
-    Attributes:
-        tokenizer: of the data.
-        data: training batches, from any position on.
-        evaluation: the batches of an evaluation.
-    """
+    """What a run computes with, and its data."""
 
     tokenizer: Tokenizer
     data: TrainingData

@@ -16,16 +16,10 @@ from train.step.state import Params
 
 
 class Trained(NamedTuple):
-    """A trained model.
-
-    Attributes:
-        graph: the model without its weights.
-        params: its weights as the run stores them, quantized or with adapters, on one device.
-        tokenizer: of the run.
-    """
+    """A trained model."""
 
     graph: nnx.GraphDef
-    params: Params
+    params: Params  # as the run stores them, quantized or with adapters, on one device
     tokenizer: Tokenizer
 
 

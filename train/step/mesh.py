@@ -95,17 +95,10 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, list[str]]:
-    """The sharding of each param.
+    """The sharding of each param, and a line for each that is not split as `RULES` says.
 
     A mesh axis that does not divide its axis of a matrix splits the other one, if it divides that.
-
-    Args:
-        mesh: with the axes `AXES`.
-        shapes: tree of arrays or `ShapeDtypeStruct`s, and `QuantizedArray`s of them.
-        logical_axes: the same tree with a tuple of names (keys of `RULES`) for each leaf.
-
-    Returns:
-        The tree of `NamedSharding`s, and a line for each param that is not split as `RULES` says.
+    `logical_axes` has for each leaf of `shapes` a tuple of names (keys of `RULES`).
     """
     notes: list[str] = []
 

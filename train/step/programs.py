@@ -32,30 +32,18 @@ from train.step.state import Params, TrainState, step_key
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """What a run computes with.
-
-    Attributes:
-        model: sizes and numerics.
-        mesh: the devices.
-        abstract: the train state as `ShapeDtypeStruct`s with their shardings.
-        batch: a batch likewise.
-        init: from the run's key to the first train state, sharded.
-        train_step: from a train state, which it overwrites, and a batch to the next and metrics.
-        restart: merges and resets a train state's adapters; None without restarts. A program of
-            its own, so that no step pays for it.
-        eval_step: from params and a batch to the summed loss and the number of tokens.
-        notes: a line for each param that is not split over the devices as its axes say.
-    """
+    """What a run computes with."""
 
     model: LlamaConfig
     mesh: Mesh
-    abstract: TrainState
+    abstract: TrainState  # `ShapeDtypeStruct`s with their shardings
     batch: dict[str, jax.ShapeDtypeStruct]
-    init: Callable[[Key[Array, ""]], TrainState]
-    train_step: Any
+    init: Callable[[Key[Array, ""]], TrainState]  # from the run's key
+    train_step: Any  # from a train state, which it overwrites, and a batch to the next and metrics
+    # Merges and resets adapters, in a program of its own, so that no step pays for it.
     restart: Callable[[TrainState], TrainState] | None
-    eval_step: Any
-    notes: list[str]
+    eval_step: Any  # from params and a batch to the summed loss and the number of tokens
+    notes: list[str]  # a line for each param that is not split over the devices as its axes say
 
 
 def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:

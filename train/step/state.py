@@ -14,19 +14,12 @@ Metrics = dict[str, Float[Array, ""] | Int[Array, ""]]
 
 
 class TrainState(NamedTuple):
-    """All that a step changes.
+    """All that a step changes."""
 
-    Attributes:
-        params: the weights, some replaced by adapters.
-        optimizer: the optimizer's state, of the trained params, and the counts of skipped steps.
-        step: batches seen, those of skipped steps too.
-        key: of the run's seed; a step's randomness comes from it and the step's number.
-    """
-
-    params: Params
-    optimizer: optax.ApplyIfFiniteState
-    step: Int[Array, ""]
-    key: Key[Array, ""]
+    params: Params  # the weights, some replaced by adapters
+    optimizer: optax.ApplyIfFiniteState  # of the trained params, with the counts of skipped steps
+    step: Int[Array, ""]  # batches seen, those of skipped steps too
+    key: Key[Array, ""]  # of the run's seed; a step's randomness comes from it and `step`
 
     def rest(self) -> dict[str, Any]:
         """All fields but the params, by name."""
