@@ -1,12 +1,31 @@
-"""GaLore (arXiv:2403.03507) as optax transformations."""
+"""GaLore (arXiv:2403.03507) as optax transformations, and what makes training cheap in memory.
 
-from galore_optax.galore import GaLoreState, galore
+Public is what this module exports. The packages below it are private and may change at any time:
+`projection` (the subspace of a leaf), `trace` (what is read from a traced optimizer),
+`quantization`, `layerwise` (updates within the backward pass) and `adapters`.
+"""
+
+from importlib.metadata import version
+
+from galore_optax.adapters.base import join, merge, product, split
+from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
+from galore_optax.adapters.lora import DoRA, LoRA, LowRank, adapt
+from galore_optax.adapters.restart import restart
+from galore_optax.galore import galore
+from galore_optax.layerwise.backward import Layered
+from galore_optax.layerwise.sharding import layerwise_shardings
+from galore_optax.layerwise.step import Layerwise
 from galore_optax.layerwise.unstacked import unstacked
-from galore_optax.projection.dimension_numbers import GaLoreDimensionNumbers, TuckerDimensionNumbers
-from galore_optax.projection.schedule import AdaptiveRefresh
+from galore_optax.memory import state_bytes
+from galore_optax.projection.dimension_numbers import (
+    GaLoreDimensionNumbers,
+    TuckerDimensionNumbers,
+)
+from galore_optax.projection.schedule import Adaptive, Staggered
 from galore_optax.quantization.array import QuantizedArray
+from galore_optax.quantization.nf4 import quantize_nf4
 from galore_optax.quantization.state import quantize_state
-from galore_optax.quantization.weights import apply_updates, quantize_weights
+from galore_optax.quantization.weights import apply_updates, quantize_weights, value_and_grad
 from galore_optax.recipes import (
     adamw8bit,
     galore_adafactor,
@@ -15,22 +34,46 @@ from galore_optax.recipes import (
     gradnorm_lorp_adamw,
     q_galore_adamw8bit,
 )
+from galore_optax.sharding import state_shardings
+from galore_optax.stages import GaLoreState
+from galore_optax.transformation import subspace_parts
+
+__version__ = version("galore-optax")
 
 __all__ = [
-    "AdaptiveRefresh",
+    "Adaptive",
+    "DoRA",
     "GaLoreDimensionNumbers",
     "GaLoreState",
+    "GradNormLoRP",
+    "Layered",
+    "Layerwise",
+    "LoRA",
+    "LowRank",
     "QuantizedArray",
+    "Staggered",
     "TuckerDimensionNumbers",
     "adamw8bit",
+    "adapt",
     "apply_updates",
     "galore",
     "galore_adafactor",
     "galore_adamw",
     "galore_adamw8bit",
     "gradnorm_lorp_adamw",
+    "join",
+    "layerwise_shardings",
+    "merge",
+    "product",
     "q_galore_adamw8bit",
+    "quantize_nf4",
     "quantize_state",
     "quantize_weights",
+    "restart",
+    "split",
+    "state_bytes",
+    "state_shardings",
+    "subspace_parts",
     "unstacked",
+    "value_and_grad",
 ]

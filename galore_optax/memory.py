@@ -4,9 +4,9 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from galore_optax.galore import GaLoreState
 from galore_optax.layerwise.backward import at
 from galore_optax.layerwise.step import LayerwiseState
+from galore_optax.stages import GaLoreState
 
 
 def tree_bytes(tree: PyTree) -> int:

@@ -1,5 +1,6 @@
-"""Whole optimizers: GaLore around the inner optimizers of the paper, learning rate included."""
+"""Whole optimizers: GaLore around the inner optimizers of the papers, learning rate included."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,83 +9,120 @@ import optax
 from galore_optax import checks
 from galore_optax.adapters.base import factor_dimension_numbers, is_adapter
 from galore_optax.galore import galore
-from galore_optax.projection.dimension_numbers import GaLoreDimensionNumbers, WeightDimensionNumbers
+from galore_optax.projection.dimension_numbers import (
+    GaLoreDimensionNumbers,
+    WeightDimensionNumbers,
+)
 from galore_optax.projection.leaf import Rank, projections
 from galore_optax.projection.moments import MomentsFunction
-from galore_optax.projection.schedule import AdaptiveRefresh
+from galore_optax.projection.schedule import Adaptive, RefreshGap
 from galore_optax.projection.subspace import FindSubspace
 from galore_optax.quantization.state import quantize_state
-from galore_optax.transformation import SubspaceTransformation
+from galore_optax.stages import GaLore
+from galore_optax.transformation import subspace_parts, transformation
 
 
 def galore_adamw(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
     *,
-    update_proj_gap: int | optax.Schedule = 200,
+    update_proj_gap: RefreshGap = 200,
     scale: float = 0.25,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    bits: int | None = None,
     subspace: str | FindSubspace = "randomized",
     side: str = "smaller",
     weight_dimension_numbers: WeightDimensionNumbers = None,
     moments: str | MomentsFunction | None = None,
-    stagger: bool = False,
-    rank_schedule: optax.Schedule | None = None,
     projection_bits: int | None = None,
-    adaptive_refresh: AdaptiveRefresh | None = None,
     seed: int = 0,
-) -> SubspaceTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """GaLore with AdamW: the recipe of the paper's pre-training runs.
 
+    `galore_adamw8bit` is the same with `bits=8`, the paper's recipe for a 7B model.
+    `q_galore_adamw8bit`, Q-GaLore, is that with bases in 4 bits and adaptive refreshes,
+    `projection_bits=4, update_proj_gap=Adaptive(200)`; its weights are quantized by
+    `quantize_weights`, and updated with stochastic rounding by `apply_updates`.
+
     Args:
-        learning_rate: Learning rate or schedule; the paper's pre-training uses 0.01.
+        learning_rate: Learning rate or schedule. The papers pre-train with 0.01 (7B: 0.005),
+            Q-GaLore with 0.015 to 0.004, by size.
         rank: Dimensions of the subspace; the paper uses a quarter to a half of the width.
-        update_proj_gap: Steps between refreshes of the subspace.
+        update_proj_gap: When subspaces are refreshed, as in `galore`.
         scale: Factor on the update of projected leaves (α).
         b1: Decay rate of the first moment.
         b2: Decay rate of the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, of the whole matrix and without the scale.
-        subspace: As in `galore`.
-        side: As in `galore`.
-        weight_dimension_numbers: As in `galore`.
-        moments: As in `galore`.
-        stagger: As in `galore`.
-        rank_schedule: As in `galore`.
-        projection_bits: As in `galore`.
-        adaptive_refresh: As in `galore`.
-        seed: As in `galore`.
+        bits: Stores the moments in 8 or 4 bits (`quantize_state`); None as floats.
+        subspace: As in `galore`, like the following.
+        side: Which side is projected.
+        weight_dimension_numbers: Which leaves are matrices.
+        moments: What becomes of the moments at a refresh.
+        projection_bits: Stores the bases in 4 or 8 bits.
+        seed: Of the random numbers.
 
     Raises:
-        ValueError: As `galore`.
+        ValueError: As `galore` and `quantize_state`.
 
     References:
-        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, algorithm 2 and appendix C.
+        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, algorithm 2, section 4.3
+        and appendix C; Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024,
+        algorithm 1.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> from galore_optax import galore_adamw
-        >>> tx = galore_adamw(0.01, rank=8, update_proj_gap=100)
-        >>> state = tx.init({"w": jnp.ones((64, 256))})
+        >>> import jax, jax.numpy as jnp
+        >>> from galore_optax import (
+        ...     apply_updates, galore_adamw, galore_adamw8bit, q_galore_adamw8bit, quantize_weights
+        ... )
+        >>> params = {"w": jnp.ones((64, 256))}
+        >>> state = galore_adamw(0.01, rank=16, update_proj_gap=100).init(params)
+        >>> state.inner[0].mu["w"].nbytes  # of 16 x 256 moments
+        16384
+        >>> galore_adamw8bit(0.01, rank=16).init(params).inner[0].mu["w"].nbytes
+        4160
+
+        Q-GaLore with quantized weights:
+
+        >>> params, tx = quantize_weights(params), q_galore_adamw8bit(0.01, rank=16)
+        >>> grads = {"w": jnp.ones((64, 256))}  # with respect to the dequantized weight
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> params = apply_updates(params, updates, jax.random.key(0))
     """
     return galore(
         rank,
-        _adamw(learning_rate, b1, b2, eps, weight_decay),
+        _adamw(learning_rate, b1, b2, eps, weight_decay, bits),
         update_proj_gap=update_proj_gap,
         scale=scale,
         subspace=subspace,
         side=side,
         weight_dimension_numbers=weight_dimension_numbers,
         moments=moments,
-        stagger=stagger,
-        rank_schedule=rank_schedule,
         projection_bits=projection_bits,
-        adaptive_refresh=adaptive_refresh,
         seed=seed,
     )
+
+
+def _partial(function: Any, name: str, **constants: Any) -> Any:
+    """A recipe with other defaults, which has a name and documentation of its own."""
+    made = functools.partial(function, **constants)
+    said = ", ".join(f"{key}={value!r}" for key, value in constants.items())
+    made.__doc__ = f"`{function.__name__}` with {said}; see there."
+    made.__name__ = name  # pyrefly: ignore
+    return made
+
+
+galore_adamw8bit = _partial(galore_adamw, "galore_adamw8bit", bits=8)
+q_galore_adamw8bit = _partial(
+    galore_adamw,
+    "q_galore_adamw8bit",
+    bits=8,
+    projection_bits=4,
+    update_proj_gap=Adaptive(200),
+)
 
 
 def adamw8bit(
@@ -96,7 +134,7 @@ def adamw8bit(
     weight_decay: float = 0.0,
     bits: int = 8,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW at full rank, its moments held in 8 bits.
+    """AdamW at full rank with moments stored in 8 bits.
 
     Args:
         learning_rate: Learning rate or schedule.
@@ -104,7 +142,7 @@ def adamw8bit(
         b2: Decay rate of the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay.
-        bits: Of a moment's code, 8 or 4, as in `quantize_state`.
+        bits: Of a moment, 8 or 4, as in `quantize_state`.
 
     Raises:
         ValueError: As `quantize_state`.
@@ -119,176 +157,15 @@ def adamw8bit(
         >>> state[0].mu["w"].nbytes
         16640
     """
-    return quantize_state(
-        _adamw(learning_rate, b1, b2, eps, weight_decay),
-        bits,
-    )
-
-
-def galore_adamw8bit(
-    learning_rate: optax.ScalarOrSchedule,
-    rank: Rank,
-    *,
-    update_proj_gap: int | optax.Schedule = 200,
-    scale: float = 0.25,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    bits: int = 8,
-    subspace: str | FindSubspace = "randomized",
-    side: str = "smaller",
-    weight_dimension_numbers: WeightDimensionNumbers = None,
-    moments: str | MomentsFunction | None = None,
-    stagger: bool = False,
-    rank_schedule: optax.Schedule | None = None,
-    projection_bits: int | None = None,
-    adaptive_refresh: AdaptiveRefresh | None = None,
-    seed: int = 0,
-) -> SubspaceTransformation:
-    """GaLore with AdamW whose moments are held in 8 bits: the paper's recipe for a 7B model.
-
-    Args:
-        learning_rate: Learning rate or schedule; the paper's 7B uses 0.005.
-        rank: Dimensions of the subspace.
-        update_proj_gap: Steps between refreshes of the subspace.
-        scale: Factor on the update of projected leaves (α).
-        b1: Decay rate of the first moment.
-        b2: Decay rate of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay, of the whole matrix and without the scale.
-        bits: Of a moment's code, 8 or 4, as in `quantize_state`.
-        subspace: As in `galore`.
-        side: As in `galore`.
-        weight_dimension_numbers: As in `galore`.
-        moments: As in `galore`.
-        stagger: As in `galore`.
-        rank_schedule: As in `galore`.
-        projection_bits: As in `galore`.
-        adaptive_refresh: As in `galore`.
-        seed: As in `galore`.
-
-    Raises:
-        ValueError: As `galore` and `quantize_state`.
-
-    References:
-        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, section 4.3.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from galore_optax import galore_adamw8bit
-        >>> tx = galore_adamw8bit(0.01, rank=16)
-        >>> state = tx.init({"w": jnp.ones((64, 256))})
-        >>> state.inner[0].mu["w"].nbytes  # of 16 x 256 moments
-        4160
-    """
-    return galore(
-        rank,
-        quantize_state(
-            _adamw(learning_rate, b1, b2, eps, weight_decay),
-            bits,
-        ),
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        subspace=subspace,
-        side=side,
-        weight_dimension_numbers=weight_dimension_numbers,
-        moments=moments,
-        stagger=stagger,
-        rank_schedule=rank_schedule,
-        projection_bits=projection_bits,
-        adaptive_refresh=adaptive_refresh,
-        seed=seed,
-    )
-
-
-def q_galore_adamw8bit(
-    learning_rate: optax.ScalarOrSchedule,
-    rank: Rank,
-    *,
-    update_proj_gap: int | optax.Schedule = 200,
-    scale: float = 0.25,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    bits: int = 8,
-    subspace: str | FindSubspace = "randomized",
-    side: str = "smaller",
-    weight_dimension_numbers: WeightDimensionNumbers = None,
-    moments: str | MomentsFunction | None = None,
-    stagger: bool = False,
-    rank_schedule: optax.Schedule | None = None,
-    projection_bits: int | None = 4,
-    adaptive_refresh: AdaptiveRefresh | None = AdaptiveRefresh(),  # noqa: B008 (frozen)
-    seed: int = 0,
-) -> SubspaceTransformation:
-    """Q-GaLore: 8-bit AdamW, bases in 4 bits, and refreshes that become rarer where they can.
-
-    Its third part is about weights: `quantize_weights` holds them in 8 bits, `apply_updates` writes
-    them back with stochastic rounding.
-
-    Args:
-        learning_rate: Learning rate or schedule; the paper uses 0.015 to 0.004, by size.
-        rank: Dimensions of the subspace.
-        update_proj_gap: Steps between refreshes of the subspace at first.
-        scale: Factor on the update of projected leaves (α).
-        b1: Decay rate of the first moment.
-        b2: Decay rate of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay, of the whole matrix and without the scale.
-        bits: Of a moment's code, 8 or 4, as in `quantize_state`.
-        subspace: As in `galore`.
-        side: As in `galore`.
-        weight_dimension_numbers: As in `galore`.
-        moments: As in `galore`.
-        stagger: As in `galore`.
-        rank_schedule: As in `galore`.
-        projection_bits: As in `galore`; the paper's 4.
-        adaptive_refresh: As in `galore`; with the paper's numbers.
-        seed: As in `galore`.
-
-    Raises:
-        ValueError: As `galore` and `quantize_state`.
-
-    References:
-        Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, algorithm 1.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> from galore_optax import apply_updates, q_galore_adamw8bit, quantize_weights
-        >>> params = quantize_weights({"w": jnp.ones((64, 256))})
-        >>> tx = q_galore_adamw8bit(0.01, rank=16)
-        >>> state = tx.init(params)
-        >>> grads = {"w": jnp.ones((64, 256))}  # with respect to the dequantized weight
-        >>> updates, state = tx.update(grads, state, params)
-        >>> params = apply_updates(params, updates, jax.random.key(0))
-    """
-    return galore(
-        rank,
-        quantize_state(
-            _adamw(learning_rate, b1, b2, eps, weight_decay),
-            bits,
-        ),
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        subspace=subspace,
-        side=side,
-        weight_dimension_numbers=weight_dimension_numbers,
-        moments=moments,
-        stagger=stagger,
-        rank_schedule=rank_schedule,
-        projection_bits=projection_bits,
-        adaptive_refresh=adaptive_refresh,
-        seed=seed,
-    )
+    checks.choice(bits, "bits", (8, 4))
+    return _adamw(learning_rate, b1, b2, eps, weight_decay, bits)
 
 
 def galore_adafactor(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
     *,
-    update_proj_gap: int | optax.Schedule = 200,
+    update_proj_gap: RefreshGap = 200,
     scale: float = 0.25,
     momentum: float | None = None,
     decay_rate: float = 0.8,
@@ -300,18 +177,15 @@ def galore_adafactor(
     side: str = "smaller",
     weight_dimension_numbers: WeightDimensionNumbers = None,
     moments: str | MomentsFunction | None = None,
-    stagger: bool = False,
-    rank_schedule: optax.Schedule | None = None,
     projection_bits: int | None = None,
-    adaptive_refresh: AdaptiveRefresh | None = None,
     seed: int = 0,
-) -> SubspaceTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """GaLore with Adafactor at a given learning rate (no scaling by the parameter's size).
 
     Args:
         learning_rate: Learning rate or schedule.
         rank: Dimensions of the subspace.
-        update_proj_gap: Steps between refreshes of the subspace.
+        update_proj_gap: When subspaces are refreshed, as in `galore`.
         scale: Factor on the update of projected leaves (α).
         momentum: Decay rate of a first moment; None keeps none. The paper's runs use 0.9.
         decay_rate: Exponent of the second moment's decay, 1 - t ** -decay_rate.
@@ -320,15 +194,12 @@ def galore_adafactor(
         min_dim_size_to_factor: Leaves whose second-largest axis is smaller keep a whole second
             moment. 1 factors every matrix, as published.
         weight_decay: Decoupled weight decay, times the learning rate, of the whole matrix.
-        subspace: As in `galore`.
-        side: As in `galore`.
-        weight_dimension_numbers: As in `galore`.
-        moments: As in `galore`.
-        stagger: As in `galore`.
-        rank_schedule: As in `galore`.
-        projection_bits: As in `galore`.
-        adaptive_refresh: As in `galore`.
-        seed: As in `galore`.
+        subspace: As in `galore`, like the following.
+        side: Which side is projected.
+        weight_dimension_numbers: Which leaves are matrices.
+        moments: What becomes of the moments at a refresh.
+        projection_bits: Stores the bases in 4 or 8 bits.
+        seed: Of the random numbers.
 
     Raises:
         ValueError: As `galore`.
@@ -376,10 +247,7 @@ def galore_adafactor(
         side=side,
         weight_dimension_numbers=weight_dimension_numbers,
         moments=moments,
-        stagger=stagger,
-        rank_schedule=rank_schedule,
         projection_bits=projection_bits,
-        adaptive_refresh=adaptive_refresh,
         seed=seed,
     )
 
@@ -388,7 +256,8 @@ def gradnorm_lorp_adamw(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
     *,
-    update_proj_gap: int | optax.Schedule = 200,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+    update_proj_gap: RefreshGap = 200,
     scale: float = 0.25,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -397,45 +266,38 @@ def gradnorm_lorp_adamw(
     bits: int | None = None,
     subspace: str | FindSubspace = "randomized",
     side: str = "smaller",
-    weight_dimension_numbers: WeightDimensionNumbers = None,
     moments: str | MomentsFunction | None = None,
-    stagger: bool = False,
-    rank_schedule: optax.Schedule | None = None,
     projection_bits: int | None = None,
-    adaptive_refresh: AdaptiveRefresh | None = None,
     seed: int = 0,
-) -> SubspaceTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of GradNormLoRP: AdamW, with GaLore on the gradients of an adapter's factors.
 
     The weights' part of the method, the weight-normalised adapter, is in the params
-    (`galore_optax.adapters.gradnorm_lorp.GradNormLoRP`). Magnitudes, and params without an adapter, have
-    AdamW's update at full size.
+    (`GradNormLoRP`). Magnitudes, and params without an adapter, have AdamW's update at full size.
+    Arguments that are not listed are those of `galore_adamw`.
 
     Args:
         learning_rate: Learning rate or schedule.
-        rank: Dimensions of the subspace of the factors' gradients, as in `galore`: the gradient's
-            rank, below the adapter's, which the params say. A fraction is of the adapter's.
-        update_proj_gap: As in `galore`.
+        rank: The gradients' rank, below the adapter's, which the params have. A fraction is one of
+            the adapter's.
+        weight_dimension_numbers: As in `galore`; None projects the factors of every adapter, and if
+            there is none (factors kept in arrays of your own) every leaf with two axes.
+        update_proj_gap: See `galore_adamw`, like the following.
         scale: Factor on the update of the factors.
-        b1: As in `galore_adamw`.
-        b2: As in `galore_adamw`.
-        eps: As in `galore_adamw`.
+        b1: Decay rate of the first moment.
+        b2: Decay rate of the second moment.
+        eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, of the trained params.
-        bits: Of a moment's code, 8 or 4, as in `quantize_state`; None holds them as they are.
-        subspace: As in `galore`.
-        side: As in `galore`; the smaller one of a factor is the adapter's rank.
-        weight_dimension_numbers: As in `galore`; None projects the factors of every adapter, and
-            where there is none (factors kept in arrays of your own) every leaf with two axes.
-        moments: As in `galore`.
-        stagger: As in `galore`.
-        rank_schedule: As in `galore`.
-        projection_bits: As in `galore`.
-        adaptive_refresh: As in `galore`.
-        seed: As in `galore`.
+        bits: Stores the moments in 8 or 4 bits; None as floats.
+        subspace: How to find it.
+        side: Which side is projected; the smaller one of a factor is the adapter's rank.
+        moments: What becomes of the moments at a refresh.
+        projection_bits: Stores the bases in 4 or 8 bits.
+        seed: Of the random numbers.
 
     Raises:
         ValueError: As `galore` and `quantize_state`; at `init`, if `rank` is not below the smaller
-            side of every factor, or the params hold the frozen weights.
+            side of every factor, or the params contain the frozen weights.
 
     References:
         Huang et al., `GradNormLoRP <https://arxiv.org/abs/2412.19616>`_, 2024. That low-rank
@@ -444,63 +306,68 @@ def gradnorm_lorp_adamw(
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from galore_optax import gradnorm_lorp_adamw
-        >>> from galore_optax.adapters.base import split
-        >>> from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
+        >>> from galore_optax import GradNormLoRP, gradnorm_lorp_adamw, split
         >>> adapter = GradNormLoRP.create(jnp.ones((64, 256)), jax.random.key(0), rank=8)
         >>> trained, frozen = split({"w": adapter})
         >>> state = gradnorm_lorp_adamw(0.01, rank=4).init(trained)
         >>> state.bases["w"].b.shape, state.inner[0].mu["w"].b.shape
         ((8, 4), (4, 256))
     """
-    numbers = weight_dimension_numbers
-    if numbers is None:
-        numbers = _factors_or_matrices
-    adamw = _adamw(learning_rate, b1, b2, eps, weight_decay)
-    tx = galore(
+    tx = galore_adamw(
+        learning_rate,
         rank,
-        adamw if bits is None else quantize_state(adamw, bits),
         update_proj_gap=update_proj_gap,
         scale=scale,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        bits=bits,
         subspace=subspace,
         side=side,
-        weight_dimension_numbers=numbers,
+        weight_dimension_numbers=weight_dimension_numbers or _factors_or_matrices,
         moments=moments,
-        stagger=stagger,
-        rank_schedule=rank_schedule,
         projection_bits=projection_bits,
-        adaptive_refresh=adaptive_refresh,
         seed=seed,
     )
+    return transformation(_OfFactors(**vars(subspace_parts(tx))))
 
-    def init(params: optax.Params) -> optax.OptState:
+
+class _OfFactors(GaLore):
+    """GaLore for the factors of adapters, which it is to compress."""
+
+    def init(self, params: optax.Params) -> Any:
         for path, x in jax.tree.leaves_with_path(params, is_leaf=is_adapter):
             if is_adapter(x) and x.base is not None:
                 raise ValueError(
-                    f"the params at {jax.tree_util.keystr(path)} hold the frozen weight; give the "
-                    "first part of galore_optax.adapters.base.split(params)"
+                    f"the params at {jax.tree_util.keystr(path)} contain the frozen weight; give "
+                    "the first part of galore_optax.split(params)"
                 )
-        for plan in projections(params, numbers, rank, side):
+        for plan in projections(params, self.numbers, self.rank, self.side):
             if plan is not None and max(plan.ranks, default=0) >= (least := min(plan.view.sizes)):
                 raise ValueError(
-                    f"rank={rank!r} compresses nothing of the factor at {plan.path}, whose shape "
-                    f"is {plan.view.shape}: choose a gradient's rank below {least}, the adapter's, "
-                    "or an adapter of higher rank"
+                    f"rank={self.rank!r} compresses nothing of the factor at {plan.path}, whose "
+                    f"shape is {plan.view.shape}: choose a gradient's rank below {least}, the "
+                    "adapter's, or an adapter of higher rank"
                 )
-        return tx.init(params)
-
-    return SubspaceTransformation(init, tx.update, tx.refresh, tx.project, tx.update_projected)
+        return super().init(params)
 
 
 def _adamw(
-    learning_rate: optax.ScalarOrSchedule, b1: Any, b2: Any, eps: Any, weight_decay: Any
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    weight_decay: Any,
+    bits: int | None,
 ) -> optax.GradientTransformationExtraArgs:
     checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
     checks.number(b1, "b1", least=0, below=1, such_as=0.9)
     checks.number(b2, "b2", least=0, below=1, such_as=0.999)
     checks.number(eps, "eps", least=0, such_as=1e-8)
     checks.number(weight_decay, "weight_decay", least=0, such_as=0.1)
-    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return adamw if bits is None else quantize_state(adamw, bits)
 
 
 def _factors_or_matrices(params: optax.Params) -> optax.Params:

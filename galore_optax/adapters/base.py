@@ -8,7 +8,6 @@ matrices is a @ b here, a of shape (in, rank) and b of shape (rank, out).
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -16,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from galore_optax.keys import for_path
+from galore_optax.ordering import codes_after
 from galore_optax.projection.dimension_numbers import GaLoreDimensionNumbers
 from galore_optax.quantization.array import (
     QuantizedArray,
-    codes_known_after,
     dequantized,
     is_quantized,
     stored_like,
@@ -134,7 +134,7 @@ def _forward(rows: Array, weight: Any) -> tuple[Array, tuple[Array, Any]]:
 
 def _backward(residuals: tuple[Array, Any], cotangent: Array) -> tuple[Any, ...]:
     rows, weight = residuals
-    return jax.vjp(_product, rows, codes_known_after(cotangent, weight))[1](cotangent)
+    return jax.vjp(_product, rows, codes_after(cotangent, weight))[1](cotangent)
 
 
 _product_made_again.defvjp(_forward, _backward)
@@ -200,14 +200,9 @@ def restart(params: PyTree, key: PRNGKeyArray) -> PyTree:
     """
 
     def one(path: Any, x: Any) -> Any:
-        return x.restarted(folded(key, path)) if is_adapter(x) else x
+        return x.restarted(for_path(key, path)) if is_adapter(x) else x
 
     return jax.tree.map_with_path(one, params, is_leaf=is_adapter)
-
-
-def folded(key: PRNGKeyArray, path: Any) -> PRNGKeyArray:
-    """A key of its own for each path of a tree, whatever else the tree holds."""
-    return jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
 
 
 def factors(params: PyTree) -> PyTree:

@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from galore_optax.adapters.base import (
     Adapter,
-    folded,
     is_adapter,
     merge,
     new_factors,
@@ -33,9 +32,9 @@ from galore_optax.adapters.base import (
     wide,
 )
 from galore_optax.adapters.gradnorm_lorp import column_norms, weight_norm
+from galore_optax.keys import for_path
 from galore_optax.projection import subspace
 from galore_optax.quantization.array import dequantized, is_quantized
-from models.llama import config as llama_config
 
 
 def _static(default: float) -> Any:
@@ -277,7 +276,7 @@ def adapt(
         )
 
     def one(path: Any, x: Any) -> Any:
-        return create(x, folded(key, path)) if _name(path) in chosen else x
+        return create(x, for_path(key, path)) if _name(path) in chosen else x
 
     return jax.tree.map_with_path(one, params, is_leaf=is_quantized)
 
@@ -297,7 +296,7 @@ def with_dropout_keys(params: PyTree, key: PRNGKeyArray) -> PyTree:
     def one(path: Any, x: Any) -> Any:
         if not (isinstance(x, LoRA) and x.dropout > 0):
             return x
-        return dataclasses.replace(x, key=jax.random.split(folded(key, path), x.a.shape[:-2]))
+        return dataclasses.replace(x, key=jax.random.split(for_path(key, path), x.a.shape[:-2]))
 
     return jax.tree.map_with_path(one, params, is_leaf=is_adapter)
 
@@ -320,6 +319,8 @@ def logical_axes(params: PyTree) -> PyTree:
         }
         present = {f.name for f in dataclasses.fields(x) if getattr(x, f.name) is not None}
         return dataclasses.replace(x, **{n: a for n, a in parts.items() if n in present})
+
+    from models.llama import config as llama_config
 
     plain = llama_config.logical_axes(jax.eval_shape(merge, params))
     return jax.tree.map(one, params, plain, is_leaf=lambda x: is_adapter(x) or is_quantized(x))

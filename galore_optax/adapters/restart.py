@@ -13,8 +13,8 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from galore_optax.adapters import base as adapter
-from galore_optax.galore import GaLoreState
 from galore_optax.quantization.array import dequantized, is_quantized, stored_like
+from galore_optax.stages import GaLoreState
 
 
 def restart(

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from galore_optax.quantization.array import codes_known_after
+from galore_optax.layerwise.microbatches import over_microbatches
+from galore_optax.ordering import codes_after
 from galore_optax.quantization.weights import sources, with_sources
-from galore_optax.trace.interpreter import depends
-from galore_optax.transformation import over_microbatches
+from galore_optax.trace.dependence import dependences
 
 Params = dict[str, Any]
 Batch = PyTree
@@ -225,7 +225,7 @@ def _dequantized_for_each(batches: Batch, hidden: Hidden, params: PyTree) -> PyT
     XLA would do it once, before the loop over them, and keep the floats of a whole layer.
     """
     several = jax.tree.leaves(batches)[0].shape[0] > 1
-    return codes_known_after(jax.tree.leaves(hidden)[0], params) if several else params
+    return codes_after(jax.tree.leaves(hidden)[0], params) if several else params
 
 
 def _vjp(function: Callable[..., Any], params: Params, *args: Any) -> tuple[Any, Any]:
@@ -280,4 +280,4 @@ def _used(function: Callable[[Params], PyTree], params: Params) -> frozenset[str
     """Which entries of the params a function's result depends on."""
     traced = jax.make_jaxpr(function)(params)
     keys = [path[0].key for path, _ in jax.tree.leaves_with_path(params)]  # pyrefly: ignore
-    return frozenset(k for k in {*keys} if any(depends(traced, [k == other for other in keys])))
+    return frozenset().union(*dependences(traced, keys))

@@ -29,9 +29,11 @@ from galore_optax.layerwise.backward import (
     squares,
     written,
 )
-from galore_optax.quantization.array import codes_known_after, dequantized
+from galore_optax.layerwise.microbatches import over_microbatches_in_subspace
+from galore_optax.ordering import after, codes_after
+from galore_optax.quantization.array import dequantized
 from galore_optax.trace.coupling import coupled_leaves
-from galore_optax.transformation import SubspaceTransformation, over_microbatches_in_subspace
+from galore_optax.transformation import subspace_parts
 
 CLIPS = ("exact", "previous")
 
@@ -166,7 +168,7 @@ class Layerwise:
             raise ValueError(f"accumulate={self.accumulate}: expected at least 1 microbatch")
         if not self.accumulate_in_subspace:
             return
-        if not isinstance(self.tx, SubspaceTransformation):
+        if subspace_parts(self.tx) is None:
             raise ValueError(
                 f"accumulate_in_subspace=True with tx={self.tx!r}, which has no subspace: give "
                 "galore(...), or a recipe such as galore_adamw(...), as it is (what is to act on "
@@ -232,9 +234,7 @@ class Layerwise:
         backward = forward(self.model, params, batches, checkpoint=self.checkpoint)
         clip_at = self._norm(backward, stack, state.norm)
         if clip_at is not None:  # quantized weights are dequantized for one pass, then the other
-            backward = dataclasses.replace(
-                backward, weights=codes_known_after(clip_at, backward.weights)
-            )
+            backward = dataclasses.replace(backward, weights=codes_after(clip_at, backward.weights))
         loss, from_head, cotangent = backward.head()
         nothing = absent(jax.eval_shape(dequantized, params))
         update = functools.partial(self._update, nothing, jnp.asarray(state.count), clip_at, loss)
@@ -244,7 +244,7 @@ class Layerwise:
         total, ok = self._judged(jnp.zeros((), jnp.float32), ok, early)
         new_rest, rest_states = _update_rest(update, rest, state.rest, early, ok)
         # The layers come when that is done, and its gradients are gone.
-        top = _known_after((new_rest, cotangent), layers - 1)
+        top = after((new_rest, cotangent), jnp.int32(layers - 1))
         stacks = stack, state.layers
         carry = stacks, at(stacks, top), cotangent, total, ok
         turn = functools.partial(self._turn, backward, update, nothing, layers)
@@ -326,7 +326,8 @@ class Layerwise:
         *batches: Any,
     ) -> tuple[Params, optax.OptState, Any]:
         """As `over_microbatches`, of a layer's gradients in the subspace, with the new state."""
-        assert isinstance(self.tx, SubspaceTransformation)
+        parts = subspace_parts(self.tx)
+        assert parts is not None
 
         def whole(*batch: Any) -> tuple[Params, Any]:
             gradient, kept = pull(*batch)
@@ -334,7 +335,7 @@ class Layerwise:
 
         params = {**nothing, **dequantized(part)}
         summed, state, kept = over_microbatches_in_subspace(
-            self.tx, state, params, whole, *batches, **place
+            parts, state, params, whole, *batches, **place
         )
         return {k: summed[k] for k in part}, state, kept  # pyrefly: ignore[bad-index]
 
@@ -352,9 +353,10 @@ class Layerwise:
         """A part of the params and its state, updated, and by what."""
         if clip_at is not None and self.clip_norm is not None:
             gradient = _clipped(gradient, clip_at, self.clip_norm)
-        tx = optax.with_extra_args_support(self.tx)
-        projected = layer and isinstance(tx, SubspaceTransformation) and self.accumulate_in_subspace
-        updates, new_state = (tx.update_projected if projected else tx.update)(
+        update = optax.with_extra_args_support(self.tx).update
+        if layer and self.accumulate_in_subspace:
+            update = subspace_parts(self.tx).update_projected
+        updates, new_state = update(
             {**nothing, **gradient},
             state,
             {**nothing, **dequantized(part)},
@@ -386,13 +388,6 @@ def _update_rest(
         part, new_states[k], _ = jax.lax.fori_loop(0, ok.astype(jnp.int32), once, own)
         new |= part
     return new, new_states
-
-
-def _known_after(tree: Any, number: int) -> Array:
-    """A number that XLA cannot know before the arrays of a tree are computed."""
-    firsts = [leaf.reshape(-1)[0].astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
-    finite = jnp.sum(jnp.isfinite(jnp.array(firsts)).astype(jnp.int32))
-    return jnp.minimum(number + finite, number)
 
 
 def _clipped(gradient: Params, norm: Array, at: float) -> Params:

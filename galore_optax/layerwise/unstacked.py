@@ -16,7 +16,7 @@ from galore_optax.nnx_variables import without_variables
 from galore_optax.projection.dimension_numbers import LeafView
 from galore_optax.projection.leaf import Projection
 from galore_optax.quantization.array import dequantized
-from galore_optax.transformation import SubspaceTransformation
+from galore_optax.transformation import subspace_parts, transformation
 
 ParamAxes = Callable[[Any], Any]
 """From params to a tree like them: how many of a leaf's last axes are one param's, or None."""
@@ -84,36 +84,44 @@ def unstacked(
     def given(params: optax.Params | None) -> optax.Params | None:
         return None if params is None else apart(params)
 
-    def init(params: optax.Params) -> optax.OptState:
-        return tx.init(apart(params))
+    class Unstacked:
+        """The transformation."""
 
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        steps, state = extra.update(apart(updates), state, given(params), **extra_args)
-        return together(steps, updates), state
+        def init(self, params: optax.Params) -> optax.OptState:
+            return tx.init(apart(params))
 
-    if not isinstance(tx, SubspaceTransformation):
-        return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore
+        def update(
+            self,
+            updates: optax.Updates,
+            state: optax.OptState,
+            params: optax.Params | None = None,
+            **extra_args: Any,
+        ) -> tuple[optax.Updates, optax.OptState]:
+            steps, state = extra.update(apart(updates), state, given(params), **extra_args)
+            return together(steps, updates), state
 
-    def refresh(
-        gradient: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> Any:
-        return tx.refresh(apart(gradient), state, given(params), **extra_args)
+    parts = subspace_parts(tx)
+    if parts is None:
+        return transformation(Unstacked())
 
-    def project(gradient: optax.Updates, state: Any) -> optax.Updates:
-        return tx.project(apart(gradient), state)
+    class InParts(Unstacked):
+        """The transformation, with `galore_optax.transformation.SubspaceParts`."""
 
-    def update_projected(
-        small: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
-        steps, state = tx.update_projected(small, state, apart(params), **extra_args)
-        return together(steps, params), state
+        def refresh(
+            self, gradient: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+        ) -> Any:
+            return parts.refresh(apart(gradient), state, given(params), **extra_args)
 
-    return SubspaceTransformation(init, update, refresh, project, update_projected)
+        def project(self, gradient: optax.Updates, state: Any) -> optax.Updates:
+            return parts.project(apart(gradient), state)
+
+        def update_projected(
+            self, projected: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
+        ) -> tuple[optax.Updates, Any]:
+            steps, state = parts.update_projected(projected, state, apart(params), **extra_args)
+            return together(steps, params), state
+
+    return transformation(InParts())
 
 
 def _concrete(x: Any) -> Any:

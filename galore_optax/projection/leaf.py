@@ -8,7 +8,6 @@ import dataclasses
 import math
 import operator
 import warnings
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from galore_optax.keys import for_path, path_hash
 from galore_optax.projection.dimension_numbers import LeafView, WeightDimensionNumbers, matrix_views
 from galore_optax.quantization.array import QuantizedArray, dequantized, quantize
 from galore_optax.quantization.codes import Affine
@@ -59,7 +59,7 @@ class Projection:
     @property
     def path_hash(self) -> int:
         """A number that tells the leaf's path apart from others, as randomness wants it."""
-        return zlib.crc32(self.path.encode())
+        return path_hash(self.path)
 
     @property
     def small_shape(self) -> tuple[int, ...]:
@@ -125,20 +125,22 @@ class Projection:
         leaf: Float[Array, "..."],
         key: PRNGKeyArray,
         bits: int | None = None,
-        by_column: bool = False,
     ) -> Bases:
         """Random orthonormal bases in the leaf's dtype, sharded as their axes of the leaf.
 
-        Their columns are coordinates, drawn without repetition: orthonormal in any dtype and code,
-        and made without a factorization. With `bits` they are stored in so many each, `by_column`
-        in groups of one column each, so that a column of zeros stays one. The matrices of a stack
-        begin with the same basis, as they do where each of them is a leaf of that path
-        (`galore_optax.layerwise.step`).
+        Their columns are coordinate vectors, drawn without repetition: orthonormal in any dtype and
+        code, and made without a factorization. The matrices of a stack start with the same basis,
+        as they do in `galore_optax.layerwise`, where each of them is a leaf with that path.
+
+        Args:
+            leaf: The leaf, for its dtype and sharding.
+            key: Of the transformation; the leaf's path is folded in.
+            bits: Stores the bases in 4 or 8 bits; None in the leaf's dtype.
         """
 
         def basis(mode: int, rank: int) -> Array:
             n = self.view.sizes[mode]
-            own = jax.random.fold_in(jax.random.fold_in(key, self.path_hash), mode)
+            own = jax.random.fold_in(for_path(key, self.path), mode)
             drawn = jax.random.permutation(own, n)[:rank]
             one = (jnp.arange(n)[:, None] == drawn).astype(leaf.dtype)
             return jnp.broadcast_to(one, (*self.view.batch_shape, n, rank))
@@ -148,7 +150,7 @@ class Projection:
             return tuple(basis(*pair) for pair in zip(self.modes, self.ranks, strict=True))
 
         bases = with_automatic_axes(draw, lambda mesh: self._specs(mesh, leaf)[0], leaf)
-        return bases if bits is None else tuple(_stored(b, bits, by_column) for b in bases)
+        return bases if bits is None else tuple(_stored(b, bits) for b in bases)
 
     def _specs(
         self, mesh: Mesh | AbstractMesh, leaf: Array
@@ -181,10 +183,10 @@ class Projection:
         return bases, (small,) * self.matrices if batch else small
 
 
-def _stored(basis: Float[Array, "*batch n r"], bits: int, by_column: bool) -> QuantizedArray:
-    """In groups of 256 elements (Q-GaLore, arXiv:2407.08296, section 3.1) of one matrix."""
-    by_column = by_column or basis.shape[-1] < 256
-    return quantize(basis, Affine(bits), block=256, axis=-2 if by_column else -1)
+def _stored(basis: Float[Array, "*batch n r"], bits: int) -> QuantizedArray:
+    """In groups of 256 elements of one matrix (Q-GaLore, arXiv:2407.08296, section 3.1)."""
+    axis = -2 if basis.shape[-1] < 256 else -1
+    return quantize(basis, Affine(bits), block=256, axis=axis)
 
 
 def unfold(matrix: Float[Array, "..."], mode: int) -> Float[Array, "n m"]:

@@ -6,25 +6,30 @@ with the first beside it,
 
     v ← (Q∘Q) (v - m²) + (Q m)²
 
-since v - m² is a variance, whose covariances are taken as zero, and m² is turned as m is; a second
-moment that stands alone becomes (Q∘Q) v, as do Adafactor's factors along the rank. Of m² no more
-than v is counted, so that no second moment falls below zero.
+since v - m² is a variance, whose covariances are taken as zero, and m² is turned as m is. Of m² no
+more than v is counted, so that no second moment becomes negative. A second moment without a first
+becomes (Q∘Q) v, and so do the factors of one along the rank (Adafactor, SM3). A new direction that
+the old basis did not cover has no variance then. That is harmless where the update adds the present
+gradient's square before it divides (Adam); where it divides by v as it was before (ACProp, ADOPT),
+the share that was not covered counts with the mean over the directions that were.
+
+Which leaf of the state is which is read from the inner's update (`galore_optax.trace.roles`).
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from galore_optax.projection.leaf import Projection
 from galore_optax.quantization.array import dequantized, is_quantized, stored_like
 from galore_optax.sharding import sharded_like
+from galore_optax.trace.roles import FACTOR, FIRST, SECOND, Role
 
 Turn = Callable[..., Array]
 MomentsFunction = Callable[[str, Array, Turn], Array]
@@ -33,111 +38,111 @@ changes the basis of x by Q (or Q∘Q), to the moment in the new basis."""
 
 RULES = ("rotate", "keep", "reset")
 
-# Names of fields of optax's states (and of torch's, for states that follow them).
-_FIRST = ("mu", "trace", "m", "m1", "m2", "ema", "exp_avg")
-_SECOND = ("nu", "nu_max", "exp_avg_sq")
-_FACTORS = ("v_row", "v_col", "v")  # of FactoredState
-
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Moment:
     """A leaf of the inner's state that belongs to a matrix.
 
     Attributes:
-        position: Its index among the leaves of the state, a `QuantizedArray` being one.
         name: Its field's name.
-        container: The path of the state that has the field.
+        role: What it is.
+        first: The index, among the moments of the same matrix, of the first moment beside a second
+            moment; None if there is none.
     """
 
-    position: int
     name: str
-    container: str
+    role: Role
+    first: int | None = None
 
 
-class _Slot:
-    """Which matrix a place belongs to; no pytree, so that it is a leaf."""
+class Place(NamedTuple):
+    """Where a moment lies: its index among the leaves of the inner's state."""
 
-    def __init__(self, leaf: int, matrix: int):
-        self.leaf, self.matrix, self.depth = leaf, matrix, 0
+    position: int
+    moment: Moment
 
 
-def places(
-    inner: optax.GradientTransformation,
+MomentsOf = list[list[list[Place]]]
+"""For each leaf and each of its matrices the moments."""
+
+
+def small_leaves(plans: Sequence[Projection | None]) -> list[tuple[int, int]]:
+    """For each leaf that the inner is given its leaf and its matrix in the params."""
+    return [
+        (i, j)
+        for i, plan in enumerate(plans)
+        for j in range(1 if plan is None or not plan.view.batch_axes else plan.matrices)
+    ]
+
+
+def moving_axes(plans: Sequence[Projection | None]) -> set[tuple[int, int]]:
+    """The axes, of the leaves that the inner is given, whose coordinates are those of a basis."""
+    owners = enumerate(small_leaves(plans))
+    return {(k, mode) for k, (i, _) in owners for mode in (plans[i].modes if plans[i] else ())}
+
+
+def moments_of(
+    roles: Sequence[Role],
     state: optax.OptState,
     params: optax.Params,
     plans: Sequence[Projection | None],
-) -> list[list[list[Place]]]:
+) -> MomentsOf:
     """Where the moments of each matrix lie in the inner's state.
 
     Args:
-        inner: The inner transformation.
-        state: Its state.
-        params: Tree like the params, for its structure.
+        roles: Of the leaves of the state, a `QuantizedArray` being one.
+        state: The state.
+        params: The params that the inner is given.
         plans: How each leaf is projected.
-
-    Returns:
-        For each leaf and each of its matrices, the places; none for leaves that are not projected.
-
-    Raises:
-        ValueError: If optax cannot map the state to the params, as that of `optax.flatten`.
     """
-    tree = jax.tree.structure(params)
-    slots = tree.unflatten(
-        [
-            _Slot(i, 0)
-            if plan is None or not plan.view.batch_axes
-            else tuple(_Slot(i, j) for j in range(plan.matrices))
-            for i, plan in enumerate(plans)
-        ]
-    )
-    by_path = dict(jax.tree.leaves_with_path(slots))
-    for path, slot in by_path.items():
-        slot.depth = len(path)
-    other = _Slot(-1, 0)
-
-    def owner(like_params: Any) -> Any:
-        # By path, since a state may lack leaves (masked ones) or have several for one.
-        return jax.tree.map_with_path(
-            lambda path, _: by_path.get(path, other), like_params, is_leaf=is_quantized
-        )
-
-    try:
-        owners = optax.tree_utils.tree_map_params(
-            inner.init, owner, state, transform_non_params=lambda _: other, is_leaf=lambda _: True
-        )
-    except Exception as error:  # whatever an init does with a tree that has no leaves
-        raise ValueError(
-            "inner: its moments cannot be told apart from the rest of its state, since its init "
-            f'does not map the params leaf by leaf ({error}); choose moments="keep"'
-        ) from error
-    found: list[list[list[Place]]] = [
-        [] if plan is None else [[] for _ in range(plan.matrices)] for plan in plans
-    ]
-    paths = [path for path, _ in jax.tree.leaves_with_path(state, is_leaf=is_quantized)]
-    slots = jax.tree.leaves(owners, is_leaf=is_quantized)
-    for position, (path, slot) in enumerate(zip(paths, slots, strict=True)):
-        if is_quantized(slot) or slot is other or plans[slot.leaf] is None:
+    owners = small_leaves(plans)
+    param_paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    found: MomentsOf = [[[] for _ in range(plan.matrices if plan else 0)] for plan in plans]
+    containers: dict[int, str] = {}
+    leaves = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
+    for position, ((path, _), role) in enumerate(zip(leaves, roles, strict=True)):
+        if role.param is None:
             continue
-        field = path[: len(path) - slot.depth]
+        i, j = owners[role.param]
+        if plans[i] is None:
+            continue
+        field = _field(path, param_paths[role.param])
+        containers[position] = jax.tree_util.keystr(field[:-1])
+        own, first = found[i][j], None
+        if role.kind == SECOND:
+            beside = (
+                k
+                for k, (other, moment) in enumerate(own)
+                if moment.role.kind == FIRST
+                and moment.role.axes == role.axes
+                and containers[other] == containers[position]
+            )
+            first = next(beside, None)
         name = jax.tree_util.keystr(field[-1:], simple=True) if field else ""
-        container = jax.tree_util.keystr(field[:-1])
-        found[slot.leaf][slot.matrix].append(Place(position, name, container))
+        own.append(Place(position, Moment(name, role, first)))
     return found
+
+
+def _field(path: tuple[Any, ...], param: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The path of the field that holds a tree like the params, from that of one of its leaves."""
+    for end in range(len(path) - len(param), -1, -1):
+        if path[end : end + len(param)] == param:
+            return path[:end]
+    return path
 
 
 def reset(
     init: Callable[[], optax.OptState],
     leaves: list[Array],
-    moments_of: Sequence[Sequence[Sequence[Place]]],
-    refreshed: list[Any],
+    places: MomentsOf,
+    refreshed: Sequence[Bool[Array, " matrices"]],
 ) -> list[Array]:
-    """The leaves of the inner's state, made anew where they belong to a refreshed matrix."""
+    """The leaves of the inner's state, as `init` makes them where a matrix was refreshed."""
     moved = [
         (place.position, refreshed[i][j])
-        for i, matrices in enumerate(moments_of)
+        for i, matrices in enumerate(places)
         for j, matrix in enumerate(matrices)
         for place in matrix
-        if len(refreshed[i])
     ]
     if not moved:
         return leaves
@@ -157,12 +162,12 @@ class CarryOver:
     Attributes:
         projection: How the matrix's leaf is projected.
         rule: "rotate", or the user's own function.
-        names: For each moment, its field's name and the path of the state that has the field.
+        moments: What is to be carried over.
     """
 
     projection: Projection
     rule: str | MomentsFunction
-    names: tuple[tuple[str, str], ...]
+    moments: tuple[Moment, ...]
 
     def __call__(
         self, transitions: Sequence[Float[Array, "r r"]], moments: Sequence[Any]
@@ -171,22 +176,21 @@ class CarryOver:
         by_mode = dict(zip(self.projection.modes, transitions, strict=True))
         floats = dequantized(tuple(moments))
         carried = [self._carried(i, floats, by_mode) for i in range(len(floats))]
-        for (name, _), new, moment in zip(self.names, carried, floats, strict=True):
+        for own, new, moment in zip(self.moments, carried, floats, strict=True):
             if jnp.shape(new) != moment.shape:
                 raise ValueError(
-                    f"moments: of the moment {name!r}, of shape {moment.shape}, it makes one of "
-                    f"shape {jnp.shape(new)}"
+                    f"moments: from the moment {own.name!r} of shape {moment.shape} the function "
+                    f"makes one of shape {jnp.shape(new)}"
                 )
         return tuple(
             stored_like(c.astype(m.dtype), m) for c, m in zip(carried, moments, strict=True)
         )
 
     def _carried(self, i: int, moments: Sequence[Array], transitions: dict[int, Array]) -> Array:
-        (name, container), moment = self.names[i], moments[i]
-        axes = self._axes(name, moment)
+        own, moment = self.moments[i], moments[i]
 
         def turn(x: Array, squared: bool = False) -> Array:
-            for at, axis in enumerate(axes):
+            for at, axis in enumerate(own.role.axes):
                 if axis in transitions:
                     q = transitions[axis]
                     turned = jnp.tensordot(q * q if squared else q, _wide(x), (1, at))
@@ -194,59 +198,47 @@ class CarryOver:
             return x
 
         if callable(self.rule):
-            return self.rule(name, moment, turn) if axes else moment
-        if not axes:
-            return moment
-        if name in _FIRST:
+            known = any(axis is not None for axis in own.role.axes)
+            return self.rule(own.name, moment, turn) if known else moment
+        if own.role.kind == FIRST:
             return turn(moment)
-        if name not in _SECOND:
-            return turn(moment, squared=True) if name in _FACTORS else moment
-        beside = [
-            _wide(other)
-            for other, (n, c) in zip(moments, self.names, strict=True)
-            if n in _FIRST and c == container and other.shape == moment.shape
-        ]
-        if not beside:
-            return turn(moment, squared=True)
-        second, first = _wide(moment), beside[0]
-        mean = jnp.minimum(second, first * first)
-        turned = turn(jnp.sign(first) * jnp.sqrt(mean))
-        return turn(second - mean, squared=True) + turned * turned
-
-    def _axes(self, name: str, moment: Array) -> tuple[int, ...]:
-        """Which axes of the projected matrix the moment has; none where it is to be kept."""
-        shape = self.projection.small_shape
-        if name in ("v_row", "v_col") and len(shape) > 1:
-            # optax drops the longest axis for the one, the second longest for the other.
-            second, longest = (int(axis) for axis in np.argsort(shape)[-2:])
-            dropped = longest if name == "v_row" else second
-            axes = tuple(axis for axis in range(len(shape)) if axis != dropped)
+        if own.role.kind not in (SECOND, FACTOR):
+            return moment
+        if own.first is None:
+            carried = turn(moment, squared=True)
         else:
-            axes = tuple(range(len(shape)))
-        return axes if moment.shape == tuple(shape[axis] for axis in axes) else ()
+            second, first = _wide(moment), _wide(moments[own.first])
+            mean = jnp.minimum(second, first * first)
+            turned = turn(jnp.sign(first) * jnp.sqrt(mean))
+            carried = turn(second - mean, squared=True) + turned * turned
+        if not own.role.stale:
+            return carried
+        moved = tuple(at for at, axis in enumerate(own.role.axes) if axis in transitions)
+        uncovered = 1 - turn(jnp.ones_like(_wide(moment)), squared=True)
+        return carried + jnp.maximum(uncovered, 0) * jnp.mean(_wide(moment), moved, keepdims=True)
 
 
 def check_rule(
     rule: MomentsFunction,
     leaves: Sequence[Any],
-    moments_of: Sequence[Sequence[Sequence[Place]]],
+    places: MomentsOf,
     plans: Sequence[Projection | None],
 ) -> None:
-    """Whether a user's function carries moments over.
+    """Checks that a user's function carries moments over.
 
     Args:
         rule: The function.
         leaves: Of the inner's state.
-        moments_of: From `places`.
+        places: From `moments_of`.
         plans: How each leaf is projected.
 
     Raises:
         ValueError: If it makes moments of another shape, or cannot be called.
     """
-    for plan, matrices in zip(plans, moments_of, strict=True):
+    for plan, matrices in zip(plans, places, strict=True):
         if plan is None or not matrices or not matrices[0]:
             continue
-        carry_over = CarryOver(plan, rule, tuple((p.name, p.container) for p in matrices[0]))
+        carry_over = CarryOver(plan, rule, tuple(place.moment for place in matrices[0]))
         turns = [jax.ShapeDtypeStruct((rank, rank), jnp.float32) for rank in plan.ranks]
         own = tuple(leaves[place.position] for place in matrices[0])
         try:

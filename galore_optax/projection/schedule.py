@@ -1,32 +1,55 @@
-"""Refreshes that become rarer, matrix by matrix, where the subspace has stopped turning.
+"""When subspaces are refreshed: at a fixed gap, staggered over the matrices, or adaptively.
 
-Q-GaLore (arXiv:2407.08296, section 3.2): once the similarities of the last few refreshes to those
-before them are high in the mean, the gap to the next doubles. Here the similarity does not depend
-on the signs and the order of a basis' vectors, the gap has a cap, and after a doubling new
-similarities are waited for.
+GaLore (arXiv:2403.03507, algorithm 2) refreshes every matrix every `update_proj_gap` steps.
+Q-GaLore (arXiv:2407.08296, section 3.2) doubles the gap of a matrix once the similarities of its
+last few subspaces are high on average. Here the similarity does not depend on the signs and the
+order of a basis' vectors, the gap has a cap, and after a doubling new similarities are waited for.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from galore_optax import checks
+
+_NEVER = 2**30  # steps of a gap that is infinite or no number
+_LAST = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Staggered:
+    """Spreads the second and all later refreshes over the steps of a gap.
+
+    No step then carries the refreshes of all matrices; the first refresh is every matrix's at once.
+
+    Attributes:
+        gap: Steps from one refresh of a matrix to the next, or a function of the step to them.
+
+    Examples:
+        >>> import optax
+        >>> from galore_optax import Staggered, galore
+        >>> tx = galore(8, optax.adam(1e-3), update_proj_gap=Staggered(200))
+    """
+
+    gap: int | optax.Schedule
+
+    def __post_init__(self):
+        _check_gap(self.gap)
+
 
 Similarity = Callable[[Float[Array, "n r"], Float[Array, "n r"]], Float[Array, ""]]
 
 
 def overlap(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Array, ""]:
-    """‖P_oldᵀ P_new‖² / r: the share of one subspace that lies in the other, 0 to 1.
-
-    Of bases with columns of zeros (`rank_schedule`), r is the number of the others, in that which
-    has fewer of them.
-    """
+    """‖P_oldᵀ P_new‖² / r: the share of one subspace that lies in the other, 0 to 1."""
     product = old.T @ new
-    used = [jnp.sum(jnp.any(basis != 0, axis=0)) for basis in (old, new)]
-    return jnp.sum(product * product) / jnp.maximum(jnp.minimum(*used), 1)
+    return jnp.sum(product * product) / old.shape[-1]
 
 
 def first_cosine(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Array, ""]:
@@ -43,72 +66,202 @@ SIMILARITIES: dict[str, Similarity] = {"overlap": overlap, "first_cosine": first
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveRefresh:
-    """When a matrix's gap between refreshes doubles.
+class Adaptive:
+    """Doubles the gap of a matrix whose subspace has stopped turning, as Q-GaLore does.
 
     Attributes:
-        threshold: Mean similarity from which it does; the paper's is 0.4.
+        gap: The gap before any doubling: an integer, a function of the step, or `Staggered`.
+        threshold: Mean similarity from which the gap doubles; 0.4 in the paper.
         window: Refreshes over which the mean is taken, all after the last doubling; 5 in the paper.
-        max_factor: The gap grows to no more than so many times `update_proj_gap`.
+        max_factor: The gap grows to at most this multiple of `gap`.
         similarity: "overlap" (`overlap`), or "first_cosine", the published one (`first_cosine`).
 
     Raises:
         ValueError: If one of them is out of range.
 
+    References:
+        Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.2.
+
     Examples:
         >>> import jax.numpy as jnp, optax
-        >>> from galore_optax import AdaptiveRefresh, galore
-        >>> tx = galore(8, optax.adam(1e-3), adaptive_refresh=AdaptiveRefresh(window=3))
+        >>> from galore_optax import Adaptive, galore
+        >>> tx = galore(8, optax.adam(1e-3), update_proj_gap=Adaptive(200, window=3))
         >>> tx.init({"w": jnp.ones((64, 256))}).adaptation.factor
         Array([1], dtype=int32)
     """
 
+    gap: int | optax.Schedule | Staggered
     threshold: float = 0.4
     window: int = 5
     max_factor: int = 16
     similarity: str = "overlap"
 
     def __post_init__(self):
+        if not isinstance(self.gap, Staggered):
+            _check_gap(self.gap)
         checks.number(self.threshold, "threshold", such_as=0.4)
         for name in ("window", "max_factor"):
             checks.whole(getattr(self, name), name, below=2**20)
         checks.choice(self.similarity, "similarity", tuple(SIMILARITIES))
 
-    def init(self, matrices: int) -> "Adaptation":
-        """Nothing seen yet, every gap as it was given."""
-        return Adaptation(
-            factor=jnp.ones(matrices, jnp.int32),
-            seen=jnp.zeros(matrices, jnp.int32),
-            recent=jnp.zeros((matrices, self.window), jnp.float32),
-        )
 
-    def update(
-        self,
-        state: "Adaptation",
-        counts: Bool[Array, " matrices"],
-        similarities: Float[Array, " matrices"],
-    ) -> "Adaptation":
-        """Takes in the similarities of the matrices that count."""
-        later = jnp.concatenate([state.recent[:, 1:], similarities[:, None]], axis=1)
-        recent = jnp.where(counts[:, None], later, state.recent)
-        seen = jnp.minimum(state.seen + counts, self.window)
-        doubles = counts & (seen == self.window) & (jnp.mean(recent, axis=1) >= self.threshold)
-        return Adaptation(
-            factor=jnp.where(doubles & (2 * state.factor <= self.max_factor), 2, 1) * state.factor,
-            seen=jnp.where(doubles, 0, seen),
-            recent=recent,
-        )
+RefreshGap = int | optax.Schedule | Staggered | Adaptive
 
 
 class Adaptation(NamedTuple):
-    """State of `AdaptiveRefresh`, for each matrix.
+    """State of `Adaptive`, for each matrix.
 
     Attributes:
         factor: By how much the gap has grown.
-        seen: How many of the similarities in the window are there.
+        seen: How many of the similarities in the window are set.
         recent: The window, the latest last.
     """
 
     factor: Int[Array, " matrices"]
     seen: Int[Array, " matrices"]
     recent: Float[Array, "matrices window"]
+
+
+class Timing(NamedTuple):
+    """When the matrices' refreshes are due, all matrices in the order of `jax.tree.leaves`.
+
+    Attributes:
+        next_refresh: The step from which a matrix's refresh is due.
+        refreshes: How many refreshes each has had.
+        adaptation: Of `Adaptive`; `()` without it.
+    """
+
+    next_refresh: Int[Array, " matrices"]
+    refreshes: Int[Array, " matrices"]
+    adaptation: Adaptation | tuple[()]
+
+
+class Layer(NamedTuple):
+    """Which layer of a stack an update is for; one update for all layers is that of layer 0 of 1.
+
+    Attributes:
+        index: The layer.
+        count: Of how many.
+    """
+
+    index: ArrayLike = 0
+    count: int = 1
+
+
+def checked_gap(gap: Any) -> RefreshGap:
+    """`update_proj_gap`, checked as far as it can be before there is a step.
+
+    Raises:
+        ValueError: If it is none of the accepted forms.
+    """
+    if not isinstance(gap, Staggered | Adaptive):
+        _check_gap(gap)
+    return gap
+
+
+def check_schedule(gap: RefreshGap) -> None:
+    """Calls a gap that is a function of the step once.
+
+    Raises:
+        ValueError: If it fails, or does not return a positive number.
+    """
+    steps = _steps(gap)
+    if callable(steps):
+        checks.schedule(steps, "update_proj_gap", above=0)
+
+
+def first_timing(gap: RefreshGap, matrices: int) -> Timing:
+    """Every refresh is due, and nothing has been seen."""
+    # At least one entry, since Orbax saves no array without elements.
+    matrices = max(1, matrices)
+    zeros = jnp.zeros(matrices, jnp.int32)
+    adaptation = ()
+    if isinstance(gap, Adaptive):
+        recent = jnp.zeros((matrices, gap.window), jnp.float32)
+        adaptation = Adaptation(jnp.ones(matrices, jnp.int32), zeros, recent)
+    return Timing(zeros, zeros, adaptation)
+
+
+def next_timing(
+    gap: RefreshGap,
+    timing: Timing,
+    count: Int[Array, ""],
+    refreshed: Bool[Array, " matrices"],
+    similarities: Float[Array, " matrices"],
+    matrices: Sequence[int],
+    layer: Layer,
+) -> Timing:
+    """The timing after the refreshes of a step.
+
+    Args:
+        gap: `update_proj_gap`.
+        timing: Before the step.
+        count: The step.
+        refreshed: Which matrices were refreshed in it.
+        similarities: Of the new subspace to the one before, where one was refreshed.
+        matrices: How many matrices each projected leaf holds.
+        layer: Which layer the leaves belong to.
+    """
+    adaptation, steps = timing.adaptation, _gap_at(gap, count)
+    staggered = isinstance(gap.gap if isinstance(gap, Adaptive) else gap, Staggered)
+    if staggered:
+        # From half a gap to one and a half after the first refresh, then a gap for each.
+        own = jnp.ceil(steps * _phases(matrices, layer)).astype(jnp.int32)
+        steps = jnp.where(timing.refreshes == 0, own, steps)
+    if isinstance(gap, Adaptive):
+        # The first basis took the place of a random one.
+        comparable = refreshed & (timing.refreshes > 0)
+        adaptation = _adapted(gap, adaptation, comparable, similarities)
+        steps = jnp.minimum(steps, _LAST // adaptation.factor) * adaptation.factor
+    later = count + jnp.minimum(steps, _LAST - count)
+    return Timing(
+        jnp.where(refreshed, later, timing.next_refresh),
+        timing.refreshes + refreshed,
+        adaptation,
+    )
+
+
+def _adapted(
+    rule: Adaptive,
+    state: Any,
+    counts: Bool[Array, " matrices"],
+    similarities: Float[Array, " matrices"],
+) -> Adaptation:
+    """Takes in the similarities of the matrices that count."""
+    later = jnp.concatenate([state.recent[:, 1:], similarities[:, None]], axis=1)
+    recent = jnp.where(counts[:, None], later, state.recent)
+    seen = jnp.minimum(state.seen + counts, rule.window)
+    doubles = counts & (seen == rule.window) & (jnp.mean(recent, axis=1) >= rule.threshold)
+    fits = 2 * state.factor <= rule.max_factor
+    return Adaptation(
+        factor=jnp.where(doubles & fits, 2, 1) * state.factor,
+        seen=jnp.where(doubles, 0, seen),
+        recent=recent,
+    )
+
+
+def _phases(matrices: Sequence[int], layer: Layer) -> Float[Array, " matrices"]:
+    """A matrix's place among all, leaf by leaf and in each the layers, from 0.5 to 1.5."""
+    total, before, phases = sum(matrices) * layer.count, 0, []
+    for number in matrices:
+        place = (before + np.arange(layer.count * number) + 0.5) / total + 0.5
+        phases.append(jnp.asarray(place.reshape(layer.count, number), jnp.float32)[layer.index])
+        before += layer.count * number
+    return jnp.concatenate(phases)
+
+
+def _steps(gap: RefreshGap) -> int | optax.Schedule:
+    while isinstance(gap, Adaptive | Staggered):
+        gap = gap.gap
+    return gap
+
+
+def _gap_at(gap: RefreshGap, count: Int[Array, ""]) -> Int[Array, ""]:
+    steps = _steps(gap)
+    steps = jnp.asarray(steps(count) if callable(steps) else steps)
+    return jnp.where(steps < _NEVER, jnp.maximum(steps, 1), _NEVER).astype(jnp.int32)
+
+
+def _check_gap(gap: Any) -> None:
+    if not callable(gap):
+        checks.whole(gap, "update_proj_gap")

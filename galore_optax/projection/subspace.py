@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 FindSubspace = Callable[
     [Float[Array, "n m"], Float[Array, "n r"], PRNGKeyArray], Float[Array, "n r"]
@@ -200,15 +200,12 @@ def refreshed(
     gradient: Float[Array, "n m"],
     basis: Float[Array, "n r"],
     key: PRNGKeyArray,
-    kept: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, "n r"], Array]:
-    """A new basis for `gradient`, and whether one was found.
+) -> tuple[Float[Array, "n r"], Bool[Array, ""]]:
+    """A new basis for a gradient, and whether one was found.
 
     A gradient that is zero or not finite has no subspace: the present basis stays, and the caller
     tries again at the next step. Computed in float32 (float64 for float64 gradients), after a
-    division by the largest magnitude, so that no gradient leaves the dtype's range. With `kept`,
-    a fraction, only so many of the rank's columns are used (one at least), those with most energy;
-    the others are zero.
+    division by the largest magnitude, so that no gradient leaves the dtype's range.
     """
     wide = jnp.promote_types(gradient.dtype, jnp.float32)
     largest = jnp.max(jnp.abs(gradient)).astype(wide)
@@ -216,10 +213,6 @@ def refreshed(
     def search() -> tuple[Float[Array, "n r"], Array]:
         unit = gradient.astype(wide) / largest  # here, so that nothing wide is made elsewhere
         found = find(unit, basis.astype(wide), key)
-        if kept is not None:
-            rank = found.shape[-1]
-            used = jnp.arange(rank) < jnp.maximum(jnp.ceil(kept * rank), 1)
-            found = jnp.where(used, by_energy(found, unit), 0)
         usable = jnp.all(jnp.isfinite(found))
         return jnp.where(usable, found.astype(basis.dtype), basis), usable
 

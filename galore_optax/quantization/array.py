@@ -191,21 +191,6 @@ def dequantized(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.dequantize() if can(x) else x, tree, is_leaf=can)
 
 
-def codes_known_after(known: Float[Array, "..."], tree: Any) -> Any:
-    """A tree whose `QuantizedArray`s XLA does not know before another array is there.
-
-    Zero is added to their codes, or one if the other array begins with NaN. What a backward pass is
-    to dequantize again is dequantized then; else XLA would find that the forward pass has done it,
-    and keep the floats.
-    """
-    nothing = jnp.isnan(known.reshape(-1)[0]).astype(jnp.uint8)
-
-    def after(x: Any) -> Any:
-        return dataclasses.replace(x, codes=x.codes + nothing) if is_quantized(x) else x
-
-    return jax.tree.map(after, tree, is_leaf=is_quantized)
-
-
 def added(
     x: QuantizedArray, update: Float[Array, "..."], key: PRNGKeyArray | None
 ) -> QuantizedArray:

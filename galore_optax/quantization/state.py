@@ -1,7 +1,7 @@
-"""`quantize_state`: any optax transformation with its large arrays of state held in few bits.
+"""`quantize_state`: any optax transformation with the large arrays of its state quantized.
 
-Between two steps they are codes (8-bit optimizers, Dettmers et al., arXiv:2110.02861; 4-bit ones,
-Li et al., arXiv:2309.01507); within a step they are what the transformation expects.
+They are codes between two steps (8-bit optimizers, Dettmers et al., arXiv:2110.02861; 4-bit ones,
+Li et al., arXiv:2309.01507), and floats within a step.
 """
 
 import warnings
@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
 
 from galore_optax import checks
 from galore_optax.nnx_variables import without_variables
+from galore_optax.ordering import opaque
 from galore_optax.quantization.array import is_quantized, quantize
 from galore_optax.quantization.codes import Code, Dynamic, Table
 from galore_optax.quantization.elementwise import updated
-from galore_optax.trace.nonnegative import nonnegative_state
-from galore_optax.trace.sensitive import sensitive_state
+from galore_optax.trace.roles import Role, state_roles
+from galore_optax.trace.traced import trace
 
 # Of the codes tried on the moments of a LLaMA (benchmarks/four_bit_codes.py) these change Adam's
 # update least: squares for numbers with a sign, and over four powers of ten for those without.
@@ -41,31 +41,32 @@ def quantize_state(
     min_size: int = 4096,
     unsigned: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` with each large floating-point array of its state as a `QuantizedArray`.
+    """Quantizes each large floating-point array of the state of `inner`.
 
-    What is not zero is never rounded to zero where numbers have no sign, nor in 8 bits where they
-    have one: a second moment of zero would make the next update as large as the first moment over
-    eps. Zeros stay zeros. Two kinds of arrays are therefore held in more bits, with a warning: in 8
-    instead of 4 what the update divides by and may have a sign (or all that may, where it cannot be
-    traced), and as floats what it takes a root of the difference of, such as E[g²] - E[g]².
+    A number other than zero is never rounded to zero where numbers have no sign, nor in 8 bits where
+    they have one: a second moment of zero would make the next update as large as the first moment
+    over eps. Zeros stay zeros. Two kinds of arrays therefore take more bits, with a warning: 8
+    instead of 4 for an array that the update divides by and that may have a sign (for every signed
+    array, if the update cannot be traced), and floats for one whose difference from another the
+    update takes a root of, such as E[g²] - E[g]².
 
     Args:
         inner: The transformation.
         bits: 8, bitsandbytes' dynamic codes in blocks of 256 elements; or 4, in blocks of 128, with
-            codes of their own for numbers with and without a sign.
-        min_size: Arrays of fewer elements stay as they are, as do integers and scalars. A stack of
-            layers counts whole; with `galore_optax.layerwise.unstacked` around, each layer by itself.
+            different codes for numbers with and without a sign.
+        min_size: Arrays of fewer elements stay floats. A stack of layers counts as a whole; with
+            `unstacked` around it, each layer by itself.
         unsigned: From the path of an array in the state, such as "[0].nu['w']", to whether it is
-            never below zero; what is below it then becomes zero. None finds out by itself
-            (`galore_optax.trace.nonnegative`); arrays of which that cannot be shown have a sign. With a
-            function all arrays are held in `bits`.
+            never negative; negative numbers in it then become zero. All arrays are quantized to
+            `bits`. None reads it from the traced update; an array is signed unless it is shown not
+            to be.
 
     Returns:
-        The transformation. Its state is that of `inner` with `QuantizedArray`s in place of arrays.
+        The transformation. Its state is that of `inner` with `QuantizedArray`s instead of arrays.
 
     Raises:
-        ValueError: If `bits` is neither 8 nor 4, `min_size` is negative, `unsigned` is no function
-            or `inner` no transformation; at `init`, if the state of `inner` has `QuantizedArray`s.
+        ValueError: If an argument is not one of these; at `init`, if the state of `inner` has
+            `QuantizedArray`s already.
 
     References:
         Dettmers et al., `8-bit Optimizers via Block-wise Quantization
@@ -83,12 +84,12 @@ def quantize_state(
     min_size = checks.whole(min_size, "min_size", least=0)
     if not (unsigned is None or callable(unsigned)):
         raise ValueError(
-            f"unsigned={unsigned!r} is no function; give one from an array's path to whether it is "
-            "never below zero, or None"
+            f"unsigned={unsigned!r} is not a function; give one from an array's path to whether it "
+            "is never negative, or None"
         )
     if not isinstance(inner, optax.GradientTransformation):
         raise ValueError(
-            f"inner={inner!r} is no optax.GradientTransformation; give one, such as "
+            f"inner={inner!r} is not an optax.GradientTransformation; give one, such as "
             "optax.adam(1e-3)"
         )
     inner = optax.with_extra_args_support(inner)
@@ -105,24 +106,27 @@ def quantize_state(
         leaves = [leaf for _, leaf in pairs]
         if any(map(is_quantized, leaves)):
             raise ValueError(
-                "inner: its state is in few bits already, in part; put quantize_state around that "
-                "part of it that has floats, such as the inner transformation of galore"
+                "inner: its state is quantized already, in part; put quantize_state around the "
+                "part of it whose state is floats, such as the inner transformation of galore"
             )
         chosen = [i for i, leaf in enumerate(leaves) if large(leaf)]
         if not chosen:
             return state
-        marks = list(map(unsigned, paths)) if unsigned else nonnegative_state(inner, params)
-        divisors, differences = ([], []) if unsigned else sensitive_state(inner, params, state)
+        if unsigned:
+            roles = [Role(nonnegative=unsigned(path), divisor=False) for path in paths]
+        else:
+            roles = state_roles(trace(inner, params))
         for i in chosen:
-            if i in differences:
+            role = roles[i]
+            if role.rooted:
                 _warn(paths[i], "as floats: the update takes a root of its difference with another")
                 continue
-            careful = bits == 4 and i in divisors and not marks[i]
+            careful = bits == 4 and role.divisor and not role.nonnegative
             if careful:
                 _warn(paths[i], "in 8 bits: the update may divide by it, and it may have a sign")
             signed_code, unsigned_code, block = CODES[8 if careful else bits]
-            code = unsigned_code if marks[i] else signed_code
-            leaves[i] = quantize(_opaque(leaves[i]), code, block=block)
+            code = unsigned_code if role.nonnegative else signed_code
+            leaves[i] = quantize(opaque(leaves[i]), code, block=block)
         return tree.unflatten(leaves)
 
     def update(
@@ -140,14 +144,5 @@ def quantize_state(
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
-def _warn(path: str, held: str) -> None:
-    warnings.warn(f"quantize_state holds {path} {held}", stacklevel=4)
-
-
-def _opaque(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The same numbers, not known to the compiler.
-
-    XLA would encode the zeros that most states start as while it compiles, which took it minutes
-    for a large embedding. Behind a barrier themselves they would all be in memory as floats.
-    """
-    return x + jax.lax.optimization_barrier(jnp.zeros((), x.dtype))
+def _warn(path: str, how: str) -> None:
+    warnings.warn(f"quantize_state stores {path} {how}", stacklevel=4)

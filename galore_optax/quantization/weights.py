@@ -6,7 +6,6 @@ mean. The same holds for weights in bfloat16.
 """
 
 import dataclasses
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax import checks
+from galore_optax.keys import for_path
 from galore_optax.quantization.array import QuantizedArray, added, is_quantized, quantize
 from galore_optax.quantization.codes import Affine, random_bits
 from galore_optax.quantization.elementwise import chunks, over_chunks
@@ -230,8 +230,7 @@ def apply_updates(
             raise ValueError(
                 f"updates: the one at {jax.tree_util.keystr(path)} is a QuantizedArray; give arrays"
             )
-        hashed = zlib.crc32(jax.tree_util.keystr(path).encode())
-        own = None if key is None else jax.random.fold_in(key, hashed)
+        own = None if key is None else for_path(key, path)
         if is_quantized(param) or (own is not None and param.dtype == jnp.bfloat16):
             new.append(_summed(param, update, own))
         else:

@@ -1,32 +1,31 @@
 """Whether a transformation updates every leaf from that leaf's gradient alone.
 
 What does not, such as clipping by the global norm, needs all gradients at once, and cannot run
-where one layer's gradient is there at a time (`galore_optax.layerwise.step`). Read from the traced
-update; nothing is computed.
+where one layer's gradient is known at a time (`galore_optax.layerwise`).
 """
 
 import jax
 import numpy as np
 import optax
 
-from galore_optax.trace.interpreter import depends
+from galore_optax.trace.dependence import dependences
 
 
 def coupled_leaves(
     tx: optax.GradientTransformationExtraArgs, params: optax.Params, **extra_args: object
 ) -> tuple[str, str] | None:
-    """Two leaves of which the first's update depends on the second's gradient, if there are any.
+    """The paths of two leaves of which the first's update depends on the second's gradient.
 
     A dependence through a scalar of the state, one or more updates later, counts too. One through
-    an array of the state does not: it would have to hold something of several leaves.
+    an array of the state does not: the array would have to hold something of several leaves.
 
     Args:
         tx: The transformation.
         params: Arrays or `jax.ShapeDtypeStruct`; their values are not used.
-        **extra_args: Given to the update.
+        **extra_args: Passed to the update.
 
     Returns:
-        The paths of the two; None where every leaf is updated by itself.
+        None if every leaf is updated by itself.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -44,18 +43,23 @@ def coupled_leaves(
     traced = jax.make_jaxpr(update)(params, state, params)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     n = len(paths)
-    scalars = [np.ndim(leaf) == 0 for leaf in jax.tree.leaves(state)]
-    for i, path in enumerate(paths):
-        gradient = [j == i for j in range(n)]
-        stated = [False] * len(scalars)
-        while True:
-            outputs = depends(traced, [*gradient, *stated, *[False] * n])
-            marks = zip(scalars, outputs[n:], strict=True)
-            new = [scalar and mark for scalar, mark in marks]
-            if new == stated:
-                break
-            stated = new
-        for other, mark in zip(paths, outputs[:n], strict=True):
-            if mark and other != path:
-                return other, path
+    nothing = [None] * n
+    # What a scalar of the state is made of: found by following it over the updates.
+    scalars = [i for i, x in enumerate(jax.tree.leaves(state)) if np.ndim(x) == 0]
+    direct = dependences(traced, [*paths, *(None for _ in jax.tree.leaves(state)), *nothing])
+    named = {i: f"state {i}" for i in scalars}
+    marks = [named.get(i) for i, _ in enumerate(jax.tree.leaves(state))]
+    through = dependences(traced, [*nothing, *marks, *nothing])
+    made_of = {named[i]: set(direct[n + i]) for i in scalars}
+    changed = True
+    while changed:
+        changed = False
+        for i in scalars:
+            new = made_of[named[i]].union(*(made_of[name] for name in through[n + i]))
+            changed |= new != made_of[named[i]]
+            made_of[named[i]] = new
+    for path, own, states in zip(paths, direct[:n], through[:n], strict=True):
+        others = own.union(*(made_of[name] for name in states)) - {path}
+        if others:
+            return path, min(others)
     return None

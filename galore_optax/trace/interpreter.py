@@ -1,198 +1,126 @@
-"""What an optimizer's traced update says: which of its outputs depend on which of its inputs.
+"""Interprets a traced function over abstract values: the one place that reads jaxprs.
 
-A value is followed through every equation that it enters: calls, branches and loops are looked
-into. Nothing is computed, so that a question about an optimizer costs no more than tracing it.
+A `Reading` says what an equation makes of abstract values, such as "is never negative" or "depends
+on this input". Calls, branches and loops are followed here, for every reading alike.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+Value = Any
 
 
-def traced_update(
-    inner: optax.GradientTransformationExtraArgs, params: optax.Params, state: optax.OptState
-) -> ClosedJaxpr | None:
-    """The new state of an update, traced with optax's usual extra arguments.
+class Reading:
+    """How a reading combines its abstract values, which are compared by `==`.
 
-    They are `value`, `grad`, `value_fn`, `obj_fn` and `grad_fn`.
-
-    Args:
-        inner: The transformation.
-        params: Its params: arrays or `jax.ShapeDtypeStruct`; their values are not used.
-        state: Its state, in the same manner.
-
-    Returns:
-        From updates, params and state, in this order, to the new state; None where the
-        transformation wants arguments of its own.
+    Joins must be monotone over finitely many values, so that loops come to an end.
     """
-    # Without shardings, which some updates cannot be traced with, and which change nothing here.
-    params, state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, state))
 
-    def states(updates: optax.Updates, params: optax.Params, state: optax.OptState) -> Any:
-        return inner.update(updates, state, params, **_usual_arguments(inner.update, updates))[1]
+    def constant(self, value: Any) -> Value:
+        """The abstract value of a number or array that is known, or of a tracer."""
+        raise NotImplementedError
 
-    try:
-        return jax.make_jaxpr(states)(params, params, state)
-    except Exception:  # it may miss its arguments in any manner
-        return None
+    def join(self, values: Sequence[Value]) -> Value:
+        """What holds of a value that is one of these, as after a branch or a turn of a loop."""
+        raise NotImplementedError
+
+    def equation(self, equation: JaxprEqn, into: list[Value]) -> Value | list[Value]:
+        """The outputs of an equation that calls no traced function; one value stands for all."""
+        raise NotImplementedError
+
+    def chosen(self, predicate: Value, value: Value) -> Value:
+        """A value that a predicate has selected."""
+        del predicate
+        return value
+
+    def sliced(self, value: Value) -> Value:
+        """One element along the first axis, as the body of `scan` is given it."""
+        return value
+
+    def stacked(self, value: Value) -> Value:
+        """Elements stacked along a new first axis, as `scan` returns them."""
+        return value
+
+    def bound(self, var: Any, value: Value) -> Value:
+        """The value of a variable, whose shape and dtype are in `var.aval`."""
+        del var
+        return value
+
+    @property
+    def inside_loops(self) -> "Reading":
+        """The reading of a loop's body."""
+        return self
 
 
-def depends(
-    traced: ClosedJaxpr | Jaxpr,
-    inputs: Sequence[bool],
-    *,
-    through_scalars: bool = True,
-    through_choices: bool = True,
-) -> list[bool]:
-    """Which outputs of a traced function depend on the marked inputs.
+def interpret(
+    traced: ClosedJaxpr | Jaxpr, inputs: Sequence[Value], reading: Reading
+) -> list[Value]:
+    """The abstract values of a traced function's outputs, from those of its inputs."""
+    jaxpr, constants = opened(traced)
+    values = dict(zip(jaxpr.invars, inputs, strict=True))
+    values.update(zip(jaxpr.constvars, map(reading.constant, constants), strict=True))
 
-    Args:
-        traced: What `jax.make_jaxpr` gives.
-        inputs: A mark for each of its flattened inputs.
-        through_scalars: Whether a dependence through a value without axes counts.
-        through_choices: Whether it counts that a marked value decides which of others is taken (by
-            `jnp.where`, `jax.lax.cond`, or as the end of a `while_loop`).
-
-    Returns:
-        A mark for each output. What cannot be looked into makes every output depend on every input.
-    """
-    jaxpr = opened(traced)
-    marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
-
-    def is_marked(atom: Any) -> bool:
-        return not isinstance(atom, Literal) and atom in marked
-
-    def inside(
-        body: ClosedJaxpr | Jaxpr, inputs: Sequence[bool], through_scalars: bool = through_scalars
-    ) -> list[bool]:
-        return depends(
-            body, inputs, through_scalars=through_scalars, through_choices=through_choices
-        )
+    def of(atom: Any) -> Value:
+        return reading.constant(atom.val) if isinstance(atom, Literal) else values[atom]
 
     for equation in jaxpr.eqns:
-        into = [is_marked(atom) for atom in equation.invars]
-        if not any(into):
-            continue
-        marks = _equation_depends(equation, into, inside, through_choices)
-        for var, mark in zip(equation.outvars, marks, strict=True):
-            if mark and (through_scalars or getattr(var.aval, "shape", ()) != ()):
-                marked.add(var)
-    return [is_marked(atom) for atom in jaxpr.outvars]
+        made = _outputs(equation, [of(atom) for atom in equation.invars], reading)
+        for var, value in zip(equation.outvars, made, strict=True):
+            values[var] = reading.bound(var, value)
+    return [of(atom) for atom in jaxpr.outvars]
 
 
-def opened(traced: ClosedJaxpr | Jaxpr) -> Jaxpr:
-    """The equations of a traced function, without the constants that it may be closed over."""
-    return traced.jaxpr if isinstance(traced, ClosedJaxpr) else traced
+def opened(traced: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """The equations of a traced function, and the constants that it closes over."""
+    return (traced.jaxpr, traced.consts) if isinstance(traced, ClosedJaxpr) else (traced, ())
 
 
-def _equation_depends(
-    equation: Any, into: list[bool], inside: Any, through_choices: bool
-) -> list[bool]:
-    everything = [True] * len(equation.outvars)
+def called(equation: JaxprEqn) -> ClosedJaxpr | Jaxpr | None:
+    """The function that an equation calls on its own inputs, if it calls just one."""
+    bodies = [p for p in equation.params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]
+    if len(bodies) != 1 or equation.primitive.name in ("scan", "while"):
+        return None
+    jaxpr, _ = opened(bodies[0])
+    fits = len(jaxpr.invars), len(jaxpr.outvars)
+    return bodies[0] if fits == (len(equation.invars), len(equation.outvars)) else None
+
+
+def _outputs(equation: JaxprEqn, into: list[Value], reading: Reading) -> list[Value]:
     params = equation.params
     match equation.primitive.name:
-        case "select_n":
-            return [any(into) if through_choices else any(into[1:])]
-        # Such a product says when something is computed, not what.
-        case "mul" if any(isinstance(x, Literal) and np.all(x.val == 0) for x in equation.invars):
-            return [False]
         case "cond":
-            if into[0] and through_choices:
-                return everything
-            branches = [inside(branch, into[1:]) for branch in params["branches"]]
-            return [any(marks) for marks in zip(*branches, strict=True)]
+            branches = [interpret(branch, into[1:], reading) for branch in params["branches"]]
+            joined = [reading.join(values) for values in zip(*branches, strict=True)]
+            return [reading.chosen(into[0], value) for value in joined]
         case "scan":
             n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
-            carry, rest = _carried(params["jaxpr"], inside, into[:n], into[n:m], into[m:])
-            return carry + rest
+            each = [reading.sliced(value) for value in into[m:]]
+            carry, rest = _loop(params["jaxpr"], into[:n], into[n:m], each, reading)
+            return carry + [reading.stacked(value) for value in rest]
         case "while":
             n, m = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-            carry, _ = _carried(params["body_jaxpr"], inside, into[n:m], into[m:], [])
-            if through_choices and any(inside(params["cond_jaxpr"], into[:n] + carry)):
-                return everything
-            return carry
-    bodies = [p for p in params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]
-    if len(bodies) == 1:
-        body = opened(bodies[0])
-        if len(body.invars) == len(into) and len(body.outvars) == len(everything):
-            return inside(body, into)
-    return everything
+            carry, _ = _loop(params["body_jaxpr"], into[n:m], into[m:], [], reading)
+            (predicate,) = interpret(params["cond_jaxpr"], into[:n] + carry, reading)
+            return [reading.chosen(predicate, value) for value in carry]
+    if (body := called(equation)) is not None:
+        return interpret(body, into, reading)
+    made = reading.equation(equation, into)
+    return made if isinstance(made, list) else [made] * len(equation.outvars)
 
 
-def _carried(
-    body: ClosedJaxpr, inside: Any, constants: list[bool], carry: list[bool], rest: list[bool]
-) -> tuple[list[bool], list[bool]]:
-    """Marks of a loop's carry and of its other outputs, once another turn would mark no more."""
+def _loop(
+    body: ClosedJaxpr,
+    constants: list[Value],
+    carry: list[Value],
+    each: list[Value],
+    reading: Reading,
+) -> tuple[list[Value], list[Value]]:
+    """The carry and the other outputs of a loop, once another turn would change nothing."""
     while True:
-        # Through scalars: in a loop they may be the elements of an array.
-        outputs = inside(body, constants + carry + rest, True)
-        new = [a or b for a, b in zip(carry, outputs, strict=False)]
+        outputs = interpret(body, constants + carry + each, reading.inside_loops)
+        new = [reading.join(pair) for pair in zip(carry, outputs, strict=False)]
         if new == carry:
             return carry, outputs[len(carry) :]
         carry = new
-
-
-# Primitives that give zero where their first operand, or where all of them, are zero.
-_ZERO_IF_FIRST = {
-    "neg", "div", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "transpose",
-    "reduce_sum", "copy", "slice", "sign", "reduce_precision",
-}  # fmt: skip
-_ZERO_IF_ALL = {"add", "add_any", "sub", "max", "min", "concatenate"}
-
-
-def zeros(traced: ClosedJaxpr | Jaxpr, inputs: Sequence[bool] = ()) -> list[bool]:
-    """Which outputs of a traced function are zero, whatever its inputs but those marked as zero.
-
-    A product with zero counts as zero, although one with an infinite or undefined number is not.
-    """
-    jaxpr = opened(traced)
-    marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=False) if mark}
-
-    def is_marked(atom: Any) -> bool:
-        if isinstance(atom, Literal):
-            return np.ndim(atom.val) == 0 and atom.val == 0
-        return atom in marked
-
-    for equation in jaxpr.eqns:
-        into = [is_marked(atom) for atom in equation.invars]
-        name = equation.primitive.name
-        bodies = [p for p in equation.params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]
-        if name in ("jit", "pjit", "closed_call") and len(bodies) == 1:
-            marks = zeros(bodies[0], into)
-        else:
-            zero = (
-                (name == "mul" and any(into))
-                or (name in _ZERO_IF_FIRST and into[0])
-                or (name in _ZERO_IF_ALL and all(into))
-            )
-            marks = [zero] * len(equation.outvars)
-        marked |= {var for var, mark in zip(equation.outvars, marks, strict=True) if mark}
-    return [is_marked(atom) for atom in jaxpr.outvars]
-
-
-def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict[str, Any]:
-    # Of constant curvature, since a Hessian's diagonal (Sophia) is no remembered value of params.
-    # Line searches refuse arguments that their value_fn does not name. Values are below zero, as a
-    # loss may be.
-    def value_fn(params: optax.Params, obj_fn: Any = None, grad_fn: Any = None) -> Any:
-        del obj_fn, grad_fn
-        return -sum(jnp.sum(x * x).real for x in jax.tree.leaves(params))
-
-    arguments = {
-        "value": np.float32(-1),
-        "grad": updates,
-        "value_fn": value_fn,
-        "obj_fn": value_fn,
-        "grad_fn": lambda *_: updates,
-    }
-    taken = inspect.signature(update).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in taken):
-        return arguments
-    names = {p.name for p in taken}
-    return {name: value for name, value in arguments.items() if name in names}

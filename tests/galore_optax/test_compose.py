@@ -13,7 +13,6 @@ from inners import FEW, INNERS, REMEMBER_PARAMS, START, TARGET, arguments, loss
 from optax import contrib
 
 from galore_optax import GaLoreDimensionNumbers, galore, galore_adamw
-from galore_optax.trace.remembered_params import remembers_params
 
 MATRICES = GaLoreDimensionNumbers(-2, -1)  # of every leaf with at least two axes
 # These take another transformation; they are tested around galore, and inside, further below.
@@ -143,11 +142,6 @@ def test_its_state_keeps_its_structure_shapes_and_dtypes_around(name):
 
     new_state = jax.eval_shape(update, params, state, params)
     assert jax.tree.map(described, new_state) == jax.tree.map(described, state)
-
-
-@pytest.mark.parametrize("name", INNERS)
-def test_an_inner_that_remembers_params_is_known(name):
-    assert remembers_params(INNERS[name], START) == (name in REMEMBER_PARAMS)
 
 
 # Wrappers that here change nothing, so that the trajectory must stay the same.

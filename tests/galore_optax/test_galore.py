@@ -299,10 +299,8 @@ def test_warns_of_what_it_leaves_out():
         (dict(scale=np.float32("nan")), "scale=.*nan.*: give a finite number"),
         (dict(scale=jnp.ones(2)), "scale=.* is no single real number"),
         (dict(side=np.array(["left"])), "side=array"),
-        (dict(stagger="yes"), "stagger='yes' is unknown; choose one of False, True"),
         (dict(decoupled_decay=0), "decoupled_decay=0 is unknown; choose one of None, False, True"),
         (dict(projection_bits=jnp.array(4)), "projection_bits=.* in static_args"),
-        (dict(rank_schedule=0.5), "rank_schedule=0.5 is no function"),
         (dict(seed=1.5), "seed=1.5 is no whole number of at least 0"),
         (dict(seed=-1), "seed=-1"),
     ],
@@ -322,8 +320,6 @@ def test_arguments_out_of_range_name_themselves(arguments, names):
         ),
         (dict(update_proj_gap=lambda: 3), "update_proj_gap: it cannot be called with step 0"),
         (dict(update_proj_gap=lambda step: jnp.ones(3)), "update_proj_gap: at step 0 it gives"),
-        (dict(rank_schedule=lambda step: 0), "rank_schedule: at step 0 it gives 0; .* above 0, at"),
-        (dict(rank_schedule=lambda step: 1.5), "rank_schedule: at step 0 it gives 1.5"),
         (dict(subspace=lambda g, b, key: b.T), r"subspace: .* of shape \(4, 8\)"),
         (dict(subspace=lambda g: g), "subspace: it cannot be called with arguments of shapes"),
         (dict(moments=lambda name, x, turn: x[0]), "moments: .* makes one of shape"),
@@ -463,39 +459,6 @@ def test_the_gap_may_be_a_function_of_the_step():
         _, state = tx.update(normal(step + 1, 8, 12), state)
         refreshes += [step] * (not np.array_equal(before, state.bases))
     assert refreshes == [0, 2, 4, 9]
-
-
-def test_staggered_refreshes_are_spread_over_the_gap():
-    params = {"stack": normal(0, 3, 8, 12), "one": normal(1, 8, 12)}
-    numbers = {"stack": STACKED, "one": GaLoreDimensionNumbers()}
-    tx = galore(
-        4, optax.sgd(0.1), update_proj_gap=8, stagger=True, weight_dimension_numbers=numbers
-    )
-    state, refreshes = tx.init(params), []
-    for step in range(29):
-        before = state.bases
-        grads = jax.tree.map(lambda x, step=step: normal(step, *x.shape), params)
-        _, state = tx.update(grads, state)
-        moved = [before["one"] != state.bases["one"], *(before["stack"] != state.bases["stack"])]
-        refreshes.append([bool(m.any()) for m in moved])
-    steps = [[step for step, moved in enumerate(refreshes) if moved[i]] for i in range(4)]
-    assert steps == [[0, 5, 13, 21], [0, 7, 15, 23], [0, 9, 17, 25], [0, 11, 19, 27]]
-
-
-def test_a_rank_schedule_uses_fewer_directions_later_the_leading_ones():
-    tx = galore(
-        8, optax.sgd(0.1), update_proj_gap=2, rank_schedule=lambda step: jnp.where(step < 2, 1, 0.5)
-    )
-    params = normal(0, 12, 16)
-    state, used = tx.init(params), []
-    for i in range(3):
-        grad = normal(i + 1, 12, 16)
-        _, state = tx.update(grad, state)
-        used.append(int((jnp.abs(state.bases).max(axis=0) > 0).sum()))
-    assert used == [8, 8, 4]
-    _, values, _ = np.linalg.svd(grad)
-    kept = np.linalg.norm(state.bases.T @ grad) ** 2
-    assert kept > 0.9 * np.sum(values[:4] ** 2)  # of the range finder's eight the best four
 
 
 def test_a_leaf_that_is_no_array_is_refused_by_name():

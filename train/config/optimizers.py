@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import (
-    AdaptiveRefresh,
+    Adaptive,
     adamw8bit,
     galore_adafactor,
     galore_adamw,
@@ -123,7 +123,8 @@ def make_recipe(config: Resolved) -> optax.GradientTransformation:
         if name not in _OF_WEIGHTS
     }
     if "rank" in options:
-        options["adaptive_refresh"] = AdaptiveRefresh() if config.adaptive_refresh else None
+        if options.pop("adaptive_refresh"):
+            options["update_proj_gap"] = Adaptive(options["update_proj_gap"])
         options["seed"] = config.seed
         if recipe.adapter is None:
             options["weight_dimension_numbers"] = dimension_numbers

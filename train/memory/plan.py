@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import PyTree
 
+from galore_optax import subspace_parts
 from galore_optax.adapters.base import join, split
 from galore_optax.layerwise.backward import forward
 from galore_optax.memory import state_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.quantization.elementwise import traced_for
 from galore_optax.quantization.weights import sources, with_sources
-from galore_optax.transformation import SubspaceTransformation
 from train.config.optimizers import make_recipe
 from train.config.settings import Resolved
 from train.step import layerwise
@@ -170,11 +170,11 @@ def _share_summed(config: Resolved, part: PyTree) -> float:
     if not config.accumulate_in_subspace:
         return 1
     recipe = make_recipe(config)
-    assert isinstance(recipe, SubspaceTransformation)
+    parts = subspace_parts(recipe)
 
     def sizes(part: PyTree) -> tuple[PyTree, PyTree]:
         gradient = dequantized(part)
-        return recipe.project(gradient, recipe.init(gradient)), gradient
+        return parts.project(gradient, recipe.init(gradient)), gradient
 
     summed, whole = (sum(x.size for x in jax.tree.leaves(t)) for t in jax.eval_shape(sizes, part))
     return summed / whole

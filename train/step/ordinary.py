@@ -15,12 +15,9 @@ from jaxtyping import Array, Float, Key
 from galore_optax import apply_updates
 from galore_optax.adapters.base import join, split
 from galore_optax.adapters.lora import with_dropout_keys
+from galore_optax.layerwise.microbatches import over_microbatches, over_microbatches_in_subspace
 from galore_optax.quantization.weights import value_and_grad
-from galore_optax.transformation import (
-    SubspaceTransformation,
-    over_microbatches,
-    over_microbatches_in_subspace,
-)
+from galore_optax.transformation import SubspaceParts
 from train.step import skipping
 from train.step.loss import summed_cross_entropy
 from train.step.microbatches import microbatches
@@ -95,7 +92,7 @@ def train_step(
 
 def train_step_in_subspace(
     forward: Forward,
-    recipe: SubspaceTransformation,
+    recipe: SubspaceParts,
     clip_norm: float,
     schedule: optax.Schedule,
     accumulate: int,

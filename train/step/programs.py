@@ -11,13 +11,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Key
 
+from galore_optax import subspace_parts
 from galore_optax.adapters.base import split
 from galore_optax.adapters.lora import logical_axes
 from galore_optax.adapters.restart import restart
 from galore_optax.layerwise.sharding import layerwise_shardings
 from galore_optax.quantization.array import dequantized
 from galore_optax.sharding import state_shardings
-from galore_optax.transformation import SubspaceTransformation
 from models.llama import model as llama
 from models.llama.config import SIZES, LlamaConfig
 from train.config.optimizers import learning_rate_schedule, make_optimizer, make_recipe
@@ -163,7 +163,7 @@ def _optimizing(
     how = schedule, config.accumulate, bool(config.stochastic_rounding), mesh
     if not config.accumulate_in_subspace:
         return tx.init, optimizer_at, partial(train_step, forward, tx, *how)
-    recipe = make_recipe(config)
-    assert isinstance(recipe, SubspaceTransformation)
+    recipe = subspace_parts(make_recipe(config))
+    assert recipe is not None
     step = partial(train_step_in_subspace, forward, recipe, config.clip_norm, *how)
     return tx.init, optimizer_at, step

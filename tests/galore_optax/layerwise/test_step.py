@@ -30,6 +30,7 @@ from toy_layers import (
 
 from galore_optax import (
     GaLoreDimensionNumbers,
+    Staggered,
     apply_updates,
     galore,
     galore_adafactor,
@@ -66,7 +67,7 @@ GALORE = {
         weight_dimension_numbers={**NUMBERS, "out": {"norm": None, "head": MATRIX}},
     ),
     "adamw, random, staggered, reset": dict(
-        inner=INNERS["adamw"], subspace="random", moments="reset", stagger=True, update_proj_gap=4,
+        inner=INNERS["adamw"], subspace="random", moments="reset", update_proj_gap=Staggered(4),
         weight_dimension_numbers=NUMBERS,
     ),
 }  # fmt: skip

@@ -8,7 +8,8 @@ from inners import normal, run
 
 from galore_optax import GaLoreDimensionNumbers, TuckerDimensionNumbers, galore
 from galore_optax.projection.leaf import projections
-from galore_optax.projection.moments import CarryOver, transition
+from galore_optax.projection.moments import CarryOver, Moment, transition
+from galore_optax.trace.roles import FACTOR, FIRST, OTHER, SECOND, Role
 
 LEAVES = {
     "left": ((8, 12), GaLoreDimensionNumbers(), "smaller"),
@@ -42,12 +43,17 @@ def bases(seed, n, rank):
     return jnp.linalg.qr(normal(seed, n, rank))[0]
 
 
-def carry(names, moments, *, shape=(8, 12), rank=4, old=None, new=None):
+BOTH = (0, 1)  # the axes of a whole moment
+MU, NU = Moment("mu", Role(FIRST, 0, BOTH)), Moment("nu", Role(SECOND, 0, BOTH), first=0)
+ALONE = Moment("nu", Role(SECOND, 0, BOTH))
+STALE = Moment("nu", Role(SECOND, 0, BOTH, stale=True))
+
+
+def carry(described, moments, *, shape=(8, 12), rank=4, old=None, new=None):
     plan = projections(jnp.ones(shape), None, rank, "smaller")[0]
     old = bases(0, 8, rank) if old is None else old
     new = bases(1, 8, rank) if new is None else new
-    carry_over = CarryOver(plan, "rotate", tuple((n, ".0") for n in names))
-    carried = carry_over((transition(old, new),), moments)
+    carried = CarryOver(plan, "rotate", described)((transition(old, new),), moments)
     q = np.asarray(new, np.float64).T @ np.asarray(old, np.float64)
     return [np.asarray(x) for x in carried], q
 
@@ -55,7 +61,7 @@ def carry(names, moments, *, shape=(8, 12), rank=4, old=None, new=None):
 def test_moments_of_adam_follow_ldadams_rule():
     first, second = normal(2, 4, 12), normal(3, 4, 12) ** 2 + 0.5
     second = jnp.maximum(second, first**2)  # as averages with equal weights have it
-    (m, v), q = carry(("mu", "nu"), (first, second))
+    (m, v), q = carry((MU, NU), (first, second))
     first, second = (np.asarray(x, np.float64) for x in (first, second))
     np.testing.assert_allclose(m, q @ first, atol=1e-6)
     expected = (q * q) @ (second - first**2) + (q @ first) ** 2
@@ -64,7 +70,7 @@ def test_moments_of_adam_follow_ldadams_rule():
 
 def test_a_second_moment_never_falls_below_zero():
     first, second = 10 * normal(2, 4, 12), normal(3, 4, 12) ** 2  # m² far above v
-    (_, v), _ = carry(("mu", "nu"), (first, second))
+    (_, v), _ = carry((MU, NU), (first, second))
     assert (v >= 0).all()
     assert v.max() <= 4 * np.asarray(second).sum(axis=0).max() * (1 + 1e-5)
 
@@ -72,22 +78,33 @@ def test_a_second_moment_never_falls_below_zero():
 def test_moments_stay_where_the_basis_stays():
     first, second = normal(2, 4, 12), normal(3, 4, 12) ** 2
     same = bases(0, 8, 4)
-    (m, v), _ = carry(("mu", "nu"), (first, second), old=same, new=same)
+    (m, v), _ = carry((MU, NU), (first, second), old=same, new=same)
     np.testing.assert_allclose(m, first, atol=2e-6)
     np.testing.assert_allclose(v, second, atol=2e-5)
 
 
 def test_a_second_moment_alone_and_adafactors_factors_turn_by_squares():
     second, along_rank, along_width = normal(3, 4, 12) ** 2, normal(4, 4) ** 2, normal(5, 12) ** 2
-    carried, q = carry(("nu", "v_row", "v_col"), (second, along_rank, along_width))
+    rows, columns = Moment("v_row", Role(FACTOR, 0, (0,))), Moment("v_col", Role(OTHER, 0, (1,)))
+    carried, q = carry((ALONE, rows, columns), (second, along_rank, along_width))
     np.testing.assert_allclose(carried[0], (q * q) @ np.asarray(second), atol=1e-5)
     np.testing.assert_allclose(carried[1], (q * q) @ np.asarray(along_rank), atol=1e-5)
     np.testing.assert_array_equal(carried[2], along_width)
 
 
-def test_what_has_no_rule_is_kept():
-    names, moments = ("step_sizes", "mu"), (normal(2, 4, 12), normal(3, 1))
-    carried, _ = carry(names, moments)
+def test_a_divisor_without_the_present_gradient_counts_what_was_not_covered_with_the_mean():
+    second = normal(3, 4, 12) ** 2
+    (carried,), q = carry((STALE,), (second,))
+    covered = (q * q).sum(axis=1, keepdims=True)
+    expected = (q * q) @ np.asarray(second) + (1 - covered) * np.asarray(second).mean(axis=0)
+    np.testing.assert_allclose(carried, expected, atol=1e-5)
+    assert carried.min() > 0.1 * np.asarray(second).min()
+
+
+def test_what_is_no_moment_is_kept():
+    described = (Moment("ratio", Role(OTHER, 0, BOTH)), Moment("norm", Role(OTHER, 0, (None,))))
+    moments = (normal(2, 4, 12), normal(3, 1))
+    carried, _ = carry(described, moments)
     for got, given in zip(carried, moments, strict=True):
         np.testing.assert_array_equal(got, given)
 

@@ -227,11 +227,3 @@ def test_none_stores_them_as_they_are():
     _, state = first_step("left", None)
     assert not is_quantized(state.bases)
     assert dequantized(state.bases) is state.bases
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_columns_that_a_schedule_leaves_out_are_zeros_in_few_bits(bits):
-    tx = galore(256, optax.sgd(0.1), projection_bits=bits, rank_schedule=lambda step: 0.25)
-    grad = normal(0, 288, 320)
-    _, state = tx.update(grad, tx.init(grad))
-    assert not jnp.any(state.bases.dequantize()[:, 64:])

@@ -1,4 +1,4 @@
-"""Refreshes become rarer, matrix by matrix, where the subspace has stopped turning."""
+"""When subspaces are refreshed: at a gap, staggered, or rarer where they have stopped turning."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galore_optax import AdaptiveRefresh, GaLoreDimensionNumbers, galore
+from galore_optax import Adaptive, GaLoreDimensionNumbers, Staggered, galore
 from galore_optax.projection.schedule import SIMILARITIES, first_cosine, overlap
 
 N, M, RANK = 8, 12, 2
@@ -112,7 +112,7 @@ def expected(similarities, steps, gap, adaptive):
     return found
 
 
-ADAPTIVE = AdaptiveRefresh(window=3, max_factor=4)
+ADAPTIVE = Adaptive(2, window=3, max_factor=4)
 
 
 @pytest.mark.parametrize("options", [{}, {"side": "both"}, {"projection_bits": 4}])
@@ -120,7 +120,7 @@ def test_the_gap_doubles_up_to_its_cap_where_the_subspace_stays(options):
     grads = [steady(step) for step in range(60)]
     if options.get("side") == "both":  # the other side too
         grads = [steady(0) * (1 + step) for step in range(60)]
-    (found,), state = run(grads, adaptive_refresh=ADAPTIVE, **options)
+    (found,), state = run(grads, update_proj_gap=ADAPTIVE, **options)
     # The first basis took the place of a random one, with which nothing is compared.
     assert found == [0, 2, 4, 6, 10, 14, 18, 26, 34, 42, 50, 58]
     assert found == expected(lambda step: 1.0, 60, 2, ADAPTIVE)
@@ -131,11 +131,9 @@ def test_the_gap_doubles_up_to_its_cap_where_the_subspace_stays(options):
 @pytest.mark.parametrize(("grads", "similar"), [(turning, 0.0), (half, 0.5)])
 @pytest.mark.parametrize("threshold", [0.4, 0.6])
 def test_the_gap_stays_where_the_subspace_turns_too_far(grads, similar, threshold):
-    adaptive = AdaptiveRefresh(threshold=threshold, window=3, max_factor=4)
     # A gap of one, since after two steps a subspace may be back.
-    (found,), state = run(
-        [grads(i) for i in range(9)], adaptive_refresh=adaptive, update_proj_gap=1
-    )
+    adaptive = Adaptive(1, threshold=threshold, window=3, max_factor=4)
+    (found,), state = run([grads(i) for i in range(9)], update_proj_gap=adaptive)
     assert found == expected(lambda step: similar, 9, 1, adaptive)
     assert (found == list(range(9))) == (similar < threshold)
     comparable = [s for s in state.adaptation.recent[0].tolist() if s]
@@ -143,22 +141,21 @@ def test_the_gap_stays_where_the_subspace_turns_too_far(grads, similar, threshol
 
 
 def test_the_window_is_emptied_when_the_gap_doubles():
-    adaptive = AdaptiveRefresh(window=2, max_factor=8)
+    adaptive = Adaptive(2, window=2, max_factor=8)
     # Similar until the first doubling at step 4: what came before no longer counts.
     grads = [steady(step) if step <= 4 else turning(step // 4) for step in range(24)]
-    (found,), state = run(grads, adaptive_refresh=adaptive)
+    (found,), state = run(grads, update_proj_gap=adaptive)
     assert found == [0, 2, 4, 8, 12, 16, 20]
     assert state.adaptation.factor.tolist() == [2]
     # Its numbers at the doubling: none is counted as seen.
-    _, state = run(grads[:5], adaptive_refresh=adaptive)
+    _, state = run(grads[:5], update_proj_gap=adaptive)
     assert state.adaptation.seen.tolist() == [0]
     assert state.next_refresh.tolist() == [8]
 
 
 def test_each_matrix_of_a_stack_has_its_own_gap_as_if_it_were_alone():
     kinds = (steady, turning, half)
-    adaptive = AdaptiveRefresh(threshold=0.45, window=2, max_factor=4)
-    options = dict(adaptive_refresh=adaptive, update_proj_gap=1)
+    options = dict(update_proj_gap=Adaptive(1, threshold=0.45, window=2, max_factor=4))
     together, stack = run([np.stack([k(i) for k in kinds]) for i in range(12)], **options)
     for i, kind in enumerate(kinds):
         alone, state = run([kind(j) for j in range(12)], **options)
@@ -179,12 +176,12 @@ def test_the_published_measure_is_used_where_asked_for():
         strong = np.outer(np.eye(N)[0], np.ones(M)) * 100
         return (strong + turning(step)).astype(np.float32)
 
-    cosine = AdaptiveRefresh(threshold=0.9, window=3, max_factor=4, similarity="first_cosine")
+    cosine = Adaptive(1, threshold=0.9, window=3, max_factor=4, similarity="first_cosine")
     grads = [grad(step) for step in range(8)]
-    (found,), _ = run(grads, adaptive_refresh=cosine, update_proj_gap=1)
+    (found,), _ = run(grads, update_proj_gap=cosine)
     assert found == [0, 1, 2, 3, 5, 7]
-    same = AdaptiveRefresh(threshold=0.9, window=3, max_factor=4)
-    (found,), _ = run(grads, adaptive_refresh=same, update_proj_gap=1)
+    same = Adaptive(1, threshold=0.9, window=3, max_factor=4)
+    (found,), _ = run(grads, update_proj_gap=same)
     assert found == [*range(8)]
 
 
@@ -192,7 +189,7 @@ def test_a_refresh_that_found_nothing_is_not_counted():
     grads = [steady(step) for step in range(8)]
     grads[2] = grads[3] = np.zeros((N, M), np.float32)
     grads[4] = np.full((N, M), np.nan, np.float32)
-    (found,), state = run(grads, adaptive_refresh=ADAPTIVE)
+    (found,), state = run(grads, update_proj_gap=ADAPTIVE)
     assert found == [0, 5, 7]
     assert state.adaptation.seen.tolist() == [2]
     np.testing.assert_allclose(state.adaptation.recent, [[0, 1, 1]], atol=1e-5)
@@ -201,9 +198,10 @@ def test_a_refresh_that_found_nothing_is_not_counted():
 def test_gaps_by_schedule_and_staggered_ones_double_as_well():
     grads = [steady(step) for step in range(40)]
     gap = lambda step: jnp.where(step < 10, 2, 3)  # noqa: E731
-    (found,), _ = run(grads, adaptive_refresh=ADAPTIVE, update_proj_gap=gap)
+    (found,), _ = run(grads, update_proj_gap=Adaptive(gap, window=3, max_factor=4))
     assert found == [0, 2, 4, 6, 10, 16, 22, 34]
-    (found,), _ = run(grads, adaptive_refresh=ADAPTIVE, update_proj_gap=4, stagger=True)
+    staggered = Adaptive(Staggered(4), window=3, max_factor=4)
+    (found,), _ = run(grads, update_proj_gap=staggered)
     assert found == [0, 4, 8, 12, 20, 28, 36]
 
 
@@ -228,30 +226,24 @@ def test_without_it_refreshes_are_counted_and_nothing_is_compared():
 )
 def test_what_is_out_of_range_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        AdaptiveRefresh(**options)
+        Adaptive(200, **options)
 
 
-def test_what_is_no_adaptive_refresh_is_refused():
-    with pytest.raises(
-        ValueError, match=r"adaptive_refresh=True is no AdaptiveRefresh; give Adapt"
-    ):
-        galore(2, optax.sgd(0.1), adaptive_refresh=True)
+@pytest.mark.parametrize("form", [Staggered, Adaptive, lambda gap: Adaptive(Staggered(gap))])
+@pytest.mark.parametrize("gap", [0, 2.5, True, "often"])
+def test_a_gap_that_is_none_is_refused_in_every_form(form, gap):
+    with pytest.raises(ValueError, match=f"update_proj_gap={gap!r}"):
+        form(gap)
+
+
+@pytest.mark.parametrize("form", [Staggered, Adaptive, lambda gap: gap])
+def test_a_gap_by_a_function_is_tried_at_init(form):
+    with pytest.raises(ValueError, match="update_proj_gap: at step 0 it gives 0"):
+        galore(2, optax.sgd(0.1), update_proj_gap=form(lambda step: 0)).init(jnp.ones((8, 12)))
 
 
 def test_numbers_of_numpy_are_numbers():
-    assert AdaptiveRefresh(threshold=np.float32(0.5), window=np.int64(3)).window == 3
-
-
-def test_a_subspace_of_a_smaller_rank_is_as_similar_to_itself():
-    grad = jnp.outer(jnp.arange(1.0, 9), jnp.ones(12)) + jnp.eye(8, 12)
-    tx = galore(
-        8, optax.sgd(0.1), update_proj_gap=1, rank_schedule=lambda step: 0.25,
-        adaptive_refresh=AdaptiveRefresh(), subspace="svd",
-    )  # fmt: skip
-    state = tx.init(grad)
-    for _ in range(3):
-        _, state = tx.update(grad, state)
-    np.testing.assert_allclose(state.adaptation.recent[0, -1], 1, atol=1e-4)
+    assert Adaptive(200, threshold=np.float32(0.5), window=np.int64(3)).window == 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -260,10 +252,24 @@ def test_with_float64_at_hand(dtype):
         params = {"w": jnp.ones((8, 12), dtype), "s": jnp.ones((2, 8, 12), dtype)}
         numbers = {"w": GaLoreDimensionNumbers(), "s": GaLoreDimensionNumbers(1, 2)}
         tx = galore(
-            3, optax.adam(0.1), adaptive_refresh=AdaptiveRefresh(), update_proj_gap=1,
-            weight_dimension_numbers=numbers,
+            3, optax.adam(0.1), update_proj_gap=Adaptive(1), weight_dimension_numbers=numbers
         )  # fmt: skip
         state = tx.init(params)
         for _ in range(2):
             _, state = tx.update(params, state, params)
         assert (state.refreshes == 2).all()
+
+
+def test_staggered_refreshes_are_spread_over_the_gap():
+    params = {"stack": normal(0, 3, 8, 12), "one": normal(1, 8, 12)}
+    numbers = {"stack": GaLoreDimensionNumbers(1, 2), "one": GaLoreDimensionNumbers()}
+    tx = galore(4, optax.sgd(0.1), update_proj_gap=Staggered(8), weight_dimension_numbers=numbers)
+    state, refreshes = tx.init(params), []
+    for step in range(29):
+        before = state.bases
+        grads = jax.tree.map(lambda x, step=step: normal(step, *x.shape), params)
+        _, state = tx.update(grads, state)
+        moved = [before["one"] != state.bases["one"], *(before["stack"] != state.bases["stack"])]
+        refreshes.append([bool(m.any()) for m in moved])
+    steps = [[step for step, moved in enumerate(refreshes) if moved[i]] for i in range(4)]
+    assert steps == [[0, 5, 13, 21], [0, 7, 15, 23], [0, 9, 17, 25], [0, 11, 19, 27]]

@@ -7,7 +7,8 @@ import optax
 import pytest
 from inners import INNERS, arguments
 
-from galore_optax.trace.nonnegative import nonnegative_state
+from galore_optax.trace.roles import state_roles
+from galore_optax.trace.traced import trace
 
 PARAMS = {"w": jax.random.normal(jax.random.key(0), (6, 8))}
 WITH_LOOPS = {"lbfgs", "scale_by_lbfgs", "galore", "scale_by_galore", "muon", "sophia"}
@@ -32,6 +33,11 @@ def test_what_is_marked_stays_at_zero_or_above(name):
         # Values of a loss that falls below zero too.
         options = arguments(name, jnp.float32(1 - i))
         _, state = update(grads(i), state, PARAMS, **options)
+
+
+def nonnegative_state(tx, params):
+    traced = trace(optax.with_extra_args_support(tx), params)
+    return [role.nonnegative for role in state_roles(traced)]
 
 
 def marked(tx, params=PARAMS):
@@ -118,8 +124,8 @@ def once(init, update):
         (jnp.ones_like, lambda g, s: jax.lax.cond(g[0, 0] > 0, lambda: s, lambda: s + g), False),
         (jnp.ones_like, lambda g, s: jax.lax.cond(g[0, 0] > 0, lambda: s, lambda: 2 * s), True),
         (jnp.zeros_like, lambda g, s: jax.jit(lambda a, b: a + b**2)(s, g), True),
-        # What loops do is not looked at.
-        (jnp.zeros_like, lambda g, s: jax.lax.fori_loop(0, 2, lambda i, x: x + 1, s), False),
+        (jnp.zeros_like, lambda g, s: jax.lax.fori_loop(0, 2, lambda i, x: x + 1, s), True),
+        (jnp.zeros_like, lambda g, s: jax.lax.fori_loop(0, 2, lambda i, x: x + g, s), False),
     ],
 )
 def test_each_rule(init, update, expected):

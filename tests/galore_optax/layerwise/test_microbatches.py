@@ -20,20 +20,18 @@ from toy_layers import (
 )
 
 from galore_optax import (
-    AdaptiveRefresh,
+    Adaptive,
     GaLoreDimensionNumbers,
+    Staggered,
     galore,
     galore_adafactor,
     gradnorm_lorp_adamw,
     q_galore_adamw8bit,
     quantize_weights,
 )
+from galore_optax.layerwise.microbatches import over_microbatches, over_microbatches_in_subspace
 from galore_optax.layerwise.step import Layerwise
-from galore_optax.transformation import (
-    SubspaceTransformation,
-    over_microbatches,
-    over_microbatches_in_subspace,
-)
+from galore_optax.transformation import subspace_parts
 from train.step.mesh import make_mesh
 from train.step.ordinary import train_step_in_subspace
 from train.step.state import TrainState
@@ -53,7 +51,7 @@ TXS = {
     "both sides": partial(galore, 3, optax.adam(0.01), side="both"),
     "reset, svd": partial(galore, 3, optax.adam(0.01), moments="reset", subspace="svd"),
     "staggered, adaptive": partial(
-        galore, 3, optax.adam(0.01), stagger=True, adaptive_refresh=AdaptiveRefresh(window=1)
+        galore, 3, optax.adam(0.01), update_proj_gap=Adaptive(Staggered(200), window=1)
     ),
     "adafactor": partial(galore_adafactor, 0.01, 3, momentum=0.9),
     "q-galore": partial(q_galore_adamw8bit, 0.01, 3),
@@ -83,13 +81,13 @@ def test_sums_in_the_subspace_are_projections_of_the_sum(name):
     @jax.jit
     def summed(state, gradients):
         total, state, kept = over_microbatches_in_subspace(
-            tx, state, weights, lambda g: (g, g["norm"]), gradients
+            subspace_parts(tx), state, weights, lambda g: (g, g["norm"]), gradients
         )
-        return *tx.update_projected(total, state, weights), kept
+        return *subspace_parts(tx).update_projected(total, state, weights), kept
 
     @jax.jit
     def whole(state, gradients):
-        state = tx.refresh(jax.tree.map(lambda g: g[0], gradients), state, weights)
+        state = subspace_parts(tx).refresh(jax.tree.map(lambda g: g[0], gradients), state, weights)
         return tx.update(jax.tree.map(partial(jnp.sum, axis=0), gradients), state, weights)
 
     for step in range(5):
@@ -111,8 +109,10 @@ def test_the_three_parts_are_the_update(name):
     for _ in range(3):
         gradient = tree(rng)
         expected, reference = tx.update(gradient, reference, weights)
-        state = tx.refresh(gradient, state, weights)
-        updates, state = tx.update_projected(tx.project(gradient, state), state, weights)
+        state = subspace_parts(tx).refresh(gradient, state, weights)
+        updates, state = subspace_parts(tx).update_projected(
+            subspace_parts(tx).project(gradient, state), state, weights
+        )
         jax.tree.map(np.testing.assert_array_equal, (updates, state), (expected, reference))
 
 
@@ -130,7 +130,7 @@ def test_a_refresh_waits_for_the_first_microbatch_that_can_make_it():
 
 
 def test_every_recipe_can_be_updated_in_parts_and_what_is_around_it_cannot():
-    assert isinstance(gradnorm_lorp_adamw(0.01, 2), SubspaceTransformation)
+    assert subspace_parts(gradnorm_lorp_adamw(0.01, 2)) is not None
     init, update = galore(2, optax.sgd(1.0))
     assert callable(init)
     assert callable(update)
@@ -156,7 +156,7 @@ def by_hand(tx, cut):
     @jax.jit
     def step(here, state, batch):
         losses, gradients = jax.vmap(jax.value_and_grad(loss), (None, 0))(here, batch)
-        state = tx.refresh(jax.tree.map(lambda g: g[0], gradients), state, here)
+        state = subspace_parts(tx).refresh(jax.tree.map(lambda g: g[0], gradients), state, here)
         gradient = jax.tree.map(partial(jnp.sum, axis=0), gradients)
         updates, state = tx.update(gradient, state, here)
         return optax.apply_updates(here, updates), state, jnp.sum(losses)
@@ -264,9 +264,9 @@ def test_the_sum_takes_the_subspaces_share_of_the_memory():
 
     def in_subspace(params, state, batches):
         small, state, _ = over_microbatches_in_subspace(
-            tx, state, params, gradient_of(params), batches
+            subspace_parts(tx), state, params, gradient_of(params), batches
         )
-        updates, state = tx.update_projected(small, state, params)
+        updates, state = subspace_parts(tx).update_projected(small, state, params)
         return optax.apply_updates(params, updates), state
 
     saved = count * rows * columns * 4 * (1 - rank / rows)

@@ -1,0 +1,48 @@
+"""Ways to make XLA wait: values that it cannot compute, fold or share earlier than wanted.
+
+`jax.lax.optimization_barrier` alone does not do it: XLA's CPU compiler removes barriers before it
+schedules (jaxlib 0.10), and the arrays behind one must all exist at once. So a zero is added that
+depends on another array, and that the compiler cannot prove to be zero.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from galore_optax.sharding import explicit_axes
+
+
+def after(known: PyTree, tree: PyTree) -> PyTree:
+    """Returns a tree of equal arrays that XLA cannot compute before those of `known`.
+
+    Arrays with explicit mesh axes cannot be indexed here; they delay nothing.
+
+    Args:
+        known: Tree of arrays, such as the result of the computation to wait for.
+        tree: Tree of arrays.
+    """
+    firsts = [x[(0,) * x.ndim] for x in jax.tree.leaves(known) if x.size and not explicit_axes(x)]
+    if not firsts:
+        return tree
+    sizes = jnp.array([jnp.abs(x.astype(jnp.float32)) for x in firsts])
+    # Always zero, but XLA does not fold x * 0, which NaN and infinity would not make zero.
+    zero = jnp.sum(jnp.where(jnp.isfinite(sizes), sizes, 0.0) * 0.0)
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
+
+
+def codes_after(known: PyTree, tree: PyTree) -> PyTree:
+    """As `after`, for the codes of the `QuantizedArray`s in a tree; other arrays stay as they are.
+
+    A backward pass that needs dequantized weights dequantizes them again then. Otherwise XLA finds
+    that the forward pass has done the same, and keeps the floats in between.
+    """
+    return jax.tree.map(lambda x: after(known, x) if x.dtype == jnp.uint8 else x, tree)
+
+
+def opaque(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns the same numbers, whose values XLA does not know while it compiles.
+
+    It would quantize the zeros that most states start as at compile time, which took minutes for a
+    large embedding. A barrier around the zeros themselves would put them all in memory as floats.
+    """
+    return x + jax.lax.optimization_barrier(jnp.zeros((), x.dtype))

@@ -1,0 +1,98 @@
+"""By which leaves of an optimizer's state the update divides, read from its traced update.
+
+An error of rounding is harmless in what an update is proportional to. It is not where the update
+divides by an array, which must not become zero, nor where it takes the root of a difference of two,
+which must not become negative.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend.core import JaxprEqn, Literal
+
+from galore_optax.trace.interpreter import Reading
+
+_ROOTS = {"sqrt", "rsqrt", "log", "pow"}
+_INVERSES = {"rsqrt", "log", "pow"}
+# Their result at one index says little, or nothing, about the operands at that index.
+_OTHER = {
+    "sign", "eq", "ne", "lt", "le", "gt", "ge", "is_finite", "floor", "ceil", "round", "and", "or",
+    "not", "xor", "reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or",
+    "reduce_prod", "argmax", "argmin", "dot_general", "cumsum", "stop_gradient",
+}  # fmt: skip
+
+
+class Made(NamedTuple):
+    """What a value is made of, element by element.
+
+    Attributes:
+        leaves: Positions of the leaves of the state.
+        differences: Positions of those of which the value contains a difference.
+        fresh: Whether it contains the updates that come in.
+    """
+
+    leaves: frozenset[int] = frozenset()
+    differences: frozenset[int] = frozenset()
+    fresh: bool = False
+
+
+class Divisors(Reading):
+    """Collects, while it reads an update, the leaves of the state that need care.
+
+    Attributes:
+        divisors: Positions of the leaves that something is divided by.
+        stale: Positions of those that something is divided by without the present updates in them,
+            so that a leaf near zero makes the quotient arbitrarily large (ACProp, ADOPT).
+        rooted: Positions of the leaves of whose difference a root is taken.
+    """
+
+    def __init__(self) -> None:
+        self.divisors: set[int] = set()
+        self.stale: set[int] = set()
+        self.rooted: set[int] = set()
+
+    def constant(self, value: Any) -> Made:
+        del value
+        return Made()
+
+    def join(self, values: Sequence[Made]) -> Made:
+        leaves, differences = (frozenset().union(*(v[i] for v in values)) for i in range(2))
+        return Made(leaves, differences, any(v.fresh for v in values))
+
+    def bound(self, var: Any, value: Made) -> Made:
+        return Made() if getattr(var.aval, "shape", ()) == () else value
+
+    def _divide(self, value: Made) -> None:
+        self.divisors |= value.leaves
+        if not value.fresh:
+            self.stale |= value.leaves
+
+    def equation(self, equation: JaxprEqn, into: list[Made]) -> Made | list[Made]:
+        name = equation.primitive.name
+        power = equation.params.get("y", 0) if name == "integer_pow" else 0
+        if name == "div":
+            self._divide(into[1])
+        if name in _INVERSES or power < 0:
+            self._divide(into[0])
+        if name in _ROOTS:
+            self.rooted |= into[0].differences
+        if name == "optimization_barrier":
+            return into
+        everything = self.join(into[1:] if name == "select_n" else into)
+        if name in _OTHER:
+            return Made(fresh=everything.fresh)
+        if name == "sub" and not into[0].leaves:
+            return Made(fresh=everything.fresh)  # x minus an array is not zero where the array is
+        if name == "sub" and into[1].leaves and into[0][:2] != into[1][:2]:
+            return everything._replace(differences=everything.leaves)
+        even = name == "integer_pow" and power % 2 == 0
+        if name in ("abs", "square", "exp") or even or (name == "max" and _from_zero(equation)):
+            return everything._replace(differences=frozenset())
+        return everything
+
+
+def _from_zero(equation: JaxprEqn) -> bool:
+    """Whether one of the operands is a number of at least zero."""
+    literals = [x.val for x in equation.invars if isinstance(x, Literal)]
+    return any(np.ndim(x) == 0 and x >= 0 for x in literals)

@@ -1,0 +1,256 @@
+"""How a transformation uses the params that it is given, read from its traced `init` and `update`.
+
+Inside GaLore these are projected weights PᵀW. Three uses matter:
+
+- *Decoupled weight decay*: an update that is affine in the params, with a slope that is one number
+  for a whole leaf, and a state that never sees the params' values. It must reach all of W.
+- *Remembered params* (L-BFGS, Prodigy): values of PᵀW in the state, in the basis of their day. When
+  the basis changes, PᵀW jumps, far more than training moves it.
+- Anything else elementwise acts within the subspace only, such as decay masked by the sign of the
+  update. Harmless are regularization that is added to the gradient, which is projected as the
+  gradient is, and scalars such as a norm.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
+from jaxtyping import Array
+
+from galore_optax.trace.dependence import dependences, is_zero
+from galore_optax.trace.interpreter import Reading, interpret
+from galore_optax.trace.traced import Traced
+
+
+class Decay(NamedTuple):
+    """Decoupled weight decay in a traced update.
+
+    Attributes:
+        slopes: From the leaves of updates and state, of the float params and of their tangents to
+            the derivatives of their updates.
+        leaves: The float params, by index; the others have no slope.
+        used: For each of them whether its update depends on it at all.
+        scalars_only: Whether the slopes are known not to depend on arrays of updates and state.
+    """
+
+    slopes: ClosedJaxpr
+    leaves: list[int]
+    used: list[bool]
+    scalars_only: bool
+
+    def at(
+        self, updates: Sequence[Array], state: Sequence[Array], params: Sequence[Array]
+    ) -> list[Array | None]:
+        """For each param d update / d param, an array with one value; None where it is unused.
+
+        Args:
+            updates: Leaves of the updates.
+            state: Leaves of the state, without `QuantizedArray`s.
+            params: Leaves of the params; only their shapes are used.
+        """
+        rest = [*updates, *state]
+        if self.scalars_only:
+            rest = [x if jnp.ndim(x) == 0 else jnp.zeros_like(x) for x in rest]
+        zeros = [jnp.zeros_like(params[i]) for i in self.leaves]
+        ones = [jnp.ones_like(params[i]) for i in self.leaves]
+        slopes = jaxpr_as_fun(self.slopes)(*rest, *zeros, *ones)
+        found: list[Array | None] = [None] * len(params)
+        for i, slope, used in zip(self.leaves, slopes, self.used, strict=True):
+            found[i] = slope if used else None
+        return found
+
+
+def init_uses_params(traced: Traced) -> bool:
+    """Whether `init` makes a state that depends on the params' values."""
+    return any(dependences(traced.init, ["params"] * len(traced.params)))
+
+
+def decoupled_decay(traced: Traced, *, check: bool = True) -> Decay | None:
+    """The decoupled weight decay of a transformation; None if its use of params is something else.
+
+    Args:
+        traced: The transformation.
+        check: False takes any use of params for decay.
+    """
+    if traced.update is None or (check and init_uses_params(traced)):
+        return None
+    params, n = traced.params, len(traced.params)
+    rest = [*params, *traced.states]
+    # Integers and empty leaves have no slope.
+    sloped = [
+        i for i, x in enumerate(params) if jnp.issubdtype(x.dtype, jnp.inexact) and x.size > 0
+    ]
+    names = ["params" if i in sloped else None for i in range(n)]
+    uses = dependences(traced.update, [None] * len(rest) + names)
+    if check and any(uses[n:]):
+        return None
+    used = [bool(uses[i]) for i in sloped]
+    call = jaxpr_as_fun(traced.update)
+
+    def slope(rest: Sequence[Array], own: Sequence[Array], tangents: Sequence[Array]) -> Any:
+        def apply(own: Sequence[Array]) -> list[Array]:
+            given = dict(zip(sloped, own, strict=True))
+            others = (jnp.zeros(x.shape, x.dtype) for x in params)
+            return call(*rest, *(given.get(i, x) for i, x in enumerate(others)))
+
+        made = jax.jvp(lambda own: [apply(own)[i] for i in sloped], (own,), (tangents,))
+        return made[1]
+
+    floats = [params[i] for i in sloped]
+    slopes = jax.make_jaxpr(slope)(rest, floats, floats)
+    if check:
+        none = [None] * len(floats)
+        of_params, of_tangents = ["params"] * len(none), ["tangents"] * len(none)
+        on = dependences(slopes, [*[None] * len(rest), *of_params, *of_tangents])
+        # One number for a whole leaf: what has axes may enter the slope through a scalar only.
+        arrays = ["arrays" if x.shape else None for x in rest]
+        on_arrays = dependences(slopes, [*arrays, *none, *none], through_scalars=False)
+        # A use of params without a derivative, as in a sign, is not affine.
+        affine = ["tangents" in names for names in on] == used
+        if any("params" in names for names in on) or any(on_arrays) or not affine:
+            return None
+    # A decay of zero, such as that of many recipes by default, needs no pass over the weights.
+    zero = interpret(slopes, [False] * len(slopes.jaxpr.invars), _Zero())
+    used = [u and not z for u, z in zip(used, zero, strict=True)]
+    return Decay(slopes, sloped, used, scalars_only=check)
+
+
+def remembers_params(traced: Traced, counts: Sequence[bool]) -> bool:
+    """Whether a state holds values of the params.
+
+    It does if an array in it depends on the params' values as `init` makes it (DoG, Prodigy,
+    schedule-free, MADGRAD), or after one update without depending on the gradient (L-BFGS). An
+    average of gradients to which L2 regularization or a trust ratio was applied depends on both,
+    and is a moment. Scalars belong to no basis.
+
+    Args:
+        traced: The transformation. If its update could not be traced, `init` alone decides.
+        counts: For each leaf of the params whether it counts.
+    """
+    names = ["params" if count else None for count in counts]
+    if any(_arrays(traced.init, dependences(traced.init, names))):
+        return True
+    if traced.update is None or not any(counts):
+        return False
+    states, nothing = [None] * len(traced.states), [None] * len(counts)
+    on_params = dependences(traced.update, [*nothing, *states, *names])
+    # Its bare values: a step that is skipped for its gradient still keeps the params of the others.
+    on_updates = dependences(traced.update, [*names, *states, *nothing], through_choices=False)
+    kept = [bool(p) and not u for p, u in zip(on_params, on_updates, strict=True)]
+    return any(_arrays(traced.update, kept)[len(counts) :])
+
+
+def acts_within_subspace(traced: Traced, counts: Sequence[bool]) -> bool:
+    """Whether params enter the updates elementwise, other than in regularization of the gradient.
+
+    Args:
+        traced: The transformation.
+        counts: For each leaf of the params whether it counts.
+    """
+    if traced.update is None:
+        return False
+    gradient, nothing = [_GRADIENT] * len(counts), [_NOTHING] * len(traced.states)
+    params = [_PARAMS if count else _NOTHING for count in counts]
+    updates, _ = traced.read(_Use(), gradient, nothing, params)
+    return any(use in (_PARAMS, _USED) for use in updates)
+
+
+def _arrays(traced: ClosedJaxpr, marks: Sequence[Any]) -> list[bool]:
+    avals = traced.out_avals
+    return [bool(mark) and np.ndim(aval) > 0 for mark, aval in zip(marks, avals, strict=True)]
+
+
+_NOTHING, _GRADIENT, _PARAMS, _OTHER, _USED = range(5)
+_LINEAR = {
+    "neg", "convert_element_type", "reduce_precision", "copy", "broadcast_in_dim", "reshape",
+    "squeeze", "transpose", "real", "sharding_constraint", "reshard", "optimization_barrier",
+}  # fmt: skip
+
+
+class _Use(Reading):
+    """Abstract values say what a value is linear in: the gradient, the params, or neither."""
+
+    def constant(self, value: Any) -> int:
+        del value
+        return _NOTHING
+
+    def join(self, values: Sequence[int]) -> int:
+        known = {*values} - {_NOTHING}
+        if not known:
+            return _NOTHING
+        if len(known) == 1:
+            return known.pop()
+        return _USED if known & {_PARAMS, _USED} else _OTHER
+
+    def chosen(self, predicate: int, value: int) -> int:
+        if _USED in (predicate, value) or predicate == _PARAMS:
+            return _USED
+        return _USED if value == _PARAMS and predicate != _NOTHING else value
+
+    def bound(self, var: Any, value: int) -> int:
+        # Scalars, such as norms, belong to no basis.
+        return _NOTHING if getattr(var.aval, "shape", ()) == () else value
+
+    def equation(self, equation: JaxprEqn, into: list[int]) -> int | list[int]:
+        name = equation.primitive.name
+        if name == "optimization_barrier":
+            return into
+        if name == "mul" and any(map(is_zero, equation.invars)):
+            return _NOTHING
+        known = {*into} - {_NOTHING}
+        if not known:
+            return _NOTHING
+        if name == "select_n":
+            return self.chosen(into[0], self.join(into[1:]))
+        if name in ("add", "add_any", "sub"):
+            if known == {_GRADIENT, _PARAMS}:
+                return _GRADIENT
+            # A state is no gradient: params added to it are used.
+            lone = _NOTHING in into and known == {_PARAMS} and not _zero_or_scalar(equation, into)
+            return _USED if lone else self.join(into)
+        scaled = name in ("mul", "div") and into[-1 if name == "mul" else 1] == _NOTHING
+        scaled |= name == "mul" and into[0] == _NOTHING
+        if name in _LINEAR or scaled:
+            return self.join(into)
+        return _USED if known & {_PARAMS, _USED} else _OTHER
+
+
+def _zero_or_scalar(equation: JaxprEqn, into: list[int]) -> bool:
+    other = equation.invars[into.index(_NOTHING)]
+    return is_zero(other) or getattr(other.aval, "shape", ()) == ()
+
+
+# Primitives that give zero where their first operand, or where all of them, are zero.
+_ZERO_IF_FIRST = {
+    "neg", "div", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "transpose",
+    "reduce_sum", "copy", "slice", "sign", "reduce_precision",
+}  # fmt: skip
+_ZERO_IF_ALL = {"add", "add_any", "sub", "max", "min", "concatenate"}
+
+
+class _Zero(Reading):
+    """Abstract values are whether a value is shown to be zero.
+
+    A product with zero counts as zero, although one with an infinite or undefined number is not.
+    """
+
+    def constant(self, value: Any) -> bool:
+        # Not large ones, not tracers, and no random keys, which have no number.
+        small = np.ndim(value) == 0 and not isinstance(value, jax.core.Tracer)
+        key = jnp.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended)
+        return small and not key and bool(value == 0)
+
+    def join(self, values: Sequence[bool]) -> bool:
+        return all(values)
+
+    def equation(self, equation: JaxprEqn, into: list[bool]) -> bool:
+        name = equation.primitive.name
+        return (
+            (name == "mul" and any(into))
+            or (name in _ZERO_IF_FIRST and into[0])
+            or (name in _ZERO_IF_ALL and all(into))
+            or (name == "select_n" and all(into[1:]))
+        )

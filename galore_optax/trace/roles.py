@@ -1,0 +1,157 @@
+"""What each leaf of an optimizer's state is, read from its traced `init` and `update`.
+
+The one answer for everything that treats leaves differently: moments that are carried over to a new
+basis (`projection.moments`), and the codes that leaves are quantized with (`quantization.state`).
+"""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import jax.numpy as jnp
+
+from galore_optax.trace.coordinates import (
+    EITHER,
+    EVEN,
+    NEITHER,
+    ODD,
+    SIGNED,
+    Coordinates,
+    CoordinatesReading,
+)
+from galore_optax.trace.divisors import Divisors, Made
+from galore_optax.trace.interpreter import interpret
+from galore_optax.trace.sign import Nonnegative
+from galore_optax.trace.traced import Traced
+
+FIRST, SECOND, FACTOR, OTHER = "first", "second", "factor", "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What one leaf of a state is.
+
+    Attributes:
+        kind: FIRST, a first moment: it changes its sign with the gradient's coordinates. SECOND, a
+            second moment: it does not. FACTOR: a second moment that lacks some of the gradient's
+            axes (Adafactor, SM3). OTHER: anything else, such as a count.
+        param: The index of the param that it belongs to; None if it belongs to none or to several.
+        axes: For each of its axes the param's axis that it runs along; None for another one.
+        nonnegative: Whether it is shown to be never negative.
+        divisor: Whether the update may divide by it.
+        stale: Whether it divides by it as it was before the step, without the step's gradient.
+        rooted: Whether the update takes a root of its difference from another leaf.
+        unclear: Whether it has elements of which it is not known how they follow a param's
+            coordinates.
+        shared: Whether it merges coordinates of several params.
+    """
+
+    kind: str = OTHER
+    param: int | None = dataclasses.field(default=None, compare=False)
+    axes: tuple[int | None, ...] = ()
+    nonnegative: bool = False
+    divisor: bool = True
+    stale: bool = False
+    rooted: bool = False
+    unclear: bool = False
+    shared: bool = False
+
+
+def state_roles(traced: Traced, moving: Collection[tuple[int, int]] | None = None) -> list[Role]:
+    """The role of each leaf of a state, in the order of `jax.tree.leaves`.
+
+    Args:
+        traced: The transformation. If its update could not be traced, since it needs arguments that
+            are not known, every leaf is OTHER and may be divided by.
+        moving: The params, by index, and their axes whose coordinates change with a basis; None
+            for all axes of all params.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from galore_optax.trace.roles import state_roles
+        >>> from galore_optax.trace.traced import trace
+        >>> params = {"w": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
+        >>> roles = state_roles(trace(optax.scale_by_adam(), params))
+        >>> [(role.kind, role.nonnegative) for role in roles]  # of count, mu, nu
+        [('other', True), ('first', False), ('second', True)]
+    """
+    leaves, states = traced.params, traced.states
+    if traced.update is None:
+        return [Role(axes=(None,) * x.ndim) for x in states]
+    if moving is None:
+        moving = {(i, axis) for i, x in enumerate(leaves) for axis in range(x.ndim)}
+    given = [
+        Coordinates(tuple((i, axis) for axis in range(x.ndim)), ODD, frozenset([i]))
+        for i, x in enumerate(leaves)
+    ]
+    reading = CoordinatesReading(frozenset(moving))
+    constants = [Coordinates((None,) * x.ndim, EVEN if x.ndim == 0 else EITHER) for x in states]
+    begun = interpret(traced.init, given, reading) if traced.same else constants
+    # A constant that a moment starts from (Yogi: 1e-6) says nothing of how it goes on, unless
+    # nothing else does (Rprop's step sizes).
+    start = [v if v.leaves else c for v, c in zip(begun, constants, strict=True)]
+    found = traced.settled(reading, given, start, given)
+    triples = zip(found, begun, start, strict=True)
+    start = [v if f.parity == EITHER and v.parity == EVEN else s for f, v, s in triples]
+    found = traced.settled(reading, given, start, given)
+
+    signs, unknown = [False] * len(states), [False] * len(leaves)
+    if traced.same:
+        start = interpret(traced.init, unknown, Nonnegative())
+        signs = traced.settled(Nonnegative(), unknown, start, unknown)
+
+    jaxpr = traced.update.jaxpr
+    before, after = jaxpr.invars[len(leaves) :], jaxpr.outvars[len(leaves) :]
+    unchanged = [a is b for a, b in zip(before, after, strict=False)]
+    divisors = Divisors()
+    made_of = [Made(frozenset([i])) for i in range(len(states))]
+    incoming, constant = [Made(fresh=True)] * len(leaves), [Made()] * len(leaves)
+    traced.read(divisors, incoming, made_of, constant)
+    return [
+        dataclasses.replace(
+            _role(value, x, [y.ndim for y in leaves], frozenset(moving), unchanged[i]),
+            nonnegative=signs[i],
+            divisor=i in divisors.divisors,
+            stale=i in divisors.stale,
+            rooted=i in divisors.rooted,
+        )
+        for i, (value, x) in enumerate(zip(found, states, strict=True))
+    ]
+
+
+def _role(
+    value: Coordinates,
+    leaf: Any,
+    ndims: list[int],
+    moving: frozenset[tuple[int, int]],
+    unchanged: bool,
+) -> Role:
+    """The kind, the param and the axes of a leaf."""
+    param = next(iter(value.leaves)) if len(value.leaves) == 1 else None
+    mixed = any(axis is not None and not _is_one(axis) for axis in value.axes)
+    known = [axis for axis in value.axes if _is_one(axis)]
+    axes = tuple(axis[1] if _is_one(axis) else None for axis in value.axes)
+    follows = any(axis in moving for axis in known)
+    of_moving = any(i in value.leaves for i, _ in moving)
+    floating = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    if not floating or not leaf.ndim or not of_moving or param is None:
+        # Elements that differ, though along no axis of a param (Sophia's, from random directions).
+        unknown = not (known or unchanged) and max(leaf.shape, default=1) > 1
+        unclear = floating and leaf.ndim > 0 and (mixed if of_moving else bool(moving) and unknown)
+        shared = unclear and len(value.leaves) > 1
+        return Role(param=param, axes=axes, unclear=unclear and not shared, shared=shared)
+    repeated = len({*known}) < len(known)
+    clear = not mixed and value.parity not in (SIGNED, NEITHER) and not repeated
+    if not clear:
+        unclear = follows or mixed
+        return Role(param=param, axes=axes, unclear=unclear)
+    if not follows:
+        return Role(param=param, axes=axes)
+    if value.parity == ODD:
+        return Role(FIRST, param, axes)
+    return Role(SECOND if len(known) == ndims[param] else FACTOR, param, axes)
+
+
+def _is_one(axis: Any) -> bool:
+    """Whether it is one axis of a param, rather than several merged ones, or none."""
+    return isinstance(axis, tuple) and len(axis) == 2 and isinstance(axis[0], int)

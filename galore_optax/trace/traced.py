@@ -1,0 +1,119 @@
+"""An optimizer's `init` and `update` as equations: what every question about it is read from."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend.core import ClosedJaxpr
+
+from galore_optax.trace.interpreter import Reading, Value, interpret
+
+
+class Traced(NamedTuple):
+    """A transformation's functions, traced.
+
+    Attributes:
+        params: Shapes and dtypes of the leaves of the params.
+        states: Those of the leaves of the state.
+        init: From the leaves of the params to those of the state as `init` makes it.
+        same: Whether these are the leaves of `states`: `QuantizedArray`s are traced as the arrays
+            that they stand for.
+        update: From the leaves of updates, state and params, in this order, to the leaves of the
+            new updates and the new state; None if the update needs extra arguments that are not
+            known.
+    """
+
+    params: list[jax.ShapeDtypeStruct]
+    states: list[jax.ShapeDtypeStruct]
+    init: ClosedJaxpr
+    same: bool
+    update: ClosedJaxpr | None
+
+    def read(
+        self, reading: Reading, updates: Sequence[Value], state: Sequence[Value], params: Any
+    ) -> tuple[list[Value], list[Value]]:
+        """The abstract values of the new updates and the new state."""
+        assert self.update is not None
+        made = interpret(self.update, [*updates, *state, *params], reading)
+        return made[: len(self.params)], made[len(self.params) :]
+
+    def settled(
+        self, reading: Reading, updates: Sequence[Value], state: Sequence[Value], params: Any
+    ) -> list[Value]:
+        """The abstract values of the state that hold before and after any number of updates."""
+        state = list(state)
+        while True:
+            _, after = self.read(reading, updates, state, params)
+            new = [reading.join(pair) for pair in zip(state, after, strict=True)]
+            if new == state:
+                return state
+            state = new
+
+
+def trace(
+    inner: optax.GradientTransformationExtraArgs,
+    params: optax.Params,
+    state: optax.OptState | None = None,
+    **extra_args: Any,
+) -> Traced:
+    """Traces a transformation once.
+
+    Args:
+        inner: The transformation.
+        params: Its params, arrays or `jax.ShapeDtypeStruct`; their values are not used.
+        state: Its state, in the same manner; None for what `init` makes of the params.
+        **extra_args: Those of the update. optax's usual ones (`value`, `grad`, `value_fn`,
+            `obj_fn`, `grad_fn`) are made up unless they are given.
+    """
+    # Without shardings, which some updates cannot be traced with, and which change nothing here.
+    params = _without_shardings(params)
+    init, made = jax.make_jaxpr(inner.init, return_shape=True)(params)
+    state = made if state is None else _without_shardings(state)
+    leaves, tree = jax.tree.flatten(params)
+    states, state_tree = jax.tree.flatten(state)
+    same = state_tree == jax.tree.structure(made)
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[list[Any], list[Any]]:
+        updates = tree.unflatten(updates)
+        arguments = {**_usual_arguments(inner.update, updates), **extra_args}
+        updates, state = inner.update(
+            updates, state_tree.unflatten(state), tree.unflatten(params), **arguments
+        )
+        return jax.tree.leaves(updates), jax.tree.leaves(state)
+
+    try:
+        traced = jax.make_jaxpr(update)(leaves, states, leaves)
+    except Exception:  # a missing argument may fail in any manner
+        traced = None
+    return Traced(leaves, states, init, same, traced)
+
+
+def _without_shardings(tree: Any) -> Any:
+    """The shapes and dtypes of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+
+
+def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict[str, Any]:
+    # The curvature is constant, since a Hessian's diagonal (Sophia) is no remembered value of the
+    # params; values are negative, as a loss may be. Line searches refuse arguments that their
+    # value_fn does not name.
+    def value_fn(params: optax.Params, obj_fn: Any = None, grad_fn: Any = None) -> Any:
+        del obj_fn, grad_fn
+        return -sum(jnp.sum(x * x).real for x in jax.tree.leaves(params))
+
+    arguments = {
+        "value": np.float32(-1),
+        "grad": updates,
+        "value_fn": value_fn,
+        "obj_fn": value_fn,
+        "grad_fn": lambda *_: updates,
+    }
+    taken = inspect.signature(update).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in taken):
+        return arguments
+    names = {p.name for p in taken}
+    return {name: value for name, value in arguments.items() if name in names}

@@ -1,0 +1,234 @@
+"""What each leaf of a state is, for every optimizer of optax: its moments follow a new basis."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from inners import INNERS, REMEMBER_PARAMS, arguments
+
+from galore_optax import GaLoreDimensionNumbers, galore, subspace_parts
+from galore_optax.trace.roles import FACTOR, FIRST, OTHER, SECOND, state_roles
+from galore_optax.trace.traced import trace
+
+NUMBERS = {"wide": GaLoreDimensionNumbers(), "tall": GaLoreDimensionNumbers(-2, -1), "bias": None}
+RANK = 3
+PARAMS = {
+    "wide": jax.random.normal(jax.random.key(0), (5, 8)),
+    "tall": jax.random.normal(jax.random.key(1), (2, 7, 4)),
+    "bias": jnp.ones(8),
+}
+PERMUTATION, SIGNS = np.array([2, 0, 1]), np.array([-1.0, 1.0, -1.0], np.float32)
+ROTATION = np.linalg.qr(np.random.default_rng(0).normal(size=(RANK, RANK)))[0].astype(np.float32)
+# Random numbers, or curvature along random directions, are others in another basis.
+RANDOM = {"noisy_sgd", "add_noise", "sophia"}
+# Subtracts a mean over coordinates: another optimizer in another basis, though it has no state.
+MIXES = {"centralize"}
+# Their states are not understood, of which `galore` warns by name.
+NOT_UNDERSTOOD = {
+    "galore": {"projector", "mu", "nu"},
+    "scale_by_galore": {"projector", "mu", "nu"},
+    "sophia": {"nu"},
+}
+
+
+def stays(gradient, basis, key):
+    del gradient, key
+    return basis
+
+
+def permuted(gradient, basis, key):
+    """The same subspace, its vectors in another order and with other signs."""
+    del gradient, key
+    return basis[:, PERMUTATION] * SIGNS
+
+
+def rotated(gradient, basis, key):
+    """The same subspace in another basis."""
+    del gradient, key
+    return basis @ ROTATION
+
+
+def gradients(step):
+    keys = jax.random.split(jax.random.key(step), len(PARAMS))
+    pairs = zip(PARAMS.items(), keys, strict=True)
+    return {name: jax.random.normal(key, x.shape) for (name, x), key in pairs}
+
+
+def made(inner, find, **options):
+    usual = dict(update_proj_gap=2, scale=1.0, subspace=find, weight_dimension_numbers=NUMBERS)
+    return galore(RANK, inner, **usual | options)
+
+
+def trajectory(inner, find, name, steps=5):
+    tx, params = made(inner, find), PARAMS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state, update = tx.init(params), tx.update
+    found = []
+    for step in range(steps):
+        value = optax.tree.norm(params)
+        updates, state = update(gradients(step), state, params, **arguments(name, value))
+        params = optax.apply_updates(params, updates)
+        found.append(updates)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", sorted(INNERS.keys() - REMEMBER_PARAMS - RANDOM - MIXES - set(NOT_UNDERSTOOD))
+)
+def test_updates_do_not_depend_on_the_order_and_the_signs_of_a_basis(name):
+    expected = trajectory(INNERS[name], stays, name)
+    found = trajectory(INNERS[name], permuted, name)
+    for one, other in zip(found, expected, strict=True):
+        for key, update in one.items():
+            size = float(jnp.abs(other[key]).max())
+            np.testing.assert_allclose(update, other[key], atol=2e-5 * max(size, 1e-6), err_msg=key)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_UNDERSTOOD))
+def test_a_state_that_is_not_understood_is_named_at_init_once(name):
+    tx = made(INNERS[name], stays)
+    with pytest.warns(UserWarning, match="not known how the inner's state") as seen:
+        tx.init({"wide": PARAMS["wide"]} | {"bias": PARAMS["bias"]} | {"tall": PARAMS["tall"]})
+    named = " ".join(str(warning.message) for warning in seen)
+    for field in NOT_UNDERSTOOD[name]:
+        assert f".{field}['wide']" in named
+    for rule in ("keep", "reset"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", ".*uses params elementwise")
+            made(INNERS[name], stays, moments=rule).init(PARAMS)
+
+
+@pytest.mark.parametrize("name", sorted(INNERS.keys() - REMEMBER_PARAMS - set(NOT_UNDERSTOOD)))
+def test_first_moments_rotate_exactly_and_second_ones_as_ldadam_says(name):
+    tx, params = made(INNERS[name], rotated), {"wide": PARAMS["wide"]}
+    tx = made(INNERS[name], rotated, weight_dimension_numbers=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = tx.init(params)
+    for step in range(3):
+        grads = {"wide": gradients(step)["wide"]}
+        value = optax.tree.norm(params)
+        before = state
+        _, state = tx.update(grads, state, params, **arguments(name, value))
+    after = subspace_parts(tx).refresh(grads, before._replace(count=before.count + 1), params)
+    if not (after.refreshes > before.refreshes).all():
+        after = subspace_parts(tx).refresh(grads, before, params)
+    assert (after.refreshes > before.refreshes).all()
+    q = np.asarray(after.bases["wide"], np.float64).T @ np.asarray(before.bases["wide"], np.float64)
+    inner = optax.with_extra_args_support(INNERS[name])
+    small = {"wide": jnp.ones((RANK, 8))}
+    roles = state_roles(trace(inner, small), {(0, 0)})
+    pairs = list(zip(jax.tree.leaves(before.inner), jax.tree.leaves(after.inner), strict=True))
+    first = None
+    for role, (old, new) in zip(roles, pairs, strict=True):
+        if role.kind == OTHER:
+            if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+                continue
+            np.testing.assert_array_equal(new, old)
+            continue
+        old, new = np.asarray(old, np.float64), np.asarray(new, np.float64)
+        size = max(np.abs(old).max(), 1e-12)
+        if role.kind == FIRST:
+            first = old if first is None else first
+            np.testing.assert_allclose(new, q @ old, atol=1e-5 * size)
+        elif role.kind == FACTOR or (role.kind == SECOND and not _has_first(roles, role)):
+            np.testing.assert_allclose(new, (q * q) @ old, atol=1e-5 * size)
+
+
+def _has_first(roles, role):
+    return any(r.kind == FIRST and r.param == role.param for r in roles)
+
+
+def kinds(tx):
+    """The kinds of the arrays of a state, by path."""
+    params = {"w": jax.ShapeDtypeStruct((6, 8), jnp.float32)}
+    traced = trace(optax.with_extra_args_support(tx), params)
+    state = jax.eval_shape(tx.init, params)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]
+    roles = state_roles(traced, {(0, 0)})
+    pairs = zip(paths, roles, traced.states, strict=True)
+    return {path: role.kind for path, role, x in pairs if x.ndim}
+
+
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        (optax.adan(0.1), {"m": FIRST, "v": FIRST, "g": FIRST, "n": SECOND}),
+        (optax.yogi(0.1), {"mu": FIRST, "nu": SECOND}),
+        (optax.rprop(0.1), {"prev_updates": FIRST, "step_sizes": SECOND}),
+        (optax.adadelta(0.1), {"e_g": SECOND, "e_x": SECOND}),
+        (optax.chain(optax.clip(1.0), optax.trace(0.9)), {"trace": FIRST}),
+        (optax.lars(0.1, momentum=0.9), {"trace": FIRST}),
+        (optax.contrib.adopt(0.1), {"mu": FIRST, "nu": SECOND}),
+        (
+            optax.adafactor(0.1, min_dim_size_to_factor=2, momentum=None),
+            {"v_row": FACTOR, "v_col": OTHER, "v": OTHER},
+        ),
+    ],
+)
+def test_kinds_do_not_go_by_names(tx, expected):
+    found = kinds(tx)
+    by_field = {path.split(".")[-1].split("[")[0]: kind for path, kind in found.items()}
+    assert by_field == expected
+
+
+def test_the_axis_of_a_factor_is_found_for_square_matrices_too():
+    params = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
+    inner = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+    roles = state_roles(trace(optax.with_extra_args_support(inner), params), {(0, 0)})
+    assert [(role.kind, role.axes) for role in roles if role.axes][:2] == [
+        (FACTOR, (0,)),
+        (OTHER, (1,)),
+    ]
+
+
+def test_wrappers_are_looked_through():
+    for wrap in (
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.masked(tx, {"w": True}),
+        lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+        lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+    ):
+        found = kinds(wrap(optax.adam(0.1)))
+        assert {k for p, k in found.items() if ".mu" in p or "acc_grads" in p} == {FIRST}
+        assert {k for p, k in found.items() if ".nu" in p} == {SECOND}
+
+
+def test_an_update_that_divides_by_the_moment_before_the_step_is_known():
+    def stale(tx):
+        params = {"w": jax.ShapeDtypeStruct((6, 8), jnp.float32)}
+        return any(role.stale for role in state_roles(trace(tx, params)))
+
+    for tx, expected in (
+        (optax.contrib.acprop(0.1), True),
+        (optax.contrib.adopt(0.1), True),
+        (optax.adam(0.1), False),
+        (optax.amsgrad(0.1), False),
+        (optax.scale_by_factored_rms(min_dim_size_to_factor=2), False),
+    ):
+        assert stale(optax.with_extra_args_support(tx)) == expected
+
+
+@pytest.mark.parametrize("name", ["acprop", "adopt"])
+@pytest.mark.parametrize("rank", [2, 6])
+def test_a_stale_divisor_does_not_make_a_quadratic_diverge(name, rank):
+    target = jax.random.normal(jax.random.key(0), (12, 16))
+    tx = galore(rank, INNERS[name], update_proj_gap=10)
+
+    @jax.jit
+    def step(weight, state):
+        updates, state = tx.update(weight - target, state, weight)
+        return optax.apply_updates(weight, updates), state
+
+    weight, state, losses = jnp.zeros_like(target), None, []
+    state = tx.init(weight)
+    for _ in range(60):
+        weight, state = step(weight, state)
+        losses.append(float(jnp.mean((weight - target) ** 2)))
+    assert max(losses) <= 1.05 * losses[0]
+    assert losses[-1] < losses[0]
