@@ -10,18 +10,18 @@ from galore_optax.stages import GaLoreState
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """Bytes of all arrays in a tree (arrays or `jax.ShapeDtypeStruct`), over all devices once."""
+    """Returns the bytes of all arrays (or `jax.ShapeDtypeStruct`) in a tree, on all devices."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def state_bytes(state: optax.OptState) -> dict[str, int]:
-    """Bytes of an optimizer state by kind.
+    """Returns the bytes of an optimizer state by kind.
 
     Args:
         state: State of any transformation, of arrays or of `jax.ShapeDtypeStruct`.
 
     Returns:
-        `projections` (the bases of GaLore), `moments` (every other array with axes) and `counters`
+        `projections` (GaLore's bases), `moments` (all other arrays with axes) and `counters`
         (scalars, and the steps of GaLore's refreshes).
 
     Examples:
@@ -36,7 +36,7 @@ def state_bytes(state: optax.OptState) -> dict[str, int]:
     kinds = dict(projections=0, moments=0, counters=0)
     for part in parts:
         if isinstance(part, LayerwiseState):
-            # Of one layer, since a number for each layer is no moment.
+            # Per layer: a scalar of each layer counts as a scalar, though they are stacked.
             one = jax.eval_shape(lambda stack: at(stack, 0), part.layers)
             layers = tree_bytes(part.layers) // max(1, tree_bytes(one))
             of_one, of_rest = state_bytes(one), state_bytes((part.count, part.norm, part.rest))

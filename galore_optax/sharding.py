@@ -1,10 +1,9 @@
-"""Shardings: of the optimizer's state from the params', and of what happens in between.
+"""Shardings of an optimizer's state from those of the params, and of the arrays in between.
 
-JAX's explicit sharding puts the sharding into an array's type and carries it through every
-operation. So the sharding of a whole optimizer state follows from tracing `tx.init` on sharded
-abstract params: moments keep the axis that is not projected, the basis the one that is, and the
-rank is replicated. Projections and refreshes themselves run under automatic axes, whatever the
-params' mesh: XLA's partitioner shards their products without gathering a weight or a gradient.
+JAX's explicit sharding makes the sharding part of an array's type. So a whole state's sharding
+follows from tracing `tx.init` on sharded abstract params: moments keep the axis that is not
+projected, the basis the one that is, and the rank is replicated. Projections and refreshes run
+under automatic axes: XLA shards their products without gathering a weight or a gradient.
 """
 
 import functools
@@ -21,17 +20,15 @@ from jaxtyping import Array, Float
 def with_automatic_axes(
     fun: Callable[..., Any], out_specs: Callable[[Mesh | AbstractMesh], Any], *args: Any
 ) -> Any:
-    """`fun(*args)`, in which the mesh axes that are explicit in the arguments' types are automatic.
+    """Returns `fun(*args)`, computed with the arguments' explicit mesh axes made automatic.
 
-    Explicit types cannot express all that a projection and a refresh do (a matrix taken from a
-    sharded stack, merged axes, a factorization); XLA's partitioner can. What `fun` closes over must
-    not have such types.
+    Explicit types cannot express all of a projection and a refresh (a matrix of a sharded stack,
+    merged axes, a factorization); XLA's partitioner can.
 
     Args:
-        fun: A function of trees of arrays (what else they hold reaches it as it is).
-        out_specs: From the mesh to the `PartitionSpec`s of what `fun` gives, a tree like it; not
-            asked where no axis is explicit.
-        *args: The arguments.
+        fun: A function of trees. It must not close over arrays with explicit types.
+        out_specs: From the mesh to a tree of `PartitionSpec`s like the result.
+        *args: Trees, which may have leaves that are not arrays.
     """
     leaves, tree = jax.tree.flatten(args)
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
@@ -40,7 +37,7 @@ def with_automatic_axes(
         return fun(*args)
     mesh = jax.typeof(first).sharding.mesh
     if not isinstance(first, jax.core.Tracer) and isinstance(first.sharding, NamedSharding):
-        mesh = first.sharding.mesh  # outside of jit only a mesh with its devices will do
+        mesh = first.sharding.mesh  # outside of jit the mesh must have devices
 
     def call(arrays: dict[int, Array]) -> Any:
         return fun(*tree.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)]))
@@ -50,25 +47,25 @@ def with_automatic_axes(
 
 
 def explicit_axes(x: Array) -> tuple[str, ...]:
-    """The mesh axes in an array's type."""
+    """Returns the explicit mesh axes in an array's type."""
     return jax.typeof(x).sharding.mesh.explicit_axes
 
 
 def specs(tree: Any) -> Any:
-    """The `PartitionSpec`s in the types of the arrays of a tree."""
+    """Returns the `PartitionSpec`s in the types of a tree's arrays."""
     return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
 
 
 def axis_specs(x: Array) -> list[tuple[str, ...]]:
-    """For each axis of an array the explicit mesh axes that split it."""
+    """Returns for each axis of an array the explicit mesh axes that split it."""
     entries = tuple(specs(x)) + (None,) * (x.ndim - len(specs(x)))
     return [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries]
 
 
 def sharded_like(tree: Any, like: Any) -> Any:
-    """A tree of arrays, each sharded as the one of `like` where the mesh's axes are explicit.
+    """Shards each array as the one in `like` if that has explicit mesh axes.
 
-    So that what is carried from step to step keeps its type, which `jax.lax.scan` asks for.
+    A state then keeps its type from step to step, which `jax.lax.scan` requires.
     """
 
     def sharded(x: Any, y: Any) -> Any:
@@ -79,17 +76,17 @@ def sharded_like(tree: Any, like: Any) -> Any:
 
 
 def first_element(x: Float[Array, "..."]) -> Float[Array, ""]:
-    """`x[0, ..., 0]`."""
+    """Returns `x[0, ..., 0]`."""
     return with_automatic_axes(lambda x: x[(0,) * x.ndim], lambda _: PartitionSpec(), x)
 
 
 def explain_sharding_errors(
     inner: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner`, whose operations may have no type under explicit mesh axes: then it says what to do.
+    """Wraps `inner` so that an operation without a type under explicit mesh axes says what to do.
 
-    It runs with the axes that the user gave: other than a projection it may close over arrays with
-    explicit types, as it does under `optax.inject_hyperparams`.
+    It keeps the user's axes, because it may close over arrays with explicit types, as it does under
+    `optax.inject_hyperparams`.
     """
 
     def explained(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,24 +111,23 @@ def explain_sharding_errors(
 def state_shardings(
     tx: optax.GradientTransformation, params: optax.Params, param_shardings: optax.Params
 ) -> optax.OptState:
-    """Shardings for `tx.init(params)`, of any transformation, without allocating anything.
+    """Returns the shardings of `tx.init(params)`, without allocating anything.
 
-    A leaf of the state is sharded along the axes that it shares with a param. Of a stack that is
-    sharded along its layers the matrices' moments are arrays of their own: they are sharded along
-    the side that is not projected instead.
+    A leaf of the state is sharded along the axes that it shares with a param. The moments of a
+    stack that is sharded along its layers are separate arrays, sharded along the side that is not
+    projected instead.
 
     Args:
-        tx: The transformation.
+        tx: Any transformation.
         params: Tree of arrays or of `jax.ShapeDtypeStruct`.
-        param_shardings: The same tree of `jax.sharding.NamedSharding`, all over one mesh (with
-            automatic or explicit axes). Where they split an axis that does not divide, the state's
-            is whole.
+        param_shardings: The same tree of `jax.sharding.NamedSharding` over one mesh, with automatic
+            or explicit axes. An axis that they do not divide is not split in the state.
 
     Returns:
         A tree like `tx.init(params)` of `NamedSharding` over that mesh.
 
     Raises:
-        ValueError: If `param_shardings` are no `NamedSharding`s over one mesh.
+        ValueError: If `param_shardings` are not `NamedSharding`s over one mesh.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -145,7 +141,18 @@ def state_shardings(
         >>> tuple(state_shardings(tx, params, {"w": rows}).bases["w"].spec)
         ('fsdp', None)
     """
-    mesh = _one_mesh(param_shardings)
+    for path, sharding in jax.tree.leaves_with_path(param_shardings):
+        if not isinstance(sharding, NamedSharding):
+            raise ValueError(
+                f"param_shardings: {sharding!r} at {jax.tree_util.keystr(path)} must be a "
+                "jax.sharding.NamedSharding, as for each param"
+            )
+    meshes = {sharding.mesh for sharding in jax.tree.leaves(param_shardings)}
+    if len(meshes) != 1:
+        raise ValueError(
+            f"param_shardings: they are over {len(meshes)} meshes; give NamedShardings over one"
+        )
+    (mesh,) = meshes
     explicit = mesh.abstract_mesh.update_axis_types(
         dict.fromkeys(mesh.axis_names, AxisType.Explicit)
     )
@@ -167,20 +174,3 @@ def state_shardings(
     with jax.sharding.use_abstract_mesh(explicit):
         state = jax.eval_shape(tx.init, jax.tree.map(abstract, params, param_shardings))
     return jax.tree.map(on_mesh, state)
-
-
-def _one_mesh(shardings: Any) -> Mesh | AbstractMesh:
-    meshes = []
-    for path, sharding in jax.tree.leaves_with_path(shardings):
-        if not isinstance(sharding, NamedSharding):
-            raise ValueError(
-                f"param_shardings: {sharding!r} at {jax.tree_util.keystr(path)} is no "
-                "jax.sharding.NamedSharding; give one for each param"
-            )
-        meshes.append(sharding.mesh)
-    if len(set(meshes)) != 1:
-        raise ValueError(
-            f"param_shardings: they are over {len(set(meshes))} meshes; give NamedShardings over "
-            "one mesh"
-        )
-    return meshes[0]

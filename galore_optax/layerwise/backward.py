@@ -1,7 +1,7 @@
 """A model of repeated layers, run forward as a whole and backward one piece at a time.
 
-Of a layer is kept what its backward pass needs, or, with activation checkpointing at the layers'
-boundaries (Chen et al., arXiv:1604.06174), the hidden states before it.
+The forward pass keeps for each layer what its backward pass needs, or only the hidden states before
+it (activation checkpointing, Chen et al., arXiv:1604.06174).
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ Hidden = PyTree
 
 
 class Layered(NamedTuple):
-    """A model as what comes before, within and after its repeated layers.
+    """A model as three functions: before, within and after its repeated layers.
+
+    For a `QuantizedArray` in the params, the functions get an object with its `shape`, `dtype` and
+    `dequantize()`; the gradient is the one with respect to the dequantized array.
 
     Attributes:
-        embed: From all params but the layers' and a batch to the first hidden states, a tree of
+        embed: From all params except the layers and a batch to the first hidden states, a tree of
             float arrays.
         layer: From one layer's params, hidden states and the batch to hidden states of the same
             shapes and dtypes.
-        head: From all params but the layers', the last hidden states and the batch to the loss.
-        layers: Under which key of the params the layers are, stacked along every leaf's first axis.
-
-    Where a leaf of the params is a `QuantizedArray`, the functions get what has its `shape`,
-    `dtype` and `dequantize()`, and the gradient is that with respect to the dequantized array.
+        head: From all params except the layers, the last hidden states and the batch to the loss.
+        layers: The key of the layers in the params, stacked along every leaf's first axis.
     """
 
     embed: Callable[[Params, Batch], Hidden]
@@ -45,15 +45,15 @@ class Layered(NamedTuple):
     layers: str = "layers"
 
     def split(self, params: Params) -> tuple[PyTree, Params, int]:
-        """The stacked layers, the other entries of the params, and how many layers there are.
+        """Returns the stacked layers, the other entries of the params, and the number of layers.
 
         Raises:
-            ValueError: If there is no such stack.
+            ValueError: If the params have no such stack.
         """
         if not isinstance(params, dict) or self.layers not in params:
             raise ValueError(
-                f"params: they have no entry {self.layers!r} (Layered's layers=); give a dict that "
-                "has the layers there, stacked along the first axis of every leaf"
+                f"params: they have no entry {self.layers!r} (Layered's layers=); give a dict with "
+                "the layers there, stacked along the first axis of every leaf"
             )
         rest = {k: part for k, part in params.items() if k != self.layers}
         stack = params[self.layers]
@@ -68,18 +68,18 @@ class Layered(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Backward:
-    """The backward pass of a model over microbatches, whose pieces are run from last to first.
+    """The backward pass of a model over microbatches, in pieces to be run from last to first.
 
     Attributes:
         model: The model.
-        weights: All entries of the params but the layers.
+        weights: All entries of the params except the layers.
         batches: Tree of arrays with a first axis of microbatches.
-        checkpoint: Whether a layer is computed again in the backward pass.
-        kept: Of each layer, `(layers, microbatches, ...)`, the hidden states before it or, without
-            checkpointing, its backward pass as `jax.vjp` gives it.
+        checkpoint: Whether the backward pass computes a layer again.
+        kept: For each layer, `(layers, microbatches, ...)`, the hidden states before it or, without
+            checkpointing, its backward pass as `jax.vjp` returns it.
         last: Hidden states after the last layer.
-        early: Entries of the weights whose gradients are whole when the head's is known; the others
-            are embedded with, or tied, or not used.
+        in_head: Keys of the weights that the head uses.
+        in_embed: Keys of the weights that the embedding uses.
     """
 
     model: Layered
@@ -88,15 +88,19 @@ class Backward:
     checkpoint: bool
     kept: PyTree
     last: Hidden
-    early: frozenset[str]
-    _in_head: frozenset[str]
-    _in_embed: frozenset[str]
+    in_head: frozenset[str]
+    in_embed: frozenset[str]
+
+    @property
+    def early(self) -> frozenset[str]:
+        """Keys of the weights whose gradients are complete after the head's backward pass."""
+        return self.in_head - self.in_embed
 
     def head(self) -> tuple[Float[Array, ""], Params, Hidden]:
-        """The loss, the gradients of what the head uses, and the last hidden states'."""
+        """Returns the loss, and the gradients of what the head uses and of the hidden states."""
 
         def pull(h: Hidden, b: Batch) -> tuple[tuple[Array, Params], Hidden]:
-            own = {k: self.weights[k] for k in self._in_head}
+            own = {k: self.weights[k] for k in self.in_head}
             loss, back = _vjp(lambda w, h: self.model.head({**self.weights, **w}, h, b), own, h)
             gradient, cotangent = back(jnp.ones_like(loss))
             return (loss, gradient), cotangent
@@ -111,16 +115,16 @@ class Backward:
         cotangent: Hidden,
         over: Callable[..., Any] = over_microbatches,
     ) -> Any:
-        """The gradient of layer `i`, of params `own`, as a part, and that of its hidden states.
+        """Returns the gradients of layer `i`, with params `own`, and of the hidden states before.
 
-        Or what `over` makes of the microbatches' in the place of `over_microbatches`.
+        Microbatches are summed by `over_microbatches`, or by another function `over`.
         """
         key = self.model.layers
 
         def pull(kept: Any, b: Batch, c: Hidden) -> tuple[Params, Hidden]:
             if self.checkpoint:
-                held = {key: _dequantized_for_each(self.batches, c, own)}
-                back = _vjp(lambda w, h: self.model.layer(w[key], h, b), held, kept)[1]
+                params = {key: _dequantized_for_each(self.batches, c, own)}
+                back = _vjp(lambda w, h: self.model.layer(w[key], h, b), params, kept)[1]
             else:
                 back = _put_back(kept, (own, b))
             return back(c)
@@ -128,29 +132,28 @@ class Backward:
         return over(pull, at(self.kept, i), self.batches, cotangent)
 
     def embed(self, cotangent: Hidden, from_head: Params) -> Params:
-        """The gradients of all entries that are not early, the head's share of them included."""
+        """Returns the gradients of all entries that are not early, the head's share included."""
 
         def pull(b: Batch, c: Hidden) -> tuple[Params, tuple[()]]:
-            own = {k: self.weights[k] for k in self._in_embed}
+            own = {k: self.weights[k] for k in self.in_embed}
             return _vjp(lambda w: self.model.embed({**self.weights, **w}, b), own)[1](c)[0], ()
 
         gradient, _ = over_microbatches(pull, self.batches, cotangent)
 
         def whole(k: str) -> PyTree:
             parts = [g[k] for g in (from_head, gradient) if k in g]
-            return functools.reduce(
-                optax.tree.add, parts or [optax.tree.zeros_like(sources(self.weights[k]))]
-            )
+            parts = parts or [optax.tree.zeros_like(sources(self.weights[k]))]
+            return functools.reduce(optax.tree.add, parts)
 
         return {k: whole(k) for k in self.weights.keys() - self.early}
 
     def norm(self, stack: PyTree, *, summed: bool = True) -> Float[Array, ""]:
-        """The gradient's global norm: a backward pass that forgets every gradient again.
+        """Returns the gradient's global norm, by a backward pass that keeps no gradient.
 
         Args:
             stack: The stacked layers.
-            summed: Whether microbatches' gradients of a layer are summed for it. Else it is taken
-                for the sum of the microbatches' norms, which it is at most.
+            summed: Whether to sum the microbatches' gradients of each layer. Otherwise the sum of
+                the microbatches' norms is returned, which is an upper bound.
         """
         _, from_head, cotangent = self.head()
         layers = jax.tree.leaves(stack)[0].shape[0]
@@ -181,21 +184,8 @@ class Backward:
         return jnp.sum(jnp.sqrt(total + share(self.embed(cotangent, from_head))))
 
 
-def forward(
-    model: Layered,
-    params: Params,
-    batches: Batch,
-    *,
-    checkpoint: bool,
-) -> Backward:
-    """Runs a model, and keeps what its backward pass needs.
-
-    Args:
-        model: The model.
-        params: Its params.
-        batches: Tree of arrays with a first axis of microbatches.
-        checkpoint: Whether a layer is computed again in the backward pass.
-    """
+def forward(model: Layered, params: Params, batches: Batch, *, checkpoint: bool) -> Backward:
+    """Runs a model forward, and keeps what `Backward`, which has the arguments' docs, needs."""
     stack, weights, _ = model.split(params)
     key = model.layers
 
@@ -213,23 +203,17 @@ def forward(
     h, b = jax.tree.map(lambda x: x[0], (first, batches))
     in_embed = _used(lambda weights: model.embed(weights, b), weights)
     in_head = _used(lambda weights: model.head(weights, h, b), weights)
-    return Backward(
-        model, weights, batches, checkpoint, kept, last,
-        in_head - in_embed, in_head, in_embed,
-    )  # fmt: skip
+    return Backward(model, weights, batches, checkpoint, kept, last, in_head, in_embed)
 
 
 def _dequantized_for_each(batches: Batch, hidden: Hidden, params: PyTree) -> PyTree:
-    """Params whose `QuantizedArray`s are dequantized again for each of several microbatches.
-
-    XLA would do it once, before the loop over them, and keep the floats of a whole layer.
-    """
+    """Has XLA dequantize a layer for each microbatch, instead of keeping its floats for all."""
     several = jax.tree.leaves(batches)[0].shape[0] > 1
     return codes_after(jax.tree.leaves(hidden)[0], params) if several else params
 
 
 def _vjp(function: Callable[..., Any], params: Params, *args: Any) -> tuple[Any, Any]:
-    """`jax.vjp` with respect to params in which there are `QuantizedArray`s, and to other trees."""
+    """`jax.vjp` with respect to params, which may have `QuantizedArray`s, and to other trees."""
     return jax.vjp(
         lambda s, *args: function(with_sources(params, s), *args), sources(params), *args
     )
@@ -238,13 +222,13 @@ def _vjp(function: Callable[..., Any], params: Params, *args: Any) -> tuple[Any,
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _There:
-    """In the place of an array that is at hand in the backward pass: the leaf of that number."""
+    """Stands for an array that the backward pass has anyway: the leaf with that index."""
 
     leaf: int
 
 
 def _leave_out(back: PyTree, there: PyTree) -> PyTree:
-    """A backward pass, which is a tree of the arrays it has kept, without those that are there."""
+    """Replaces arrays in a backward pass, a tree of the arrays that it keeps, by `_There`."""
     numbers = {id(x): i for i, x in enumerate(jax.tree.leaves(there))}
     return jax.tree.map(lambda x: _There(numbers[id(x)]) if id(x) in numbers else x, back)
 
@@ -259,25 +243,25 @@ def _put_back(back: PyTree, there: PyTree) -> PyTree:
 
 
 def at(stacks: PyTree, i: Int[Array, ""] | int) -> PyTree:
-    """Layer `i` of stacked layers."""
+    """Returns layer `i` of stacked layers."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacks)
 
 
 def written(stacks: PyTree, i: Int[Array, ""] | int, one: PyTree) -> PyTree:
-    """Stacked layers with another layer `i`."""
+    """Returns stacked layers with layer `i` replaced."""
     return jax.tree.map(
         lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0), stacks, one
     )
 
 
 def squares(tree: PyTree) -> Float[Array, ""]:
-    """Sum of the squares of all elements, in float32."""
+    """Returns the sum of the squares of all elements, in float32."""
     leaves = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
     return functools.reduce(jnp.add, leaves, jnp.zeros((), jnp.float32))
 
 
 def _used(function: Callable[[Params], PyTree], params: Params) -> frozenset[str]:
-    """Which entries of the params a function's result depends on."""
+    """Returns the entries of the params on which a function's result depends."""
     traced = jax.make_jaxpr(function)(params)
     keys = [path[0].key for path, _ in jax.tree.leaves_with_path(params)]  # pyrefly: ignore
     return frozenset().union(*dependences(traced, keys))

@@ -10,34 +10,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 
 from galore_optax.transformation import SubspaceParts
 
 
 def over_microbatches(function: Callable[..., tuple[Any, Any]], *batches: Any) -> tuple[Any, Any]:
-    """Runs a function on one microbatch after the other.
+    """Runs a function on each microbatch, one after the other.
 
     Args:
-        function: From what one microbatch has of `batches` to two trees.
+        function: From a microbatch of each of `batches` to two trees.
         *batches: Trees of arrays with a first axis of microbatches.
 
     Returns:
-        The sum of its first results, taken in float32 and given in their own dtype, and its second
-        ones with a first axis of microbatches.
+        The sum of the first trees, taken in float32 and returned in their own dtypes, and the
+        second trees, stacked along a first axis of microbatches.
     """
-    first = jax.tree.map(lambda x: x[0], batches)
     if jax.tree.leaves(batches)[0].shape[0] == 1:
-        summed, kept = function(*first)
-        return summed, jax.tree.map(lambda x: x[None], kept)
+        total, kept = function(*jax.tree.map(lambda x: x[0], batches))
+        return total, jax.tree.map(lambda x: x[None], kept)
 
-    def add(total: Any, batch: Any) -> tuple[Any, Any]:
+    def stateless(_: Any, *batch: Any) -> tuple[Any, Any, Any]:
         own, kept = function(*batch)
-        return _plus(total, own), kept
+        return own, (), kept
 
-    shapes, _ = jax.eval_shape(function, *first)
-    total, kept = jax.lax.scan(add, _zeros(shapes), batches)
-    return _in_dtypes_of(shapes, total), kept
+    total, _, kept = _summed(stateless, (), batches)
+    return total, kept
 
 
 def over_microbatches_in_subspace(
@@ -48,45 +45,34 @@ def over_microbatches_in_subspace(
     *batches: Any,
     **extra_args: Any,
 ) -> tuple[optax.Updates, optax.OptState, Any]:
-    """As `over_microbatches`, where the first results are gradients, which are summed projected.
+    """As `over_microbatches`, with gradients as the first trees, which are summed projected.
 
-    Args:
-        tx: The transformation.
-        state: Its state. Refreshes that are due are made from the first microbatch's gradient.
-        params: The params.
-        function: From what one microbatch has of `batches` to its gradient and another tree.
-        *batches: Trees of arrays with a first axis of microbatches.
-        **extra_args: Of the transformation's refresh.
+    The first microbatch's gradient refreshes the bases that are due, with the `extra_args`.
 
     Returns:
-        The sum, for `tx.update_projected`, the state, and the second results with a first axis of
-        microbatches.
+        The sum, for `tx.update_projected`, the new state, and the second trees, stacked.
     """
+
+    def projected(state: optax.OptState, *batch: Any) -> tuple[Any, Any, Any]:
+        gradient, kept = function(*batch)
+        state = tx.refresh(gradient, state, params, **extra_args)
+        return tx.project(gradient, state), state, kept
+
+    return _summed(projected, state, batches)
+
+
+def _summed(
+    function: Callable[..., tuple[Any, Any, Any]], state: Any, batches: tuple[Any, ...]
+) -> tuple[Any, Any, Any]:
+    """Sums a function's first results in float32, with a state in the carry; stacks its third."""
+    own, _, _ = jax.eval_shape(function, state, *jax.tree.map(lambda x: x[0], batches))
 
     def add(carry: Any, batch: Any) -> tuple[Any, Any]:
         total, state = carry
-        gradient, kept = function(*batch)
-        state = tx.refresh(gradient, state, params, **extra_args)
-        return (_plus(total, tx.project(gradient, state)), state), kept
+        own, state, kept = function(state, *batch)
+        return (jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, own), state), kept
 
-    def projected(state: optax.OptState, *batch: Any) -> optax.Updates:
-        return tx.project(function(*batch)[0], state)
-
-    shapes = jax.eval_shape(projected, state, *jax.tree.map(lambda x: x[0], batches))
-    (total, state), kept = jax.lax.scan(add, (_zeros(shapes), state), batches)
-    return _in_dtypes_of(shapes, total), state, kept
-
-
-def _zeros(shapes: PyTree) -> PyTree:
-    """Of at least float32."""
-    return jax.tree.map(
-        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
-    )
-
-
-def _plus(total: PyTree, own: PyTree) -> PyTree:
-    return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, own)
-
-
-def _in_dtypes_of(shapes: PyTree, total: PyTree) -> PyTree:
-    return jax.tree.map(lambda t, s: t.astype(s.dtype), total, shapes)
+    wide = jax.tree.map(lambda x: jnp.promote_types(x.dtype, jnp.float32), own)
+    zeros = jax.tree.map(lambda x, dtype: jnp.zeros(x.shape, dtype), own, wide)
+    (total, state), kept = jax.lax.scan(add, (zeros, state), batches)
+    return jax.tree.map(lambda t, x: t.astype(x.dtype), total, own), state, kept

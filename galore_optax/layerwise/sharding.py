@@ -7,7 +7,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_optax.layerwise.backward import Params
-from galore_optax.layerwise.step import Layerwise, LayerwiseState, absent
+from galore_optax.layerwise.parts import masked
+from galore_optax.layerwise.step import Layerwise, LayerwiseState
 from galore_optax.quantization.array import dequantized
 from galore_optax.sharding import state_shardings
 
@@ -15,27 +16,25 @@ from galore_optax.sharding import state_shardings
 def layerwise_shardings(
     optimizer: Layerwise, params: Params, param_shardings: Params
 ) -> LayerwiseState:
-    """Shardings for `optimizer.init(params)`, without allocating anything.
+    """Returns the shardings of `optimizer.init(params)`, without allocating anything.
 
     Args:
         optimizer: The optimizer.
         params: Tree of arrays or of `jax.ShapeDtypeStruct`.
-        param_shardings: The same tree of `jax.sharding.NamedSharding`, all over one mesh of
-            automatic axes, none of which splits the layers' axis.
+        param_shardings: The same tree of `jax.sharding.NamedSharding` over one mesh of automatic
+            axes, none of which may split the layers' axis.
 
     Raises:
-        ValueError: If the shardings are others.
+        ValueError: If there is another sharding.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec
         >>> from galore_optax.layerwise.backward import Layered
-        >>> from galore_optax.layerwise.step import Layerwise
         >>> from galore_optax.layerwise.sharding import layerwise_shardings
+        >>> from galore_optax.layerwise.step import Layerwise
         >>> model = Layered(
-        ...     embed=lambda params, x: x,
-        ...     layer=lambda layer, x, _: x @ layer["w"],
-        ...     head=lambda params, x, _: jnp.sum(x),
+        ...     lambda params, x: x, lambda own, x, _: x @ own["w"], lambda params, x, _: x.sum()
         ... )
         >>> params = {"layers": {"w": jax.ShapeDtypeStruct((4, 16, 16), jnp.float32)}}
         >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
@@ -49,19 +48,19 @@ def layerwise_shardings(
     stack, rest, _ = optimizer.model.split(params)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stack)
     one_at = jax.tree.map(_of_a_layer, param_shardings[key])
-    nothing = absent(jax.eval_shape(dequantized, params))
+    others = masked(params)
 
-    def init(params: Params) -> optax.OptState:
-        return optimizer.tx.init({**nothing, **dequantized(params)})
+    def init(part: Params) -> optax.OptState:
+        return optimizer.tx.init({**others, **dequantized(part)})
 
-    def of_part(part: Params, part_at: Params) -> optax.OptState:
-        tx = optax.GradientTransformation(init, optimizer.tx.update)  # pyrefly: ignore
-        return state_shardings(tx, part, part_at)
+    tx = optax.GradientTransformation(init, optimizer.tx.update)  # pyrefly: ignore
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a part may lack what the whole has
-        layers = of_part({key: one}, {key: one_at})
-        rest_at = {k: of_part({k: part}, {k: param_shardings[k]}) for k, part in rest.items()}
+        layers = state_shardings(tx, {key: one}, {key: one_at})
+        rest_at = {
+            k: state_shardings(tx, {k: part}, {k: param_shardings[k]}) for k, part in rest.items()
+        }
     mesh = jax.tree.leaves(param_shardings)[0].mesh
     whole = NamedSharding(mesh, PartitionSpec())
     stacked = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(None, *s.spec)), layers)

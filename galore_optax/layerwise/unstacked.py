@@ -1,10 +1,11 @@
-"""`unstacked`: every layer of a stacked leaf as a leaf of its own, to any optax transformation.
+"""`unstacked`: shows each layer of a stacked leaf to a transformation as a leaf of its own.
 
-The layers of a scanned model are stacked in one leaf. What a transformation does by leaf (a
-threshold on size, Adafactor's clipping, LAMB's trust ratio) it would do to all of them together;
-an update layer by layer (`galore_optax.layerwise.step`) does it to each.
+A scanned model stacks its layers in one leaf. Without this, what a transformation does per leaf (a
+threshold on size, Adafactor's clipping, LAMB's trust ratio) is done to the whole stack; an update
+layer by layer (`galore_optax.layerwise.step`) does it to each layer.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,30 +20,30 @@ from galore_optax.quantization.array import dequantized
 from galore_optax.transformation import subspace_parts, transformation
 
 ParamAxes = Callable[[Any], Any]
-"""From params to a tree like them: how many of a leaf's last axes are one param's, or None."""
+"""From params to a tree like them: how many of a leaf's last axes form one param, or None."""
 
 
 def unstacked(
     tx: optax.GradientTransformation, param_axes: ParamAxes
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx`, which is given what is stacked in a leaf as leaves of their own.
+    """Wraps `tx` so that it gets each layer of a stacked leaf as a leaf of its own.
 
-    `galore` needs it only for what it does not project: the matrices of a stack are leaves of their
-    own to its inner transformation anyway.
+    `galore` needs it only for leaves that it does not project: the matrices of a projected stack
+    are separate leaves to its inner transformation anyway.
 
     Args:
-        tx: The transformation. What `galore` gives can be updated in parts afterwards, too.
-        param_axes: From the params to a tree like them: of a leaf, how many of its last axes are
-            one param's, so that the axes before are those of a stack; None hands it on whole. A
-            leaf with no more axes than that is no stack, and is handed on as it is.
+        tx: The transformation. If it has a subspace (`galore`), so has the result.
+        param_axes: From the params to a tree like them: for each leaf the number of its last axes
+            that form one param; the axes before are those of a stack. None passes a leaf unchanged,
+            as does a number that is not less than the leaf's.
 
     Returns:
-        The transformation. Its state is that of `tx` for params that have a tuple of arrays in the
-        place of a stack, in the order of its axes.
+        The transformation. Its state is that of `tx` for params with a tuple of arrays instead of
+        each stack, in the order of its axes.
 
     Raises:
-        ValueError: If `tx` is no transformation or `param_axes` no function; at `init`, if what it
-            gives is no tree like the params, or a number of axes none.
+        ValueError: If an argument has the wrong type; at `init`, if `param_axes` returns another
+            tree, or a wrong number.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -54,89 +55,96 @@ def unstacked(
         (8, dtype('float32'), dtype('uint8'))
     """
     if not isinstance(tx, optax.GradientTransformation):
-        raise ValueError(f"tx={tx!r} is no optax.GradientTransformation; give one")
+        raise ValueError(f"tx={tx!r} must be an optax.GradientTransformation")
     if not callable(param_axes):
         raise ValueError(
-            f"param_axes={param_axes!r} is no function; give one from params to a tree like them"
+            f"param_axes={param_axes!r} must be a function from params to a tree like them"
         )
-    extra = optax.with_extra_args_support(tx)
+    kind = _Unstacked if subspace_parts(tx) is None else _UnstackedInParts
+    return transformation(kind(optax.with_extra_args_support(tx), param_axes))
 
-    def stacks(params: optax.Params) -> tuple[list[Projection | None], Any]:
+
+@dataclasses.dataclass(frozen=True)
+class _Unstacked:
+    """The transformation around `tx`."""
+
+    tx: optax.GradientTransformationExtraArgs
+    param_axes: ParamAxes
+
+    def _stacks(self, params: optax.Params) -> tuple[list[Projection | None], Any]:
         leaves, tree = jax.tree.flatten_with_path(params)
         try:
-            axes = tree.flatten_up_to(param_axes(params))
+            axes = tree.flatten_up_to(self.param_axes(params))
         except ValueError as error:
-            raise ValueError(f"param_axes: it gives no tree like the params ({error})") from error
+            raise ValueError(
+                f"param_axes: it must return a tree like the params ({error})"
+            ) from error
         return [_stack(*pair, n) for pair, n in zip(leaves, axes, strict=True)], tree
 
-    def apart(params: optax.Params) -> optax.Params:
+    def _apart(self, params: optax.Params | None) -> Any:
+        if params is None:
+            return None
         params = dequantized(jax.tree.map(_concrete, without_variables(params)))
-        plans, tree = stacks(params)
+        plans, tree = self._stacks(params)
         pairs = zip(plans, jax.tree.leaves(params), strict=True)
         return tree.unflatten([x if plan is None else plan.into((), x) for plan, x in pairs])
 
-    def together(params: optax.Params, like: optax.Params) -> optax.Params:
+    def _together(self, params: optax.Params, like: optax.Params) -> optax.Params:
         like = dequantized(without_variables(like))
-        plans, tree = stacks(like)
+        plans, tree = self._stacks(like)
         triples = zip(plans, tree.flatten_up_to(params), jax.tree.leaves(like), strict=True)
         return tree.unflatten([x if p is None else p.out_of((), x, y) for p, x, y in triples])
 
-    def given(params: optax.Params | None) -> optax.Params | None:
-        return None if params is None else apart(params)
+    def init(self, params: optax.Params) -> optax.OptState:
+        return self.tx.init(self._apart(params))
 
-    class Unstacked:
-        """The transformation."""
+    def update(
+        self, updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        steps, state = self.tx.update(
+            self._apart(updates), state, self._apart(params), **extra_args
+        )
+        return self._together(steps, updates), state
 
-        def init(self, params: optax.Params) -> optax.OptState:
-            return tx.init(apart(params))
 
-        def update(
-            self,
-            updates: optax.Updates,
-            state: optax.OptState,
-            params: optax.Params | None = None,
-            **extra_args: Any,
-        ) -> tuple[optax.Updates, optax.OptState]:
-            steps, state = extra.update(apart(updates), state, given(params), **extra_args)
-            return together(steps, updates), state
+class _UnstackedInParts(_Unstacked):
+    """The transformation, with `galore_optax.transformation.SubspaceParts`."""
 
-    parts = subspace_parts(tx)
-    if parts is None:
-        return transformation(Unstacked())
+    @property
+    def _parts(self) -> Any:
+        return subspace_parts(self.tx)
 
-    class InParts(Unstacked):
-        """The transformation, with `galore_optax.transformation.SubspaceParts`."""
+    def refresh(
+        self, gradient: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> Any:
+        apart = self._apart(gradient), state, self._apart(params)
+        return self._parts.refresh(*apart, **extra_args)
 
-        def refresh(
-            self, gradient: optax.Updates, state: Any, params: Any = None, **extra_args: Any
-        ) -> Any:
-            return parts.refresh(apart(gradient), state, given(params), **extra_args)
+    def project(self, gradient: optax.Updates, state: Any) -> optax.Updates:
+        return self._parts.project(self._apart(gradient), state)
 
-        def project(self, gradient: optax.Updates, state: Any) -> optax.Updates:
-            return parts.project(apart(gradient), state)
-
-        def update_projected(
-            self, projected: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
-        ) -> tuple[optax.Updates, Any]:
-            steps, state = parts.update_projected(projected, state, apart(params), **extra_args)
-            return together(steps, params), state
-
-    return transformation(InParts())
+    def update_projected(
+        self, projected: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        steps, state = self._parts.update_projected(
+            projected, state, self._apart(params), **extra_args
+        )
+        return self._together(steps, params), state
 
 
 def _concrete(x: Any) -> Any:
-    """Zeros in the place of a shape and dtype alone, which `init` may be given."""
+    """Returns zeros for a `jax.ShapeDtypeStruct`, which `init` may get."""
     return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
 
 def _stack(path: Any, leaf: Any, axes: int | None) -> Projection | None:
-    """A stack of what is not projected at all; None of what is no stack."""
+    """Returns a stack of unprojected leaves; None for a leaf that is not a stack."""
     if axes is None:
         return None
     if isinstance(axes, bool) or not hasattr(axes, "__index__") or axes < 0:
         raise ValueError(
-            f"param_axes: {axes!r} at {jax.tree_util.keystr(path)} is no number of axes; give 0 or "
-            "more, or None to hand the leaf on whole"
+            f"param_axes: {axes!r} at {jax.tree_util.keystr(path)} must be an integer of at least "
+            "0, or None to pass the leaf unchanged"
         )
     stacked = max(len(leaf.shape) - axes, 0)
     if not stacked:

@@ -1,4 +1,4 @@
-"""`QuantizedArray`: an array held as 4-bit or 8-bit codes with one scale for each block of them."""
+"""`QuantizedArray`: an array stored as 4-bit or 8-bit codes, with one scale per block of them."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray, UInt
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from galore_optax.quantization.codes import Affine, Code, Dynamic
 from galore_optax.sharding import axis_specs, specs, with_automatic_axes
@@ -18,24 +18,23 @@ from galore_optax.sharding import axis_specs, specs, with_automatic_axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
-    """An array as codes of few bits, a scale for each block of them, and perhaps an offset.
+    """An array stored as low-bit codes, with a scale and for some codes an offset per block.
 
-    A pytree whose leaves are the codes, the scales and the offsets: it passes through `jit`,
-    `scan`, `vmap`, donation, sharding and checkpoints as any tree of arrays. Codes keep the array's
-    shape, blocks run along one axis (the last may be shorter), and no shape is stored, so that an
-    index along a leading axis, or a `vmap` over it, leaves a whole `QuantizedArray`.
+    A pytree of codes, scales and offsets. Codes keep the array's shape, blocks run along one axis
+    (the last block may be shorter), and no shape is stored, so that an index along a leading axis,
+    or a `vmap` over it, gives a valid `QuantizedArray`.
 
     Attributes:
-        codes: Bytes of the array's shape; 4-bit codes lie two in a byte along the blocks' axis,
-            which has half the length, rounded up.
-        scales: Of that shape with the number of blocks in the place of the axis; they may be a
-            `QuantizedArray`, too (double quantization).
-        offsets: Like the scales; None where the code has none.
-        code: What codes mean.
-        block: Elements in a block.
-        axis: Along which blocks run, counted from the last.
-        dtype: Of the array that this stands for.
-        odd: Whether the last of the bytes with two codes has only one.
+        codes: Bytes of the array's shape. Two 4-bit codes share a byte: the blocks' axis has half
+            the length, rounded up.
+        scales: The array's shape with the number of blocks along the blocks' axis; an array, or a
+            `QuantizedArray` (double quantization).
+        offsets: As the scales; None if the code has none.
+        code: How codes are encoded and decoded.
+        block: Elements per block.
+        axis: The axis along which blocks run, counted from the last (negative).
+        dtype: Of the dequantized array.
+        odd: Whether the number of 4-bit codes along the axis is odd.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -49,7 +48,7 @@ class QuantizedArray:
         True
     """
 
-    codes: UInt[Array, "..."]
+    codes: UInt8[Array, "..."]
     scales: Any
     offsets: Float[Array, "..."] | None
     code: Code = dataclasses.field(metadata={"static": True})
@@ -60,7 +59,7 @@ class QuantizedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array that this stands for."""
+        """Shape of the dequantized array."""
         shape = list(self.codes.shape)
         if self.code.bits == 4:
             shape[self.axis] = 2 * shape[self.axis] - self.odd
@@ -68,63 +67,61 @@ class QuantizedArray:
 
     @property
     def ndim(self) -> int:
-        """Number of its axes."""
-        return len(self.shape)
+        """Number of axes."""
+        return self.codes.ndim
 
     @property
     def size(self) -> int:
-        """Number of its elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this takes, scales and offsets included."""
+        """Bytes of codes, scales and offsets."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
-        """The array that this stands for, in its dtype or another, sharded as the codes are."""
+        """Returns the array of floats, in its own dtype or another, sharded as the codes are."""
         return _dequantized(self, jnp.dtype(dtype or self.dtype))
 
 
 def quantize(
-    x: Float[Array, "..."],
+    x: Float[Array, "*shape"],
     code: Code = Dynamic(signed=True),  # noqa: B008 (frozen)
     *,
     block: int = 256,
     axis: int | None = None,
     key: PRNGKeyArray | None = None,
 ) -> QuantizedArray:
-    """An array as codes.
+    """Quantizes an array.
 
     Args:
-        x: Floating point, with one axis or more. Computed in float32, or in float64 if it is that.
-        code: What codes mean; the default is that of 8-bit optimizers for numbers with a sign.
+        x: A floating-point array with at least one axis. Computed in float32, or float64 if it is.
+        code: The code; by default the 8-bit optimizers' code for signed numbers.
         block: Elements that share a scale.
-        axis: Along which blocks run. None takes the last, or where it is shorter than half a block
-            the longest.
-        key: Rounds at random, such that the mean is exact, if the code can do that.
+        axis: The axis along which blocks run. None takes the last, or the longest if the last is
+            shorter than half a block.
+        key: Rounds stochastically, without bias, if the code can; None rounds to the nearest.
 
     Raises:
-        ValueError: If `x` has no axis, no element or no floating-point dtype, or `block` is below
-            1.
+        ValueError: If `x` has no axes, no elements or another dtype, or `block` is out of range.
     """
     if np.ndim(x) == 0 or np.size(x) == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"x of shape {np.shape(x)} and dtype {x.dtype} has no code; give a floating-point "
-            "array with elements and at least one axis"
+            f"x of shape {np.shape(x)} and dtype {x.dtype} cannot be quantized; give a "
+            "floating-point array with elements and at least one axis"
         )
     if block < 1 or (code.bits == 4 and block % 2):
         raise ValueError(
-            f"block={block} is no number of elements for {code.bits} bits; give at least 1, and an "
-            "even one for 4 bits, such as 256"
+            f"block={block} is not accepted with {code.bits} bits; give at least 1, and an even "
+            "number for 4 bits, such as 256"
         )
     axis = _block_axis(x.shape, block) if axis is None else axis % x.ndim - x.ndim
-
     return _quantized(x, key, code, block, axis)
 
 
-# Both are compiled on their own, since outside of jit, where an optimizer's state is made as a
-# rule, they would be compiled operation by operation.
+# Both are compiled by themselves, because a state is usually made outside of jit, where they would
+# be compiled operation by operation.
 @partial(jax.jit, static_argnames=("code", "block", "axis"))
 def _quantized(
     x: Array, key: PRNGKeyArray | None, code: Code, block: int, axis: int
@@ -140,15 +137,14 @@ def _quantized(
         return codes, *(None if part is None else jnp.squeeze(part, axis) for part in rest)
 
     def out_specs(mesh: Any) -> Any:
-        def split(length: int) -> PartitionSpec:  # as x is, along the axis where it divides
+        def split(length: int) -> PartitionSpec:  # as x, along the axis only if it divides
             axes = axis_specs(x)
             if length % math.prod(mesh.shape[name] for name in axes[axis]):
                 axes[axis] = ()
             return PartitionSpec(*axes)
 
-        codes = split(stored_shape[at])
         scales = split(-(-x.shape[axis] // block))
-        return codes, scales, scales if isinstance(code, Affine) else None
+        return split(stored_shape[at]), scales, scales if isinstance(code, Affine) else None
 
     codes, scales, offsets = with_automatic_axes(encoded, out_specs, x, key)
     odd = code.bits == 4 and x.shape[axis] % 2 == 1
@@ -157,7 +153,7 @@ def _quantized(
 
 @partial(jax.jit, static_argnames="dtype")
 def _dequantized(q: QuantizedArray, dtype: Any) -> Array:
-    def decoded(codes, scales, offsets):
+    def decoded(codes: Array, scales: Array, offsets: Array | None) -> Array:
         blocks = _blocks(codes, q.axis, q.block * q.code.bits // 8)
         blocks = _unpacked(blocks, q.axis) if q.code.bits == 4 else blocks
         scales, offsets = jax.tree.map(lambda x: jnp.expand_dims(x, q.axis), (scales, offsets))
@@ -169,7 +165,7 @@ def _dequantized(q: QuantizedArray, dtype: Any) -> Array:
 
 
 def stored_like(x: Float[Array, "..."], like: Any, key: PRNGKeyArray | None = None) -> Any:
-    """An array in the code and dtype of another, or as it is where the other has none."""
+    """Quantizes an array as `like` is; returns it as it is if `like` is not quantized."""
     if not isinstance(like, QuantizedArray):
         return x
     stored = quantize(x, like.code, block=like.block, axis=like.axis, key=key)
@@ -178,12 +174,12 @@ def stored_like(x: Float[Array, "..."], like: Any, key: PRNGKeyArray | None = No
 
 
 def is_quantized(x: Any) -> bool:
-    """Whether `x` is a `QuantizedArray`, to be used as `is_leaf`."""
+    """Whether `x` is a `QuantizedArray`; for use as `is_leaf`."""
     return isinstance(x, QuantizedArray)
 
 
 def dequantized(tree: Any) -> Any:
-    """A tree with all that has a `dequantize()`, as a `QuantizedArray` has, dequantized."""
+    """Dequantizes each leaf of a tree that has a method `dequantize`."""
 
     def can(x: Any) -> bool:
         return hasattr(x, "dequantize")
@@ -194,12 +190,12 @@ def dequantized(tree: Any) -> Any:
 def added(
     x: QuantizedArray, update: Float[Array, "..."], key: PRNGKeyArray | None
 ) -> QuantizedArray:
-    """The sum of both in the code of `x`, computed in float32; blocks without update stay.
+    """Returns `x + update`, summed in float32 and quantized as `x` is.
 
     Args:
-        x: Held in a code that can round at random, if there is a key.
-        update: Of the same shape.
-        key: Rounds the sum at random, such that its mean is exact; None to the nearest.
+        x: Its code must be able to round stochastically if there is a key.
+        update: Of the same shape. Blocks where all of it is zero stay bit for bit.
+        key: Rounds the sum stochastically, without bias; None rounds to the nearest.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     new = stored_like(x.dequantize(wide) + update.astype(wide), x, key)
@@ -208,7 +204,7 @@ def added(
         blocks = _blocks(update != 0, x.axis, x.block)
         touched = jnp.any(blocks, x.axis, keepdims=True)
         elements = _merged(jnp.broadcast_to(touched, blocks.shape), x.axis, x.shape)
-        if x.code.bits == 4:  # both of a byte are in one block
+        if x.code.bits == 4:  # both codes of a byte are in one block
             elements = jax.lax.slice_in_dim(elements, 0, None, 2, axis=x.ndim + x.axis)
         block = jnp.squeeze(touched, x.axis)
         return jax.tree.map(
@@ -219,17 +215,17 @@ def added(
 
 
 def _block_axis(shape: tuple[int, ...], block: int) -> int:
-    """Counted from the last: the last axis where it holds half a block, else the longest.
+    """Returns the last axis if half a block fits into it, else the longest, counted from the last.
 
-    What is along the last axis of a matrix in training is more alike than what is along another
-    (benchmarks/block_axes.py), which is worth more scales.
+    Numbers along the last axis of a trained matrix are more alike than along the other
+    (benchmarks/block_axes.py), which is worth storing more scales.
     """
     longest = max(range(len(shape)), key=lambda i: (shape[i], i))
     return -1 if 2 * shape[-1] >= block else longest - len(shape)
 
 
 def _blocks(x: Array, axis: int, block: int) -> Array:
-    """`(..., n, ...)` to `(..., blocks, block, ...)`, the last one filled up with its end."""
+    """Reshapes `(..., n, ...)` to `(..., blocks, block, ...)`, padded with the last element."""
     n, before = x.shape[axis], x.ndim + axis
     blocks, block = -(-n // block), min(block, n)
     if blocks * block != n:
@@ -247,10 +243,10 @@ def _merged(blocks: Array, axis: int, shape: tuple[int, ...]) -> Array:
 
 
 def _packed(codes: Array, axis: int) -> Array:
-    """Two codes of 4 bits in a byte, the first of them in its lower half.
+    """Packs two 4-bit codes per byte, the first in the lower half.
 
-    Of blocks, not of what is merged: XLA would not vectorize that on a CPU, nor a choice between
-    halves of a byte.
+    Works on blocks, before they are merged: XLA's CPU compiler does not vectorize it afterwards,
+    nor a selection between the halves of a byte.
     """
     at = codes.ndim + axis
     if codes.shape[at] % 2:
@@ -261,7 +257,7 @@ def _packed(codes: Array, axis: int) -> Array:
 
 
 def _unpacked(codes: Array, axis: int) -> Array:
-    """The inverse of `_packed`; of an odd number of codes there is one more."""
+    """The inverse of `_packed`; from an odd number of codes it returns one more."""
     at = codes.ndim + axis
     wide = codes.astype(jnp.uint16)
     pairs = jax.lax.bitcast_convert_type((wide | wide << 4) & 0x0F0F, jnp.uint8)

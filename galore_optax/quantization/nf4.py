@@ -1,4 +1,4 @@
-"""NF4, the 4-bit code of QLoRA's frozen weights (arXiv:2305.14314, section 3)."""
+"""NF4, the 4-bit code of QLoRA's frozen weights (Dettmers et al., arXiv:2305.14314, section 3)."""
 
 import dataclasses
 
@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from galore_optax.quantization.array import QuantizedArray, quantize
-from galore_optax.quantization.codes import Affine, Table, bisected
+from galore_optax.quantization.codes import Affine, Table, bisected, refuse_key
 
-# Its appendix E: quantiles of the normal distribution, of which zero is one.
+# Appendix E: quantiles of the normal distribution, zero among them.
 _VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -20,17 +20,13 @@ _VALUES = (
 
 @dataclasses.dataclass(frozen=True)
 class NF4(Table):
-    """The 4-bit NormalFloat: a block is divided by its largest magnitude, which has no sign.
-
-    Codes are bitsandbytes' own.
-    """
+    """The 4-bit NormalFloat. Blocks are divided by their largest magnitude, as by bitsandbytes."""
 
     values: tuple[float, ...] = _VALUES
 
     def encode(self, blocks, axis, key):
-        """See `Code.encode`; it does not round at random."""
-        if key is not None:
-            raise ValueError("key: NF4 does not round at random; leave it out")
+        """See `Code.encode`."""
+        refuse_key(key)
         scales = jnp.max(jnp.abs(blocks), axis, keepdims=True)
         x = blocks * (1 / jnp.maximum(scales, jnp.finfo(scales.dtype).tiny))
         values = np.array(self.values, x.dtype)
@@ -41,21 +37,14 @@ class NF4(Table):
 def quantize_nf4(
     weight: Float[Array, "*layers in out"], *, block: int = 64, double: bool = True
 ) -> QuantizedArray:
-    """A matrix, or a stack of them, in NF4: 4.13 bits an element.
+    """Quantizes a matrix, or a stack of them, to NF4: 4.13 bits per element.
 
     Args:
-        weight: The matrix. Blocks run along the input, as they do in bitsandbytes, whose matrices
-            are (out, in).
+        weight: The matrix. Blocks run along the input, as in bitsandbytes, whose matrices are
+            (out, in).
         block: Elements that share a scale.
-        double: Whether the scales are held in 8 bits, too (section 3, "double quantization"), in
-            blocks of 256. Here these are evenly spaced from the least scale of a block to the
-            largest, in the place of 8-bit floats around the mean of all.
-
-    Returns:
-        The `QuantizedArray`; with `double` its scales are one, too.
-
-    References:
-        Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, 2023.
+        double: Whether to quantize the scales to 8 bits, too ("double quantization"), in blocks of
+            256: affine codes here, 8-bit floats around the mean in bitsandbytes.
 
     Examples:
         >>> import jax
@@ -65,7 +54,5 @@ def quantize_nf4(
         >>> round(8 * q.nbytes / w.size, 2)
         4.13
     """
-    held = quantize(weight, NF4(), block=block, axis=-2)
-    if not double:
-        return held
-    return dataclasses.replace(held, scales=quantize(held.scales, Affine(8)))
+    q = quantize(weight, NF4(), block=block, axis=-2)
+    return dataclasses.replace(q, scales=quantize(q.scales, Affine(8))) if double else q

@@ -283,7 +283,7 @@ def test_a_split_that_merging_cannot_keep_is_named():
 @pytest.mark.parametrize(
     ("shardings", "message"),
     [
-        ({"w": P("data")}, r"at \['w'\] is no jax.sharding.NamedSharding"),
+        ({"w": P("data")}, r"at \['w'\] must be a jax.sharding.NamedSharding"),
         ({}, "over 0 meshes"),
     ],
 )

@@ -16,7 +16,6 @@ from galore_optax.adapters.base import join, split
 from galore_optax.layerwise.backward import forward
 from galore_optax.memory import state_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
-from galore_optax.quantization.elementwise import traced_for
 from galore_optax.quantization.weights import sources, with_sources
 from train.config.optimizers import make_recipe
 from train.config.settings import Resolved
@@ -134,8 +133,7 @@ def _memory(config: Resolved, programs: Programs) -> Any:
     arguments = programs.abstract, programs.batch
     if not _meant_for_a_gpu(config, programs):
         return programs.train_step.lower(*arguments).compile().memory_analysis()
-    with traced_for("gpu"):
-        lowered = programs.train_step.lower(*arguments)
+    lowered = programs.train_step.lower(*arguments)
     backend = jax.extend.backend.get_backend("cpu")
     options = jax.extend.backend.get_compile_options(
         num_replicas=1, num_partitions=1, env_options_overrides=_AS_ON_A_GPU

@@ -111,7 +111,7 @@ def test_what_is_done_by_leaf_is_done_by_layer_in_an_ordinary_step_of_what_is_un
     assert_equal(by_layers(tx), ordinary(tx))
 
 
-def test_states_and_weights_may_be_held_in_few_bits():
+def test_states_and_weights_may_be_quantized():
     tx = galore(
         3, quantize_state(optax.adam(0.01), min_size=1), update_proj_gap=2, projection_bits=4,
         subspace="random", weight_dimension_numbers=NUMBERS,

@@ -115,5 +115,7 @@ def test_the_state_can_be_made_of_shapes_alone():
 
 def test_a_number_of_axes_that_is_none_is_refused_with_the_place():
     tx = unstacked(optax.adam(0.01), lambda params: {**axes(params), "up": -1})
-    with pytest.raises(ValueError, match=r"param_axes: -1 at \['up'\] is no number of axes"):
+    with pytest.raises(
+        ValueError, match=r"param_axes: -1 at \['up'\] must be an integer of at least 0"
+    ):
         tx.init(tree())

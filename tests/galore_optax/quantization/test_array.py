@@ -343,7 +343,7 @@ def test_blocks_run_along_the_last_axis_unless_it_is_short():
     assert abstract((600, 4), axis=0, block=100).scales.shape == (6, 4)
 
 
-def test_a_tree_is_read_with_what_is_no_code_as_it_is():
+def test_dequantizing_a_tree_leaves_other_leaves_as_they_are():
     q = quantize(X)
     tree = dequantized({"a": q, "b": [X, None]})
     np.testing.assert_array_equal(tree["a"], q.dequantize())
@@ -391,19 +391,23 @@ def test_sharded_codes_are_the_unsharded_ones(name, spec, axis_type):
 @pytest.mark.parametrize(
     ("x", "options", "message"),
     [
-        (jnp.ones(()), {}, r"x of shape \(\) and dtype float32 has no code; give a floating-point"),
+        (
+            jnp.ones(()),
+            {},
+            r"x of shape \(\) and dtype float32 cannot be quantized; give a floating",
+        ),
         (jnp.ones((0, 3)), {}, r"x of shape \(0, 3\)"),
-        (jnp.ones(3, jnp.int32), {}, "dtype int32 has no code"),
-        (jnp.ones(3), {"block": 0}, "block=0 is no number of elements for 8 bits; give"),
-        (jnp.ones(3), {"code": Affine(4), "block": 3}, "block=3 .* for 4 bits; .* an even one"),
-        (jnp.ones(3), {"key": jax.random.key(0)}, "key: only the affine codes round at random"),
+        (jnp.ones(3, jnp.int32), {}, "dtype int32 cannot be quantized"),
+        (jnp.ones(3), {"block": 0}, "block=0 is not accepted with 8 bits; give"),
+        (jnp.ones(3), {"code": Affine(4), "block": 3}, "block=3 .* 4 bits; .* an even number"),
+        (jnp.ones(3), {"key": jax.random.key(0)}, "key: only affine codes round stochastically"),
         (
             jnp.ones(3),
             {"key": jax.random.key(0), "code": Table((0.0, 1.0), bits=4)},
-            "key: only the affine codes",
+            "key: only affine codes",
         ),
     ],
 )
-def test_what_has_no_code_is_refused(x, options, message):
+def test_what_cannot_be_quantized_is_refused(x, options, message):
     with pytest.raises(ValueError, match=message):
         quantize(x, **options)

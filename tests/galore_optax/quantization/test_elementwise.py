@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from galore_optax import apply_updates, galore_adamw8bit, quantize_state, quantize_weights
 from galore_optax.quantization import elementwise as module
 from galore_optax.quantization.array import dequantized
-from galore_optax.quantization.elementwise import chunks, traced_for
+from galore_optax.quantization.elementwise import chunks
 
 RNG = np.random.default_rng(0)
 SHAPES = {
@@ -56,8 +56,7 @@ def test_an_update_by_chunks_is_that_of_the_whole(name, monkeypatch):
     whole, whole_state, none = trajectory(tx, params, gradients, 2**30, monkeypatch)
     parts, parts_state, loops = trajectory(tx, params, gradients, 2**11, monkeypatch)
     assert none == 0
-    # One for each leaf whose rows can be dealt out to eight devices.
-    assert loops == (3 if name in ELEMENTWISE else 0)
+    assert loops == (4 if name in ELEMENTWISE else 0)  # one for each leaf that has rows
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), whole, parts)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
@@ -70,7 +69,7 @@ def test_gradients_of_another_dtype_get_updates_of_the_whole(monkeypatch):
     gradients = [tree(jnp.bfloat16)]
     whole, _, _ = trajectory(tx, params, gradients, 2**30, monkeypatch)
     parts, _, loops = trajectory(tx, params, gradients, 2**11, monkeypatch)
-    assert loops == 3
+    assert loops == 4
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2), whole, parts)
 
 
@@ -84,12 +83,13 @@ def test_floats_of_a_few_rows_are_all_that_there_is(monkeypatch, optimized):
     assert memory.temp_size_in_bytes < 4 * 4 * module.CHUNK
 
 
-def test_chunks_are_smaller_on_a_cpu_but_where_a_program_is_meant_for_a_gpu():
-    x = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
-    assert chunks(x) == 8
-    with traced_for("gpu"):
-        assert chunks(x) == 4
-    assert chunks(x) == 8
+def test_chunks_are_smaller_on_a_cpu_and_larger_in_a_program_for_another_platform():
+    tx = quantize_state(optax.adam(0.01))
+    params = {"w": jax.ShapeDtypeStruct((4096, 1024), jnp.float32)}
+    traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params))
+    for platform, rows in {"cpu": 8, "cuda": 4}.items():
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert f"tensor<64x{rows}x{64 // rows}x4x256xui8>" in text  # groups, chunks, rows, blocks
 
 
 @pytest.mark.parametrize("spec", [P("a", None), P(None, "b"), P("a", "b")])
@@ -98,7 +98,7 @@ def test_chunks_of_sharded_rows_move_nothing(spec, monkeypatch):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     tx, place = quantize_state(optax.adam(0.01)), NamedSharding(mesh, spec)
     params = {"w": jnp.asarray(RNG.standard_normal((256, 2048)), jnp.float32)}
-    assert chunks(params["w"]) == 32
+    assert chunks(params["w"], 2**14) == 16
     sharded = jax.device_put(params, place)
     state = jax.device_put(tx.init(params), place.update(spec=P()))
     put = {2048: place, 8: NamedSharding(mesh, spec)}
@@ -126,8 +126,8 @@ def test_weights_are_rounded_by_chunks_with_a_mean_that_is_exact(monkeypatch):
         assert abs(moved[0].mean() - np.mean(update)) < 1e-4
         assert (moved[0] != moved[1]).mean() > 0.01
         # No two chunks are rounded alike.
-        chunk = moved[0].reshape(8, 32, 512)
-        assert len({chunk[:, i].tobytes() for i in range(32)}) == 32
+        chunk = moved[0].reshape(16, 16, 512)
+        assert len({chunk[:, i].tobytes() for i in range(16)}) == 16
 
 
 def test_a_recipe_works_by_chunks(monkeypatch):

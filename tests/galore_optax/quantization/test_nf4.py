@@ -61,5 +61,5 @@ def test_what_is_stored_like_it_has_its_structure():
 
 
 def test_it_does_not_round_at_random():
-    with pytest.raises(ValueError, match="NF4 does not round at random"):
+    with pytest.raises(ValueError, match="only affine codes round stochastically"):
         NF4().encode(jnp.ones((1, 4)), -1, jax.random.key(0))

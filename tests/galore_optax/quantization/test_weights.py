@@ -43,7 +43,7 @@ def static(x: QuantizedArray) -> tuple:
 PARAMS = {"w": normal(0, 64, 300), "stack": normal(1, 3, 64, 300), "norm": jnp.ones(300)}
 
 
-def test_by_default_large_matrices_are_held_in_8_bits():
+def test_by_default_large_matrices_are_stored_in_8_bits():
     held = quantize_weights({**PARAMS, "small": normal(2, 4, 4)})
     assert {name for name, x in held.items() if is_quantized(x)} == {"w", "stack"}
     assert held["stack"].shape == (3, 64, 300)
@@ -295,7 +295,7 @@ def test_a_llama_computes_with_quantized_layers_as_with_their_values():
         (dict(which=lambda path, leaf: True), r"which: the leaf at \['n'\], of shape \(\)"),
         (dict(block=3.5), "block=3.5 is no whole number of at least 1"),
         (dict(block=True), "block=True is no whole number"),
-        (dict(params=quantize_weights({"w": jnp.ones((64, 256))})), "is in 8 bits already"),
+        (dict(params=quantize_weights({"w": jnp.ones((64, 256))})), "is already stored in 8 bits"),
     ],
 )
 def test_what_cannot_be_quantized_is_named(arguments, message):
@@ -306,7 +306,7 @@ def test_what_cannot_be_quantized_is_named(arguments, message):
 
 def test_what_cannot_be_added_is_named():
     params = {"w": jnp.ones((64, 256))}
-    with pytest.raises(ValueError, match="key=0 is no key"):
+    with pytest.raises(ValueError, match="key=0 must be a key"):
         apply_updates(params, params, 0)
     with pytest.raises(ValueError, match=r"updates: the one at \['w'\] is a QuantizedArray"):
         apply_updates(params, quantize_weights(params), jax.random.key(0))

@@ -1,0 +1,121 @@
+"""Updates of single parts of the params: the transformation sees all other parts masked out."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from galore_optax.layerwise.backward import Params
+from galore_optax.layerwise.microbatches import over_microbatches_in_subspace
+from galore_optax.quantization.array import dequantized
+from galore_optax.transformation import subspace_parts
+
+ApplyUpdates = Callable[..., Any]
+"""From a part of the params, its updates, the steps done so far and the layer (None for a part that
+is no layer) to the new part."""
+
+
+def masked(params: Params) -> Params:
+    """The params as `optax.masked` shows them if every leaf is masked out."""
+    return jax.tree.map(lambda _: optax.MaskedNode(), jax.eval_shape(dequantized, params))
+
+
+@dataclasses.dataclass(frozen=True)
+class PartUpdate:
+    """What the updates of all parts in one step have in common.
+
+    Attributes:
+        tx: The transformation.
+        apply: Applies updates to a part.
+        others: All params, masked out.
+        count: Steps done so far.
+        loss: The loss, given to the transformation as `value`.
+        clip_norm: Gradients are scaled down to this global norm; None leaves them.
+        norm: The global norm; None without clipping.
+    """
+
+    tx: optax.GradientTransformation
+    apply: ApplyUpdates
+    others: Params
+    count: Int[Array, ""]
+    loss: Float[Array, ""]
+    clip_norm: float | None
+    norm: Float[Array, ""] | None
+
+    def __call__(
+        self,
+        part: Params,
+        state: optax.OptState,
+        gradient: Params,
+        *,
+        projected: bool = False,
+        **layer: Any,
+    ) -> tuple[Params, optax.OptState, optax.Updates]:
+        """Returns a part of the params and its state after the update, and the updates.
+
+        Only `galore` reads the extra arguments `layer` and `layers`, a layer's index and the number
+        of layers: it draws and refreshes as for the whole stack.
+        """
+        if self.norm is not None and self.clip_norm is not None:
+            norm, most = self.norm, self.clip_norm  # rounded as in optax.clip_by_global_norm
+            gradient = jax.tree.map(
+                lambda g: jnp.where(norm < most, g, g / norm.astype(g.dtype) * most), gradient
+            )
+        parts: Any = subspace_parts(self.tx)
+        tx: Any = optax.with_extra_args_support(self.tx)
+        updates, state = (parts.update_projected if projected else tx.update)(
+            {**self.others, **gradient},
+            state,
+            {**self.others, **dequantized(part)},
+            value=self.loss,
+            **layer,
+        )
+        updates = {k: updates[k] for k in part}
+        return self.apply(part, updates, self.count, layer.get("layer")), state, updates
+
+    def each(
+        self,
+        parts: Params,
+        states: dict[str, optax.OptState],
+        gradients: Params,
+        ok: Bool[Array, ""],
+    ) -> tuple[Params, dict[str, optax.OptState]]:
+        """Updates each entry of `parts` that has a gradient, by itself, if `ok`."""
+        new, new_states = {}, {}
+        for k, gradient in gradients.items():
+            # A loop of one turn or none, not a conditional: XLA then makes an update's copies here,
+            # not at the beginning of the step. Updates take the gradient's memory.
+            def once(_: Array, own: tuple[Params, Any, Params]) -> tuple[Params, Any, Params]:
+                part, state, updates = self(*own)
+                like = own[2]
+                return part, state, jax.tree.map(lambda u, g: u.astype(g.dtype), updates, like)
+
+            own = {k: parts[k]}, states[k], {k: gradient}
+            part, new_states[k], _ = jax.lax.fori_loop(0, ok.astype(jnp.int32), once, own)
+            new |= part
+        return new, new_states
+
+    def summed(
+        self,
+        part: Params,
+        state: optax.OptState,
+        layer: dict[str, Any],
+        pull: Callable[..., tuple[Params, Any]],
+        *batches: Any,
+    ) -> tuple[Params, optax.OptState, Any]:
+        """As `over_microbatches_in_subspace`, with a function `pull` to a layer's own gradient."""
+
+        def whole(*batch: Any) -> tuple[Params, Any]:
+            gradient, kept = pull(*batch)
+            return {**self.others, **gradient}, kept
+
+        params = {**self.others, **dequantized(part)}
+        parts: Any = subspace_parts(self.tx)
+        total, state, kept = over_microbatches_in_subspace(
+            parts, state, params, whole, *batches, **layer
+        )
+        return {k: total[k] for k in part}, state, kept  # pyrefly: ignore[bad-index]

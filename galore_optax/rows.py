@@ -1,0 +1,29 @@
+"""How to cut the rows of a large array into parts that are computed one after the other."""
+
+import math
+
+
+def parts(rows: int, needed: int, shares: int) -> int:
+    """Returns into how many equal parts to cut rows, so that each device has a share of each part.
+
+    That is the least number from `needed` to four times `needed` that divides the rows, or else the
+    largest below. Where `shares` has a common divisor with the number of rows, so has each part.
+
+    Args:
+        rows: Rows to cut.
+        needed: Parts that are needed for one to fit.
+        shares: The number of devices that the rows may be split over; 16 if it is not known, which
+            serves 2, 4 and 8, too.
+
+    Examples:
+        >>> from galore_optax.rows import parts
+        >>> parts(512, 5, shares=8), parts(32, 5, shares=8), parts(5461, 5, shares=8)
+        (8, 4, 1)
+    """
+    common = math.gcd(rows, shares)
+    fitting = [
+        count
+        for count in range(1, 4 * max(needed, 1) + 1)
+        if rows % count == 0 and math.gcd(rows // count, shares) == common
+    ]
+    return next((count for count in fitting if count >= needed), fitting[-1])
