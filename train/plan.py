@@ -84,19 +84,12 @@ def print_plans(title: str, plans: Mapping[str, MemoryPlan]) -> None:
 
     table = Table(title=f"{title}: memory of one device, GB")
     table.add_column("", no_wrap=True)
-    columns = ("weights", "bases", "moments", "grads", "acts", "temps", "peak", "GiB card")
-    for name in columns:
+    for name in ("weights", "bases", "moments", "grads", "acts", "temps", "peak", "GiB card"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, one in plans.items():
-        sizes = (
-            one.weights,
-            one.states["projections"],
-            one.states["moments"],
-            one.gradients,
-            one.activations,
-            one.temporaries + one.batch + one.states["counters"],
-            one.peak,
-        )
+        bases, moments = one.states["projections"], one.states["moments"]
+        rest = one.temporaries + one.batch + one.states["counters"]
+        sizes = one.weights, bases, moments, one.gradients, one.activations, rest, one.peak
         card = next((str(card) for card in CARDS if one.fits(card)), "none")
         table.add_row(name, *(f"{size / 1e9:,.3f}" for size in sizes), card)
     Console(width=max(Console().width, 105)).print(table)  # no number is truncated
@@ -115,9 +108,7 @@ def _for_card(config: Plan, card: float) -> int:
         raise ValueError("--card finds one plan: leave out --compare and --plot")
     for name in sorted({key for recipe in RECIPES.values() for key in recipe}):
         if getattr(config, name) != getattr(Plan, name):
-            raise ValueError(
-                f"{flag(name)} with --card, which chooses it: leave out one of the two"
-            )
+            raise ValueError(f"{flag(name)} with --card, which chooses it: leave out one of them")
     for name, recipe in RECIPES.items():
         found = _largest(config, recipe, card)
         if found is None:

@@ -58,9 +58,8 @@ class MemoryPlan:
 
     def parts(self) -> dict[str, int]:
         """The summands by name."""
-        fields = dict(vars(self))
-        del fields["peak"]
-        return {"weights": fields.pop("weights"), **fields.pop("states"), **fields}
+        rest = {k: v for k, v in vars(self).items() if k not in ("weights", "states", "peak")}
+        return {"weights": self.weights, **self.states, **rest}
 
     def fits(self, card: float) -> bool:
         """Whether a card of this many GiB is enough."""
@@ -96,14 +95,10 @@ def plan(config: Resolved, programs: Programs, memory: Any = None) -> MemoryPlan
     if memory is None:
         on_a_cpu &= not _meant_for_a_gpu(config, programs)
         memory = _memory(config, programs)
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    peak = given + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
     if on_a_cpu:
-        peak += min(_ARENAS, memory.temp_size_in_bytes)
+        peak += min(_ARENAS, temporary)
     weights, states = stored(programs)
     batch = _bytes(programs.batch)
     rest = max(0, peak - weights - sum(states.values()) - batch)
@@ -169,6 +164,7 @@ def _share_summed(config: Resolved, part: PyTree) -> float:
         return 1
     recipe = make_recipe(config)
     parts = subspace_parts(recipe)
+    assert parts is not None
 
     def sizes(part: PyTree) -> tuple[PyTree, PyTree]:
         gradient = dequantized(part)
@@ -184,9 +180,7 @@ def _activations(config: Resolved, programs: Programs) -> int:
     batch = {
         k: jax.ShapeDtypeStruct((rows, config.seq_len), x.dtype) for k, x in programs.batch.items()
     }
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), programs.abstract.params
-    )
+    params = jax.tree.map(lambda x: x.update(sharding=None), programs.abstract.params)
     if config.layerwise:
         model = layerwise.layered_llama(programs.model, programs.mesh)
 

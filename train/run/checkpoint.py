@@ -97,9 +97,7 @@ class Checkpoints:
                 ),
             )
         if not saved:
-            raise OSError(
-                f"checkpoint of step {step} in {self.directory}: Orbax refused to save it"
-            )
+            raise OSError(f"checkpoint of step {step} in {self.directory}: Orbax refused it")
 
     def check(self) -> None:
         """Raises OSError if writing in the background has failed."""

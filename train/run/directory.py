@@ -127,9 +127,8 @@ def write_json(path: Path, value: object) -> None:
 
 def resume_command(config: Resolved) -> str:
     """The command that resumes the run."""
-    file = directory(config) / "config.json"
-    python = sys.executable or "python"
-    return shlex.join([python, "-m", "train.pretrain", "--config", str(file), "--resume"])
+    python, file = sys.executable or "python", str(directory(config) / "config.json")
+    return shlex.join([python, "-m", "train.pretrain", "--config", file, "--resume"])
 
 
 def _draft(path: Path) -> Path:

@@ -19,13 +19,9 @@ AXES = ("data", "fsdp", "tensor")
 
 # The mesh axis that splits an array's axis of each name.
 RULES: Mapping[str | None, str | None] = {
-    "vocab": "tensor",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "embed": "fsdp",
-    "layer": None,
-    None: None,
-}
+    "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp",
+    "layer": None, None: None,
+}  # fmt: skip
 
 BATCH = PartitionSpec(("data", "fsdp"))
 
