@@ -36,7 +36,7 @@ class Contest:
 
 
 def ours(model: Any, batch_size: int, seq_len: int) -> Callable[[], float]:
-    """A function that takes one step of the trainer's own and returns its loss."""
+    """A function that runs one step of this trainer and returns its loss."""
     import jax
     import numpy as np
 

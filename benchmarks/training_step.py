@@ -42,11 +42,11 @@ class TrainingStep:
     """Times training steps."""
 
     sides: tuple[Literal[tuple(SIDES)], ...] = tuple(SIDES)  # pyrefly: ignore
-    """What is compared."""
+    """Sides to compare."""
     model: str = "llama-60m"
     """Model to train."""
     batch_size: int = 4
-    """Sequences in a step; they are one microbatch, but where a side has four."""
+    """Sequences per step: one microbatch, unless a side has four."""
     seq_len: int = 256
     """Tokens in a sequence."""
     rounds: int = 6
