@@ -1,9 +1,9 @@
-"""How much Adam's update changes with moments in blocks along one axis of a matrix or the other.
+"""Change of Adam's update when the moments are quantized in blocks along either axis of a matrix.
 
     python -m benchmarks.block_axes --run DIR
 
-DIR is a run of `python -m train.pretrain` with Adam's moments in float32, whose last checkpoint is
-read. Printed is ‖u' - u‖ / ‖u‖ with u = m / (√v + eps), for one matrix of each kind.
+DIR is a run of `python -m train.pretrain` with Adam's moments in float32; its last checkpoint is
+read. Prints ‖u' - u‖ / ‖u‖ with u = m / (√v + eps), for one matrix of each kind.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class BlockAxes:
     run: Path
     """Folder of a run."""
     layer: int = 3
-    """Of a stack of matrices, which is taken."""
+    """Layer whose matrices of each stack are quantized."""
 
 
 def main(config: BlockAxes) -> None:

@@ -1,4 +1,4 @@
-"""Which codes of 4 bits change Adam's update least, on the moments of a LLaMA in training.
+"""Finds the 4-bit codes that change Adam's update least, on the moments of a LLaMA in training.
 
     python -m benchmarks.four_bit_codes
 
@@ -16,7 +16,8 @@ import optax
 
 from galore_optax.quantization.array import quantize
 from galore_optax.quantization.codes import Code, Dynamic, Table
-from train.config.resolve import Pretrain, resolve
+from train.config.resolve import resolve
+from train.config.settings import Pretrain
 from train.run.assemble import assemble
 from train.step.mesh import put_batch
 
@@ -26,13 +27,13 @@ class FourBitCodes:
     """Trains and compares."""
 
     optimizers: tuple[str, ...] = ("galore-adamw", "adamw")
-    """Whose moments."""
+    """Optimizers whose moments are quantized."""
     steps: int = 160
-    """Steps before the moments are taken."""
+    """Steps of training before the moments are read."""
 
 
 def candidates() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Magnitudes above zero, of codes with a sign (8) and without (15)."""
+    """Magnitudes above zero of signed (8) and unsigned (15) codes."""
     eight, fifteen = np.arange(1, 9) / 8, np.arange(1, 16) / 15
     dynamic = [0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, 1.0]  # 3 decades of bnb's
     signed = {
@@ -54,7 +55,7 @@ def candidates() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 def table(magnitudes: np.ndarray, signed: bool) -> Table:
-    """The code of these magnitudes; the largest is there without a sign only."""
+    """The code of these magnitudes; the largest only without a sign."""
     positive = magnitudes.tolist()
     negative = [-x for x in positive[-2::-1]] if signed else []
     return Table((*negative, 0.0, *positive))

@@ -1,4 +1,4 @@
-"""Everything that a GPU is to show for this project, in one call, the biggest questions first.
+"""All measurements that need a GPU, in one call, the most important first.
 
     python -m benchmarks.gpu --prepare tokens.npy     # anywhere: tokens of the built-in text
     python -m benchmarks.gpu --tokens tokens.npy --out DIR
@@ -37,23 +37,23 @@ class Gpu:
     tokens: str | None = None
     """File of token ids that --prepare wrote."""
     prepare: str | None = None
-    """Only write such a file, of the built-in text."""
+    """Only write the file --tokens, from the built-in text."""
     out: str = "gpu"
     """Folder for results.jsonl."""
     model: str = "llama-7b"
     """Model of the first part."""
     small: str = "llama-1b"
-    """Model of the others."""
+    """Model of the other parts."""
     limits: tuple[int, ...] = (24, 16, 12, 10)
-    """Sizes of cards, in GiB, that the first part stays inside."""
+    """Sizes of cards, in GiB, to which the first part is limited."""
     steps: int = 50
     """Steps of the first part."""
     timed: int = 10
-    """Steps that the others time."""
+    """Timed steps of the other parts."""
     batch_size: int = 16
     """Sequences of 256 tokens in a step that is timed."""
     budget: int = 570
-    """Seconds after which no further part is begun."""
+    """Seconds after which no further part starts."""
 
 
 # What the second part times.
@@ -64,7 +64,7 @@ TIMED = (
 
 
 def main(config: Gpu) -> int:
-    """Runs every part that there is time for."""
+    """Runs the parts until the time is used up."""
     if config.prepare is not None:
         return _prepare(config.prepare)
     if config.tokens is None or not Path(config.tokens).is_file():
@@ -110,7 +110,7 @@ def main(config: Gpu) -> int:
 
 
 def _share(card: int) -> str | None:
-    """The part of this GPU's memory that a card of so many GiB has for a program."""
+    """The share of this GPU's memory that a program has on a card of this many GiB."""
     if shutil.which("nvidia-smi") is None:
         return None  # a CPU's is not limited
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -159,7 +159,8 @@ def one(part: dict[str, Any]) -> None:
 
 
 def _programs(part: dict[str, Any], **flags: Any):
-    from train.config.resolve import Pretrain, resolve
+    from train.config.resolve import resolve
+    from train.config.settings import Pretrain
     from train.plan import programs_of
 
     settings = Pretrain(
@@ -257,7 +258,7 @@ def optimizer(part: dict[str, Any]) -> None:
 
 
 def _arguments(words: list[str]) -> Gpu:
-    """Flags as tyro would take them, which is not there on a bare GPU machine."""
+    """Parses flags without tyro, which a bare GPU machine lacks."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)

@@ -1,11 +1,11 @@
-"""An optimizer step with the state in few bits, beside the same with a float32 state.
+"""Time of an optimizer step with low-bit state, beside the same with float32 state.
 
     python -m benchmarks.low_bit_step --model llama-60m
 
-All params of a model, float32, embedding and head included; steps of the sides in turns in one run,
-no refresh in them. A step is `update` and `apply_updates` in one program that overwrites the params
-and the state, or with `--no-overwrite` makes new ones beside them, or with `--no-apply` is `update`
-alone. Ratios are of medians.
+All params of a model, float32, with embedding and head; steps of the sides in turns in one run,
+none with a refresh. A step is `update` and `apply_updates` in one program that overwrites params
+and state; with `--no-overwrite` it makes new ones, with `--no-apply` it is `update` alone. Ratios
+are of medians.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ class LowBitStep:
     """Times optimizer steps."""
 
     model: str = "llama-60m"
-    """Whose params."""
+    """Model whose params are updated."""
     layers: int | None = None
     """Instead of the model's, to fit the memory."""
     rounds: int = 10
     """Steps of each side."""
     apply: bool = True
-    """Whether updates are applied in the same program, or given back."""
+    """Whether the same program applies the updates, or returns them."""
     overwrite: bool = True
     """Whether the params, if they are applied to, and the state are donated."""
 

@@ -1,4 +1,4 @@
-"""Perplexity with states, bases and weights of few bits, over several seeds.
+"""Perplexity with low-bit states, bases and weights, over several seeds.
 
     python -m benchmarks.low_bits --data-dir DIR --out DIR
 
@@ -39,13 +39,13 @@ class LowBits(Runs):
     """Trains each variant with each seed and prints a table."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the runs."""
+    """Seeds of the runs."""
     variants: tuple[Literal[tuple(VARIANTS)], ...] = tuple(VARIANTS)  # pyrefly: ignore
-    """Rows of the table, the first of which the others are compared with."""
+    """Rows of the table; the others are compared with the first."""
     learning_rate: float = 0.01
     """Peak learning rate."""
     update_proj_gap: int = 25
-    """Steps between subspaces, at first where that adapts."""
+    """Steps between two subspaces; the first gap where it adapts."""
 
 
 def run(config: LowBits, name: str, seed: int) -> tuple[float, int, int, int]:
@@ -68,7 +68,7 @@ def run(config: LowBits, name: str, seed: int) -> tuple[float, int, int, int]:
 
 
 def main(config: LowBits) -> None:
-    """Runs what is missing, seed by seed, and prints a table in Markdown."""
+    """Runs the missing ones, seed by seed, and prints a table in Markdown."""
     results = {name: [] for name in config.variants}
     for seed in config.seeds:
         for name in config.variants:

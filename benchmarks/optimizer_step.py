@@ -75,7 +75,7 @@ def gradients(args: argparse.Namespace, shapes: Shapes, seed: int) -> Tree:
 
 
 def separate(stacks: Tree) -> Tree:
-    """Each matrix of each stack as a leaf of its own."""
+    """Splits each stack into a leaf per matrix."""
     return {
         f"{name}{i}": matrix for name, stack in stacks.items() for i, matrix in enumerate(stack)
     }
@@ -130,7 +130,7 @@ def compiled_step(tx: optax.GradientTransformation, update_only: bool = False) -
 
 
 def without_conditional(step: Step, state: Any, update_only: bool) -> Step:
-    """The step with the state's whole numbers as constants: XLA then drops what is not due."""
+    """The step with the state's integers as constants: XLA then drops what is not due."""
     leaves, tree = jax.tree.flatten(state)
     known = [np.asarray(x) if x.dtype == jnp.int32 else None for x in leaves]
 
@@ -386,7 +386,7 @@ def print_memory(args: argparse.Namespace, shapes: Shapes) -> None:
 
 
 def options(pairs: list[str]) -> Iterator[tuple[str, Any]]:
-    """`side=both stagger=False` as keyword arguments."""
+    """`side=both seed=1` as keyword arguments."""
     for pair in pairs:
         name, _, value = pair.partition("=")
         try:

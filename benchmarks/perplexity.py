@@ -43,7 +43,7 @@ class Comparison(Runs):
 
 
 def main(config: Comparison) -> None:
-    """Runs what is missing and prints a table in Markdown."""
+    """Runs the missing ones and prints a table in Markdown."""
     print(
         "| | perplexity | learning rate (others) | trained params | weights, bytes "
         "| states, bytes | tokens/s |\n| --- | --- | --- | --- | --- | --- | --- |",

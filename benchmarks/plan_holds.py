@@ -1,10 +1,10 @@
-"""Whether a memory plan holds: planned peaks beside what processes really take, on this machine.
+"""Checks memory plans: planned peaks beside what processes really take, on this machine.
 
     python -m benchmarks.plan_holds
 
-A process compiles the step and stores it; another loads it, and takes three steps of it. What it is
-resident with then, above what it was with the step loaded and nothing allocated, stands beside the
-plan's peak. (Compiling takes memory of its own, which is not the step's.)
+A process compiles the step and stores it; another loads it and runs three steps. The growth of its
+resident memory since the step was loaded is compared with the plan's peak. (Compiling takes memory,
+too, which is not the step's.)
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
-from train.config.resolve import Pretrain, resolve
+from train.config.resolve import resolve
+from train.config.settings import Pretrain
 from train.memory.plan import plan
 from train.plan import programs_of
 
@@ -33,7 +34,7 @@ class PlanHolds:
     optimizers: tuple[str, ...] = ("adamw", "galore-adamw", "galore-adamw8bit")
     """Optimizers."""
     layerwise: tuple[bool, ...] = (False, True)
-    """Ordinary steps, layer-wise ones or both."""
+    """Whether to run ordinary steps, layer-wise ones or both."""
     batch_size: int = 8
     """Sequences of 256 tokens."""
 

@@ -1,4 +1,4 @@
-"""Runs of `train.pretrain` for the tables of the benchmarks; those that have finished are kept."""
+"""Runs of `train.pretrain` for the tables of the benchmarks; finished ones are reused."""
 
 import dataclasses
 import json
@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """What all runs of a table have in common."""
+    """The settings that all runs of a table share."""
 
     data_dir: Path
     """A data set written by `python -m train.prepare_c4`."""
     out: Path
-    """Folder for the runs; those that have finished are not repeated."""
+    """Folder for the runs; finished ones are not repeated."""
     model: str = "tiny"
     """Model to train."""
     tokenizer: str = "bytes"
@@ -31,7 +31,7 @@ class Runs:
 
 
 def trained(runs: Runs, name: str, flags: tuple[Any, ...]) -> dict[str, Any]:
-    """The summary of one run, trained now if it has not been.
+    """The summary of one run, which is trained first if it is missing.
 
     Args:
         runs: the table's settings.

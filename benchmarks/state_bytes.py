@@ -19,10 +19,11 @@ from galore_optax import (
     q_galore_adamw8bit,
 )
 from galore_optax.memory import state_bytes, tree_bytes
-from models.llama.axes import dimension_numbers
 from models.llama.config import SIZES, Weight, weight_table
-from train.config.resolve import DEFAULTS, Pretrain, resolve
-from train.config.weights import held_weights
+from models.llama.model import dimension_numbers
+from train.config.resolve import DEFAULTS, resolve
+from train.config.settings import Pretrain
+from train.config.weights import stored_weights
 
 # Weights and states of the papers' tables in GB, by method and model.
 PAPER = {
@@ -42,14 +43,14 @@ def params_of(model: str) -> Any:
 
 
 def quantized(params: Any) -> Any:
-    """The projected matrices in INT8, as Q-GaLore has them."""
+    """The params with the projected matrices in INT8, as in Q-GaLore."""
     config = resolve(Pretrain(optimizer="q-galore-adamw8bit"))
     key = jax.random.key(0)
-    return jax.eval_shape(lambda p: held_weights(config, p, dimension_numbers, key), params)
+    return jax.eval_shape(lambda p: stored_weights(config, p, dimension_numbers, key), params)
 
 
 def methods(rank: int) -> dict[str, optax.GradientTransformation]:
-    """By name, the last ones over INT8 weights."""
+    """The methods by name; the last ones have INT8 weights."""
     where: dict[str, Any] = {"weight_dimension_numbers": dimension_numbers}
     return {
         "Adam": optax.adam(1e-3),

@@ -1,10 +1,10 @@
-"""How much of a real gradient each kind of subspace keeps, and how much of the next batch's.
+"""The energy of a real gradient that each kind of subspace keeps, and of the next batch's.
 
     python -m benchmarks.subspaces --data c4 --data-dir DIR --out DIR2
 
 Trains a LLaMA as `python -m train.pretrain` does and stops every `gap` steps, where GaLore
-refreshes its subspaces: there each method finds a basis of the batch's gradient, which is
-then put to the next batch's, at the same weights. The energy that bases keep of a gradient G is
+refreshes its subspaces: there each method finds a basis of the batch's gradient, which then also
+projects the next batch's, at the same weights. The energy that bases keep of a gradient G is
 ‖PᵀG‖²/‖G‖², and ‖PᵀGQ‖²/‖G‖² with both sides projected (Frobenius norms). DIR2 gets
 `subspaces.npz`, which the documentation's pictures are drawn from, and the gradients, a file for
 each stop, which `benchmarks.optimizer_step --gradients` takes.
@@ -24,10 +24,12 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax.projection.subspace import SUBSPACES
-from train.config.resolve import Pretrain, Resolved, resolve
-from train.run.assemble import Parts, abstract_params, assemble, make_forward
+from train.config.resolve import resolve
+from train.config.settings import Pretrain, Resolved
+from train.run.assemble import Parts, assemble
 from train.step.mesh import put_batch
 from train.step.ordinary import loss_and_gradient
+from train.step.programs import abstract_params, make_forward
 
 SIDES = ("smaller", "larger", "both")
 Gradients = dict[str, Float[Array, "layers n m"]]
@@ -40,15 +42,15 @@ class Comparison:
     out: Path
     """Folder for subspaces.npz and the gradients."""
     data: Literal["builtin", "c4"] = "builtin"
-    """As of train.pretrain."""
+    """As in train.pretrain."""
     data_dir: str | None = None
-    """As of train.pretrain: a data set written by `python -m train.prepare_c4`."""
+    """As in train.pretrain: a data set written by `python -m train.prepare_c4`."""
     tokenizer: str = "bytes"
     """`bytes` or a tokenizer.json."""
     model: str = "tiny"
     """Model to train."""
     optimizer: str = "galore-adamw"
-    """What trains it, with its defaults."""
+    """Optimizer of the run, with its defaults."""
     steps: int = 600
     """Steps of the run."""
     batch_size: int = 16
@@ -60,7 +62,7 @@ class Comparison:
     ranks: tuple[int, ...] = (8, 16, 32, 64)
     """Dimensions of the subspaces."""
     seed: int = 0
-    """Of the run, and of the random subspaces."""
+    """Seed of the run and of the random subspaces."""
 
 
 def recorded(config: Comparison) -> Iterator[tuple[int, Gradients, Gradients]]:
@@ -134,7 +136,7 @@ def energies(
     kept = [jnp.sum(x**2, (1, 2)) for x in (from_left, from_right, from_left @ right)]
     n, m = gradients.shape[1:]
     smaller, larger = (kept[0], kept[1]) if n <= m else (kept[1], kept[0])
-    # As `galore` has it, a tie goes to the input.
+    # As in `galore`, a tie goes to the input.
     return jnp.stack([smaller, kept[0] if n == m else larger, kept[2]], 1) / whole[:, None]
 
 

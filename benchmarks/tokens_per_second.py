@@ -36,11 +36,12 @@ class Contest:
 
 
 def ours(model: Any, batch_size: int, seq_len: int) -> Callable[[], float]:
-    """A function that takes one step of the trainer's own and returns its loss."""
+    """A function that runs one step of this trainer and returns its loss."""
     import jax
     import numpy as np
 
-    from train.config.resolve import Pretrain, resolve
+    from train.config.resolve import resolve
+    from train.config.settings import Pretrain
     from train.run.assemble import assemble
     from train.step.mesh import put_batch
 

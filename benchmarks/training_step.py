@@ -12,7 +12,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from train.config.resolve import Pretrain, resolve
+from train.config.resolve import resolve
+from train.config.settings import Pretrain
 from train.plan import programs_of
 from train.step.mesh import make_mesh, put_batch
 
@@ -41,11 +42,11 @@ class TrainingStep:
     """Times training steps."""
 
     sides: tuple[Literal[tuple(SIDES)], ...] = tuple(SIDES)  # pyrefly: ignore
-    """What is compared."""
+    """Sides to compare."""
     model: str = "llama-60m"
     """Model to train."""
     batch_size: int = 4
-    """Sequences in a step; they are one microbatch, but where a side has four."""
+    """Sequences per step: one microbatch, unless a side has four."""
     seq_len: int = 256
     """Tokens in a sequence."""
     rounds: int = 6

@@ -7,9 +7,10 @@ Public is what this module exports. The packages below it are private and may ch
 
 from importlib.metadata import version
 
-from galore_optax.adapters.base import join, merge, product, split
+from galore_optax.adapters.base import adapt, join, merge, product, split
 from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
-from galore_optax.adapters.lora import DoRA, LoRA, LowRank, adapt
+from galore_optax.adapters.lora import DoRA, LoRA
+from galore_optax.adapters.low_rank import LowRank
 from galore_optax.adapters.restart import restart
 from galore_optax.galore import galore
 from galore_optax.layerwise.backward import Layered

@@ -1,4 +1,4 @@
-"""A run's model for Hugging Face's libraries: `python -m train.export --run DIR --out DIR`."""
+"""Exports a run's model for Hugging Face's libraries: `python -m train.export`."""
 
 import dataclasses
 from pathlib import Path
@@ -17,14 +17,14 @@ from train.run.trained import load_trained
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write the model of a run's best checkpoint, or of its newest if none was evaluated."""
+    """Write the model of a run's best checkpoint, or of the newest if none was evaluated."""
 
     run: str
     """Folder of the run."""
     out: str
-    """Folder to write to, as transformers reads it; adapters are merged."""
+    """Folder to write to, in the format of transformers; adapters are merged."""
     adapters: bool = False
-    """Write LoRA, DoRA or GradNormLoRP adapters alone, as PEFT reads them, into adapters/ of the
+    """Write LoRA, DoRA or GradNormLoRP adapters alone, in PEFT's format, into adapters/ of the
     folder, and the model without them into base/."""
 
 
@@ -32,9 +32,8 @@ def main(config: Export) -> int:
     """Writes the model.
 
     Raises:
-        ValueError: for a folder that is no run, one that holds a model already, or adapters that
-            have no place in PEFT's format.
-        OSError: if it cannot be read or written.
+        ValueError: if `run` is not a run, `out` has a model already, or PEFT's format has no place
+            for the adapters.
     """
     trained = load_trained(config.run)
 

@@ -1,4 +1,4 @@
-"""How much memory a run will take, without taking it: `python -m train.plan`."""
+"""The memory that a run will take, without taking it: `python -m train.plan`."""
 
 import dataclasses
 import json
@@ -9,28 +9,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.config.resolve import Pretrain, Resolved, flag, load, resolve
+from train.config.resolve import load, resolve
+from train.config.settings import Pretrain, Resolved, flag
 from train.data.tokenizer import load_tokenizer
-from train.memory.plan import CARDS, CONTEXT, MemoryPlan, held, plan
-from train.run.assemble import Programs, make_programs, model_config
+from train.memory.plan import CARDS, CONTEXT, MemoryPlan, plan, stored
 from train.run.cli import run
 from train.run.plots import plot_plan
 from train.step.mesh import make_mesh
+from train.step.programs import Programs, make_programs, model_config
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Pretrain):
-    """Say what the training step of `train.pretrain` with these flags will take of a device.
+    """Print the device memory that the training step of `train.pretrain` with these flags takes.
 
     On a CPU a step in bfloat16 is planned as a GPU runs it, any other as this machine does. Flags
-    that change nothing in the step are those of the run to be planned.
+    that change nothing in the step are accepted, so that a run's command can be planned as it is.
     """
 
     compare: tuple[str, ...] = ()
-    """Other values of --optimizer, to stand beside it."""
+    """Other values of --optimizer to plan as well."""
     card: float | None = None
-    """Size of a card in GiB: finds how the model can be trained on it, the method that gives up
-    least first, and the largest batch for that."""
+    """Size of a card in GiB: finds how the model can be trained on it, by the method that gives up
+    least, and the largest batch for that."""
     json: bool = False
     """Print the plan as JSON."""
     plot: str | None = None
@@ -55,62 +56,43 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 def programs_of(config: Resolved) -> Programs:
     """What a run computes with, without its data."""
     model = model_config(config, load_tokenizer(config.tokenizer))
-    return make_programs(config, model, make_mesh(config.mesh), lambda _: None)
+    return make_programs(config, model, make_mesh(config.mesh))
 
 
 def main(config: Plan) -> int:
-    """Prints the plan.
-
-    Returns:
-        The exit code: 0; 1 where nothing fits the card.
-
-    Raises:
-        ValueError: for wrong use.
-    """
+    """Prints the plan; returns the exit code: 0; 1 if nothing fits the card."""
     if config.card is not None:
         return _for_card(config, config.card)
-    plans = {}
-    for name in dict.fromkeys((config.optimizer, *config.compare)):
-        resolved = _resolved(config, optimizer=name)
-        plans[name] = plan(resolved, programs_of(resolved))
-    _show(config, plans)
-    return 0
-
-
-def _show(config: Plan, plans: Mapping[str, MemoryPlan]) -> None:
+    names = dict.fromkeys((config.optimizer, *config.compare))
+    settings = {name: _resolved(config, optimizer=name) for name in names}
+    plans = {name: plan(one, programs_of(one)) for name, one in settings.items()}
     if config.plot is not None:
         sizes = {name: one.parts() for name, one in plans.items()}
         plot_plan(sizes, Path(config.plot), f"{config.model}: memory of one device")
     if config.json:
         found = {name: one.as_json() for name, one in plans.items()}
         print(json.dumps(found if len(found) > 1 else next(iter(found.values())), indent=1))
-        return
-    print_plans(config.model, plans)
+    else:
+        print_plans(config.model, plans)
+    return 0
 
 
 def print_plans(title: str, plans: Mapping[str, MemoryPlan]) -> None:
-    """A table with a row for each plan."""
+    """Prints a table with a row for each plan."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{title}: memory of one device, GB")
     table.add_column("", no_wrap=True)
-    columns = ("weights", "bases", "moments", "grads", "acts", "temps", "peak", "GiB card")
-    for name in columns:
+    for name in ("weights", "bases", "moments", "grads", "acts", "temps", "peak", "GiB card"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, one in plans.items():
-        sizes = (
-            one.weights,
-            one.states["projections"],
-            one.states["moments"],
-            one.gradients,
-            one.activations,
-            one.temporaries + one.batch + one.states["counters"],
-            one.peak,
-        )
+        bases, moments = one.states["projections"], one.states["moments"]
+        rest = one.temporaries + one.batch + one.states["counters"]
+        sizes = one.weights, bases, moments, one.gradients, one.activations, rest, one.peak
         card = next((str(card) for card in CARDS if one.fits(card)), "none")
         table.add_row(name, *(f"{size / 1e9:,.3f}" for size in sizes), card)
-    Console(width=max(Console().width, 105)).print(table)  # no number is cut
+    Console(width=max(Console().width, 105)).print(table)  # no number is truncated
 
 
 def _resolved(config: Plan, **changes: Any) -> Resolved:
@@ -126,9 +108,7 @@ def _for_card(config: Plan, card: float) -> int:
         raise ValueError("--card finds one plan: leave out --compare and --plot")
     for name in sorted({key for recipe in RECIPES.values() for key in recipe}):
         if getattr(config, name) != getattr(Plan, name):
-            raise ValueError(
-                f"{flag(name)} with --card, which chooses it: leave out one of the two"
-            )
+            raise ValueError(f"{flag(name)} with --card, which chooses it: leave out one of them")
     for name, recipe in RECIPES.items():
         found = _largest(config, recipe, card)
         if found is None:
@@ -156,7 +136,7 @@ def _flags(values: Mapping[str, Any]) -> Iterator[str]:
 def _largest(
     config: Plan, recipe: Mapping[str, Any], card: float
 ) -> tuple[Resolved, MemoryPlan] | None:
-    """The plan with the largest batch that fits; None where not one sequence does."""
+    """The plan with the largest batch that fits; None if a single sequence does not."""
 
     def asked(batch_size: int) -> Resolved:
         return _resolved(config, **recipe, batch_size=batch_size, accumulate=1)
@@ -166,13 +146,13 @@ def _largest(
         return resolved, plan(resolved, programs_of(resolved))
 
     room = card * 2**30 - CONTEXT
-    weights, states = held(programs_of(asked(1)))
+    weights, states = stored(programs_of(asked(1)))
     if weights + sum(states.values()) > room:
         return None
     best = planned(1)
     if best[1].peak > room:
         return None
-    # What a sequence takes hardly changes with their number: three compilations or so, not ten.
+    # A sequence takes nearly the same in a batch of any size: about three compilations, not ten.
     guess, found, first = 8, planned(8), True
     while True:
         each = max(1, (found[1].peak - best[1].peak) / (guess - 1))
@@ -186,9 +166,10 @@ def _largest(
         found = planned(guess)
 
 
-def _load(path: str) -> Plan:
+def load_plan(path: str) -> Plan:
+    """Reads a run's config.json as the settings of a plan."""
     return Plan(**vars(load(path)))
 
 
 if __name__ == "__main__":
-    run(main, Plan, "python -m train.plan", load=_load)
+    run(main, Plan, "python -m train.plan", load=load_plan)

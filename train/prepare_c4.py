@@ -1,7 +1,7 @@
-"""Makes the TFDS data set c4/en (array_record) from AllenAI's JSON shards, without TensorFlow.
+"""Writes the TFDS data set c4/en (array_record) from AllenAI's JSON shards, without TensorFlow.
 
-A shard is a file of one JSON object a line, whose `text` is kept; gzipped or not. The documents are
-written in their order: training shuffles them when it reads.
+A shard has a JSON object per line, whose `text` is kept; it may be gzipped. The documents are
+written in their order; training shuffles them.
 """
 
 import glob
@@ -17,33 +17,28 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 VERSION = "3.0.1"
-# Where no validation shard is given, every so many-th document is kept for validation.
+# Without validation shards, one document in this many is kept for validation.
 VALIDATION_EVERY = 100
-# A reader keeps all files open: all of C4 has to fit into the usual limit of 1,024.
+# A reader keeps all files open: all of C4 must fit into the usual limit of 1,024 files.
 _DOCUMENTS_PER_FILE = 1_000_000
 _DOCUMENTS_IN_MEMORY = 1_000
 
 
 @dataclass(frozen=True)
 class PrepareC4:
-    """Make the TFDS data set c4/en from AllenAI's JSON shards, without TensorFlow."""
+    """Write the TFDS data set c4/en from AllenAI's JSON shards, without TensorFlow."""
 
     input: tuple[str, ...]
     """Shards such as c4-train.00000-of-01024.json.gz: paths, patterns like 'c4-train.*.json.gz', or
     URLs, which are downloaded into DATA_DIR/downloads. A file with "validation" in its name goes to
-    validation; where there is none, one document in a hundred does."""
+    validation; if there is none, one document in a hundred does."""
 
     data_dir: Path
-    """Folder for the data set; it will be in DATA_DIR/c4/en/3.0.1, which must not be there yet."""
+    """Folder for the data set, written to DATA_DIR/c4/en/3.0.1, which must not exist yet."""
 
 
 def main(config: PrepareC4) -> None:
-    """Writes the data set; it appears under its name only when it is whole.
-
-    Raises:
-        ValueError: the data set is already there, nothing matches, or a shard is not as it should
-            be (named with its line).
-    """
+    """Writes the data set; it appears under its name only when it is complete."""
     home = config.data_dir.expanduser() / "c4" / "en"
     final, unfinished = home / VERSION, home / f"{VERSION}.incomplete"
     if unfinished.exists():
@@ -71,8 +66,8 @@ def main(config: PrepareC4) -> None:
 
 
 def find_shards(inputs: Sequence[str], download_dir: Path) -> dict[str, list[Path]]:
-    """The files of each split that paths, patterns and URLs name, each once."""
-    # By the real path, so that patterns may overlap.
+    """The files of each split that the paths, patterns and URLs name, each once."""
+    # By real path, so that patterns may overlap.
     files: dict[str, tuple[str, Path]] = {}
     for given in inputs:
         if "://" in given:
@@ -111,17 +106,18 @@ def _download(url: str, download_dir: Path) -> Path:
 
 
 def write_data_set(shards: dict[str, list[Path]], folder: Path) -> dict[str, int]:
-    """Writes the shards' documents to `folder` in TFDS' layout; returns how many of each split."""
+    """Writes the shards' documents to `folder` in TFDS' layout; returns each split's number."""
     import tensorflow_datasets as tfds
 
+    identity = tfds.core.DatasetIdentity(
+        name="c4",
+        config_name="en",
+        version=tfds.core.Version(VERSION),
+        data_dir=str(folder),
+        module_name="train.prepare_c4",
+    )
     info = tfds.core.DatasetInfo(
-        builder=tfds.core.DatasetIdentity(
-            name="c4",
-            config_name="en",
-            version=tfds.core.Version(VERSION),
-            data_dir=str(folder),
-            module_name="train.prepare_c4",
-        ),
+        builder=identity,
         description="Text of the JSON shards given to train.prepare_c4.",
         features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
     )
@@ -150,7 +146,7 @@ def write_data_set(shards: dict[str, list[Path]], folder: Path) -> dict[str, int
 
 
 def _name_files_as_tfds_does(info: Any, folder: Path) -> None:
-    """Adds `-of-N` to the files' names, which SequentialWriter cannot know while it writes."""
+    """Adds `-of-N` to the files' names, which SequentialWriter does not know while it writes."""
     import tensorflow_datasets as tfds
 
     splits = []
@@ -171,23 +167,10 @@ def _name_files_as_tfds_does(info: Any, folder: Path) -> None:
 
 
 def _documents(shards: dict[str, list[Path]]) -> Iterator[tuple[str, bytes]]:
-    """The text of each document and the split it belongs to, below a progress bar."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    """The split and the text of each document, with a progress bar."""
+    from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = *Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()
     paths = [(split, path) for split, files in shards.items() for path in files]
     hold_out = not shards["validation"]
     number = itertools.count()
@@ -205,7 +188,7 @@ def _documents(shards: dict[str, list[Path]]) -> Iterator[tuple[str, bytes]]:
 
 
 def _texts(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """The `text` of each line of a shard that is not blank, in UTF-8."""
+    """The `text` of each line of a shard that is not blank, as UTF-8."""
     is_gzip = file.read(2) == b"\x1f\x8b"
     file.seek(0)
     number, found = 0, False
@@ -216,7 +199,7 @@ def _texts(file: BinaryIO, path: Path) -> Iterator[bytes]:
                 continue
             found = True
             text = json.loads(line)["text"]
-            # JSON may hold half of a surrogate pair, which UTF-8 cannot: it becomes '?'.
+            # JSON may have half of a surrogate pair, which UTF-8 lacks: it becomes '?'.
             yield text.encode("utf-8", errors="replace")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}:{number + 1}: the gzip file is damaged: {error}") from error

@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_run import small
-from test_pretrain import losses, run_killed
+from small_run import losses, run_killed, small, trained
 
 from galore_optax.adapters.base import is_adapter, merge
 from galore_optax.quantization.array import dequantized
 from models.hugging_face.llama import load_llama
 from models.hugging_face.peft import load_adapters
-from train import pretrain
 from train.config.resolve import resolve
 from train.export import Export
 from train.export import main as export
@@ -25,7 +23,7 @@ from train.pretrain import main
 from train.run.assemble import assemble
 from train.run.metrics import read_metrics
 from train.run.trained import load_trained
-from train.step.mesh import put_batch
+from train.run.training import Host, Training
 
 # Two matrices of the seven, as compiling takes nearly all of the time here.
 FEW = {"adapter_pattern": "query|up"}
@@ -47,16 +45,7 @@ RUNS = {
 
 
 def few_steps(name: str, steps: int = 3, **changes):
-    parts = assemble(resolve(small("unused", **{**RUNS[name], **changes})), lambda _: None)
-    state = first = parts.init(jax.random.key(0))
-    first = jax.tree.map(jnp.copy, state)
-    found = []
-    for batch, _ in parts.data.batches():
-        state, metrics = parts.train_step(state, put_batch(parts.mesh, batch))
-        found.append(float(metrics["loss"]))
-        if len(found) == steps:
-            return parts, first, state, found
-    raise AssertionError
+    return trained(steps, **{**RUNS[name], **changes})
 
 
 def adapters_of(params) -> list:
@@ -166,21 +155,21 @@ def test_a_restart_changes_neither_outputs_nor_what_stays_of_the_optimizer():
 )
 def test_restarts_count_the_steps_that_were_not_skipped(skipped_steps, restarts):
     """As the learning rate does, although a step's metrics are read one step later."""
-    run = pretrain._Run.__new__(pretrain._Run)
-    run.host = pretrain._Host()
+    run = Training.__new__(Training)
+    run.host = Host()
     run.config = SimpleNamespace(restart_every=5)
     skipped = 0
 
     def report():
         run.host.skipped = skipped
 
-    run._report_pending = report
+    run.report_pending = report
     found = []
     for step in range(14):
         run.host.step = step
-        if run._restart_due():
+        if run.restart_due():
             found.append(step)
-        run._report_pending()  # of the step before this one
+        run.report_pending()  # of the step before this one
         skipped += step + 1 in skipped_steps
     assert found == restarts
 

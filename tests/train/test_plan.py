@@ -3,17 +3,16 @@
 import json
 
 import pytest
-from small_run import small
+from small_run import ADAMW, NO_SUBSPACE, small
 
 from train import plan as plan_module
-from train import pretrain
 from train.config.optimizers import OPTIMIZERS
 from train.config.resolve import resolve
 from train.memory.plan import CONTEXT, MemoryPlan, plan
-from train.plan import Plan, _load, main, programs_of
+from train.plan import Plan, load_plan, main, programs_of
+from train.pretrain import main as pretrain
+from train.run import training
 from train.run.cli import run
-
-NO_GALORE = {"rank": None, "update_proj_gap": None}
 
 
 def planned(**changes):
@@ -24,9 +23,10 @@ def planned(**changes):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_plan_adds_up_for_every_optimizer(optimizer):
     options = OPTIMIZERS[optimizer].options
-    galore = {} if "rank" in options else NO_GALORE
+    galore = {} if "rank" in options else NO_SUBSPACE
     if OPTIMIZERS[optimizer].adapter is not None:
         galore = {"rank": 4, "update_proj_gap": 3 if "update_proj_gap" in options else None}
+        galore["adapter_pattern"] = "query|up"
     one = planned(optimizer=optimizer, **galore)
     assert sum(one.parts().values()) == one.peak
     assert all(size > 0 for name, size in one.parts().items() if name not in one.states)
@@ -34,7 +34,7 @@ def test_a_plan_adds_up_for_every_optimizer(optimizer):
 
 
 def test_a_layerwise_step_has_one_layers_gradient_and_checkpointing_fewer_activations():
-    wide = {"batch_size": 2, "seq_len": 16}
+    wide = {"batch_size": 2, "seq_len": 16, **ADAMW}
     whole, layer = planned(**wide), planned(layerwise=True, **wide)
     again = planned(layerwise=True, rematerialize=True, **wide)
     # Two layers; the embedding's and the head's gradients are larger than one's.
@@ -44,7 +44,7 @@ def test_a_layerwise_step_has_one_layers_gradient_and_checkpointing_fewer_activa
 
 
 def test_accumulating_keeps_the_activations_of_a_microbatch_and_a_gradient_in_float32():
-    whole, parts = planned(), planned(accumulate=4)
+    whole, parts = planned(**ADAMW), planned(**ADAMW, accumulate=4)
     # All but the head's gradient, which the loss makes in the forward pass.
     assert whole.activations / 4 <= parts.activations < whole.activations / 3
     assert parts.gradients == 2 * whole.gradients
@@ -59,9 +59,7 @@ def test_bfloat16_is_planned_in_two_bytes_though_a_cpu_computes_in_four():
 
 
 def test_a_mesh_splits_what_a_device_holds():
-    one, eight = planned(**NO_GALORE, optimizer="adamw"), planned(
-        **NO_GALORE, optimizer="adamw", mesh="fsdp=8"
-    )  # fmt: skip
+    one, eight = planned(**ADAMW), planned(**ADAMW, mesh="fsdp=8")
     assert eight.weights < one.weights / 6
     assert eight.states["moments"] < one.states["moments"] / 6
     assert eight.activations == one.activations // 8
@@ -82,16 +80,17 @@ def test_json_has_the_names_of_the_contract(capsys):
 
 def words(*args):
     with pytest.raises(SystemExit) as stop:
-        run(main, Plan, "plan", load=_load, args=["--model", "tiny", *args])
+        run(main, Plan, "plan", load=load_plan, args=["--model", "tiny", *args])
     return stop.value.code
 
 
 def test_several_optimizers_stand_side_by_side_in_a_table_and_a_picture(capsys, tmp_path):
     file = tmp_path / "plan.png"
     small_batch = ["--batch-size", "1", "--seq-len", "16"]
-    assert words(*small_batch, "--compare", "adamw", "--plot", str(file)) == 0
+    names = ["--optimizer", "adamw8bit", "--compare", "adamw"]
+    assert words(*small_batch, *names, "--plot", str(file)) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("galore-adamw", " adamw"))
+    assert all(name in out for name in (" adamw8bit ", " adamw "))
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
@@ -109,7 +108,7 @@ def test_a_card_gets_a_command_with_the_largest_batch_that_fits(
         return MemoryPlan(0, states, 0, 0, 0, 0, first + each * rows + 1000 * (rows > 8))
 
     monkeypatch.setattr(plan_module, "plan", pretended)
-    monkeypatch.setattr(plan_module, "held", lambda programs: (0, {}))
+    monkeypatch.setattr(plan_module, "stored", lambda programs: (0, {}))
     room = 200_000 + each * batch + 1000 + 500
     card = (room + CONTEXT) / 2**30
     assert words("--card", str(card), "--json") == 0
@@ -146,8 +145,8 @@ def test_nothing_fits_a_card_without_room(capsys):
 
 
 def test_a_run_says_its_plan_and_is_refused_where_it_will_not_fit(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pretrain, "device_memory", lambda device: 1000)
+    monkeypatch.setattr(training, "device_memory", lambda device: 1000)
     with pytest.raises(OSError, match=r"would take .* GB of 0\.0: try a smaller"):
-        pretrain.main(small(tmp_path / "run"))
+        pretrain(small(tmp_path / "run"))
     assert "at its peak" in capsys.readouterr().out
     assert not (tmp_path / "run" / "config.json").exists()

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,49 +16,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paths import ROOT
-from small_run import small
+from small_run import (
+    ADAMW,
+    everything_in,
+    killed_command,
+    losses,
+    run_killed,
+    small,
+    unfinished,
+)
 
 from train import pretrain
-from train.config.resolve import Pretrain, load
+from train.config.resolve import load
+from train.config.settings import Pretrain
 from train.pretrain import main
-from train.run import assemble
-from train.run.metrics import read_metrics
-
-
-def losses(run: Path) -> dict[tuple[str, int], float]:
-    """Every loss of a run by kind and step, and none twice."""
-    found = {}
-    for line in read_metrics(run):
-        for kind in ("loss", "eval_loss", "grad_norm", "tokens", "learning_rate"):
-            if kind in line:
-                assert (kind, line["step"]) not in found
-                found[kind, line["step"]] = line[kind]
-    return found
-
-
-def everything_in(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b""
-        for p in folder.rglob("*")
-    }
-
-
-def unfinished(run: Path, tmp_path: Path, *lost: str) -> Path:
-    """A copy of a run without its summary and some of its checkpoints."""
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    (copy / "summary.json").unlink()
-    for step in lost:
-        shutil.rmtree(copy / "checkpoints" / step)
-    return copy
+from train.run import training
+from train.run.metrics import MetricsLog, read_metrics
+from train.run.training import Training
+from train.step import programs
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run that nothing interrupted."""
+    """A run that nothing interrupted, with all of its checkpoints."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(small(out)) == 0
+    assert main(small(out, keep=5)) == 0
     return out
 
 
@@ -91,24 +72,6 @@ def test_the_learning_rate_rises_then_falls_to_a_tenth(finished):
     assert rates[:3] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
     assert rates[-1] == pytest.approx(0.001, rel=0.2)
     assert all(a > b for a, b in itertools.pairwise(rates[2:]))
-
-
-def run_killed(settings: dict, where: str, step: int, signum: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        **killed_command(settings, where, step, signum),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def killed_command(settings: dict, where: str, step: int, signum: str) -> dict:
-    script = [sys.executable, ROOT / "tests/small_run.py"]
-    return {
-        "args": [*script, json.dumps(settings), where, str(step), signum],
-        "env": {**os.environ, "PYTHONPATH": str(ROOT)},
-    }
 
 
 @pytest.mark.parametrize(
@@ -149,7 +112,7 @@ def test_sigterm_saves_and_says_how_to_go_on(finished, tmp_path):
 
 def stopped_in_evaluation(step: int, config: Pretrain) -> None:
     """Runs until SIGTERM comes at the beginning of a step's evaluation."""
-    evaluate = pretrain._Run._evaluate
+    evaluate = Training.evaluate
 
     def stop_and_evaluate(run, state):
         if run.host.step == step:
@@ -157,7 +120,7 @@ def stopped_in_evaluation(step: int, config: Pretrain) -> None:
         evaluate(run, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain._Run, "_evaluate", stop_and_evaluate)
+        patch.setattr(Training, "evaluate", stop_and_evaluate)
         assert main(config) == 128 + 15
 
 
@@ -174,7 +137,8 @@ def test_an_evaluation_that_is_stopped_is_done_after_resuming(finished, tmp_path
 def test_the_best_checkpoint_is_kept_though_its_evaluation_was_stopped(tmp_path):
     out = tmp_path / "run"
     # A learning rate that makes the model worse from step to step.
-    worse = {"keep": 1, "save_every": 7, "learning_rate": 3.0, "warmup_steps": 13, "clip_norm": 1e9}
+    worse = ADAMW | {"keep": 1, "save_every": 7}
+    worse |= {"learning_rate": 3.0, "warmup_steps": 13, "clip_norm": 1e9}
     stopped_in_evaluation(7, small(out, **worse))
     assert main(small(out, resume=True, **worse)) == 0
     assert losses(out)["eval_loss", 7] < losses(out)["eval_loss", 14]
@@ -203,9 +167,9 @@ def test_one_process_at_a_time_trains_in_a_folder_and_a_killed_one_leaves_no_loc
 
 def test_the_peak_of_memory_is_that_of_all_processes_of_a_run(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    monkeypatch.setattr(pretrain, "peak_memory", lambda _: (10**15, "the first process"))
+    monkeypatch.setattr(training, "peak_memory", lambda _: (10**15, "the first process"))
     stopped_in_evaluation(7, small(out))
-    monkeypatch.setattr(pretrain, "peak_memory", lambda _: (5, "the second process"))
+    monkeypatch.setattr(training, "peak_memory", lambda _: (5, "the second process"))
     assert main(small(out, resume=True)) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["peak_memory_bytes"] == 10**15
@@ -214,12 +178,12 @@ def test_the_peak_of_memory_is_that_of_all_processes_of_a_run(tmp_path, monkeypa
 
 def test_a_run_goes_on_with_other_devices_and_workers(finished, tmp_path):
     out = unfinished(finished, tmp_path, "12", "14")
-    assert main(small(out, resume=True, mesh="data=2,fsdp=4", workers=1)) == 0
+    assert main(small(out, resume=True, mesh="data=2,fsdp=2,tensor=2", workers=1)) == 0
     again, before = losses(out), losses(finished)
     assert again.keys() == before.keys()
     # float32 sums in another order.
     assert all(again[k] == pytest.approx(before[k], rel=1e-4) for k in before)
-    assert json.loads((out / "config.json").read_text())["mesh"] == "data=2,fsdp=4"
+    assert json.loads((out / "config.json").read_text())["mesh"] == "data=2,fsdp=2,tensor=2"
 
 
 def test_resuming_a_finished_run_says_so_and_does_nothing(finished, tmp_path, monkeypatch, capsys):
@@ -269,8 +233,8 @@ def test_resume_without_a_run_starts_one_and_says_so(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "holds a run: add --resume"),
-        ({"resume": True, "rank": 5}, r"holds another run: --rank 4 \(now 5\)"),
+        ({}, "has a run: add --resume"),
+        ({"resume": True, "rank": 5}, r"has another run: --rank 4 \(now 5\)"),
         (
             {"resume": True, "seq_len": 16, "seed": 1},
             r"--seed 0 \(now 1\), --seq-len 32 \(now 16\)",
@@ -333,9 +297,7 @@ def test_an_unwritable_directory_is_an_error(out):
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(finished, tmp_path):
-    whole = tmp_path / "whole"
-    assert main(small(whole, keep=5)) == 0
-    out = unfinished(whole, tmp_path, "12", "14")
+    out = unfinished(finished, tmp_path, "12", "14")
     # Files end at 16 blocks of 512 bytes, as they would on a disk with no more room.
     command = killed_command({"out": str(out), "keep": 5, "resume": True}, "metrics", -1, "SIGKILL")
     command["args"] = ["sh", "-c", 'ulimit -f 16 && exec "$@"', "-", *command["args"]]
@@ -358,7 +320,7 @@ with_nan_gradient.defvjp(lambda x: (x, None), lambda _, g: (jnp.full_like(g, jnp
 
 def poison(monkeypatch, steps: set[int], *, only_gradient: bool):
     """Has the model give NaN, or a NaN gradient, for the batches of some steps."""
-    put, make = pretrain.put_batch, assemble.make_forward
+    put, make = training.put_batch, programs.make_forward
     batches = iter(range(1, 1000))
 
     def marking_put(mesh, batch):
@@ -378,8 +340,8 @@ def poison(monkeypatch, steps: set[int], *, only_gradient: bool):
 
         return breaking
 
-    monkeypatch.setattr(pretrain, "put_batch", marking_put)
-    monkeypatch.setattr(assemble, "make_forward", make_breaking_forward)
+    monkeypatch.setattr(training, "put_batch", marking_put)
+    monkeypatch.setattr(programs, "make_forward", make_breaking_forward)
 
 
 @pytest.mark.parametrize("only_gradient", [False, True])
@@ -412,9 +374,6 @@ def test_too_many_such_steps_stop_the_run_and_name_the_last_good_checkpoint(
     assert len([1 for line in read_metrics(tmp_path / "run") if "loss" in line]) == 8
 
 
-ADAMW = {"optimizer": "adamw", "rank": None, "update_proj_gap": None}
-
-
 def checkpoints(run: Path) -> set[str]:
     return {p.name for p in (run / "checkpoints").iterdir()}
 
@@ -440,7 +399,7 @@ def test_a_stop_among_skipped_steps_saves_beside_the_checkpoint_before(tmp_path,
     with monkeypatch.context() as patch:
         poison(patch, {4, 5, 6}, only_gradient=False)
         assert main(small(tmp_path / "whole", **settings)) == 0
-    write = pretrain.MetricsLog.write
+    write = MetricsLog.write
 
     def stop_and_write(log, line):
         write(log, line)
@@ -448,7 +407,7 @@ def test_a_stop_among_skipped_steps_saves_beside_the_checkpoint_before(tmp_path,
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.MetricsLog, "write", stop_and_write)
+        patch.setattr(MetricsLog, "write", stop_and_write)
         poison(patch, {4, 5, 6}, only_gradient=False)
         assert main(small(tmp_path / "run", **settings)) == 128 + 15
     assert checkpoints(tmp_path / "run") == {"3", "4"}
@@ -477,7 +436,7 @@ def test_out_of_memory_names_the_flags_that_help(tmp_path, monkeypatch):
     def compile(run):
         return lambda state, batch: jnp.zeros(2**50).block_until_ready()  # a petabyte
 
-    monkeypatch.setattr(pretrain._Run, "_compile", compile)
+    monkeypatch.setattr(Training, "compile", compile)
     with pytest.raises(OSError, match=r"^out of memory \(RESOURCE.*\): try a smaller --batch-size"):
         main(small(tmp_path / "run"))
 

@@ -1,8 +1,8 @@
-"""Optimizers by name, and what every run has around them: schedule, clipping, skipped steps."""
+"""The table of optimizers by name, each with the flags that it uses, and how a run builds one."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,27 +20,18 @@ from galore_optax import (
 )
 from galore_optax.layerwise.unstacked import ParamAxes
 from models.llama.model import dimension_numbers, param_axes
-
-if TYPE_CHECKING:
-    from train.config.resolve import Resolved
+from train.config.settings import Resolved
 
 
 class Recipe(NamedTuple):
-    """How a named optimizer is made, and which flags it listens to.
+    """A row of the table."""
 
-    Attributes:
-        make: from the schedule of the learning rate and the options to the optimizer.
-        options: fields of the settings, those of `_OF_WEIGHTS` being about the weights.
-        defaults: of the options that have others than None.
-        adapter: that of `train.config.weights.ADAPTERS` which comes with the name.
-        stacks: what of the layers, stacked in a leaf, are to be leaves of their own to it: it does
-            something by leaf. GaLore sees to matrices that it projects; None is nothing.
-    """
-
-    make: Callable[..., optax.GradientTransformation]
-    options: tuple[str, ...]
-    defaults: Mapping[str, Any] = MappingProxyType({})
-    adapter: str | None = None
+    make: Callable[..., optax.GradientTransformation]  # from the learning rate and the options
+    # The settings that it uses, with defaults; None: off, or the default is the model's.
+    options: Mapping[str, Any]
+    adapter: str | None = None  # of `train.config.weights.ADAPTERS`, which comes with the name
+    # Which stacked leaves to split into a leaf per layer, for an optimizer that does something per
+    # leaf. GaLore splits the matrices that it projects by itself.
     stacks: ParamAxes | None = None
 
 
@@ -56,74 +47,51 @@ def _galore_adafactor(
 
 
 def _vectors(params: dict[str, Any]) -> Any:
-    """The layers' norms alone: matrices are projected, or large enough for 8 bits each."""
+    """The layers' norms alone: matrices are projected, or large enough to be quantized each."""
     axes = param_axes(params)
     return jax.tree.map(lambda n: n if n == 1 else None, axes, is_leaf=lambda n: n is None)
 
 
-# What an optimizer's own arguments are named in the settings, where they are not named alike.
+# The optimizers' arguments that have other names than the settings.
 _ARGUMENTS = {"moment_bits": "bits", "gradient_rank": "rank"}
 _OF_WEIGHTS = ("weight_bits", "embedding_bits", "stochastic_rounding")
 
-_DECAY = MappingProxyType({"weight_decay": 0.0, "stochastic_rounding": False})
-_GALORE = (
-    "rank", "update_proj_gap", "scale", "side", "weight_decay", "projection_bits",
-    "adaptive_refresh", "stochastic_rounding",
-)  # fmt: skip
-_GALORE_DEFAULTS = MappingProxyType({**_DECAY, "adaptive_refresh": False, "side": "smaller"})
-_EIGHT_BITS = MappingProxyType({**_GALORE_DEFAULTS, "moment_bits": 8})
-_Q_GALORE = MappingProxyType({
-    **_EIGHT_BITS, "projection_bits": 4, "adaptive_refresh": True, "weight_bits": 8,
-    "stochastic_rounding": True,
-})  # fmt: skip
-_ADAMW = Recipe(
-    lambda rate, **options: optax.adamw(rate, **options),
-    ("weight_decay", "stochastic_rounding"),
-    _DECAY,
+_ADAMW = {"weight_decay": 0.0, "stochastic_rounding": False}
+_IN_SUBSPACE = {
+    "update_proj_gap": None, "scale": None, "side": "smaller", "projection_bits": None,
+    "adaptive_refresh": False, **_ADAMW,
+}  # fmt: skip
+_GALORE = {"rank": None, **_IN_SUBSPACE}
+_GALORE_8BIT = {**_GALORE, "moment_bits": 8}
+_Q_GALORE = {
+    **_GALORE_8BIT, "projection_bits": 4, "adaptive_refresh": True, "weight_bits": 8,
+    "embedding_bits": None, "stochastic_rounding": True,
+}  # fmt: skip
+_LORP = {"gradient_rank": None, **_IN_SUBSPACE, "moment_bits": None}
+_PLAIN = Recipe(optax.adamw, _ADAMW)
+OPTIMIZERS: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "adamw": _PLAIN,
+        "adamw8bit": Recipe(adamw8bit, {**_ADAMW, "moment_bits": 8}, stacks=_vectors),
+        "adafactor": Recipe(_adafactor, {"stochastic_rounding": False}, stacks=param_axes),
+        "galore-adamw": Recipe(galore_adamw, _GALORE),
+        "galore-adamw8bit": Recipe(galore_adamw8bit, _GALORE_8BIT, stacks=_vectors),
+        "galore-adafactor": Recipe(_galore_adafactor, _GALORE, stacks=_vectors),
+        "q-galore-adamw8bit": Recipe(q_galore_adamw8bit, _Q_GALORE, stacks=_vectors),
+        "gradnorm-lorp-adamw": Recipe(gradnorm_lorp_adamw, _LORP, adapter="gradnorm-lorp"),
+        "lora-adamw": _PLAIN._replace(adapter="lora"),
+        "relora-adamw": _PLAIN._replace(adapter="relora"),
+        "qlora-adamw": _PLAIN._replace(adapter="qlora"),
+    }
 )
-OPTIMIZERS: dict[str, Recipe] = {
-    "adamw": _ADAMW,
-    "adamw8bit": Recipe(
-        adamw8bit,
-        ("weight_decay", "moment_bits", "stochastic_rounding"),
-        MappingProxyType({**_DECAY, "moment_bits": 8}),
-        stacks=_vectors,
-    ),
-    "adafactor": Recipe(
-        _adafactor,
-        ("stochastic_rounding",),
-        MappingProxyType({"stochastic_rounding": False}),
-        stacks=param_axes,
-    ),
-    "galore-adamw": Recipe(galore_adamw, _GALORE, _GALORE_DEFAULTS),
-    "galore-adamw8bit": Recipe(
-        galore_adamw8bit, (*_GALORE, "moment_bits"), _EIGHT_BITS, stacks=_vectors
-    ),
-    "galore-adafactor": Recipe(_galore_adafactor, _GALORE, _GALORE_DEFAULTS, stacks=_vectors),
-    "q-galore-adamw8bit": Recipe(
-        q_galore_adamw8bit,
-        (*_GALORE, "moment_bits", "weight_bits", "embedding_bits"),
-        _Q_GALORE,
-        stacks=_vectors,
-    ),
-    "gradnorm-lorp-adamw": Recipe(
-        gradnorm_lorp_adamw,
-        ("gradient_rank", *_GALORE[1:], "moment_bits"),
-        _GALORE_DEFAULTS,
-        adapter="gradnorm-lorp",
-    ),
-    "lora-adamw": _ADAMW._replace(adapter="lora"),
-    "relora-adamw": _ADAMW._replace(adapter="relora"),
-    "qlora-adamw": _ADAMW._replace(adapter="qlora"),
-}
 
 
-def learning_rate_schedule(config: "Resolved") -> optax.Schedule:
-    """A linear rise over the warm-up steps, then a cosine to a tenth of the peak.
+def learning_rate_schedule(config: Resolved) -> optax.Schedule:
+    """Linear warm-up, then a cosine to a tenth of the peak.
 
-    Update t (from 0) of the warm-up uses (t + 1) / (warmup + 1) of the peak: none is wasted on a
-    learning rate of zero. After each restart of adapters it rises again in the same manner, to
-    where the cosine is by then (ReLoRA, arXiv:2307.05695, section 3).
+    Update t (from 0) of the warm-up uses (t + 1) / (warmup + 1) of the peak, so that no update has
+    a learning rate of zero. After each restart of adapters the same warm-up leads back to the
+    cosine (ReLoRA, arXiv:2307.05695, section 3).
     """
     cosine = optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (config.warmup_steps + 1),
@@ -143,10 +111,10 @@ def learning_rate_schedule(config: "Resolved") -> optax.Schedule:
     return restarted
 
 
-def make_recipe(config: "Resolved") -> optax.GradientTransformation:
-    """The named optimizer of a resolved configuration, which neither clips nor skips a step.
+def make_recipe(config: Resolved) -> optax.GradientTransformation:
+    """The named optimizer, without clipping.
 
-    What it does by leaf it does by layer, in the ordinary step as with `--layerwise`.
+    What it does per leaf it does per layer, in the ordinary step as with `--layerwise`.
     """
     recipe = OPTIMIZERS[config.optimizer]
     options = {
@@ -164,13 +132,6 @@ def make_recipe(config: "Resolved") -> optax.GradientTransformation:
     return tx if recipe.stacks is None else unstacked(tx, recipe.stacks)
 
 
-def make_optimizer(config: "Resolved") -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a resolved configuration; a gradient that is not finite changes nothing."""
-    return optax.apply_if_finite(  # pyrefly: ignore[bad-return]
-        optax.chain(
-            optax.clip_by_global_norm(config.clip_norm),
-            make_recipe(config),
-        ),
-        # Never gives up and applies one: the trainer stops after --max-skipped in a row.
-        max_consecutive_errors=int(jnp.iinfo(jnp.int32).max),
-    )
+def make_optimizer(config: Resolved) -> optax.GradientTransformationExtraArgs:
+    """The named optimizer of gradients clipped by their global norm."""
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), make_recipe(config))

@@ -1,8 +1,8 @@
-"""How a run holds its weights: as they are, in few bits, or with an adapter on each matrix."""
+"""How a run stores its weights: as arrays, quantized, or frozen with an adapter on each matrix."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import PRNGKeyArray
@@ -13,62 +13,46 @@ from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
 from galore_optax.adapters.lora import DoRA, LoRA
 from galore_optax.adapters.low_rank import LowRank
 from galore_optax.quantization.nf4 import quantize_nf4
-
-if TYPE_CHECKING:
-    from train.config.resolve import Pretrain
+from train.config.settings import Pretrain
 
 Params = dict[str, Any]
 
 
 class Kind(NamedTuple):
-    """How a named adapter is made, and which flags it listens to.
+    """A row of the table of adapters."""
 
-    Attributes:
-        create: from a weight, a key and those of the options that it has for arguments.
-        options: fields of the settings.
-        defaults: of the options that have others than None.
-        keep: the share of the factors' moments that a restart keeps.
-    """
-
-    create: Callable[..., Adapter]
-    options: tuple[str, ...]
-    defaults: Mapping[str, Any] = MappingProxyType({})
-    keep: float = 0.0
+    create: Callable[..., Adapter]  # from a weight, a key and those of `_ARGUMENTS` in the options
+    options: Mapping[str, Any]  # the settings that it uses, with defaults
+    keep: float = 0.0  # the share of the factors' moments that a restart keeps
 
 
-_FACTORS = ("rank", "adapter_pattern")
-_LORA = (*_FACTORS, "weight_bits", "alpha", "dropout")
-_RESTARTS = ("restart_every", "restart_warmup")
-_NO_DROPOUT = MappingProxyType({"dropout": 0.0})
-ADAPTERS: dict[str, Kind] = {
-    "lora": Kind(LoRA.create, _LORA, _NO_DROPOUT),
-    "dora": Kind(DoRA.create, _LORA, _NO_DROPOUT),
-    "relora": Kind(LoRA.create, (*_LORA, *_RESTARTS), _NO_DROPOUT, keep=0.01),
-    "qlora": Kind(LoRA.create, _LORA, MappingProxyType({**_NO_DROPOUT, "weight_bits": 4})),
-    "low-rank": Kind(LowRank.create, _FACTORS),
-    "gradnorm-lorp": Kind(GradNormLoRP.create, (*_FACTORS, "weight_bits", *_RESTARTS)),
-}
 _ARGUMENTS = ("rank", "alpha", "dropout")
+_FACTORS = {"rank": None, "adapter_pattern": None}
+_LORA = {**_FACTORS, "weight_bits": None, "alpha": None, "dropout": 0.0}
+_RESTARTS = {"restart_every": None, "restart_warmup": None}
+ADAPTERS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "lora": Kind(LoRA.create, _LORA),
+        "dora": Kind(DoRA.create, _LORA),
+        "relora": Kind(LoRA.create, {**_LORA, **_RESTARTS}, keep=0.01),
+        "qlora": Kind(LoRA.create, {**_LORA, "weight_bits": 4}),
+        "low-rank": Kind(LowRank.create, _FACTORS),
+        "gradnorm-lorp": Kind(GradNormLoRP.create, {**_FACTORS, "weight_bits": None, **_RESTARTS}),
+    }
+)
 
 
-def held_weights(
-    config: "Pretrain",
+def stored_weights(
+    config: Pretrain,
     params: Params,
     dimension_numbers: Callable[[Params], Any],
     key: PRNGKeyArray,
 ) -> Params:
-    """The params as a run holds them.
+    """The params as a run stores them.
 
-    Args:
-        config: from `train.config.resolve.resolve`.
-        params: the model's.
-        dimension_numbers: from the params to which of them are matrices, which --weight-bits holds
-            in so many bits; with an adapter those that have it. --embedding-bits is for embedding
-            and head.
-        key: of the adapters.
-
-    Raises:
-        ValueError: if the matrices cannot have such adapters.
+    Without an adapter `--weight-bits` quantizes the matrices that `dimension_numbers` finds among
+    the params, and `--embedding-bits` embedding and head; with one, the matrices that get adapters,
+    whose random factors come from `key`.
     """
     if config.adapter is None:
         if config.weight_bits is None:

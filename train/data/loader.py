@@ -1,4 +1,4 @@
-"""The way of the data: documents in shuffled order, tokenized, made into batches, put on devices.
+"""From documents to batches on devices: shuffled order, tokenizing, worker processes, prefetching.
 
 Grain reads and tokenizes, in this process or in worker processes, always in the same order: a
 batch is a function of the source, the seed and the position alone. Every process of a multi-process
@@ -7,6 +7,7 @@ position means the same for any number of workers, processes and devices.
 """
 
 import collections
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -18,77 +19,50 @@ from contextlib import closing
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Int
 
-from train.data.sequences import (
-    MODES,
-    START,
-    Batch,
-    Document,
-    Position,
-    check_token_ids,
-    limit_tokens,
-)
+from train.data import sequences
+from train.data.sequences import MODES, START, Batch, Document, Position
 from train.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-# Documents that travel together from a worker process, and such groups that each holds ready.
-_GROUP = 32
-_GROUPS_AHEAD = 4
-# More worker processes than this only take memory, and a slip of the key starts a million.
-_WORKERS_A_CORE = 8
+# Documents that a worker process sends together, and such groups that each keeps ready.
+_GROUP, _GROUPS_AHEAD = 32, 4
+# More worker processes than this only take memory, and a typing error would start a million.
+_WORKERS_PER_CORE = 8
 
 
+@dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """An endless stream of batches, shuffled anew in each epoch, that starts at any position.
+    """An endless stream of batches, shuffled anew in each epoch, that starts at any position."""
 
-    Args:
-        source: the documents, e.g. of `train.data.text.load_text` or a list of strings.
-        tokenizer: of `train.data.tokenizer.load_tokenizer`.
-        batch_size: rows in a batch, over all devices and processes.
-        seq_len: tokens in a row.
-        mode: "packed" (no padding, no attention across documents) or "document" (one a row).
-        seed: of the order of the documents.
-        workers: processes that read and tokenize; 0 does both in this one.
-        vocab_size: the model's; by default the tokenizer's.
+    source: Sequence[str]  # the documents, e.g. of `train.data.text.load_text`
+    tokenizer: Tokenizer
+    _: dataclasses.KW_ONLY
+    batch_size: int  # rows, over all devices and processes
+    seq_len: int  # tokens in a row
+    mode: str = "packed"  # no padding, no attention across documents; or "document": one per row
+    seed: int = 0  # of the order of the documents
+    workers: int = 0  # processes that read and tokenize; 0: this process does both
+    vocab_size: int | None = None  # the model's; default: the tokenizer's
 
-    Raises:
-        ValueError: an unknown mode, a size below 1, more workers than eight for each of the
-            machine's cores, an empty source, or a tokenizer with more ids than the model's
-            vocabulary.
-    """
-
-    def __init__(
-        self,
-        source: Sequence[str],
-        tokenizer: Tokenizer,
-        *,
-        batch_size: int,
-        seq_len: int,
-        mode: str = "packed",
-        seed: int = 0,
-        workers: int = 0,
-        vocab_size: int | None = None,
-    ):
-        _check_sizes(source, mode, batch_size, seq_len)
-        most = _WORKERS_A_CORE * (os.cpu_count() or 1)
-        if not 0 <= workers <= most:
+    def __post_init__(self):
+        _check_sizes(self.source, self.mode, self.batch_size, self.seq_len)
+        most = _WORKERS_PER_CORE * (os.cpu_count() or 1)
+        if not 0 <= self.workers <= most:
             raise ValueError(
-                f"workers={workers}: give the number of processes, 0 for none, {most} at most here"
+                f"workers={self.workers}: give the number of processes, 0 for none, {most} at most "
+                "here"
             )
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed={seed}: give a seed from 0 to {2**32 - 1}")
-        if vocab_size is None:
-            vocab_size = tokenizer.vocab_size
-        check_vocabulary(tokenizer, vocab_size)
-        self.source, self.tokenizer = source, tokenizer
-        self.batch_size, self.seq_len, self.mode = batch_size, seq_len, mode
-        self.seed, self.workers, self.vocab_size = seed, workers, vocab_size
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: give a seed from 0 to {2**32 - 1}")
+        check_vocabulary(self.tokenizer, self.vocab_size)
 
     def batches(self, start: Position = START) -> Generator[tuple[Batch, Position]]:
         """Batches from a position on, each with the position after it.
 
-        Close it (`contextlib.closing`) when done: worker processes end then.
+        Close it (`contextlib.closing`) when done: this ends the worker processes.
         """
         with closing(self._documents(start.documents)) as documents:
             for batch, position in MODES[self.mode](
@@ -98,7 +72,7 @@ class TrainingData:
                 seq_len=self.seq_len,
                 start=start,
             ):
-                check_token_ids(batch, self.vocab_size)
+                sequences.check_token_ids(batch, self.vocab_size or self.tokenizer.vocab_size)
                 yield batch, position
 
     def _documents(self, start: int) -> Generator[Document]:
@@ -125,18 +99,18 @@ class TrainingData:
                 # A copy, because shared memory is released with `tokens`.
                 for document in np.split(np.array(tokens), np.cumsum(lengths)[:-1]):
                     empty = 0 if len(document) else empty + 1
-                    if empty > 2 * len(self.source):  # a whole epoch at least
+                    if empty > 2 * len(self.source):  # at least one whole epoch
                         raise ValueError("every document of the training text is empty")
                     yield document
 
 
-def _join(documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
-    """Documents end to end, and their lengths: Grain takes one block of shared memory for each."""
+def _join(documents: Sequence[Document]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " d"]]:
+    """Documents end to end, and their lengths: Grain takes a block of shared memory for each."""
     return np.concatenate(documents), np.array([len(document) for document in documents])
 
 
 def _mark_flags_as_parsed() -> None:
-    """Grain reads absl's flags, which raise where no absl.app has parsed them."""
+    """Grain reads absl's flags, which raise unless absl.app has parsed them."""
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()
@@ -151,11 +125,11 @@ def _start_worker(_number: int, _count: int) -> None:
 
 
 def _end_with_the_run() -> None:
-    """Ends a worker whose run was killed: Grain's would wait for it for ever."""
+    """Ends a worker whose run was killed; Grain's would wait forever."""
     run = multiprocessing.parent_process()
     assert run is not None
     run.join()
-    time.sleep(1)  # until the queue is full: a block of shared memory that is half made would stay
+    time.sleep(1)  # until the queue is full: a half-made block of shared memory would remain
     os._exit(1)
 
 
@@ -169,43 +143,31 @@ def evaluation_batches(
     max_tokens: int | None = None,
     vocab_size: int | None = None,
 ) -> list[Batch]:
-    """The fixed set of batches that a run is evaluated on: the documents in order, each once.
+    """The fixed batches that a run is evaluated on: the documents in order, each once.
 
-    Args:
-        source: the validation documents.
-        tokenizer: as in training.
-        batch_size: rows in a batch; the last one is padded.
-        seq_len: tokens in a row.
-        mode: "packed" or "document", as in training.
-        max_tokens: how many targets count in all; fewer where the documents end before, all of them
-            by default. No target is counted twice.
-        vocab_size: the model's; by default the tokenizer's.
-
-    Raises:
-        ValueError: as for `TrainingData`, or the documents have no token.
+    Arguments and errors are those of `TrainingData`; `max_tokens` is the most targets that count,
+    each once, default all. The last batch is padded.
     """
     _check_sizes(source, mode, batch_size, seq_len)
+    check_vocabulary(tokenizer, vocab_size)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: give at least 1")
-    if vocab_size is None:
-        vocab_size = tokenizer.vocab_size
-    check_vocabulary(tokenizer, vocab_size)
     documents = (tokenizer.encode(source[i]) for i in range(len(source)))
     batches = MODES[mode](
         documents, separator=tokenizer.separator, batch_size=batch_size, seq_len=seq_len
     )
     kept = (batch for batch, _ in batches)
-    result = list(kept if max_tokens is None else limit_tokens(kept, max_tokens))
+    result = list(kept if max_tokens is None else sequences.limit_tokens(kept, max_tokens))
     if not result:
         raise ValueError("every document of the validation text is empty")
     for batch in result:
-        check_token_ids(batch, vocab_size)
+        sequences.check_token_ids(batch, vocab_size or tokenizer.vocab_size)
     return result
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ValueError where a text could give a token id that a model does not have."""
-    if tokenizer.vocab_size > vocab_size:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int | None) -> None:
+    """Raises ValueError if a text could give a token id that a model does not have."""
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer gives token ids up to {tokenizer.vocab_size - 1}, beyond the model's "
             f"vocabulary of {vocab_size}: take another tokenizer, or a model with a larger one"
@@ -227,13 +189,8 @@ def prefetch(
 ) -> Generator[tuple[T, Position]]:
     """Runs `put`, e.g. the transfer to the devices, up to `size` batches ahead in a thread.
 
-    Errors of `batches` and `put` are raised where the batch is asked for. Closing it stops the
+    Errors of `batches` and `put` are raised when the batch is asked for. Closing it stops the
     thread and closes `batches`.
-
-    Args:
-        batches: as `TrainingData.batches` yields them.
-        put: takes a batch.
-        size: how many batches are held ready.
     """
     if size < 1:
         raise ValueError(f"size={size}: give at least 1")

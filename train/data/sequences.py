@@ -1,13 +1,13 @@
-"""From documents to the rows of a batch: packed one after another, or one document a row.
+"""From documents to the rows of a batch: packed one after another, or one document per row.
 
 A batch is a dict of arrays, all (batch, length):
   inputs, targets: int32 token ids; targets[:, i] is what follows inputs[:, i].
-  positions: int32, from 0 at the start of a document and at the start of a row.
+  positions: int32, from 0 at the start of a document and of a row.
   segment_ids: int32, from 1 in each row, one for each document in it; 0 is padding.
-  weights: float32, 1 where the target counts, 0 where it is padding.
+  weights: float32, 1 if the target counts, 0 for padding.
 
-Every document is led by one separator, which is at once its beginning (an input) and the end of the
-document before (a target). Rows are a fixed function of the documents and the position.
+One separator precedes each document: as an input it is the document's beginning, as a target the
+end of the previous one. Rows are a fixed function of the documents and the position.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,15 +21,10 @@ Document = Int[np.ndarray, " length"]
 
 
 class Position(NamedTuple):
-    """A place in the stream of documents.
+    """A place in the stream of documents."""
 
-    Attributes:
-        documents: how many documents are wholly behind.
-        tokens: how many tokens of the next one are behind, its separator counted.
-    """
-
-    documents: int = 0
-    tokens: int = 0
+    documents: int = 0  # completely read
+    tokens: int = 0  # read of the next one, with its separator
 
 
 START = Position()
@@ -45,21 +40,12 @@ def packed_batches(
 ) -> Iterator[tuple[Batch, Position]]:
     """Rows without padding, filled one after another from the stream of documents.
 
-    A document that a row's end cuts goes on in the next row, as a segment of its own. Each token of
-    the stream is a target once, except the very first separator. Empty documents are passed over.
+    A document that does not fit goes on in the next row, as a segment of its own. Each token of the
+    stream is a target once, except the very first separator. Empty documents are skipped.
 
-    Args:
-        documents: token ids of each document, from number `start.documents` on.
-        separator: id of the token that leads every document.
-        batch_size: rows in a batch.
-        seq_len: tokens in a row.
-        start: where the stream is taken up.
-
-    Yields:
-        A batch and the position after it. Where `documents` ends, the last batch is padded.
-
-    Raises:
-        ValueError: `start` is beyond the end of its document, that is, of other data.
+    `documents` are token ids of each document, from number `start.documents` on; `separator` is the
+    id of the token before each. Gives batches, each with the position after it. If `documents`
+    ends, the last batch is padded.
     """
     size = batch_size * seq_len
     number, taken = start
@@ -103,7 +89,7 @@ def _packed_batch(
     filled: int,
     shape: tuple[int, int],
 ) -> Batch:
-    """Cuts `stream` into rows; documents begin where `begins`, padding begins at `filled`."""
+    """Cuts `stream` into rows; `begins` marks the documents' starts, padding starts at `filled`."""
     begins = begins.reshape(shape)
     begins[:, 0] = True
     column = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
@@ -125,10 +111,9 @@ def document_batches(
     seq_len: int,
     start: Position = START,
 ) -> Iterator[tuple[Batch, Position]]:
-    """One document a row, cut or padded, as GaLore's experiments were run (arXiv 2403.03507).
+    """One document per row, truncated or padded, as in GaLore's experiments (arXiv 2403.03507).
 
-    Arguments, results and errors are those of `packed_batches`. Padding has weight 0 and
-    segment 0.
+    Arguments, results and errors are those of `packed_batches`. Padding has weight 0 and segment 0.
     """
     if start.tokens:
         raise ValueError(
@@ -171,7 +156,7 @@ MODES: dict[str, Callable[..., Iterator[tuple[Batch, Position]]]] = {
 
 
 def limit_tokens(batches: Iterable[Batch], max_tokens: int) -> Iterator[Batch]:
-    """The first `max_tokens` targets that count; later ones of the last batch get weight 0."""
+    """The batches up to `max_tokens` targets that count; later ones get weight 0."""
     left = max_tokens
     for batch in batches:
         if left <= 0:
@@ -183,7 +168,7 @@ def limit_tokens(batches: Iterable[Batch], max_tokens: int) -> Iterator[Batch]:
 
 
 def check_token_ids(batch: Batch, vocab_size: int) -> None:
-    """Raises ValueError where a token id is not below `vocab_size`, a model's vocabulary."""
+    """Raises ValueError if a token id is not below `vocab_size`, a model's vocabulary."""
     largest = int(max(batch["inputs"].max(), batch["targets"].max()))
     if largest >= vocab_size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where text comes from: the documentation that every Python ships, or C4 in TFDS' layout."""
+"""The sources of text: the documentation that ships with Python, or C4 in TFDS' layout."""
 
 import ast
 import re
@@ -12,13 +12,13 @@ from typing import Any
 SOURCES = ("builtin", "c4")
 SPLITS = ("train", "validation")
 
-# Every so many-th page of the built-in text is kept for validation.
+# One page of the built-in text in this many is kept for validation.
 _VALIDATION_EVERY = 20
-# Characters in a document of the built-in text. Documents are what is shuffled: of whole pages, up
-# to 70,000 characters long, each would fill many batches alone, and the loss follow its subject.
+# Characters in a document of the built-in text, the unit of shuffling: whole pages, up to 70,000
+# characters long, would each fill many batches alone, and the loss would follow their subjects.
 _DOCUMENT_LENGTH = 512
-# Top-level parts of the standard library that are not of the library itself: installed packages,
-# tests, an application, and two packages that newer Pythons no longer ship.
+# Top-level folders beside the library itself: installed packages, tests, an application, and two
+# packages that newer Pythons no longer ship.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "idlelib", "lib2to3", "distutils"}
 
 
@@ -26,13 +26,10 @@ def load_text(name: str, split: str, data_dir: str | Path | None = None) -> Sequ
     """The documents of a source, by number.
 
     Args:
-        name: "builtin", the documentation of Python's standard library (about 2 MB, another text
-            for another Python version), or "c4", the TFDS data set c4/en.
+        name: "builtin", the documentation of Python's standard library (about 2 MB, different for
+            each Python version), or "c4", the TFDS data set c4/en.
         split: "train" or "validation"; no document is in both.
-        data_dir: the folder that holds `c4/en`, as TFDS means it. Only for "c4".
-
-    Raises:
-        ValueError: an unknown source or split, or the data are missing, empty or unreadable.
+        data_dir: for "c4", the folder that has `c4/en` in it.
     """
     if name not in SOURCES:
         raise ValueError(f"data={name!r} is unknown: choose one of {', '.join(SOURCES)}")
@@ -86,9 +83,9 @@ class C4Text(Sequence[str]):
 
 @cache
 def _builtin_documents() -> dict[str, list[str]]:
-    """The documents of each split; the pages that they are cut from are in one split alone."""
+    """The documents of each split; each page is in one split only."""
     pages = _builtin_pages()
-    # The same paragraph may stand on two pages: it belongs to the first one's split.
+    # The same paragraph may be on two pages: it belongs to the first one's split.
     splits: dict[str, str] = {}
     for number, page in enumerate(pages):
         for document in _documents_of(page):
@@ -97,7 +94,7 @@ def _builtin_documents() -> dict[str, list[str]]:
 
 
 def _documents_of(page: str) -> Iterator[str]:
-    """Cuts a page between paragraphs; a document is longer than the limit if its paragraph is."""
+    """Cuts a page between paragraphs; a document exceeds the limit only if one paragraph does."""
     document = ""
     for paragraph in re.split(r"\n{2,}", page):
         if document and len(document) + len(paragraph) > _DOCUMENT_LENGTH:
@@ -119,7 +116,7 @@ def _builtin_pages() -> list[str]:
         parts = path.relative_to(library).parts
         if parts[0] in _LEFT_OUT or "test" in parts or "tests" in parts:
             continue
-        # A docstring that stands in two modules must not be in both splits.
+        # A docstring of two modules must not be in both splits.
         new = [text for text in _docstrings(path) if text not in seen]
         seen.update(new)
         if new:

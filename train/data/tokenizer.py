@@ -1,50 +1,27 @@
-"""From text to token ids and back: plain bytes, or any `tokenizer.json`."""
+"""From text to token ids and back: plain bytes, or any `tokenizer.json`.
+
+`vocab_size` is one more than the largest id of a text or of the separator; `separator` is the id
+of the token between two documents, which no text contains.
+"""
 
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int
 
-# The token that ends a document, by the names it has in common vocabularies.
+# Names of the token that ends a document, in common vocabularies.
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]", "[EOS]")
 
 
-class Tokenizer(Protocol):
-    """What the data need of a tokenizer. It can be pickled, for Grain's worker processes."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id that a text or the separator has."""
-        ...
-
-    @property
-    def separator(self) -> int:
-        """Id of the token between two documents. No text has it."""
-        ...
-
-    def encode(self, text: str) -> Int[np.ndarray, " length"]:
-        """Ids of a text, nothing added."""
-        ...
-
-    def decode(self, ids: Int[np.ndarray, " length"]) -> str:
-        """The text of the ids, separators and other special tokens left out."""
-        ...
-
-
-def load_tokenizer(name: str | Path) -> Tokenizer:
-    """A tokenizer by name.
-
-    Args:
-        name: "bytes", or the path of a `tokenizer.json` (format of the package `tokenizers`).
+def load_tokenizer(name: str | Path) -> "Tokenizer":
+    """The tokenizer "bytes", or that of a `tokenizer.json` (format of the package `tokenizers`).
 
     Raises:
-        ValueError: the file is missing, not readable as a tokenizer, or has no token that ends a
-            document.
+        ValueError: if the file cannot be read as a tokenizer, or has no token that ends a document.
     """
     return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name))
 
@@ -52,29 +29,28 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255; 256 separates documents."""
 
-    vocab_size = 257
-    separator = 256
+    vocab_size, separator = 257, 256
 
     def encode(self, text: str) -> Int[np.ndarray, " length"]:
-        """Ids of a text, nothing added. Lone surrogates, which UTF-8 lacks, become '?'."""
+        """Token ids of a text. Lone surrogates, which UTF-8 lacks, become '?'."""
         return np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8).astype(np.int32)
 
     def decode(self, ids: Int[np.ndarray, " length"]) -> str:
-        """The text of the ids; those that are no bytes are left out, broken characters are '�'."""
+        """The text of the ids below 256; incomplete characters become '�'."""
         data = bytes(int(i) for i in ids if i < 256)
         return data.decode("utf-8", errors="replace")
 
 
 class FileTokenizer:
-    """A tokenizer read from a `tokenizer.json`.
+    """A tokenizer read from a `tokenizer.json`. It can be pickled, for Grain's worker processes.
 
-    No text gives a special token: T5's `<extra_id_0>` in a document is spelled out like any other
-    word, so that T5 needs 32,000 ids of its 32,100.
+    No text gives a special token: T5's `<extra_id_0>` in a document is tokenized like any other
+    word, so that T5 needs only 32,000 of its 32,100 ids.
     """
 
     def __init__(self, path: Path):
-        # One thread a process: parallelism comes from Grain's workers, and forking after the
-        # threads of `tokenizers` have started makes it warn.
+        # One thread per process: Grain's workers run in parallel, and `tokenizers` warns of a fork
+        # after its threads have started.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import tokenizers
 
@@ -110,22 +86,18 @@ class FileTokenizer:
         return FileTokenizer, (self.path,)
 
     def encode(self, text: str) -> Int[np.ndarray, " length"]:
-        """Ids of a text, nothing added. Lone surrogates, which UTF-8 lacks, become '?'.
-
-        Raises:
-            ValueError: the file's vocabulary has no id for a part of the text.
-        """
+        """Token ids of a text; raises ValueError if the vocabulary has none for a part of it."""
         text = text.encode("utf-8", errors="replace").decode("utf-8")
         with self._errors_named():
             return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Int[np.ndarray, " length"]) -> str:
-        """The text of the ids, special tokens left out."""
+        """The text of the ids, without special tokens."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:
-        """Errors of the package, plain Exceptions, as ValueError that names the file."""
+        """Raises the package's plain Exceptions as ValueError that names the file."""
         try:
             yield
         except Exception as error:
@@ -135,11 +107,14 @@ class FileTokenizer:
             ) from error
 
 
+Tokenizer = ByteTokenizer | FileTokenizer
+
+
 def _spell_out_special_tokens(tokenizer, special: dict[int, str]) -> None:
     """Changes `tokenizer` so that the names of special tokens in a text are text."""
     tokenizer.encode_special_tokens = True
-    # A Unigram or word vocabulary that lists its special tokens (T5's does) finds them all the
-    # same; that stops where their first character is split off beforehand.
+    # A Unigram or word vocabulary that lists its special tokens (T5's does) still finds them,
+    # unless their first character is split off before.
     listed = [
         name
         for i, name in special.items()

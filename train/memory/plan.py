@@ -1,4 +1,4 @@
-"""What a training step will take of a device's memory, known before any of it is taken."""
+"""What a training step will take of a device's memory, found without allocating it."""
 
 import dataclasses
 import math
@@ -18,23 +18,23 @@ from galore_optax.memory import state_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.quantization.weights import sources, with_sources
 from train.config.optimizers import make_recipe
-from train.config.resolve import Resolved
-from train.run.assemble import Programs, abstract_params, make_forward
+from train.config.settings import Resolved
 from train.step import layerwise
 from train.step.mesh import batch_shards
 from train.step.ordinary import summed_loss
+from train.step.programs import Programs, abstract_params, make_forward
 
-# A card of so many GiB has so much less for a program: the CUDA context's.
+# Bytes of a card that a program cannot use: the CUDA context's.
 CONTEXT = 0.6 * 2**30
-CARDS = (8, 12, 16, 24, 40, 80, 141)
-# On a CPU freed memory stays in the arenas that glibc has for each thread: a step of llama-130m was
-# resident with 3.37 to 3.48 GB, and with 3.07 where there was one arena (MALLOC_ARENA_MAX=1).
+CARDS = (8, 12, 16, 24, 40, 80, 141)  # GiB
+# On a CPU freed memory stays in the arenas that glibc has for each thread: a step of llama-130m had
+# 3.37 to 3.48 GB resident, and 3.07 with one arena (MALLOC_ARENA_MAX=1).
 _ARENAS = 100_000_000
 
-# XLA's CPU compiler does bfloat16's arithmetic in float32, and keeps what it converts in memory
-# (for llama-7b ten times what a GPU takes). Float16 has the same size, and with these options the
-# same compiler leaves it as it is, and orders by memory, as the GPU's
-# compiler does. So a program in bfloat16 is planned by that program in float16.
+# XLA's CPU compiler computes bfloat16 in float32, and keeps the converted arrays in memory (for
+# llama-7b ten times what a GPU takes). Float16 has the same size, and with these options the same
+# compiler leaves it as it is, and orders by memory, as the GPU's compiler does. So a program in
+# bfloat16 is planned as that program in float16.
 _AS_ON_A_GPU: dict[str, Any] = {
     "xla_cpu_strict_dot_conv_math": True,
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
@@ -46,44 +46,27 @@ _AS_ON_A_GPU: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device.
-
-    Attributes:
-        weights: Of the params.
-        states: Of the optimizer's state by kind, see `galore_optax.memory.state_bytes`.
-        gradients: The most that are there at once.
-        activations: What is kept for the backward pass of one microbatch.
-        temporaries: All else that the step makes: what a layer computes with, updates, a new basis;
-            on a CPU also what its allocator does not give back.
-        batch: Of the tokens.
-        peak: The sum, as the compiled step has it, and the allocator's.
-    """
+    """Bytes on one device."""
 
     weights: int
-    states: dict[str, int]
-    gradients: int
-    activations: int
-    temporaries: int
+    states: dict[str, int]  # the optimizer's, by kind: `galore_optax.memory.state_bytes`
+    gradients: int  # the most that exist at once
+    activations: int  # what a microbatch's forward pass keeps for its backward pass
+    temporaries: int  # all else: within a layer, updates, a new basis, a CPU allocator's arenas
     batch: int
-    peak: int
+    peak: int  # the sum, from the compiled step and the allocator
 
     def parts(self) -> dict[str, int]:
         """The summands by name."""
-        return {
-            "weights": self.weights,
-            **self.states,
-            "gradients": self.gradients,
-            "activations": self.activations,
-            "temporaries": self.temporaries,
-            "batch": self.batch,
-        }
+        rest = {k: v for k, v in vars(self).items() if k not in ("weights", "states", "peak")}
+        return {"weights": self.weights, **self.states, **rest}
 
     def fits(self, card: float) -> bool:
-        """Whether a card of so many GiB is enough."""
+        """Whether a card of this many GiB is enough."""
         return self.peak <= card * 2**30 - CONTEXT
 
     def as_json(self) -> dict[str, Any]:
-        """The names that the README gives them."""
+        """The plan under the names that the README documents."""
         return {
             "weight_bytes": self.weights,
             "optimizer_state_bytes": sum(self.states.values()),
@@ -97,51 +80,37 @@ class MemoryPlan:
         }
 
 
-def held(programs: Programs) -> tuple[int, dict[str, int]]:
+def stored(programs: Programs) -> tuple[int, dict[str, int]]:
     """Bytes on one device of the weights and, by kind, of the optimizer's state."""
     states = state_bytes(_on_one_device(programs.abstract.optimizer))
     return _bytes(programs.abstract.params), states
 
 
 def plan(config: Resolved, programs: Programs, memory: Any = None) -> MemoryPlan:
-    """What the training step will take.
+    """The memory that the training step will take.
 
-    Args:
-        config: From `train.config.resolve.resolve`.
-        programs: Made of it.
-        memory: The compiled step's own analysis; None compiles the step here.
+    `memory` is the compiled step's own analysis; None compiles the step here.
     """
     on_a_cpu = programs.mesh.devices.flat[0].platform == "cpu"
     if memory is None:
         on_a_cpu &= not _meant_for_a_gpu(config, programs)
         memory = _memory(config, programs)
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    peak = given + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
     if on_a_cpu:
-        peak += min(_ARENAS, memory.temp_size_in_bytes)
-    weights, states = held(programs)
+        peak += min(_ARENAS, temporary)
+    weights, states = stored(programs)
     batch = _bytes(programs.batch)
     rest = max(0, peak - weights - sum(states.values()) - batch)
-    # XLA may keep less than what is asked of it.
+    # XLA may keep less than it is asked to.
     gradients = min(_gradients(config, programs), rest)
     activations = min(_activations(config, programs), rest - gradients)
-    return MemoryPlan(
-        weights=weights,
-        states=states,
-        gradients=gradients,
-        activations=activations,
-        temporaries=rest - gradients - activations,
-        batch=batch,
-        peak=peak,
-    )
+    temporaries = rest - gradients - activations
+    return MemoryPlan(weights, states, gradients, activations, temporaries, batch, peak)
 
 
 def device_memory(device: jax.Device) -> int:
-    """Bytes that a program can have of a device: all that its allocator, or the machine, has."""
+    """Bytes that a program can have: all of its allocator's, or of the machine's."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -155,7 +124,7 @@ def _meant_for_a_gpu(config: Resolved, programs: Programs) -> bool:
 
 
 def _memory(config: Resolved, programs: Programs) -> Any:
-    """The compiled step's memory analysis, for a GPU where the step is in bfloat16."""
+    """The compiled step's memory analysis."""
     arguments = programs.abstract, programs.batch
     if not _meant_for_a_gpu(config, programs):
         return programs.train_step.lower(*arguments).compile().memory_analysis()
@@ -170,7 +139,7 @@ def _memory(config: Resolved, programs: Programs) -> Any:
 
 
 def _gradients(config: Resolved, programs: Programs) -> int:
-    """The gradients that are there at once: all of them, or the largest part that is updated."""
+    """Bytes of the gradients that exist at once: all, or the largest part that is updated."""
     trained, _ = split(programs.abstract.params)
 
     def size(name: str) -> int:
@@ -190,7 +159,7 @@ def _gradients(config: Resolved, programs: Programs) -> int:
 
 
 def _share_summed(config: Resolved, part: PyTree) -> float:
-    """How large the sum of gradients is, in numbers of a gradient."""
+    """The size of the sum of gradients as a share of a gradient's."""
     if not config.accumulate_in_subspace:
         return 1
     recipe = make_recipe(config)
@@ -206,14 +175,12 @@ def _share_summed(config: Resolved, part: PyTree) -> float:
 
 
 def _activations(config: Resolved, programs: Programs) -> int:
-    """What the forward pass of a microbatch keeps for the backward pass."""
+    """Bytes that the forward pass of a microbatch keeps for the backward pass."""
     rows = config.batch_size // config.accumulate
     batch = {
         k: jax.ShapeDtypeStruct((rows, config.seq_len), x.dtype) for k, x in programs.batch.items()
     }
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), programs.abstract.params
-    )
+    params = jax.tree.map(lambda x: x.update(sharding=None), programs.abstract.params)
     if config.layerwise:
         model = layerwise.layered_llama(programs.model, programs.mesh)
 
@@ -240,7 +207,7 @@ def _activations(config: Resolved, programs: Programs) -> int:
     # By variable, since one may be kept for several uses.
     made = {v: v.aval for v in traced.outvars if not isinstance(v, Literal) and v not in given}
     size = sum(aval.size * aval.dtype.itemsize for aval in made.values())
-    # A layer-wise step runs all microbatches through a layer before it comes to the next.
+    # A layer-wise step runs all microbatches through a layer before the next layer.
     microbatches = config.accumulate if config.layerwise else 1
     return microbatches * size // batch_shards(programs.mesh)
 
@@ -252,11 +219,10 @@ def _bytes(tree: PyTree) -> int:
 
 
 def _on_one_device(tree: PyTree) -> PyTree:
-    """Abstract arrays of the shapes that one device holds."""
+    """The `ShapeDtypeStruct`s of one device's parts of the arrays."""
 
     def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        place = x.sharding
-        shape = x.shape if place is None else place.shard_shape(x.shape)
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
         return jax.ShapeDtypeStruct(shape, x.dtype)
 
     return jax.tree.map(one, tree)

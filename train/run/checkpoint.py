@@ -1,16 +1,17 @@
 """Checkpoints with Orbax: written in the background, the newest few and the best one kept.
 
-A checkpoint holds `params`, `rest` (the other fields of the train state) and `progress` (JSON: what
-the host knows). Orbax writes it under a temporary name and renames it when it is whole. Which one
-is the best is not in it: a run that is stopped while it evaluates saves first and evaluates later.
+A checkpoint has `params`, `rest` (the other fields of the train state) and `progress` (JSON: what
+the host knows, and the format's number). Orbax writes it under a temporary name and renames it when
+it is complete. Which one is the best is not stored: a run that is stopped during an evaluation
+saves first and evaluates after it is resumed.
 """
 
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -22,15 +23,19 @@ from train.run.cli import one_line
 
 Tree = Any
 
+# Raise it whenever the layout of the train state or of `progress` changes. Checkpoints before 2
+# have no number.
+FORMAT = 2
+
 
 class Checkpoints:
     """The checkpoints of a run.
 
     Args:
-        directory: where they are; made by the first save.
-        keep: how many of the newest are kept, beside the one with the lowest evaluation loss.
-        log: is told in one line of what is passed over.
-        evaluations: loss of each evaluated step, in which the caller enters later ones.
+        directory: their folder; the first save makes it.
+        keep: number of the newest to keep, besides the one with the lowest evaluation loss.
+        log: prints a line for each checkpoint that is skipped as damaged.
+        evaluations: loss by evaluated step; the caller adds later ones.
         read_only: nothing is written or cleaned up.
     """
 
@@ -65,41 +70,22 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None:
             self.wait()
         self._manager.close()
 
     def save(
-        self,
-        step: int,
-        params: Tree,
-        rest: Tree,
-        progress: Mapping[str, Any],
-        *,
-        prune: bool = True,
+        self, step: int, params: Tree, rest: Tree, progress: Tree, *, prune: bool = True
     ) -> None:
-        """Copies the state to the host and writes it in the background.
+        """Copies params, other arrays and JSON values to the host; writes them in the background.
 
-        Args:
-            step: how many updates are in it.
-            params: the weights.
-            rest: the other arrays.
-            progress: what JSON can hold.
-            prune: whether older ones make way for it.
-
-        Raises:
-            OSError: if this or the save before it could not be written.
+        Raises OSError if this or the previous save could not be written. Unless `prune`, no older
+        checkpoint is deleted.
         """
         self._preservation.all = not prune
         with _as_os_error(self.directory):
-            # Damaged ones were passed over when the run was resumed; Orbax saves nothing at a step
-            # that is not beyond its newest.
+            # Resuming has skipped the damaged ones; Orbax saves only at steps beyond its newest.
             for damaged in [other for other in self._manager.all_steps() if other >= step]:
                 self._manager.delete(damaged)
             saved = self._manager.save(
@@ -107,35 +93,25 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),  # pyrefly: ignore
                     rest=ocp.args.StandardSave(rest),  # pyrefly: ignore
-                    progress=ocp.args.JsonSave(dict(progress)),  # pyrefly: ignore
+                    progress=ocp.args.JsonSave({"format": FORMAT, **progress}),  # pyrefly: ignore
                 ),
             )
         if not saved:
-            raise OSError(
-                f"checkpoint of step {step} in {self.directory}: Orbax refused to save it"
-            )
+            raise OSError(f"checkpoint of step {step} in {self.directory}: Orbax refused it")
 
     def check(self) -> None:
-        """Says whether the writing in the background has failed.
-
-        Raises:
-            OSError: if so.
-        """
+        """Raises OSError if writing in the background has failed."""
         with _as_os_error(self.directory):
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when everything is written.
-
-        Raises:
-            OSError: if it could not be.
-        """
+        """Returns when everything is written; raises OSError if it could not be."""
         with _as_os_error(self.directory):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are whole, as far as their names tell, oldest first."""
+        """Steps of the checkpoints that are complete by their names, oldest first."""
         return sorted(self._manager.all_steps())
 
     def best_first(self) -> list[int]:
@@ -143,17 +119,17 @@ class Checkpoints:
         return _best_first(self.steps(), self._evaluations)
 
     def restore(self, params: Tree, rest: Tree) -> tuple[int, Tree, Tree, dict[str, Any]] | None:
-        """Reads the newest checkpoint that can be read; others are passed over with a line.
+        """Reads the newest checkpoint that is not damaged.
 
         Args:
-            params: tree of `ShapeDtypeStruct` with the shardings to restore to.
-            rest: the same of the other arrays.
+            params: tree of `ShapeDtypeStruct`s with the shardings to restore to.
+            rest: the other arrays likewise.
 
         Returns:
-            Its step, params, rest and progress; None if there is no checkpoint.
+            Its step, params, rest and progress; None if there is none.
 
         Raises:
-            ValueError: if it is another model's or optimizer's, or none can be read.
+            ValueError: if it has another format, model or optimizer, or all are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -163,16 +139,12 @@ class Checkpoints:
         if steps:
             raise ValueError(
                 f"no checkpoint in {self.directory} can be read: restore one from a copy, or "
-                "start anew in another folder"
+                "start a new run in another folder"
             )
         return None
 
     def restore_params(self, params: Tree) -> tuple[int, Tree]:
-        """Reads the weights of the best checkpoint, or of the newest if none was evaluated.
-
-        Raises:
-            ValueError: if there is none, or none can be read.
-        """
+        """Reads the weights of the best checkpoint, or of the newest if none was evaluated."""
         for step in self.best_first():
             found = self._read(step, {"params": params})
             if found is not None:
@@ -180,7 +152,10 @@ class Checkpoints:
         raise ValueError(f"there is no checkpoint in {self.directory} that can be read")
 
     def _read(self, step: int, wanted: Mapping[str, Tree]) -> Mapping[str, Any] | None:
+        """The items of a checkpoint, or None if it is damaged."""
         try:
+            progress = dict(self._restore(step, progress=ocp.args.JsonRestore())["progress"])  # pyrefly: ignore
+            written = progress.pop("format", 1)
             metadata = self._manager.item_metadata(step)
             unreadable = [name for name in wanted if metadata[name] is None]
             if unreadable:
@@ -188,16 +163,22 @@ class Checkpoints:
             stored = {name: _shapes(metadata[name].tree) for name in wanted}
         except Exception as error:  # Orbax and TensorStore raise a dozen unrelated types
             return self._pass_over(step, error)
+        if written != FORMAT:
+            raise ValueError(
+                f"{self.directory / str(step)} has checkpoint format {written}, this version reads "
+                f"format {FORMAT}: start a new run in another folder, or use the version of "
+                "galore-optax that wrote it"
+            )
         for name, tree in wanted.items():
             _check_same(self.directory / str(step), stored[name], _shapes(tree))
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}  # pyrefly: ignore
         try:
-            return self._manager.restore(
-                step,
-                args=ocp.args.Composite(**args, progress=ocp.args.JsonRestore()),  # pyrefly: ignore
-            )
+            return {**self._restore(step, **args), "progress": progress}
         except Exception as error:
             return self._pass_over(step, error)
+
+    def _restore(self, step: int, **args: Any) -> Mapping[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(**args))
 
     def _pass_over(self, step: int, error: Exception) -> None:
         reason = one_line(error)
@@ -206,7 +187,7 @@ class Checkpoints:
 
 
 class _NewestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the newest few, and the step with the lowest evaluation loss so far; or `all`."""
+    """Keeps the newest few and the step with the lowest evaluation loss so far, or `all`."""
 
     def __init__(self, keep: int, evaluations: Mapping[int, float]):
         self.keep, self.evaluations = keep, evaluations
@@ -219,7 +200,7 @@ class _NewestAndBest(checkpoint_managers.PreservationPolicy):
         context: checkpoint_managers.PreservationContext,
     ) -> Sequence[bool]:
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        # Where none has been evaluated, the first is the newest.
+        # If none has been evaluated, the first is the newest.
         kept = {*steps[-self.keep :], *_best_first(steps, self.evaluations)[:1]}
         return [self.all or checkpoint.step in kept for checkpoint in checkpoints]
 
@@ -233,7 +214,7 @@ def _best_first(steps: Iterable[int], evaluations: Mapping[int, float]) -> list[
 
 
 def _shapes(tree: Tree) -> dict[str, str]:
-    """Each leaf's name and shape; the containers' types are not stored, so they do not count."""
+    """Each leaf's name and shape; the types of containers are not stored, so they are left out."""
 
     def name(key: Any) -> str:
         return str(next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a)))
@@ -259,17 +240,12 @@ def _check_same(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]
         )
 
 
-class _as_os_error:
-    """What Orbax and TensorStore raise when they cannot write, as OSError with one line."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception):
-            code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore
-            reason = os.strerror(int(code[1])) if code else one_line(error)
-            raise OSError(f"cannot write a checkpoint to {self.directory}: {reason}") from error
+@contextmanager
+def _as_os_error(directory: Path) -> Iterator[None]:
+    """Raises the errors of Orbax and TensorStore when they cannot write as OSError of one line."""
+    try:
+        yield
+    except Exception as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore
+        reason = os.strerror(int(code[1])) if code else one_line(error)
+        raise OSError(f"cannot write a checkpoint to {directory}: {reason}") from error

@@ -1,7 +1,4 @@
-"""A command: flags become a frozen dataclass; wrong use ends with one line and exit code 2.
-
-Each command's configuration documents every field once, as its help text.
-"""
+"""A command: flags become a frozen dataclass; wrong use ends with one line and exit code 2."""
 
 import contextlib
 import gc
@@ -27,18 +24,18 @@ def run(
     load: Callable[[str], Config] | None = None,
     args: Sequence[str] | None = None,
 ) -> NoReturn:
-    """Parses the command line, calls `main`, and leaves the process with its exit code.
+    """Parses the command line, calls `main`, and ends the process with its exit code.
 
     Args:
-        main: gets the configuration, returns the exit code (`None` is 0).
+        main: from the configuration to the exit code (None is 0).
         config_type: a frozen dataclass; its attributes' docstrings are the help.
         prog: the command as the user types it.
-        load: reads the file named by the field `config`; flags then override what it says.
-        args: the words after the command; the process's own by default.
+        load: reads the file of the field `config`; flags override what it has.
+        args: the words after the command; default: the process's own.
 
     Raises:
         SystemExit: always. 2 for wrong use, unreadable files and full disks, after one line that
-            says what was wrong. `python -X dev` shows the traceback in its place. 130 after Ctrl-C.
+            says what was wrong (a traceback with `python -X dev`). 130 after Ctrl-C.
     """
     _quiet_libraries()
     _replace_what_cannot_be_printed()
@@ -56,7 +53,7 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
-    # The error's frames may hold Grain's shared memory, of which Python would complain at its end.
+    # The error's frames may refer to Grain's shared memory, of which Python would warn at its end.
     gc.collect()
     sys.exit(code)
 
@@ -67,17 +64,17 @@ def one_line(error: BaseException) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Of an error, what is raised is said, and nothing beside it."""
+    """Keeps libraries from printing more about an error than its message."""
     # Orbax logs pages about an error before it raises it.
     absl.logging.set_verbosity(absl.logging.FATAL)
-    # Of several writes that fail, asyncio logs those that nobody waits for any more, and Python
-    # warns of those that had not begun.
+    # If several writes fail, asyncio logs those that are not awaited any more, and Python warns of
+    # those that had not started.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        # After an error TensorStore calls back into the event loop that has ended with it.
+        # After an error TensorStore calls back into an event loop that has ended.
         if str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
@@ -85,21 +82,18 @@ def _quiet_libraries() -> None:
 
 
 def _replace_what_cannot_be_printed() -> None:
-    """A character that the terminal's encoding lacks becomes '?', and does not end the command."""
+    """Has a character that the terminal's encoding lacks printed as '?'."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def _parse(
-    config_type: type[Config],
-    prog: str,
-    args: Sequence[str] | None,
-    default: Config | None = None,
+    config_type: type[Config], prog: str, args: Sequence[str] | None, default: Config | None = None
 ) -> Config:
     import tyro
 
-    # tyro draws its boxes by the encoding of what it writes to.
+    # tyro chooses the characters of its boxes by its output's encoding.
     words, help_text = (
         io.TextIOWrapper(io.BytesIO(), encoding=e, errors="replace", write_through=True)
         for e in ("utf-8", sys.stdout.encoding or "utf-8")
@@ -115,24 +109,21 @@ def _parse(
             )
     except SystemExit as stop:
         if not stop.code:  # --help
-            print(_without_none(_written(help_text)), end="")
+            help_text.seek(0)
+            print(_without_none(help_text.read()), end="")
             raise
-        # tyro draws a box of several lines with a title; what it says fits into one.
-        lines = [line.strip("│ ") for line in _written(words).splitlines()]
+        # tyro prints a box of several lines with a title; its text fits into one line.
+        words.seek(0)
+        lines = [line.strip("│ ") for line in words.read().splitlines()]
         lines = [line for line in lines if line[:1] not in "╭╰─" and line.strip("- ")]
         text = " ".join(" ".join(lines).split())
         text = re.sub(r" For full helptext, run:? (.*)", r" (help: \1)", text)
         raise ValueError(text) from None
 
 
-def _written(file: io.TextIOWrapper) -> str:
-    file.seek(0)
-    return file.read()
-
-
 def _without_none(help_text: str) -> str:
-    """Help in which a flag that may be left out is `INT`, not `{None}|INT (default: None)`."""
-    # The box that tyro draws keeps its width: spaces take the place of what is left out.
+    """Help in which an optional flag is `INT`, not `{None}|INT (default: None)`."""
+    # tyro's box keeps its width: spaces replace what is removed.
     text = re.sub(r"(?m)^([│ ].*)\{None\}\|(\w+)", r"\1\2       ", help_text)
     text = re.sub(r"\{None,([^}]*)\}", r"{\1}     ", text)
     text = re.sub(r"\(default:([\s│]*)None\)", r"         \1     ", text)

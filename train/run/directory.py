@@ -1,7 +1,7 @@
-"""A run's folder: who may write into it, its config.json, and when the run in it is finished.
+"""A run's folder: who may write into it, its config.json, and whether the run in it is finished.
 
-Everything is checked before the first byte is written, so a refused run leaves nothing behind. One
-process at a time writes: it holds a lock that ends with the process, however that ends.
+Everything is checked before the first byte is written, so that a refused run changes nothing. One
+process at a time writes; the kernel releases its lock when it ends, even if it is killed.
 """
 
 import errno
@@ -15,40 +15,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from train.config.resolve import Resolved, differences, to_json
+from train.config.settings import Resolved, differences, read_fields, to_json
 
-# It stays in the folder, empty: a process that deleted it could let two others in.
+# It stays in the folder, empty: if it were deleted, two processes could each lock a file.
 _LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check(config: Resolved) -> str | None:
-    """Says whether the run may use its folder, without touching anything.
+    """Checks that the run may use its folder, and changes nothing.
 
     Returns:
-        What a resumed run found that its user may not expect, or None.
+        What the user of a resumed run may not expect, or None.
 
     Raises:
-        ValueError: if another process writes into the folder, or it holds another run, or this one
+        ValueError: if another process writes into the folder, or another run is in it, or this one
             and --resume was not given.
         OSError: if it cannot be written.
     """
     lock = directory(config) / _LOCK
     if lock.exists():
         with lock.open("a") as file:
-            _lock(file)  # until it is closed: `hold` takes it for the run
+            _lock(file)  # until it is closed; `hold` locks it for the run
     return _check(config)
 
 
 @contextmanager
 def hold(config: Resolved) -> Iterator[str | None]:
-    """Makes the run's folder, and keeps other processes out of it until left.
+    """Makes the run's folder, and keeps other processes out of it while entered.
 
-    Gives what `check` returns, found again: another process may have been there since.
-
-    Raises:
-        ValueError: as `check`.
-        OSError: as `check`, or the file system has no locks, or is full.
+    Checks again, as another process may have used it since, and gives what `check` returns. Raises
+    what `check` raises, and OSError if the file system has no locks or is full.
     """
     out = directory(config)
     try:
@@ -63,7 +60,7 @@ def hold(config: Resolved) -> Iterator[str | None]:
 
 
 def _lock(file: TextIO) -> None:
-    """Takes the lock of an open file; the kernel gives it back when the process ends."""
+    """Locks an open file until it is closed or the process ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -83,25 +80,19 @@ def _check(config: Resolved) -> str | None:
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder")
     file = out / "config.json"
-    # A run that was killed before it wrote its config.json has left the lock and a draft of it.
+    # A run that was killed before it wrote its config.json leaves the lock and a draft of it.
     begun = {_LOCK, _draft(file).name}
     if not out.is_dir() or all(path.name in begun for path in out.iterdir()):
         _check_writable(out)
-        return f"nothing to resume in {out}: starting anew" if config.resume else None
+        return f"nothing to resume in {out}: starting a new run" if config.resume else None
     if not file.is_file():
         raise ValueError(f"--out {out} is not empty and not a run (no config.json): name another")
     if not config.resume:
-        raise ValueError(f"--out {out} holds a run: add --resume to go on, or name another folder")
-    try:
-        old = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(old, dict):
-        raise ValueError(f"{file} is not a config.json of train.pretrain: it holds no object")
-    different = differences(old, to_json(config))
+        raise ValueError(f"--out {out} has a run: add --resume to go on, or name another folder")
+    different = differences(read_fields(file), to_json(config))
     if different:
         raise ValueError(
-            f"--out {out} holds another run: {', '.join(different)}; give it the same flags "
+            f"--out {out} has another run: {', '.join(different)}; give it the same flags "
             "or name another folder"
         )
     _check_writable(out)
@@ -109,12 +100,12 @@ def _check(config: Resolved) -> str | None:
 
 
 def write_config(config: Resolved) -> None:
-    """Writes config.json; the folder is there."""
+    """Writes config.json into the folder, which exists."""
     write_json(directory(config) / "config.json", to_json(config))
 
 
 def finished(config: Resolved) -> bool:
-    """Whether the run in the folder came to its end: summary.json is written last, and whole."""
+    """Whether the run in the folder is finished: summary.json is written last, and at once."""
     return (directory(config) / "summary.json").is_file()
 
 
@@ -124,7 +115,7 @@ def directory(config: Resolved) -> Path:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replaces a file at once: a reader, or a kill, finds the old one or the new one."""
+    """Replaces a file at once: a reader, or a kill, finds the old file or the new one."""
     draft = _draft(path)
     with draft.open("w") as file:
         json.dump(value, file, indent=2)
@@ -135,10 +126,9 @@ def write_json(path: Path, value: object) -> None:
 
 
 def resume_command(config: Resolved) -> str:
-    """What to type to go on."""
-    file = directory(config) / "config.json"
-    python = sys.executable or "python"
-    return shlex.join([python, "-m", "train.pretrain", "--config", str(file), "--resume"])
+    """The command that resumes the run."""
+    python, file = sys.executable or "python", str(directory(config) / "config.json")
+    return shlex.join([python, "-m", "train.pretrain", "--config", file, "--resume"])
 
 
 def _draft(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: metrics.jsonl, and the same for TensorBoard."""
+"""The metrics that a run writes: metrics.jsonl, and the same for TensorBoard."""
 
 import itertools
 import json
@@ -13,13 +13,8 @@ from typing import Any
 class MetricsLog:
     """Appends a line to metrics.jsonl, and an event to tensorboard/, for each step and evaluation.
 
-    Args:
-        directory: the run's folder.
-        step: where the run goes on; what is written about later steps is dropped, and so is a line
-            that a kill has cut.
-
-    Raises:
-        OSError: if it cannot be written; so does `write`.
+    Lines of a run's `directory` after `step`, from which it resumes, are dropped, and so is a line
+    that a kill has truncated. Raises OSError if a file cannot be written.
     """
 
     def __init__(self, directory: Path, step: int = 0):
@@ -35,7 +30,7 @@ class MetricsLog:
         self._events = _Events(directory / "tensorboard", step)
 
     def write(self, values: Mapping[str, float | int]) -> None:
-        """Writes one line; a number that is not finite becomes null, which JSON lacks otherwise."""
+        """Writes one line; a number that is not finite becomes null, as JSON has no NaN."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._events.write(values)
@@ -51,7 +46,7 @@ class MetricsLog:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; one that a kill has cut is left out."""
+    """The lines of a run's metrics.jsonl, without one that a kill has truncated."""
     path = directory / "metrics.jsonl"
     lines = []
     if path.exists():
@@ -66,7 +61,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def evaluation_losses(directory: Path) -> dict[int, float]:
-    """The loss of every evaluation in a run's metrics.jsonl, by step; NaN if it was not finite."""
+    """The loss of each evaluation in a run's metrics.jsonl, by step; NaN if it was not finite."""
     return {
         line["step"]: math.nan if line["eval_loss"] is None else line["eval_loss"]
         for line in read_metrics(directory)
@@ -75,11 +70,7 @@ def evaluation_losses(directory: Path) -> dict[int, float]:
 
 
 def tokens_per_second(lines: Iterable[Mapping[str, Any]]) -> float | None:
-    """Over all steps of a run: tokens by the time that they took.
-
-    Args:
-        lines: of `read_metrics`.
-    """
+    """Tokens per second over all steps of a run, from the lines of `read_metrics`."""
     lines = [line for line in lines if line.get("tokens_per_second")]
     counts = [0, *(line["tokens"] for line in lines)]
     tokens = [after - before for before, after in itertools.pairwise(counts)]
@@ -90,8 +81,8 @@ def tokens_per_second(lines: Iterable[Mapping[str, Any]]) -> float | None:
 class _Events:
     """TensorBoard's event file.
 
-    tensorboardX's own SummaryWriter writes from a thread; where that meets a full disk, the
-    training loop waits for it forever.
+    tensorboardX's SummaryWriter writes from a thread: on a full disk the training loop would wait
+    for it forever.
     """
 
     def __init__(self, directory: Path, step: int):
@@ -102,7 +93,7 @@ class _Events:
         name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
         self._records = RecordWriter(str(directory / name))
         self._record(Event(file_version="brain.Event:2"))
-        if step:  # TensorBoard drops what an earlier process wrote about later steps
+        if step:  # TensorBoard then drops later steps of an earlier process
             start = SessionLog(status=SessionLog.START)
             self._record(Event(step=step + 1, session_log=start))
 

@@ -1,4 +1,4 @@
-"""Pictures: the training loss and the evaluations of a run, and the memory that runs will take."""
+"""Plots: the training and evaluation losses of a run, and the memory that runs will take."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,13 +8,7 @@ import numpy as np
 
 
 def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draws `metrics.jsonl`: every step's loss, a smoothed curve, and the evaluations.
-
-    Args:
-        lines: the lines, as dicts.
-        path: the PNG to write.
-        title: what was run.
-    """
+    """Plots the lines of `metrics.jsonl`: each step's loss, a smoothed curve, the evaluations."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -46,15 +40,10 @@ def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Non
 
 
 def plot_plan(plans: Mapping[str, Mapping[str, int]], path: Path, title: str) -> None:
-    """Draws what each of several plans is made of, one bar above the other's left end.
-
-    Args:
-        plans: of each by name the bytes of its parts, by name.
-        path: the picture to write.
-        title: what was planned.
+    """Plots several plans as stacked bars, from the bytes of each one's parts by name.
 
     Raises:
-        ValueError: if the path has no ending that is a picture's.
+        ValueError: if the path's ending is not that of an image format.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -80,7 +69,7 @@ def plot_plan(plans: Mapping[str, Mapping[str, int]], path: Path, title: str) ->
 
 
 def smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:
-    """Mean over the neighbours of each value, over a window of `share` of the length."""
+    """The mean around each value, over a window of `share` of the length."""
     half = max(1, round(len(values) * share / 2))
     sums = np.concatenate([[0.0], np.nancumsum(values)])
     counts = np.concatenate([[0], np.cumsum(~np.isnan(values))])

@@ -1,15 +1,14 @@
-"""What a run shows while it trains: a bar, and one line for each step that is logged."""
+"""What a run prints while it trains: a progress bar, and a line for each logged step."""
 
 import datetime
 import re
 import time
-from types import TracebackType
 from typing import Any, Self
 
 import jax
 
-# Peak of one device in FLOP/s, by a part of its `device_kind`: with bfloat16 operands, and with
-# float32 ones, which JAX multiplies as TF32 on NVIDIA's and in bfloat16 on Google's by default.
+# Peak FLOP/s of a device, by a part of its `device_kind`, for operands in bfloat16 and in float32,
+# which JAX multiplies as TF32 on NVIDIA's and as bfloat16 on Google's devices by default.
 # Manufacturers' figures, dense.
 PEAK_FLOPS: dict[str, dict[str, float]] = {
     "H200": {"bfloat16": 989e12, "float32": 494e12},
@@ -29,7 +28,7 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
 
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """A device's peak FLOP/s, or None where it is not known."""
+    """A device's peak FLOP/s, or None if unknown."""
     if re.search(r"Laptop|NVL", device.device_kind):  # slower variants under the same names
         return None
     for kind, peak in PEAK_FLOPS.items():
@@ -39,32 +38,26 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
 
 
 class Progress:
-    """A live bar on a terminal, and lines that stay.
+    """A live progress bar on a terminal, and lines that stay.
 
     Args:
-        step: where the run goes on.
-        steps: where it ends.
-        flops_per_token: of the model, to train on one token.
-        peak: FLOP/s of all devices together, None if not known.
+        step: steps done before.
+        steps: steps of the whole run.
+        flops_per_token: to train the model on one token.
+        peak: FLOP/s of all devices together, None if unknown.
     """
 
     def __init__(self, step: int, steps: int, flops_per_token: float, peak: float | None):
+        from rich import progress
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-        from rich.progress import Progress as Bar
 
         self.console = Console(soft_wrap=True, highlight=False)
-        self._bar = Bar(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]} left"),
+        self._bar = progress.Progress(
+            progress.TextColumn("training"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("{task.fields[left]} left"),
             console=self.console,
             disable=not self.console.is_terminal,
             transient=True,
@@ -78,12 +71,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def log(self, text: str) -> None:
@@ -91,12 +79,7 @@ class Progress:
         self.console.print(text, markup=False)
 
     def step(self, line: dict[str, Any], show: bool) -> None:
-        """Moves the bar; `line` is what metrics.jsonl says of the step.
-
-        Args:
-            line: of `train.step.ordinary`'s metrics: step, loss, learning_rate, tokens_per_second, skipped.
-            show: whether the step gets a line.
-        """
+        """Moves the bar, and prints a line if `show`; `line` is the step's in metrics.jsonl."""
         step = line["step"]
         left = self._left(step)
         self._bar.update(self._task, completed=step, left=left)
@@ -117,7 +100,7 @@ class Progress:
         self.log("  ".join(parts))
 
     def _left(self, step: int) -> str:
-        """Remaining time at the pace of this process, evaluations and checkpoints included."""
+        """Remaining time at this process's pace, evaluations and checkpoints included."""
         now = time.monotonic()
         if self._first is None:
             self._first = (step, now)

@@ -3,8 +3,6 @@
 import math
 import resource
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import optax
@@ -14,36 +12,25 @@ from galore_optax.adapters.base import merge, split
 from galore_optax.memory import state_bytes, tree_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
 from models.llama.config import count_params
-from train.config.resolve import Resolved
-from train.generate import prompt_ids, sample_text
-from train.run.assemble import Parts, abstract_params
-from train.run.directory import write_json
+from train.config.settings import Resolved
+from train.run import directory as run_directory
+from train.run.assemble import Log, Parts
 from train.run.metrics import read_metrics, tokens_per_second
 from train.run.plots import plot_loss
-from train.step.ordinary import TrainState
+from train.run.sample import prompt_ids, sample_text
+from train.step.programs import abstract_params
+from train.step.state import TrainState
 
 
 def report(
-    config: Resolved,
-    parts: Parts,
-    state: TrainState,
-    directory: Path,
-    log: Callable[[str], object],
-    *,
-    tokens: int,
-    peak_memory: tuple[int, str],
+    config: Resolved, parts: Parts, state: TrainState, log: Log, tokens: int, peak: tuple[int, str]
 ) -> None:
     """Writes the plot and the summary, and prints a sample and the table.
 
-    Args:
-        config: the run's settings.
-        parts: of `train.run.assemble`.
-        state: the last one.
-        directory: the run's folder, with its metrics.jsonl.
-        log: prints a line.
-        tokens: targets trained on.
-        peak_memory: most bytes that any process of the run had in use, and how that is known.
+    `tokens`: targets trained on; `peak`: most bytes that any process of the run had in use, and the
+    source of that number.
     """
+    directory = run_directory.directory(config)
     lines = read_metrics(directory)
     last = [line for line in lines if "eval_loss" in line][-1]
     ours = state_bytes(parts.abstract.optimizer.inner_state)
@@ -58,37 +45,34 @@ def report(
         "optimizer_state_bytes": sum(ours.values()),
         "adamw_state_bytes": sum(adamw.values()),
         "weight_bytes": tree_bytes(parts.abstract.params),
-        "peak_memory_bytes": peak_memory[0],
-        "peak_memory_source": peak_memory[1],
+        "peak_memory_bytes": peak[0],
+        "peak_memory_source": peak[1],
         "tokens_per_second": tokens_per_second(lines),
         "steps": config.steps,
         "tokens": tokens,
         "skipped": int(state.optimizer.total_notfinite),
     }
     plot_loss(lines, directory / "loss.png", f"{config.model}, {config.optimizer}")
-    log(f"sample: {sample(config, parts, state)}")
+    graph, _ = abstract_params(config, parts.model)
+    text = sample_text(
+        nnx.merge(graph, merge(state.params)),
+        parts.tokenizer,
+        config.prompt,
+        max_new_tokens=max(1, config.seq_len - len(prompt_ids(parts.tokenizer, config.prompt))),
+        temperature=0.5,
+        seed=config.seed,
+    )
+    log(f"sample: {text}")
     _print_table(config.optimizer, ours, adamw)
-    write_json(directory / "summary.json", summary)  # last: it says that the run is finished
+    run_directory.write_json(
+        directory / "summary.json", summary
+    )  # last: it says that the run is finished
     perplexity = last["eval_perplexity"]
     log(f"perplexity {math.nan if perplexity is None else perplexity:.2f}; see {directory}")
 
 
-def sample(config: Resolved, parts: Parts, state: TrainState) -> str:
-    """Text by the model from the run's prompt on, as long as the sequences it was trained on."""
-    prompt = len(prompt_ids(parts.tokenizer, config.prompt))
-    graph, _ = abstract_params(config, parts.model)
-    return sample_text(
-        nnx.merge(graph, merge(state.params)),
-        parts.tokenizer,
-        config.prompt,
-        max_new_tokens=max(1, config.seq_len - prompt),
-        temperature=0.5,
-        seed=config.seed,
-    )
-
-
 def peak_memory(device: jax.Device) -> tuple[int, str]:
-    """Most bytes in use at once, and how that is known."""
+    """The most bytes in use at once, and the source of that number."""
     stats = device.memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"], f"peak_bytes_in_use of one {device.device_kind}"
@@ -105,9 +89,8 @@ def _print_table(name: str, ours: dict[str, int], adamw: dict[str, int]) -> None
     table = Table(title="optimizer state, MB")
     for column, justify in (("", "left"), (name, "right"), ("AdamW", "right"), ("share", "right")):
         table.add_column(column, justify=justify)  # pyrefly: ignore[bad-argument-type]
-    rows = {kind: (ours[kind], adamw[kind]) for kind in ours}
-    for kind, (a, b) in rows.items():
-        table.add_row(kind, f"{a / 1e6:,.3f}", f"{b / 1e6:,.3f}", "")
+    for kind, size in ours.items():
+        table.add_row(kind, f"{size / 1e6:,.3f}", f"{adamw[kind] / 1e6:,.3f}", "")
     a, b = sum(ours.values()), sum(adamw.values())
     table.add_section()
     table.add_row("all", f"{a / 1e6:,.3f}", f"{b / 1e6:,.3f}", f"{a / b:.0%}")

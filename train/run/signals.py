@@ -1,7 +1,7 @@
-"""SIGTERM and Ctrl-C: finish the step first; a second one ends the process at once."""
+"""SIGTERM and Ctrl-C: the first lets the step finish, a second one ends the process at once."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 
@@ -24,11 +24,6 @@ class StopRequest:
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyrefly: ignore[bad-argument-type]

@@ -1,4 +1,4 @@
-"""The weights that a run has come to: those of its best checkpoint, or of its newest."""
+"""Loads the weights of a run: those of its best checkpoint, or of its newest."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,44 +8,34 @@ from flax import nnx
 
 from train.config.resolve import load
 from train.data.tokenizer import Tokenizer, load_tokenizer
-from train.run.assemble import abstract_params, model_config
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import evaluation_losses
-from train.step.mesh import available_devices
-from train.step.ordinary import Params
+from train.step.mesh import make_mesh, replicated
+from train.step.programs import abstract_params, model_config
+from train.step.state import Params
 
 
 class Trained(NamedTuple):
-    """What a run has come to.
-
-    Attributes:
-        graph: the model without its weights.
-        params: its weights as the run holds them, in few bits or with adapters, on one device.
-        tokenizer: that of the run.
-    """
+    """A trained model."""
 
     graph: nnx.GraphDef
-    params: Params
+    params: Params  # as the run stores them, quantized or with adapters, on one device
     tokenizer: Tokenizer
 
 
 def load_trained(run: str) -> Trained:
-    """Reads the best checkpoint of a run, or its newest if none was evaluated.
-
-    Args:
-        run: the run's folder.
+    """Reads the best checkpoint of a run's folder, or its newest if none was evaluated.
 
     Raises:
-        ValueError: if it is no run, or has no checkpoint that can be read.
-        OSError: if it cannot be read.
+        ValueError: if it is not a run, or has no checkpoint that can be read.
     """
     folder = Path(run)
     if not (folder / "config.json").is_file():
         raise ValueError(f"--run {folder} is not a run of train.pretrain (no config.json)")
     settings = load(folder / "config.json")
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer, mesh = load_tokenizer(settings.tokenizer), make_mesh(None)
     graph, shapes = abstract_params(settings, model_config(settings, tokenizer))
-    place = jax.sharding.SingleDeviceSharding(available_devices()[0])
+    place = replicated(mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"--run {folder} has no checkpoint yet")

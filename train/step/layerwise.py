@@ -1,51 +1,37 @@
 """The training step of `--layerwise`: a LLaMA's backward pass and its update, a layer at a time."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from galore_optax import apply_updates
 from galore_optax.layerwise.backward import Layered
-from galore_optax.layerwise.sharding import layerwise_shardings
 from galore_optax.layerwise.step import Layerwise
 from galore_optax.quantization.array import dequantized
 from models.llama.attention import sequences_of
 from models.llama.config import LlamaConfig
 from models.llama.layer import embed, rms_norm, training_layer
 from train.config.optimizers import make_recipe
+from train.config.settings import Resolved
+from train.step import skipping
 from train.step.loss import summed_cross_entropy
-from train.step.mesh import BATCH, replicated
-from train.step.ordinary import (
-    Batch,
-    Metrics,
-    Params,
-    TrainState,
-    counted,
-    cut,
-    step_key,
-    step_metrics,
-)
-
-if TYPE_CHECKING:
-    from train.config.resolve import Resolved
+from train.step.mesh import BATCH
+from train.step.microbatches import microbatches
+from train.step.state import Batch, Metrics, Params, TrainState, step_key, step_metrics
 
 
-def optimizer(config: "Resolved", model: LlamaConfig, mesh: Mesh) -> Layerwise:
-    """The optimizer of a resolved configuration, around the model.
-
-    Args:
-        config: from `train.config.resolve.resolve`.
-        model: sizes and numerics.
-        mesh: the devices.
-    """
+def make_optimizer(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Layerwise:
+    """The named optimizer of a run, applied layer by layer."""
     rounding = jax.random.key(config.seed) if config.stochastic_rounding else None
 
-    def rounded(part: Params, updates: Any, count: Array, layer: Array | None) -> Any:
+    def rounded(
+        part: Params, updates: Any, count: Int[Array, ""], layer: Int[Array, ""] | None
+    ) -> Any:
         key = None if rounding is None else step_key(rounding, count, 0)
         if key is not None and layer is not None:
             key = jax.random.fold_in(key, layer)
@@ -64,13 +50,11 @@ def optimizer(config: "Resolved", model: LlamaConfig, mesh: Mesh) -> Layerwise:
 
 
 def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
-    """A LLaMA in pieces, which take what `with_sequences` makes of a batch.
+    """A LLaMA as embedding, layer and head, which take a batch of `with_sequences`.
 
-    Args:
-        config: sizes and numerics.
-        mesh: the devices, over which hidden states are split as the batch is.
+    Hidden states are split over the mesh's devices as the batch is.
     """
-    # Whether a layer is computed again in the backward pass is said to `Layerwise`.
+    # `Layerwise` decides whether a layer is recomputed in the backward pass.
     config = dataclasses.replace(config, rematerialize=False)
 
     def embedded(params, batch):
@@ -84,8 +68,8 @@ def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
     def head(params, hidden, batch):
         hidden = rms_norm(hidden, params["norm"], config.norm_eps)
         matrix = dequantized(params["head"])
-        # A head as large as a 7B's: not also its gradient in float32. Not where devices share the
-        # vocabulary, of which a part would have to be gathered.
+        # A head as large as a 7B model's must not have its gradient in float32, too. If devices
+        # share the vocabulary, its parts would have to be gathered.
         by_vocabulary = matrix.size >= 2**26 and mesh.shape["tensor"] == 1
         summed = summed_cross_entropy(
             hidden, matrix, batch["targets"], batch["weights"], by_vocabulary
@@ -96,15 +80,11 @@ def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
 
 
 def with_sequences(
-    config: LlamaConfig, mode: str, batch: dict[str, Array], tokens: Array
+    config: LlamaConfig, mode: str, batch: Batch, tokens: Float[Array, ""]
 ) -> dict[str, Any]:
-    """A batch, or a stack of microbatches, and what the pieces need beside the data's arrays.
+    """A batch `(B, L)` or microbatches `(A, B, L)`, with what layers and head need besides.
 
-    Args:
-        config: sizes and numerics.
-        mode: `packed` or `document`.
-        batch: arrays `(..., B, L)`.
-        tokens: how many targets count, in all microbatches.
+    `tokens` is the number of targets that count, over all microbatches.
     """
     if mode == "packed":
         sequences = sequences_of(config, batch["positions"], batch["segment_ids"])
@@ -113,21 +93,6 @@ def with_sequences(
         sequences = sequences_of(config, jnp.broadcast_to(jnp.arange(shape[-1]), shape))
     tokens = jnp.broadcast_to(tokens, batch["inputs"].shape[:-2])
     return {**batch, "sequences": sequences, "tokens": tokens}
-
-
-def init(optimizer: Layerwise, params: Params) -> optax.ApplyIfFiniteState:
-    """The optimizer's state, with the trainer's count of steps that were skipped."""
-    none = jnp.zeros((), jnp.int32)
-    return optax.ApplyIfFiniteState(none, jnp.array(True), none, optimizer.init(params))
-
-
-def shardings(
-    optimizer: Layerwise, mesh: Mesh, shapes: Params, params_at: Params
-) -> optax.ApplyIfFiniteState:
-    """Where the optimizer's state lives, from where the params live."""
-    whole = replicated(mesh)
-    inner = layerwise_shardings(optimizer, shapes, params_at)
-    return optax.ApplyIfFiniteState(whole, whole, whole, inner)  # pyrefly: ignore
 
 
 def train_step(
@@ -139,17 +104,16 @@ def train_step(
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
-    """One update; `Layerwise` says what becomes of a loss or gradient that is not finite.
+    """One update; `Layerwise` says what happens to a loss or gradient that is not finite.
 
-    A step of which anything was left out counts as skipped.
+    A step of which any part was left out counts as skipped.
     """
     tokens = jnp.sum(batch["weights"])
-    several = optimizer.accumulate > 1
-    batch = cut(batch, optimizer.accumulate, mesh) if several else dict(batch)
-    before = state.optimizer
+    if optimizer.accumulate > 1:
+        batch = microbatches(batch, optimizer.accumulate, mesh)
     params, inner, told = optimizer.step(
-        state.params, before.inner_state, with_sequences(config, mode, batch, tokens)
+        state.params, state.optimizer.inner_state, with_sequences(config, mode, batch, tokens)
     )
-    after = counted(before, told.finite, inner)
+    after = skipping.counted(state.optimizer, told.finite, inner)
     metrics = step_metrics(schedule, state, after, told.loss, told.grad_norm, tokens)
     return TrainState(params, after, state.step + 1, state.key), metrics

@@ -1,14 +1,13 @@
-"""The summed cross entropy of a language model's head, without all of its logits at once.
+"""The summed cross entropy of a language model's head, without storing all of its logits.
 
-Logits are by far the largest array of a training step: (B, L, V) with V = 32,000. Here a few
-positions of every row are taken at a time, and where a gradient is wanted it is made there and
-then, while their logits are at hand (as in Liger Kernel, arXiv 2410.10989, section 3.2). Nothing is
-computed twice, and in float32 on a CPU the head of LLaMA-60M takes two thirds of the time that
-autodiff's takes.
+Logits are by far the largest array of a training step: (B, L, V) with V = 32,000. Here the head is
+applied to a few positions of each row at a time, and the gradient is computed in the forward pass,
+while their logits exist (as in Liger Kernel, arXiv 2410.10989, section 3.2). Nothing is computed
+twice; in float32 on a CPU the head of LLaMA-60M takes two thirds of autodiff's time.
 
-The head's gradient is a sum over the chunks then, in float32. Where that is too large, a part of
-the vocabulary is taken at a time, whose part of the gradient is a sum over nothing but positions;
-the logits are computed twice.
+The head's gradient is then a sum over the chunks, in float32. If that is too large, the vocabulary
+is cut instead: the gradient of a part of it is one product over all positions, and the logits are
+computed twice.
 
 Letters: B batch, L length, D width, V vocabulary, C chunks, P positions in a chunk.
 """
@@ -20,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Positions of each row in a chunk, at least. More is no faster, and takes more memory.
+# Least positions of each row in a chunk. More are not faster, and take more memory.
 _POSITIONS = 64
-# Ids of the vocabulary in a part of it, at most.
+# Most ids in a part of the vocabulary.
 _IDS = 4096
 
 
@@ -36,16 +35,9 @@ def summed_cross_entropy(
 ) -> Float[Array, ""]:
     """Σ w · -log softmax(hidden · headᵀ)[target], in float32.
 
-    Args:
-        hidden: what the head multiplies; its dtype is that of the products' operands.
-        head: the head's matrix.
-        targets: token ids.
-        weights: of each target; where it is 0, targets and finite hidden states do not matter.
-        by_vocabulary: whether the gradient is made for a part of the vocabulary at a time, instead
-            of for some of the positions: less memory, for a fourth product.
-
-    Returns:
-        The sum. It can be differentiated with respect to `hidden` and `head`.
+    Differentiable with respect to `hidden`, whose dtype is that of the products' operands, and
+    `head`. Where a weight is 0, target and finite hidden state do not matter. `by_vocabulary` cuts
+    the vocabulary instead of the positions for the gradient: less memory, for a fourth product.
     """
     del by_vocabulary
 
@@ -126,7 +118,7 @@ summed_cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunks(*arrays: Any) -> tuple[Array, ...]:
-    """Cuts each (B, L, ...) into (C, B · P, ...): rows stay on the device that has them."""
+    """Cuts each (B, L, ...) into (C, B · P, ...): rows stay on their devices."""
     batch, length = arrays[0].shape[:2]
     positions = next(p for p in range(min(_POSITIONS, length), length + 1) if length % p == 0)
 
@@ -161,7 +153,7 @@ def _gradient(logits, log_normalizer, targets, weights, dtype):
 
 
 def _is_target(logits, targets):
-    # A comparison that XLA fuses with what uses it, where indexing would be a gather or a scatter.
+    # XLA fuses a comparison with its uses; indexing would be a gather or a scatter.
     return jnp.arange(logits.shape[-1]) == targets[..., None]
 
 

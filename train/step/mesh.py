@@ -1,9 +1,10 @@
-"""The device mesh, and where arrays live on it: one table from logical axes to mesh axes.
+"""The device mesh, and how arrays are split over it: one table from logical axes to mesh axes.
 
 Three mesh axes: `data` splits the batch alone; `fsdp` splits the batch and the weights (along the
 model's width); `tensor` splits the weights' other axis. XLA inserts the communication.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,25 +17,17 @@ from galore_optax.quantization.array import is_quantized
 
 AXES = ("data", "fsdp", "tensor")
 
-# Which mesh axis splits an array's axis of that name.
+# The mesh axis that splits an array's axis of each name.
 RULES: Mapping[str | None, str | None] = {
-    "vocab": "tensor",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "embed": "fsdp",
-    "layer": None,
-    None: None,
-}
+    "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp",
+    "layer": None, None: None,
+}  # fmt: skip
 
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:
-    """Reads `data=2,fsdp=4`; axes that are not named have size 1.
-
-    Raises:
-        ValueError: for another spelling, an axis that is unknown or named twice, or a size below 1.
-    """
+    """Reads `data=2,fsdp=4`; axes that are not named have size 1."""
     sizes = dict.fromkeys(AXES, 1)
     if text is None:
         return sizes
@@ -53,18 +46,14 @@ def parse_mesh(text: str | None) -> dict[str, int]:
 
 
 def make_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `--mesh`: all devices, or the first one where nothing is asked for.
-
-    Args:
-        text: such as `data=2,fsdp=4`, or None.
-        devices: all that there are, `jax.devices()` by default.
+    """The mesh of `--mesh`: such as `data=2,fsdp=4` over all devices, or None: the first alone.
 
     Raises:
         ValueError: if the sizes do not multiply to the number of devices.
     """
     devices = available_devices() if devices is None else devices
     sizes = parse_mesh(text)
-    product = int(np.prod(list(sizes.values())))
+    product = math.prod(sizes.values())
     if text is None:
         devices = devices[:1]
     if product != len(devices):
@@ -78,11 +67,7 @@ def make_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) -> 
 
 
 def available_devices() -> list[jax.Device]:
-    """`jax.devices()`.
-
-    Raises:
-        ValueError: if there is none of the platform that JAX was told to use.
-    """
+    """`jax.devices()`; raises ValueError if the platform that JAX was told to use has none."""
     try:
         return jax.devices()
     # JAX asserts where the environment names a platform whose plugin is not installed.
@@ -96,27 +81,20 @@ def available_devices() -> list[jax.Device]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of an array of which each device has a copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """The number of parts into which a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, list[str]]:
-    """Where each param lives.
+    """The sharding of each param, and a line for each that is not split as `RULES` says.
 
-    A mesh axis that does not divide its axis of a matrix goes to the other one, if it divides that.
-
-    Args:
-        mesh: with the axes `AXES`.
-        shapes: tree of arrays or `ShapeDtypeStruct`, and `QuantizedArray`s of such.
-        logical_axes: the same tree with a tuple of names (keys of `RULES`) for each leaf.
-
-    Returns:
-        The tree of `NamedSharding`, and a line for each param that is not split as the table says.
+    A mesh axis that does not divide its axis of a matrix splits the other one, if it divides that.
+    `logical_axes` has for each leaf of `shapes` a tuple of names (keys of `RULES`).
     """
     notes: list[str] = []
 
@@ -124,9 +102,9 @@ def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, li
         spec, note = _place(dict(mesh.shape), leaf.shape, names)
         if note:
             notes.append(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {note}")
-        if is_quantized(leaf):  # its blocks are whole on each device
+        if is_quantized(leaf):  # no block is split
             blocks = [None if i - leaf.ndim == leaf.axis else axes for i, axes in enumerate(spec)]
-            # Scales that are codes themselves, of few bits and other blocks, are whole.
+            # Scales that are quantized themselves have blocks along another axis: not split.
             nested = is_quantized(leaf.scales)
             scales = NamedSharding(mesh, PartitionSpec(*([] if nested else blocks)))
             split = spec if leaf.code.bits == 8 else PartitionSpec(*blocks)
@@ -140,13 +118,13 @@ def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, li
 def _place(
     mesh: dict[str, int], shape: tuple[int, ...], names: tuple[str | None, ...]
 ) -> tuple[PartitionSpec, str]:
-    """One array's spec, and what had to be done otherwise than the table says."""
+    """An array's spec, and in what it differs from `RULES`."""
     split: list[list[str]] = [[] for _ in shape]
 
     def divides(axis: str, d: int) -> bool:
-        return shape[d] % int(np.prod([mesh[a] for a in (*split[d], axis)])) == 0
+        return shape[d] % math.prod(mesh[a] for a in (*split[d], axis)) == 0
 
-    homeless = []
+    left = []
     for d, name in enumerate(names):
         axis = RULES[name]
         if axis is None or mesh[axis] == 1:
@@ -154,14 +132,14 @@ def _place(
         if divides(axis, d):
             split[d].append(axis)
         else:
-            homeless.append((axis, d))
+            left.append((axis, d))
     notes = []
-    for axis, d in homeless:
+    for axis, d in left:
         note = f"{shape}: {axis}={mesh[axis]} does not divide axis {d} ({names[d]}), "
         others = [o for o in range(len(shape)) if o != d and RULES[names[o]] is not None]
         other = next((o for o in others if divides(axis, o)), None)
         if other is None:
-            note += "nor another: whole on each of them"
+            note += "nor another: a copy on each device"
         else:
             split[other].append(axis)
             note += f"splits axis {other} ({names[other]}) instead"
@@ -171,12 +149,7 @@ def _place(
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts a batch on the devices, split over `data` and `fsdp`.
-
-    Args:
-        mesh: with the axes `AXES`.
-        batch: arrays `(B, ...)`, the same whole batch in every process, which puts its own rows.
-    """
+    """Puts a batch `(B, L)` on the devices; each process has all of it, and puts its own rows."""
     sharding = NamedSharding(mesh, BATCH)
     return {
         name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
@@ -185,22 +158,18 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as the data and `put_batch` make it, without its arrays."""
-    dtypes = {name: np.int32 for name in ("inputs", "targets", "positions", "segment_ids")}
-    return {
-        name: jax.ShapeDtypeStruct(
-            (batch_size, seq_len), dtype, sharding=NamedSharding(mesh, BATCH)
-        )
-        for name, dtype in {**dtypes, "weights": np.float32}.items()
-    }
+    """The `ShapeDtypeStruct`s of a batch of `put_batch`."""
+    shape = batch_size, seq_len
+    ids, weights = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
+        for dtype in (np.int32, np.float32)
+    )
+    names = ("inputs", "targets", "positions", "segment_ids")
+    return {**dict.fromkeys(names, ids), "weights": weights}
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Says whether the devices can split a batch.
-
-    Raises:
-        ValueError: if a batch does not divide into microbatches, or these over the devices.
-    """
+    """Raises ValueError unless a batch divides into microbatches, and these over the devices."""
     shards = batch_shards(mesh)
     if batch_size % accumulate or (batch_size // accumulate) % shards:
         raise ValueError(

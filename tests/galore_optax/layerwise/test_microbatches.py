@@ -33,7 +33,8 @@ from galore_optax.layerwise.microbatches import over_microbatches, over_microbat
 from galore_optax.layerwise.step import Layerwise
 from galore_optax.transformation import subspace_parts
 from train.step.mesh import make_mesh
-from train.step.ordinary import TrainState, train_step_in_subspace
+from train.step.ordinary import train_step_in_subspace
+from train.step.state import TrainState
 
 MICROBATCHES = 3
 STACKED = GaLoreDimensionNumbers(-2, -1)

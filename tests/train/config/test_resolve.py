@@ -1,19 +1,15 @@
-"""Settings and the command line: defaults, what is accepted, and how wrong use ends."""
+"""Settings: defaults, what is accepted, and how wrong use ends."""
 
-import asyncio
 import dataclasses
-import io
 import json
-import sys
-import threading
-import weakref
 from typing import get_args
 
 import pytest
 
 from models.llama.config import SIZES
 from train.config.optimizers import OPTIMIZERS, learning_rate_schedule
-from train.config.resolve import DEFAULTS, Model, Pretrain, load, resolve, to_json
+from train.config.resolve import DEFAULTS, load, resolve
+from train.config.settings import Model, Pretrain, to_json
 from train.run import cli
 
 
@@ -153,7 +149,7 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--rank 128", "--rank 128: a rank of 128 or more compresses no matrix of tiny"),
         ("--rank 600 --model llama-60m", "choose at most 511, or an --optimizer without rank"),
         ("--update-proj-gap 0", "--update-proj-gap 0: expected 1 or more"),
-        ("--rank 4 --optimizer adamw", "of no use to --optimizer adamw"),
+        ("--rank 4 --optimizer adamw", "no effect with --optimizer adamw"),
         ("--scale 1 --optimizer adafactor", "choose one of galore-adamw, galore-adamw8bit"),
         ("--weight-decay 0.1 --optimizer adafactor", "choose one of adamw"),
         ("--scale -1", "--scale -1.0: expected a positive number"),
@@ -176,12 +172,12 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--max-skipped 0", "expected 1 or more"),
         ("--workers -1", "expected 0 or more"),
         ("--data c4", "needs --data-dir"),
-        ("--data-dir x", "of no use to --data builtin"),
+        ("--data-dir x", "no effect with --data builtin"),
         ("--config missing.json", "missing.json"),
         ("--adapter vera", "low-rank"),
         ("--adapter lora", "galore-adamw has a rank of its own; choose one of adamw, adamw8bit,"),
         ("--adapter dora --optimizer lora-adamw", "lora-adamw has an adapter of its own"),
-        ("--alpha 8", "--alpha 8.0 is of no use to --optimizer galore-adamw"),
+        ("--alpha 8", "--alpha 8.0 has no effect with --optimizer galore-adamw"),
         (
             "--alpha 8 --optimizer adamw --adapter low-rank",
             "choose one of --adapter lora, --adapter",
@@ -191,16 +187,16 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--gradient-rank 8 --optimizer lora-adamw", "choose one of gradnorm-lorp-adamw"),
         (
             "--gradient-rank 8 --rank 8 --optimizer gradnorm-lorp-adamw",
-            "less than --rank 8, the ad",
+            "below --rank 8, the ad",
         ),
         (
             "--rank 1 --optimizer gradnorm-lorp-adamw",
-            "--gradient-rank 1: expected less than --rank",
+            "--gradient-rank 1: expected below --rank",
         ),
         ("--dropout 1 --optimizer lora-adamw", "--dropout 1.0: expected a share"),
         ("--adapter-pattern [ --optimizer lora-adamw", "--adapter-pattern [: unterminated"),
         ("--alpha 0 --optimizer lora-adamw", "--alpha 0.0: expected a positive"),
-        ("--weight-bits 4 --optimizer relora-adamw", "so few bits at a restart"),
+        ("--weight-bits 4 --optimizer relora-adamw", "4-bit weights lose what was learnt"),
         ("--weight-bits 3 --optimizer qlora-adamw", "--weight-bits 3: choose 4 or 8"),
         (
             "--restart-every 10 --restart-warmup 10 --optimizer relora-adamw",
@@ -238,70 +234,3 @@ def test_help_documents_every_flag(capsys):
         assert f"--{field.name.replace('_', '-')} " in text
     assert "None" not in text
     assert len({len(line) for line in text.splitlines() if line[:1] in set("╭│╰ ")}) == 1
-
-
-def test_a_full_disk_is_one_line_and_exit_code_2(capsys):
-    def fail(config: Pretrain) -> int:
-        raise OSError(28, "No space left on device", "runs/x/metrics.jsonl")
-
-    with pytest.raises(SystemExit) as stop:
-        cli.run(fail, Pretrain, "train", args=[])
-    assert stop.value.code == 2
-    assert "No space left on device: 'runs/x/metrics.jsonl'" in capsys.readouterr().err
-
-
-def test_what_fails_beside_an_error_is_not_logged(caplog):
-    async def write():
-        pass
-
-    async def leave_writes():
-        asyncio.get_running_loop().create_future().set_exception(OSError("full"))
-        write()  # and one that has not begun
-
-    def fail(config: Pretrain) -> int:
-        asyncio.run(leave_writes())
-        raise OSError("full")
-
-    with pytest.raises(SystemExit):
-        cli.run(fail, Pretrain, "train", args=[])
-    assert not caplog.records
-
-
-def test_an_errors_frames_are_gone_when_a_command_ends():
-    held = []
-
-    def fail(config: Pretrain) -> int:
-        shared_memory = threading.Thread()
-        held.append(weakref.ref(shared_memory))
-        error = ValueError("a cycle: the error's frame has the error")
-        raise error
-
-    with pytest.raises(SystemExit):
-        cli.run(fail, Pretrain, "train", args=[])
-    assert held[0]() is None
-
-
-@pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_what_an_encoding_lacks_is_replaced(monkeypatch, name):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    monkeypatch.setattr(sys, name, stream)
-    with pytest.raises(SystemExit) as stop:
-        cli.run(lambda _: print("Höhe", file=stream), Pretrain, "train", args=[])
-    assert not stop.value.code
-    assert stream.buffer.getvalue() == b"H?he\n"
-
-
-def test_ctrl_c_is_one_line(capsys):
-    def stop(config: Pretrain) -> int:
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(stop, Pretrain, "train", args=[])
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == "interrupted\n"
-
-
-def test_the_exit_code_is_mains(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.run(lambda _: 143, Pretrain, "train", args=[])
-    assert stop.value.code == 143

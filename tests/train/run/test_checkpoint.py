@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, and damage never does."""
 
 import gc
+import json
 import os
 import shutil
 import time
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from train.run.checkpoint import Checkpoints
+from train.run import checkpoint
+from train.run.checkpoint import FORMAT, Checkpoints
 from train.step.mesh import make_mesh, replicated
 
 # Where an error has ended a read or write, TensorStore calls back into its closed event loop.
@@ -134,6 +136,29 @@ def test_a_checkpoint_of_another_model_is_refused_not_passed_over(run):
         ValueError, match=r"another model.*half is bfloat16\[64, 8\] there and .*\[32"
     ):
         run.read(width=32)
+
+
+@pytest.mark.parametrize("written", [1, FORMAT + 1])
+def test_a_checkpoint_of_another_format_is_refused_with_both_numbers(run, monkeypatch, written):
+    if written == 1:  # they had no number
+        for step in (10, 20):
+            file = run.directory / str(step) / "progress" / "metadata"
+            progress = json.loads(file.read_text())
+            assert progress.pop("format") == FORMAT
+            file.write_text(json.dumps(progress))
+    else:
+        monkeypatch.setattr(checkpoint, "FORMAT", written)
+        with Checkpoints(run.directory, 5, print, {}) as checkpoints:
+            checkpoints.save(30, *tree(30, run.mesh), {"position": [30, 3]})
+        monkeypatch.undo()
+    message = rf"has checkpoint format {written}, this version reads format {FORMAT}: start a new"
+    with pytest.raises(ValueError, match=message):
+        run.read()
+    with (
+        Checkpoints(run.directory, 5, print, {}, read_only=True) as checkpoints,
+        pytest.raises(ValueError, match=message),
+    ):
+        checkpoints.restore_params(abstract(tree(0, run.mesh)[0]))
 
 
 def test_where_no_checkpoint_can_be_read_the_run_does_not_start_anew(run):

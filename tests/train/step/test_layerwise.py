@@ -1,30 +1,24 @@
 """`--layerwise`: the ordinary run's losses, on a mesh and after resuming too."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import small
-from test_mesh import ADAMW, train
-from test_pretrain import losses, unfinished
+from small_run import ADAMW, LOW_BIT, MICRO, NO_SUBSPACE, losses, small, train, trained, unfinished
 
-from galore_optax import quantize_state
+from galore_optax.quantization.array import is_quantized
+from models.llama.config import SIZES
 from train.config.resolve import resolve
-from train.plan import RECIPES
+from train.plan import programs_of
 from train.pretrain import main
 from train.run.assemble import assemble
 from train.step.mesh import put_batch
 
-# All that a 10 GB card needs; rounded to the nearest, since by layers other numbers are drawn than
-# for the whole stack.
-Q_GALORE = {
-    **RECIPES["10 GB card"], "layerwise": False, "rematerialize": False,
-    "stochastic_rounding": False,
-}  # fmt: skip
-NO_SUBSPACE = {"rank": None, "update_proj_gap": None}
-PREVIOUS = {"clip": "previous", "clip_norm": 0.5}
+PREVIOUS = {"clip": "previous", "clip_norm": 0.5, **ADAMW}
+RUN = dict(layerwise=True, clip="previous", steps=8, save_every=3)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +27,7 @@ def one_device():
     return {
         "galore-adamw": train(),
         "adamw": train(**ADAMW),
-        "q-galore": train(**Q_GALORE),
+        "q-galore": train(**LOW_BIT),
         "previous": train(layerwise=True, **PREVIOUS),
     }
 
@@ -43,7 +37,7 @@ def one_device():
     [
         ("galore-adamw", {}),
         ("adamw", ADAMW),
-        ("q-galore", Q_GALORE | {"mesh": "fsdp=2,data=4"}),
+        ("q-galore", LOW_BIT | {"mesh": "fsdp=2,data=4"}),
         ("galore-adamw", {"accumulate": 2, "rematerialize": True}),
         ("galore-adamw", {"mesh": "data=2,fsdp=2,tensor=2"}),
         ("previous", {"mesh": "data=4,fsdp=2", **PREVIOUS}),
@@ -68,23 +62,33 @@ def test_what_optimizers_do_by_leaf_they_do_by_layer_in_the_ordinary_step_too(op
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "galore-adamw8bit", "q-galore-adamw8bit"])
 @pytest.mark.parametrize("layerwise", [False, True], ids=["ordinary", "layerwise"])
-def test_vectors_of_a_layer_are_held_in_few_bits_by_their_own_size(
-    monkeypatch, optimizer, layerwise
-):
-    # Those of two layers are 64 numbers, of one 32.
-    monkeypatch.setattr(quantize_state, "__kwdefaults__", {"min_size": 50, "unsigned": None})
-    settings = dict(optimizer=optimizer, layerwise=layerwise)
+def test_vectors_of_a_layer_are_quantized_by_their_own_size(monkeypatch, optimizer, layerwise):
+    # Arrays of 4,096 numbers are quantized: a norm of both layers has as many, one layer's half.
+    monkeypatch.setitem(SIZES, "wide", dataclasses.replace(MICRO, width=2048))
+    settings = dict(model="wide", optimizer=optimizer, layerwise=layerwise)
     settings |= {} if "galore" in optimizer else NO_SUBSPACE
-    state = assemble(resolve(small("unused", **settings)), lambda line: None).abstract.optimizer
+    state = programs_of(resolve(small("unused", **settings))).abstract.optimizer
     paths = [(jax.tree_util.keystr(path), x) for path, x in jax.tree.leaves_with_path(state)]
     norms = [x.dtype for path, x in paths if "_norm" in path]
     assert {*norms} == {jnp.dtype("float32")}, "moments of the layers' norms"
     assert any(x.dtype == jnp.uint8 for path, x in paths if "mlp" in path)
 
 
-def test_weights_of_few_bits_are_rounded_at_random():
-    at_random = {**Q_GALORE, "layerwise": True, "stochastic_rounding": True}
-    assert train(**at_random) != train(**{**Q_GALORE, "layerwise": True})
+def test_quantized_weights_are_rounded_at_random():
+    # An update is a hundredth of a step between two codes: to the nearest, none would change.
+    settings = LOW_BIT | {"layerwise": True, "stochastic_rounding": True, "learning_rate": 1e-5}
+    _, first, last, _ = trained(1, **settings, warmup_steps=0)
+    before, after = (
+        [
+            x.codes
+            for x in jax.tree.leaves(s.params["layers"], is_leaf=is_quantized)
+            if is_quantized(x)
+        ]
+        for s in (first, last)
+    )
+    assert len(before) == 7
+    for old, new in zip(before, after, strict=True):
+        assert 0 < np.mean(np.asarray(old) != np.asarray(new)) < 0.02
 
 
 def test_microbatches_summed_in_the_subspace_give_the_ordinary_steps_losses_on_a_mesh_too():
@@ -110,25 +114,24 @@ def test_sums_in_the_subspace_need_one_and_a_norm_that_is_known(settings, messag
 
 
 def test_adapters_need_no_layers():
-    with pytest.raises(ValueError, match="--layerwise is of no use with --adapter lora"):
+    with pytest.raises(ValueError, match="--layerwise has no effect with --adapter lora"):
         resolve(small("unused", layerwise=True, optimizer="lora-adamw", update_proj_gap=None))
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path):
-    settings = dict(layerwise=True, clip="previous", steps=8, save_every=3)
     whole = tmp_path / "whole"
-    assert main(small(whole, **settings)) == 0
+    assert main(small(whole, **RUN)) == 0
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["optimizer_state_bytes"] < summary["adamw_state_bytes"]
     again = unfinished(whole, tmp_path, "8")
-    assert main(small(again, resume=True, **settings)) == 0
+    assert main(small(again, resume=True, **RUN)) == 0
     assert losses(again) == losses(whole)
-    with pytest.raises(ValueError, match=r"holds another run: .* --layerwise True \(now False\)"):
-        main(small(whole, resume=True, **settings | {"layerwise": False, "clip": "exact"}))
+    with pytest.raises(ValueError, match=r"has another run: .* --layerwise True \(now False\)"):
+        main(small(whole, resume=True, **RUN | {"layerwise": False, "clip": "exact"}))
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_counted():
-    parts = assemble(resolve(small("unused", layerwise=True, clip="previous")), lambda line: None)
+    parts = assemble(resolve(small("unused", **RUN)), lambda line: None)
     state = parts.init(jax.random.key(0))
     state.params["norm"] = state.params["norm"].at[0].set(jnp.nan)
     before = jax.device_get(state)
@@ -150,5 +153,5 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted():
 
 
 def test_clipping_by_the_previous_norm_is_of_use_by_layers_only():
-    with pytest.raises(ValueError, match="--clip previous is of use with --layerwise only"):
+    with pytest.raises(ValueError, match="--clip previous has an effect with --layerwise only"):
         resolve(small("unused", clip="previous"))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from small_run import MICRO, small
+from small_run import ADAMW, MICRO, small, train
 
 from models.llama.axes import logical_axes
 from models.llama.config import SIZES, LlamaConfig, Weight, weight_table
@@ -83,7 +83,7 @@ def test_what_cannot_be_split_at_all_is_whole_and_it_is_said():
     shardings, notes = shardings_of(odd, "fsdp=8")
     assert all(s.is_fully_replicated for s in jax.tree.leaves(shardings))
     assert len(notes) == 9
-    assert all("whole on each" in note for note in notes)
+    assert all("a copy on each device" in note for note in notes)
 
 
 def test_a_batch_is_split_over_data_and_fsdp():
@@ -91,25 +91,6 @@ def test_a_batch_is_split_over_data_and_fsdp():
     placed = put_batch(make_mesh("data=2,fsdp=2,tensor=2"), batch)["inputs"]
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 4)}
     np.testing.assert_array_equal(placed, batch["inputs"])
-
-
-def train(steps: int = 6, **changes) -> list[float]:
-    parts = assemble(resolve(small("unused", **changes)), print)
-    state = parts.init(jax.random.key(0))
-    for x, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(parts.abstract), strict=True):
-        assert x.sharding == wanted.sharding
-    losses = []
-    for batch, _ in parts.data.batches():
-        state, metrics = parts.train_step(state, put_batch(parts.mesh, batch))
-        losses.append(float(metrics["loss"]))
-        if len(losses) == steps:
-            break
-    for x, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(parts.abstract), strict=True):
-        assert x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
-    return losses
-
-
-ADAMW = {"optimizer": "adamw", "rank": None, "update_proj_gap": None}
 
 
 @pytest.fixture(scope="module")

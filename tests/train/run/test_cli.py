@@ -1,0 +1,79 @@
+"""A command: its exit codes, and how errors are printed."""
+
+import asyncio
+import io
+import sys
+import threading
+import weakref
+
+import pytest
+
+from train.config.settings import Pretrain
+from train.run import cli
+
+
+def test_a_full_disk_is_one_line_and_exit_code_2(capsys):
+    def fail(config: Pretrain) -> int:
+        raise OSError(28, "No space left on device", "runs/x/metrics.jsonl")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail, Pretrain, "train", args=[])
+    assert stop.value.code == 2
+    assert "No space left on device: 'runs/x/metrics.jsonl'" in capsys.readouterr().err
+
+
+def test_what_fails_beside_an_error_is_not_logged(caplog):
+    async def write():
+        pass
+
+    async def leave_writes():
+        asyncio.get_running_loop().create_future().set_exception(OSError("full"))
+        write()  # and one that has not begun
+
+    def fail(config: Pretrain) -> int:
+        asyncio.run(leave_writes())
+        raise OSError("full")
+
+    with pytest.raises(SystemExit):
+        cli.run(fail, Pretrain, "train", args=[])
+    assert not caplog.records
+
+
+def test_an_errors_frames_are_gone_when_a_command_ends():
+    held = []
+
+    def fail(config: Pretrain) -> int:
+        shared_memory = threading.Thread()
+        held.append(weakref.ref(shared_memory))
+        error = ValueError("a cycle: the error's frame has the error")
+        raise error
+
+    with pytest.raises(SystemExit):
+        cli.run(fail, Pretrain, "train", args=[])
+    assert held[0]() is None
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_an_encoding_lacks_is_replaced(monkeypatch, name):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, name, stream)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda _: print("Höhe", file=stream), Pretrain, "train", args=[])
+    assert not stop.value.code
+    assert stream.buffer.getvalue() == b"H?he\n"
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def stop(config: Pretrain) -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(stop, Pretrain, "train", args=[])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_the_exit_code_is_mains(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda _: 143, Pretrain, "train", args=[])
+    assert stop.value.code == 143

@@ -1,0 +1,167 @@
+"""What is accepted as a setting. Each error names the flag, its value and what is accepted."""
+
+import itertools
+import re
+from collections.abc import Collection, Iterator
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from models.llama.config import SIZES
+from models.llama.model import smaller_sides
+from train.config.optimizers import OPTIMIZERS
+from train.config.settings import Pretrain, Resolved, flag
+from train.config.weights import ADAPTERS
+
+# Numbers of a run are float32; smaller ones than the smallest count as zero.
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_AT_LEAST = {
+    "rank": 1, "update_proj_gap": 1, "steps": 1, "warmup_steps": 0, "batch_size": 1,
+    "accumulate": 1, "seq_len": 1, "eval_every": 1, "eval_tokens": 1, "save_every": 1,
+    "keep": 1, "log_every": 1, "max_skipped": 1, "workers": 0, "seed": 0,
+    "gradient_rank": 1, "restart_every": 1, "restart_warmup": 0,
+}  # fmt: skip
+_POSITIVE = ("scale", "learning_rate", "clip_norm", "alpha")
+_BITS = ("moment_bits", "projection_bits", "weight_bits", "embedding_bits")
+
+# Settings that only some optimizers or adapters use.
+OPTIONS = {name for t in (OPTIMIZERS, ADAPTERS) for row in t.values() for name in row.options}
+
+
+def check_types(config: Pretrain) -> None:
+    """Checks the fields' types: a config.json or Python code can pass any, tyro has checked its."""
+    for name, hint in get_type_hints(Pretrain).items():
+        value = getattr(config, name)
+        accepted = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+        if get_origin(accepted[0]) is Literal:
+            choices = get_args(accepted[0])
+            if name == "model":  # a program may have added sizes of its own
+                choices = tuple({**dict.fromkeys(choices), **SIZES})
+            if value not in choices and not (value is None and type(None) in accepted):
+                raise ValueError(f"{flag(name)} {value!r}: choose one of {', '.join(choices)}")
+        elif type(value) not in accepted and not (type(value) is int and float in accepted):
+            kinds = " or ".join("null" if t is type(None) else t.__name__ for t in accepted)
+            raise ValueError(f"{flag(name)} {value!r}: expected {kinds}")
+
+
+def check_adapter(config: Pretrain) -> None:
+    """Checks that the optimizer can train the adapter."""
+    recipe = OPTIMIZERS[config.optimizer]
+    has_rank = "rank" in recipe.options
+    if config.adapter not in (None, recipe.adapter) and (recipe.adapter or has_rank):
+        others = [n for n, r in OPTIMIZERS.items() if not (r.adapter or "rank" in r.options)]
+        raise ValueError(
+            f"--adapter {config.adapter}: --optimizer {config.optimizer} has "
+            f"{'a rank' if has_rank else 'an adapter'} of its own; choose one of "
+            f"{', '.join(others)}, or leave --adapter out"
+        )
+
+
+def check_unused(config: Pretrain, used: Collection[str]) -> None:
+    """Checks that no option is set that the optimizer and the adapter do not use."""
+    for name in sorted(OPTIONS - set(used)):
+        if getattr(config, name) is not None:
+            users = [n for n, r in OPTIMIZERS.items() if name in r.options]
+            users += [f"--adapter {n}" for n, r in ADAPTERS.items() if name in r.options]
+            raise ValueError(
+                f"{flag(name)} {getattr(config, name)} has no effect with --optimizer "
+                f"{config.optimizer}: leave it out (or None), or choose one of {', '.join(users)}"
+            )
+
+
+def check_values(config: Resolved) -> None:
+    """Checks each value, the values that contradict each other, and those against the model."""
+    for error in itertools.chain(_ranges(config), _conflicts(config), _sizes(config)):
+        raise ValueError(error)
+
+
+def _ranges(c: Resolved) -> Iterator[str]:
+    """An error for each value that is out of its range."""
+    for name, least in _AT_LEAST.items():
+        value = getattr(c, name)
+        limit = 32 if name == "seed" else 31  # unsigned; the others are, or count in, int32
+        if value is not None and value < least:
+            yield f"{flag(name)} {value}: expected {least} or more"
+        if value is not None and value >= 2**limit:
+            yield f"{flag(name)} {value}: expected less than 2**{limit}"
+    for name in _POSITIVE:
+        value = getattr(c, name)
+        if value is not None and not _SMALLEST <= value <= _LARGEST:
+            limits = f"{_SMALLEST:.1e} to {_LARGEST:.1e}"
+            yield f"{flag(name)} {value}: expected a positive number, {limits}"
+    for name in _BITS:
+        if getattr(c, name) not in (None, 4, 8):
+            yield f"{flag(name)} {getattr(c, name)}: choose 4 or 8"
+    if c.dropout is not None and not 0 <= c.dropout < 1:
+        yield f"--dropout {c.dropout}: expected a share from 0 to below 1"
+    if c.weight_decay is not None and not 0 <= c.weight_decay <= _LARGEST:
+        yield f"--weight-decay {c.weight_decay}: expected 0 or more, {_LARGEST:.1e} at most"
+    try:
+        re.compile(c.adapter_pattern or "")
+    except (re.error, OverflowError) as error:
+        expected = "expected a regular expression, such as query|value"
+        yield f"--adapter-pattern {c.adapter_pattern}: {error}; {expected}"
+
+
+def _conflicts(c: Resolved) -> Iterator[str]:
+    """An error for each pair of settings that contradict each other."""
+    adapter, every, pause = c.adapter, c.restart_every, c.restart_warmup
+    quantized = c.weight_bits is not None and adapter is None
+    if c.stochastic_rounding and c.dtype == "float32" and not quantized:
+        yield (
+            "--stochastic-rounding: float32 weights need no rounding; leave it out, or choose "
+            "--dtype bfloat16"
+        )
+    if c.gradient_rank is not None and c.rank is not None and c.gradient_rank >= c.rank:
+        yield f"--gradient-rank {c.gradient_rank}: expected below --rank {c.rank}, the adapter's"
+    if every is not None and c.weight_bits == 4:
+        yield (
+            f"--weight-bits 4 with --adapter {adapter}: 4-bit weights lose what was learnt when "
+            "a restart merges it into them; choose 8, or leave it out"
+        )
+    if every is not None and pause is not None and pause >= every:
+        yield f"--restart-warmup {pause}: expected fewer steps than --restart-every {every}"
+    if c.warmup_steps >= c.steps:
+        yield f"--warmup-steps {c.warmup_steps}: expected fewer than --steps {c.steps}"
+    if c.layerwise and adapter is not None:
+        yield (
+            f"--layerwise has no effect with --adapter {adapter}: the gradients of adapters are "
+            "small, and frozen weights have none; leave one of them out"
+        )
+    if c.clip != "exact" and not c.layerwise:
+        yield f"--clip {c.clip} has an effect with --layerwise only; any other step clips exactly"
+    users = [name for name, recipe in OPTIMIZERS.items() if "scale" in recipe.options]
+    if c.accumulate_in_subspace and c.optimizer not in users:
+        yield (
+            f"--accumulate-in-subspace: --optimizer {c.optimizer} has no subspace; leave it out or "
+            f"choose one of {', '.join(users)}"
+        )
+    if c.clip == "exact" and c.layerwise and c.accumulate_in_subspace:
+        yield (
+            "--clip exact with --layerwise --accumulate-in-subspace: the norm of the projected sum "
+            "is not known before the new subspaces are; choose previous, or leave one of them out"
+        )
+    if c.data == "c4" and c.data_dir is None:
+        yield (
+            "--data c4 needs --data-dir, the folder of the data set: `python -m train.prepare_c4` "
+            "writes one; --data builtin needs none"
+        )
+    if c.data == "builtin" and c.data_dir is not None:
+        yield "--data-dir has no effect with --data builtin: leave it out, or choose --data c4"
+
+
+def _sizes(c: Resolved) -> Iterator[str]:
+    """An error if length or rank exceed the model's sizes."""
+    size, sides = SIZES[c.model], smaller_sides(SIZES[c.model])
+    if c.seq_len > size.max_length:
+        yield f"--seq-len {c.seq_len}: {c.model} takes at most {size.max_length} tokens"
+    if c.rank is not None and c.adapter is None and c.rank >= max(sides):
+        yield (
+            f"--rank {c.rank}: a rank of {max(sides)} or more compresses no matrix of {c.model}; "
+            f"choose at most {max(sides) - 1}, or an --optimizer without rank"
+        )
+    if c.rank is not None and c.adapter is not None and c.rank > min(sides):
+        yield (
+            f"--rank {c.rank}: an adapter's rank is at most the smaller side of a matrix, "
+            f"{min(sides)} in {c.model}"
+        )

@@ -1,0 +1,209 @@
+"""The settings of a pre-training run; each field is a flag, its docstring is the flag's help."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+Model = Literal["tiny", "llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b"]
+Optimizer = Literal[
+    "adamw", "adamw8bit", "adafactor", "galore-adamw", "galore-adamw8bit", "galore-adafactor",
+    "q-galore-adamw8bit", "gradnorm-lorp-adamw", "lora-adamw", "relora-adamw", "qlora-adamw",
+]  # fmt: skip
+
+# How a run is started, not what it is: these are not in config.json.
+NOT_STORED = ("out", "resume", "config")
+# What a resumed run may change: none of it changes the updates beyond rounding.
+MAY_CHANGE = (
+    "data_dir", "mesh", "workers", "rematerialize", "deterministic",
+    "save_every", "keep", "log_every", "max_skipped", "prompt",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Pre-train a LLaMA. Without any flag: `tiny` with GaLore on text that ships with Python."""
+
+    model: Model = "tiny"
+    """Architecture; the sizes are those of the GaLore paper."""
+    data: Literal["builtin", "c4"] = "builtin"
+    """`builtin`: text that ships with Python, about 2 MB. `c4`: the TFDS data set in --data-dir."""
+    data_dir: str | None = None
+    """Folder of the data set; `python -m train.prepare_c4` writes one."""
+    tokenizer: str = "bytes"
+    """`bytes`, or the path of a tokenizer.json."""
+    sequences: Literal["packed", "document"] = "packed"
+    """`packed`: no padding, no attention across documents. `document`: one document per row,
+    truncated or padded, as published."""
+    optimizer: Optimizer = "galore-adamw"
+    """Optimizer; the last four come with the adapter of their name."""
+    adapter: Literal["lora", "dora", "relora", "qlora", "low-rank", "gradnorm-lorp"] | None = None
+    """Trained instead of the layers' matrices, which are frozen (low-rank: replaced). Params
+    without an adapter, such as embedding, norms and head, are trained as usual."""
+    adapter_pattern: str | None = None
+    """Regular expression for the paths of the matrices that get adapters, such as query|value.
+    Default: all."""
+    rank: int | None = None
+    """Rank of GaLore, below the width of the model, or of the adapter. Default: the paper's for the
+    model; 32 for tiny."""
+    gradient_rank: int | None = None
+    """Rank to which gradnorm-lorp-adamw projects the gradients of the adapter's factors, below
+    --rank. Default: a quarter of --rank."""
+    alpha: float | None = None
+    """A LoRA or DoRA adapter is scaled by alpha / rank. Default: the rank."""
+    dropout: float | None = None
+    """Share of the inputs that a LoRA or DoRA adapter drops in training. Default: 0."""
+    restart_every: int | None = None
+    """Steps between two restarts of relora and gradnorm-lorp: adapters are merged and reset.
+    Default: a fifth of --steps. As many as --steps: never."""
+    restart_warmup: int | None = None
+    """Warm-up steps of the learning rate after a restart. Default: a tenth of --restart-every."""
+    update_proj_gap: int | None = None
+    """Steps between two refreshes of GaLore's subspaces. Default: 200; 500 for llama-7b, 100 for
+    tiny."""
+    scale: float | None = None
+    """Factor of GaLore's projected updates. Default: 0.25."""
+    side: Literal["smaller", "larger", "left", "right"] | None = None
+    """Side of a matrix that GaLore projects; `larger` takes the least memory. Default: smaller, as
+    published."""
+    moment_bits: int | None = None
+    """Bits of a number of the moments, 8 or 4, with the 8-bit optimizers and gradnorm-lorp-adamw.
+    Default: 8 with the 8-bit ones, else those of --dtype."""
+    projection_bits: int | None = None
+    """Bits of a number of GaLore's bases, 8 or 4. Default: those of --dtype; 4 with
+    q-galore-adamw8bit."""
+    adaptive_refresh: bool | None = None
+    """Refresh a subspace less often once it has stopped changing. Default: only with
+    q-galore-adamw8bit."""
+    weight_bits: int | None = None
+    """Bits of a weight of the layers' matrices, 8 or 4 (NF4 with an adapter), with
+    q-galore-adamw8bit or an adapter. Default: 8 with q-galore-adamw8bit, 4 with qlora, else those
+    of --dtype."""
+    embedding_bits: int | None = None
+    """Bits of a weight of embedding and head, 8 or 4, with q-galore-adamw8bit. Default: those of
+    --dtype."""
+    stochastic_rounding: bool | None = None
+    """Round new weights that have fewer bits than float32 up or down at random, so that no update
+    is lost on average. Default: only with q-galore-adamw8bit."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: the paper's for GaLore (tiny: 0.02), 0.001 or 0.0005 for the
+    others."""
+    weight_decay: float | None = None
+    """Decoupled weight decay of AdamW, multiplied by the learning rate. Default: 0."""
+    clip_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    steps: int | None = None
+    """Updates of the weights. Default: the paper's for the model; 600 for tiny."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; a cosine then lowers the learning rate to a tenth. Default: a tenth
+    of --steps."""
+    batch_size: int | None = None
+    """Sequences per step, over all devices and microbatches. Default: the paper's 512; 16 for
+    tiny."""
+    accumulate: int | None = None
+    """Microbatches into which a step's batch is cut to save memory. Default: the fewest of at most
+    16 sequences for llama-7b and llama-1b, 32, 64 or 128 for the smaller ones."""
+    accumulate_in_subspace: bool = False
+    """Sum the microbatches' gradients projected, a fraction of their size, and clip them by their
+    norm there; the first microbatch gives a new subspace. With --layerwise: for the layers only."""
+    seq_len: int | None = None
+    """Tokens per sequence. Default: the paper's 256; 128 for tiny."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of weights, optimizer state and computation. In bfloat16 a change below a 512th of a
+    weight is lost, and AdamW's second moments hardly ever fall. Default: float32; bfloat16 for
+    llama-7b."""
+    rematerialize: bool | None = None
+    """Recompute activations in the backward pass instead of storing them. Default: only for
+    llama-7b."""
+    layerwise: bool = False
+    """Update each layer as soon as the backward pass has its gradient: only one layer's gradient is
+    in memory."""
+    clip: Literal["exact", "previous"] | None = None
+    """Norm by which --layerwise clips: the step's own (a second backward pass), or the previous
+    step's. Default: exact; previous with --accumulate-in-subspace, the only choice there."""
+    mesh: str | None = None
+    """Devices, such as data=2,fsdp=4 (axes: data, fsdp, tensor). Default: one device."""
+    deterministic: bool = False
+    """Use only operations that give the same bits each time, on GPUs too."""
+    eval_every: int | None = None
+    """Steps between two evaluations. Default: a tenth of --steps."""
+    eval_tokens: int | None = None
+    """Validation tokens per evaluation. Default: all; 10 million of C4."""
+    save_every: int | None = None
+    """Steps between two checkpoints; none is saved while steps are skipped. Default: --eval-every.
+    The best is chosen among checkpoints whose step is evaluated."""
+    keep: int = 2
+    """Newest checkpoints to keep, besides the best."""
+    log_every: int | None = None
+    """Steps between two lines on the screen; metrics.jsonl has every step. Default: a fiftieth of
+    --steps."""
+    max_skipped: int = 10
+    """The run stops after this many steps in a row whose loss or gradient is not finite."""
+    workers: int = 0
+    """Processes that read and tokenize; 0: the training process does."""
+    prompt: str = "The "
+    """Prompt of the text that is sampled at the end."""
+    seed: int = 0
+    """Seed of the weights, the order of the data and GaLore's random choices."""
+    out: str | None = None
+    """Folder of the run. Default: runs/MODEL-OPTIMIZER, or runs/MODEL-ADAPTER-OPTIMIZER with an
+    --adapter; with --resume that of --config."""
+    resume: bool = False
+    """Resume from the newest checkpoint in --out, or start if there is none."""
+    config: str | None = None
+    """A config.json to read the settings from; other flags override it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resolved(Pretrain):
+    """Settings with defaults filled in: None only where the optimizer or the data have no use."""
+
+    learning_rate: float
+    steps: int
+    warmup_steps: int
+    batch_size: int
+    accumulate: int
+    seq_len: int
+    dtype: Literal["float32", "bfloat16"]
+    rematerialize: bool
+    eval_every: int
+    save_every: int
+    log_every: int
+    clip: Literal["exact", "previous"]
+    out: str
+
+
+def flag(name: str) -> str:
+    """A field's name as typed on the command line: `batch_size` is `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def to_json(config: Resolved) -> dict[str, Any]:
+    """The content of config.json."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_STORED}
+
+
+def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the fields of a config.json; raises ValueError if it cannot be read as one."""
+    try:
+        fields = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): give the config.json of a run's folder"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a config.json of train.pretrain: it holds no object")
+    return fields
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The settings that keep a run with `new` from resuming one with `old`, a phrase for each."""
+    return [
+        f"{flag(name)} {old.get(name)} (now {new.get(name)})"
+        for name in sorted({*old, *new} - set(MAY_CHANGE))
+        if old.get(name) != new.get(name)
+    ]

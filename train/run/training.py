@@ -1,0 +1,269 @@
+"""A run's training: the loop over its batches, with evaluations, checkpoints and the report."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from typing import Any
+
+import jax
+import numpy as np
+
+from models.llama.config import flops_per_token
+from train.config.settings import Resolved
+from train.data.loader import prefetch
+from train.data.sequences import START, Position
+from train.memory.plan import device_memory, plan
+from train.run import directory as run_directory
+from train.run.assemble import Log, Parts
+from train.run.checkpoint import Checkpoints
+from train.run.metrics import MetricsLog, evaluation_losses
+from train.run.progress import Progress, peak_flops
+from train.run.report import peak_memory, report
+from train.run.signals import StopRequest
+from train.step.mesh import put_batch
+from train.step.skipping import skipping
+from train.step.state import TrainState
+
+LESS_MEMORY = (
+    "try a smaller --batch-size or a larger --accumulate, a shorter --seq-len, --layerwise, "
+    "--rematerialize, --dtype bfloat16, an 8-bit --optimizer or a smaller --model"
+)
+
+
+@dataclasses.dataclass
+class Host:
+    """What the host knows of a run's progress; a checkpoint has all of it but `evaluations`."""
+
+    step: int = 0
+    tokens: int = 0  # targets trained on
+    position: Position = START  # of the next batch
+    peak_memory: tuple[int, str] = (0, "")  # most bytes of any process, and the source of that
+    skipped: int = 0  # as far as metrics have been read
+    evaluations: dict[int, float] = dataclasses.field(default_factory=dict)  # loss by step
+    saved: int | None = None  # step of the newest checkpoint
+
+
+class _TooManySkipped(Exception):
+    """--max-skipped steps in a row were not finite."""
+
+
+class Training:
+    """One process's part of a run: from its first step or its newest checkpoint on."""
+
+    def __init__(self, config: Resolved, parts: Parts, stop: StopRequest, log: Log):
+        self.config, self.parts, self.stop, self.log = config, parts, stop, log
+        self.host = Host()
+        self.directory = run_directory.directory(config)
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.clock = 0.0
+
+    def run(self) -> int:
+        """Trains, writes all that a run leaves, and returns the exit code."""
+        config, parts = self.config, self.parts
+        train_step = self.compile()
+        state = self._restore()
+        with ExitStack() as stack:
+            run_directory.write_config(config)
+            self.metrics = stack.enter_context(closing(MetricsLog(self.directory, self.host.step)))
+            self.host.evaluations = evaluation_losses(self.directory)
+            folder, evaluations = self.directory / "checkpoints", self.host.evaluations
+            self.checkpoints = stack.enter_context(
+                Checkpoints(folder, config.keep, self.log, evaluations)
+            )
+            if state is None:
+                state = parts.init(jax.random.key(config.seed))
+            peak = peak_flops(parts.mesh.devices.flat[0], config.dtype)
+            flops = flops_per_token(parts.model, config.seq_len), peak and peak * parts.mesh.size
+            self.progress = stack.enter_context(Progress(self.host.step, config.steps, *flops))
+            try:
+                state = self._train(train_step, state)
+            except _TooManySkipped as error:
+                self.progress.log(f"stopped: {error}")
+                return 1
+            self.checkpoints.wait()
+        if config.steps not in self.host.evaluations:
+            assert self.stop.signum is not None
+            self.log(
+                f"stopped by signal {self.stop.signum} after step {self.host.step}; to resume:\n"
+                f"  {run_directory.resume_command(config)}"
+            )
+            return 128 + self.stop.signum
+        self._note_peak_memory()
+        report(config, parts, state, self.log, self.host.tokens, self.host.peak_memory)
+        return 0
+
+    def compile(self) -> Callable[..., Any]:
+        """Compiles the step and prints the memory that it will take, before any is taken.
+
+        Raises:
+            OSError: if a device has less.
+        """
+        start, parts = time.perf_counter(), self.parts
+        compiled = parts.train_step.lower(parts.abstract, parts.batch).compile()
+        self.log(f"compiled the step in {time.perf_counter() - start:.1f} s")
+        planned = plan(self.config, parts, compiled.memory_analysis())
+        sizes = (f"{name} {size / 1e9:,.3f}" for name, size in planned.parts().items())
+        available = device_memory(parts.mesh.devices.flat[0])
+        self.log(
+            f"memory of one device, GB: {', '.join(sizes)}; at its peak {planned.peak / 1e9:,.3f}"
+        )
+        if planned.peak > available:
+            raise OSError(
+                f"a step would take {planned.peak / 1e9:,.1f} GB of {available / 1e9:,.1f}: "
+                f"{LESS_MEMORY}; `python -m train.plan --model {self.config.model} --card GIB` "
+                "finds what fits"
+            )
+        return compiled
+
+    def _restore(self) -> TrainState | None:
+        """The newest checkpoint's state, and what the host knew; None for a new run."""
+        folder = self.directory / "checkpoints"
+        if not (self.config.resume and (self.directory / "config.json").exists()):
+            return None
+        if folder.is_dir():
+            abstract = self.parts.abstract
+            with Checkpoints(folder, self.config.keep, self.log, {}, read_only=True) as checkpoints:
+                found = checkpoints.restore(abstract.params, abstract.rest())
+            if found is not None:
+                step, params, rest, progress = found
+                self.host = Host(
+                    step,
+                    progress["tokens"],
+                    Position(*progress["position"]),
+                    tuple(progress["peak_memory"]),
+                    int(rest["optimizer"].total_notfinite),
+                    saved=step,
+                )
+                self.log(f"resumed from step {step}")
+                return TrainState(params=params, **rest)
+        self.log("the run has no checkpoint yet: starting at step 0")
+        return None
+
+    def _train(self, train_step: Callable[..., Any], state: TrainState) -> TrainState:
+        config, host = self.config, self.host
+        batches = prefetch(
+            self.parts.data.batches(host.position), lambda b: put_batch(self.parts.mesh, b)
+        )
+        self.clock = time.perf_counter()
+        with closing(batches):
+            while True:
+                last = host.step == config.steps
+                evaluates = host.step % config.eval_every == 0 or last
+                if evaluates and host.step not in host.evaluations:
+                    self.evaluate(state)
+                save_due = host.step % config.save_every == 0 and host.step > 0
+                # While steps are skipped, the weights may be unusable.
+                if (save_due and not skipping(state.optimizer)) or last:
+                    self._save(state)
+                if last or self.stop.signum is not None:
+                    break
+                try:
+                    batch, host.position = next(batches)
+                except Exception:
+                    # Ctrl-C reaches the worker processes too, and ends them.
+                    if self.stop.signum is None:
+                        raise
+                    break
+                if self.parts.restart is not None and self.restart_due():
+                    state = self.parts.restart(state)
+                    self.progress.log(f"adapters merged and reset after step {host.step}")
+                state, metrics = train_step(state, batch)
+                host.step += 1
+                self.checkpoints.check()
+                self.report_pending()  # the step before, while this one runs
+                self.pending = (host.step, metrics)
+                due = host.step % config.eval_every == 0 or host.step % config.save_every == 0
+                if due or host.step == config.steps or self.stop.signum is not None:
+                    self.report_pending()
+            self.report_pending()
+            if self.stop.signum is not None:
+                self._save(state)
+        return state
+
+    def restart_due(self) -> bool:
+        """Whether the number of applied updates is a multiple of --restart-every."""
+        host, every = self.host, self.config.restart_every
+        assert every is not None
+        # The running step may still be skipped: it is waited for only if that matters.
+        if host.step == 0 or (host.step - host.skipped) % every > 1:
+            return False
+        self.report_pending()
+        applied = host.step - host.skipped
+        return applied > 0 and applied % every == 0
+
+    def report_pending(self) -> None:
+        """Waits for the running step, and writes its metrics."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        now = time.perf_counter()
+        tokens = round(values["tokens"])
+        self.host.tokens += tokens
+        in_a_row = values.pop("skipped_in_a_row")
+        self.host.skipped = values["skipped"]
+        line = {
+            "step": step,
+            **values,
+            "tokens": self.host.tokens,
+            "tokens_per_second": tokens / (now - self.clock),
+        }
+        self.clock = now
+        self.metrics.write(line)
+        self.progress.step(line, show=step % self.config.log_every == 0 or in_a_row > 0)
+        if in_a_row >= self.config.max_skipped:
+            raise _TooManySkipped(
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite; "
+                f"{self._last_good(step - in_a_row)}; "
+                "try a lower --learning-rate, a longer --warmup-steps or --dtype float32"
+            )
+
+    def _last_good(self, applied: int) -> str:
+        """Names the newest checkpoint before the last applied step, whose weights may be ruined."""
+        self.checkpoints.wait()
+        good = [step for step in self.checkpoints.steps() if step < applied]
+        if not good:
+            return "there is no good checkpoint"
+        return f"the last good checkpoint is {self.directory / 'checkpoints' / str(good[-1])}"
+
+    def evaluate(self, state: TrainState) -> None:
+        """Evaluates the weights, unless a stop is requested meanwhile: then nothing is noted."""
+        losses, tokens = [], []
+        for batch in self.parts.evaluation:
+            loss, count = self.parts.eval_step(state.params, put_batch(self.parts.mesh, batch))
+            losses.append(loss)
+            tokens.append(count)
+            if self.stop.signum is not None:
+                return  # --resume repeats it
+        mean = float(np.sum(jax.device_get(losses), dtype=np.float64) / np.sum(tokens))
+        host = self.host
+        host.evaluations[host.step] = mean
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        self.metrics.write({"step": host.step, "eval_loss": mean, "eval_perplexity": perplexity})
+        self.metrics.flush()
+        self.progress.log(
+            f"evaluation after step {host.step}: loss {mean:.4f}, perplexity {perplexity:,.2f}"
+        )
+        self.clock = time.perf_counter()
+
+    def _save(self, state: TrainState) -> None:
+        host = self.host
+        if host.saved == host.step:
+            return
+        self._note_peak_memory()
+        self.checkpoints.save(
+            host.step,
+            state.params,
+            state.rest(),
+            {"tokens": host.tokens, "position": host.position, "peak_memory": host.peak_memory},
+            prune=not skipping(state.optimizer),
+        )
+        host.saved = host.step
+        self.clock = time.perf_counter()
+
+    def _note_peak_memory(self) -> None:
+        here = peak_memory(self.parts.mesh.devices.flat[0])
+        self.host.peak_memory = max(self.host.peak_memory, here)

@@ -1,0 +1,169 @@
+"""What a run computes with, compiled for its mesh and without its data: init, steps, evaluation."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Key
+
+from galore_optax import subspace_parts
+from galore_optax.adapters.base import split
+from galore_optax.adapters.lora import logical_axes
+from galore_optax.adapters.restart import restart
+from galore_optax.layerwise.sharding import layerwise_shardings
+from galore_optax.quantization.array import dequantized
+from galore_optax.sharding import state_shardings
+from models.llama import model as llama
+from models.llama.config import SIZES, LlamaConfig
+from train.config.optimizers import learning_rate_schedule, make_optimizer, make_recipe
+from train.config.settings import Pretrain, Resolved
+from train.config.weights import ADAPTERS, stored_weights
+from train.data.tokenizer import Tokenizer
+from train.step import layerwise, skipping
+from train.step.mesh import BATCH, abstract_batch, check_batch, param_shardings, replicated
+from train.step.ordinary import Forward, summed_loss, train_step, train_step_in_subspace
+from train.step.state import Params, TrainState, step_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What a run computes with."""
+
+    model: LlamaConfig
+    mesh: Mesh
+    abstract: TrainState  # `ShapeDtypeStruct`s with their shardings
+    batch: dict[str, jax.ShapeDtypeStruct]
+    init: Callable[[Key[Array, ""]], TrainState]  # from the run's key
+    train_step: Any  # from a train state, which it overwrites, and a batch to the next and metrics
+    # Merges and resets adapters, in a program of its own, so that no step pays for it.
+    restart: Callable[[TrainState], TrainState] | None
+    eval_step: Any  # from params and a batch to the summed loss and the number of tokens
+    notes: list[str]  # a line for each param that is not split over the devices as its axes say
+
+
+def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
+    """The model of a run. The papers' sizes keep their vocabulary if the tokenizer's fits in."""
+    size = SIZES[config.model]
+    fits = tokenizer.vocab_size <= size.vocab_size and config.model.startswith("llama-")
+    return dataclasses.replace(
+        size,
+        vocab_size=size.vocab_size if fits else tokenizer.vocab_size,
+        dtype=config.dtype or "float32",
+        param_dtype=config.dtype or "float32",
+        rematerialize=bool(config.rematerialize),
+    )
+
+
+def abstract_params(config: Pretrain, model: LlamaConfig) -> tuple[nnx.GraphDef, Params]:
+    """The model without its weights, and their shapes as a run stores them."""
+    abstract = nnx.eval_shape(lambda: llama.Llama(model, rngs=nnx.Rngs(0)))
+    graph, _ = nnx.split(abstract, nnx.Param)
+    return graph, jax.eval_shape(partial(_init_params, config, model), jax.random.key(0))
+
+
+def _init_params(config: Pretrain, model: LlamaConfig, key: Key[Array, ""]) -> Params:
+    own, key = jax.random.split(key)
+
+    def stored(part: Params, key: Key[Array, ""]) -> Params:
+        return stored_weights(config, part, llama.dimension_numbers, key)
+
+    if config.adapter is None:  # quantized from the beginning, a layer at a time
+        return llama.init_params(model, key, stored)
+    return stored(llama.init_params(model, key), own)
+
+
+def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:
+    """The model without its head's product, as a function of params and a batch."""
+
+    def forward(params, batch):
+        model = nnx.merge(graph, params)
+        # In `document` mode padding comes last, where causal attention does not see it, and rows
+        # have one document: no mask is needed.
+        names = ("positions", "segment_ids") if sequences == "packed" else ()
+        hidden = model.hidden(batch["inputs"], **{name: batch[name] for name in names})
+        return hidden, dequantized(model.head.get_value())
+
+    return forward
+
+
+def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
+    """What a run computes with; nothing is compiled or allocated yet.
+
+    Raises:
+        ValueError: names the flag, its value and what is accepted.
+    """
+    check_batch(config.batch_size, config.accumulate, mesh)
+    graph, shapes = abstract_params(config, model)
+    forward = make_forward(graph, config.sequences)
+    params_at, notes = param_shardings(mesh, shapes, logical_axes(shapes))
+    init_optimizer, optimizer_at, step = _optimizing(
+        config, model, mesh, forward, shapes, params_at
+    )
+    whole, by_rows = replicated(mesh), NamedSharding(mesh, BATCH)
+    state_at = TrainState(params_at, skipping.shardings(mesh, optimizer_at), whole, whole)  # pyrefly: ignore
+
+    def init(key: Key[Array, ""]) -> TrainState:
+        params = _init_params(config, model, jax.random.fold_in(key, 0))
+        optimizer = skipping.init(init_optimizer(split(params)[0]))
+        return TrainState(params, optimizer, jnp.zeros((), jnp.int32), key)
+
+    def restarted(state: TrainState) -> TrainState:
+        key, keep = step_key(state.key, state.step, 2), ADAPTERS[config.adapter or ""].keep
+        inner = state.optimizer.inner_state
+        params, inner = restart(make_optimizer(config), state.params, inner, key, keep=keep)
+        return state._replace(params=params, optimizer=state.optimizer._replace(inner_state=inner))
+
+    def evaluate(params: Params, batch: Any) -> tuple[Array, Array]:
+        return summed_loss(forward, params, batch), jnp.sum(batch["weights"])
+
+    options = {"xla_gpu_deterministic_ops": True} if config.deterministic else None
+    jit = partial(jax.jit, compiler_options=options)
+    advance = partial(jit, donate_argnums=0)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(init, jax.random.key(0)),
+        state_at,
+    )
+    again = advance(restarted, in_shardings=(state_at,), out_shardings=state_at)
+    return Programs(
+        model=model,
+        mesh=mesh,
+        abstract=abstract,
+        batch=abstract_batch(config.batch_size, config.seq_len, mesh),
+        init=jit(init, out_shardings=state_at),
+        train_step=advance(step, in_shardings=(state_at, by_rows), out_shardings=(state_at, whole)),
+        restart=again if config.restart_every is not None else None,
+        eval_step=jit(evaluate, in_shardings=(params_at, by_rows), out_shardings=whole),
+        notes=notes,
+    )
+
+
+def _optimizing(
+    config: Resolved,
+    model: LlamaConfig,
+    mesh: Mesh,
+    forward: Forward,
+    shapes: Params,
+    params_at: Params,
+) -> tuple[Callable[[Params], Any], Any, Callable[..., Any]]:
+    """The optimizer's init, the shardings of its state, and the step that it makes."""
+    schedule = learning_rate_schedule(config)
+    if config.layerwise:
+        by_layers = layerwise.make_optimizer(config, model, mesh)
+        optimizer_at = layerwise_shardings(by_layers, shapes, params_at)
+        how = model, config.sequences, schedule, mesh
+        return by_layers.init, optimizer_at, partial(layerwise.train_step, by_layers, *how)
+    tx = make_optimizer(config)
+    optimizer_at = state_shardings(tx, split(shapes)[0], split(params_at)[0])
+    how = schedule, config.accumulate, bool(config.stochastic_rounding), mesh
+    if not config.accumulate_in_subspace:
+        return tx.init, optimizer_at, partial(train_step, forward, tx, *how)
+    recipe = subspace_parts(make_recipe(config))
+    assert recipe is not None
+    step = partial(train_step_in_subspace, forward, recipe, config.clip_norm, *how)
+    return tx.init, optimizer_at, step

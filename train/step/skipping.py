@@ -1,0 +1,67 @@
+"""Skips a step whose loss or gradient is not finite, and counts it.
+
+A NaN in a single gradient would stay in the moments and the weights for good, and bfloat16 and high
+learning rates do produce some. So the ordinary step, the step that sums in the subspace and the
+layer-wise step all end here. `optax.apply_if_finite` looks at the gradient alone, has no place for
+a basis that was refreshed already, and gives up after some errors in a row; here the trainer stops
+the run instead (`--max-skipped`). Its state's type is used as it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from train.step.mesh import replicated
+
+
+def init(inner: optax.OptState) -> optax.ApplyIfFiniteState:
+    """The optimizer's state, with no step skipped yet."""
+    none = jnp.zeros((), jnp.int32)
+    return optax.ApplyIfFiniteState(none, jnp.array(True), none, inner)
+
+
+def shardings(mesh: Mesh, inner: Any) -> optax.ApplyIfFiniteState:
+    """The shardings of `init`'s result, from those of the optimizer's state."""
+    whole = replicated(mesh)
+    return optax.ApplyIfFiniteState(whole, whole, whole, inner)  # pyrefly: ignore
+
+
+def all_finite(loss: Float[Array, ""], gradient: Any) -> Bool[Array, ""]:
+    """Whether the loss and each number of the gradient are finite."""
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((loss, gradient))]))
+
+
+def update_if(
+    finite: Bool[Array, ""],
+    update: Callable[[], tuple[optax.Updates, optax.OptState]],
+    otherwise: tuple[optax.Updates, optax.OptState],
+    before: optax.ApplyIfFiniteState,
+) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
+    """The updates and the optimizer's state after a step: `update()` if finite, else `otherwise`.
+
+    Both are updates and the optimizer's inner state, of the same types.
+    """
+    updates, inner = jax.lax.cond(finite, update, lambda: otherwise)
+    return updates, counted(before, finite, inner)
+
+
+def skipping(state: optax.ApplyIfFiniteState) -> bool:
+    """Whether the last step was skipped."""
+    return int(state.notfinite_count) > 0
+
+
+def counted(
+    before: optax.ApplyIfFiniteState, finite: Bool[Array, ""], inner: optax.OptState
+) -> optax.ApplyIfFiniteState:
+    """The state after a step that was applied or skipped."""
+    return optax.ApplyIfFiniteState(
+        notfinite_count=jnp.where(finite, 0, before.notfinite_count + 1),
+        last_finite=finite,
+        total_notfinite=before.total_notfinite + ~finite,
+        inner_state=inner,
+    )
