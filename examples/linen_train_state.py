@@ -1,6 +1,7 @@
 """GaLore in Flax Linen: `TrainState` takes it like any other optax transformation.
 
-After `pip install -e '.[test]'` run `python examples/linen_train_state.py`. It prints a falling loss.
+After `pip install -e '.[test]'` run `python examples/linen_train_state.py`. It prints a falling
+loss.
 """
 
 import jax
