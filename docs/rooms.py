@@ -2,9 +2,10 @@
 
     python -m docs.rooms
 
-A room is a folder of modules. `train`'s own files, its commands, are one room. Of `galore_optax`'s
-own files those that import no room are one, the foundation, and each other file is a room by
-itself. The picture, `rooms.png` here, leaves out an arrow where other arrows lead to the same room.
+A room is a folder of modules. The files directly in `train`, its commands, are one room. Of those
+directly in `galore_optax` three kinds are rooms: the foundation is those that import no room;
+`galore` is `galore.py` and what it imports of the others; each other file is a room by itself.
+The picture, `rooms.png` here, leaves out an arrow where other arrows lead to the same room.
 Exit code 1, and a line for each wrong import, if there are any; nothing is drawn then.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("train", "models", "galore_optax")
-FOUNDATION = "galore_optax.foundation"
+FOUNDATION, CORE = "galore_optax.foundation", "galore_optax.galore"
 PICTURE = Path(__file__).parent / "rooms.png"
 # From top to bottom. A room may import rooms that stand in a lower row, none in its own.
 ROWS = (
@@ -30,11 +31,10 @@ ROWS = (
     ("models.llama",),
     ("galore_optax.memory", "galore_optax.recipes"),
     ("galore_optax.layerwise", "galore_optax.adapters"),
-    ("galore_optax.galore",),
+    (CORE,),
     ("galore_optax.projection",),
     ("galore_optax.quantization",),
-    ("galore_optax.trace",),
-    (FOUNDATION,),
+    ("galore_optax.trace", FOUNDATION),
 )
 # Modules that must not be imported anywhere in a package, with their submodules.
 FORBIDDEN = {"galore_optax": ("flax", "models", "train"), "models": ("train",)}
@@ -94,7 +94,10 @@ def rooms(imports: Imports) -> dict[str, str]:
     low = {module for module in own if module.startswith("galore_optax.")}
     while above := {module for module in low if imports[module] & (found.keys() - low)}:
         low -= above
-    return found | dict.fromkeys(low, FOUNDATION)
+    core = {CORE} & own
+    while new := {target for module in core for target in imports[module] & own} - low - core:
+        core |= new
+    return found | dict.fromkeys(low, FOUNDATION) | dict.fromkeys(core, CORE)
 
 
 def edges(imports: Imports) -> dict[str, dict[str, str]]:
@@ -155,10 +158,10 @@ def draw(picture: Path) -> None:
 
     imports, _ = read_imports(ROOT)
     of, between = rooms(imports), edges(imports)
-    figure, axes = plt.subplots(figsize=(10.6, 6.6))
-    axes.set(xlim=(0, 115), ylim=(-70, 0))
+    figure = plt.figure()
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    x = 0.0
+    x = lowest = 0.0
     for package, width in zip(PACKAGES, (35, 25, 39), strict=True):
         rows = [[room for room in row if room.split(".")[0] == package] for row in ROWS]
         rows = [there for row in rows if (there := [room for room in row if room in between])]
@@ -167,15 +170,18 @@ def draw(picture: Path) -> None:
             inside = {target for target in between[room] if target in boxes}
             for target in inside - _reached(between, inside):
                 _draw_arrow(axes, boxes, room, target)
+        bottom = min(bottom for _, bottom, _, _ in boxes.values())
+        lowest = min(lowest, bottom - 3)
         if package == "models":
-            bottom = min(bottom for _, bottom, _, _ in boxes.values())
             note = {"size": 8, "style": "italic", "color": FAINT, "linespacing": 1.5}
             axes.text(x + width / 2, bottom - 6, NOTE, ha="center", va="top", **note)
         x += width
         if package != PACKAGES[-1]:
             _arrow(axes, (x + 0.8, -4), (x + 7.2, -4), lw=2.6, color=BETWEEN, mutation_scale=16)
         x += 8
-    figure.savefig(picture, dpi=170, bbox_inches="tight", facecolor="white")
+    axes.set(xlim=(-1, x - 7), ylim=(lowest, 1))
+    figure.set_size_inches((x - 6) / 13, (1 - lowest) / 13)
+    figure.savefig(picture, dpi=180, facecolor="white")
     plt.close(figure)
 
 
@@ -202,7 +208,7 @@ def _draw_panel(
         for room in row:
             names = [module.rpartition(".")[2] for module in of if of[module] == room]
             names = [] if names == [room.rpartition(".")[2]] else names
-            files[room] = textwrap.wrap(", ".join(names), int(1.4 * each))
+            files[room] = textwrap.wrap(", ".join(names), int(1.38 * each))
         height = 3.4 + 1.7 * max(map(len, files.values()))
         for j, room in enumerate(row):
             left = x + margin + j * (each + 2)
