@@ -19,8 +19,8 @@ from galore_optax import (
     q_galore_adamw8bit,
 )
 from galore_optax.memory import state_bytes, tree_bytes
+from models.llama.axes import dimension_numbers
 from models.llama.config import SIZES, Weight, weight_table
-from models.llama.model import dimension_numbers
 from train.config.resolve import DEFAULTS, resolve
 from train.config.settings import Pretrain
 from train.config.weights import stored_weights

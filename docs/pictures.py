@@ -2,8 +2,8 @@
 
     python -m docs.pictures
 
-The energies come from `subspaces.npz` here, which `python -m benchmarks.subspaces` wrote; the bytes
-are counted on abstract params, so that nothing of a model's size is allocated.
+The energies come from `subspaces.npz` in this folder, which `python -m benchmarks.subspaces` wrote.
+The bytes are counted on abstract params, so that nothing of a model's size is allocated.
 """
 
 from pathlib import Path
@@ -15,10 +15,9 @@ import matplotlib
 import numpy as np
 import optax
 
-from galore_optax import galore_adafactor, galore_adamw
-from galore_optax.memory import state_bytes, tree_bytes
-from models.llama.axes import dimension_numbers
-from models.llama.config import SIZES, Weight, weight_table
+from galore_optax import galore_adafactor, galore_adamw, state_bytes
+from models.llama import SIZES, dimension_numbers
+from models.llama.config import Weight, weight_table
 from train.config.resolve import DEFAULTS
 
 matplotlib.use("Agg")
@@ -29,7 +28,7 @@ from matplotlib.patches import Rectangle
 HERE = Path(__file__).parent
 INK, FAINT = "#1f2430", "#8a91a0"
 FULL, SMALL, BASIS, WEIGHTS = "#c9ced8", "#d9622b", "#2f6fb0", "#e4e7ec"
-METHODS = {  # as `subspaces.npz` names them: label and colour
+METHODS = {  # from the names in `subspaces.npz` to label and colour
     "svd": ("exact SVD", INK),
     "randomized": ("randomized", SMALL),
     "power": ("power", BASIS),
@@ -57,7 +56,7 @@ plt.rcParams.update(
 
 
 def step() -> None:
-    """One step as a row of matrices, to scale: gradient, basis, what the optimizer sees, update."""
+    """Draws one step as a row of matrices, to scale: gradient, basis, R, N, update."""
     figure, axes = plt.subplots(figsize=(8.4, 2.2))
     n, m, r = 4.096, 11.008, 1.024
     x = 0.0
@@ -78,13 +77,13 @@ def step() -> None:
 
     matrix(m, n, FULL, "$G$", "4096 x 11008", "gradient")
     between("→", 3.4)
-    matrix(r, n, BASIS, "$P$", "4096 x 1024", "basis, found\nnow and then")
+    matrix(r, n, BASIS, "$P$", "4096 x 1024", "basis of\nthe subspace")
     between("$P^{T}G$ →", 5.2)
-    matrix(m, r, SMALL, "$R$", "1024 x 11008", "all that the\noptimizer sees")
+    matrix(m, r, SMALL, "$R$", "1024 x 11008", "the optimizer's\ngradient")
     between("inner →", 5.2)
-    matrix(m, r, SMALL, "$N$", "1024 x 11008", "its update")
+    matrix(m, r, SMALL, "$N$", "1024 x 11008", "the optimizer's\nupdate")
     between("$PN$ →", 4.6)
-    matrix(m, n, FULL, "$\\Delta W$", "4096 x 11008", "applied to\nthe whole weight")
+    matrix(m, n, FULL, "$\\Delta W$", "4096 x 11008", "update of the\nwhole weight")
     axes.set(xlim=(-0.1, x + 0.1), ylim=(-3, n + 3), aspect="equal")
     axes.axis("off")
     figure.savefig(HERE / "step.png")
@@ -92,7 +91,7 @@ def step() -> None:
 
 
 def energy() -> None:
-    """Energy against rank over training, and of fresh and old bases at one rank."""
+    """Draws energy against rank, and the energy that new and old bases of one rank keep."""
     found = np.load(HERE / "subspaces.npz")
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.2), width_ratios=(1, 1.15))
     steps, spectrum = found["steps"], found["spectrum"]
@@ -101,7 +100,7 @@ def energy() -> None:
         left.plot(np.arange(1, len(line) + 1), line, color=shade, lw=1.6, label=f"{at}")
     left.set(
         title="Energy in the leading directions",
-        xlabel=f"rank, of {spectrum.shape[1]}",
+        xlabel=f"rank (width {spectrum.shape[1]})",
         xscale="log",
         ylim=(0, 1.02),
     )
@@ -112,13 +111,13 @@ def energy() -> None:
     kinds = {"this": "this\nbatch", "next": "the next\nbatch", "old": f"{steps[1]} steps\nlater"}
     for i, name in enumerate(found["methods"]):
         label, colour = METHODS[str(name)]
-        # Stops after the first two: the first bases of all belong to random weights.
+        # Without the first two stops, whose bases were found from nearly random weights.
         height = [np.nanmean(found[kind][2:, i, j, 0]) for kind in kinds]
         places = np.arange(len(kinds)) + 0.2 * (i - 1.5)
         right.bar(places, height, 0.18, color=colour, label=label)
         for place, value in zip(places, height, strict=True):
             right.text(place, value + 0.015, f"{value:.2f}", ha="center", size=6.5, color=colour)
-    right.set(title=f"Kept by bases of rank {found['ranks'][j]}, on", ylim=(0, 1.12))
+    right.set(title=f"Energy kept by bases of rank {found['ranks'][j]}", ylim=(0, 1.12))
     right.set_xticks(range(len(kinds)), list(kinds.values()), color=INK)
     right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(HERE / "energy.png")
@@ -126,7 +125,7 @@ def energy() -> None:
 
 
 def bytes_of(size: str) -> dict[str, dict[str, int]]:
-    """Bytes of BF16 weights and of each optimizer's state for a model, nothing allocated."""
+    """Returns the bytes of a model's BF16 weights and of each optimizer's state."""
     params = jax.tree.map(
         lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.bfloat16),
         weight_table(SIZES[size]),
@@ -137,28 +136,33 @@ def bytes_of(size: str) -> dict[str, dict[str, int]]:
     optimizers = {
         "AdamW": optax.adamw(1e-3),
         "GaLore AdamW": galore_adamw(0.01, rank, **common),
-        "GaLore AdamW, side=larger": galore_adamw(0.01, rank, side="larger", **common),
-        "GaLore AdamW, side=both": galore_adamw(0.01, rank, side="both", **common),
+        "GaLore AdamW, larger side": galore_adamw(0.01, rank, side="larger", **common),
+        "GaLore AdamW, both sides": galore_adamw(0.01, rank, side="both", **common),
         "GaLore Adafactor": galore_adafactor(0.01, rank, momentum=0.9, **common),
     }
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     return {
-        name: {"weights": tree_bytes(params), **state_bytes(jax.eval_shape(tx.init, params))}
+        name: {"weights": weights, **state_bytes(jax.eval_shape(tx.init, params))}
         for name, tx in optimizers.items()
     }
 
 
 def memory() -> dict[str, dict[str, dict[str, int]]]:
-    """Bytes of weights and state by method and size, drawn, and returned for the tables."""
+    """Draws the bytes of weights and state by method and size, and returns them."""
     sizes = ("llama-60m", "llama-350m", "llama-1b", "llama-7b")
     counted = {size: bytes_of(size) for size in sizes}
     figure, row = plt.subplots(1, len(sizes), figsize=(8.4, 2.5), sharey=True)
-    kinds = (("weights", WEIGHTS), ("moments", SMALL), ("projections", BASIS))
+    kinds = (
+        ("weights", WEIGHTS),
+        ("moments", SMALL),
+        ("projections", BASIS),
+    )  # as state_bytes says
     for axes, size in zip(row, sizes, strict=True):
         draw_bars(axes, counted[size], kinds)
         axes.set_title(f"{size}, GB")
     row[0].invert_yaxis()
     row[0].legend(
-        *row[0].get_legend_handles_labels(), ncols=3, frameon=False, fontsize=8,
+        labels=["weights", "moments", "bases"], ncols=3, frameon=False, fontsize=8,
         loc="upper left", bbox_to_anchor=(0, -0.12),
     )  # fmt: skip
     figure.savefig(HERE / "memory.png")
@@ -167,7 +171,7 @@ def memory() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def draw_bars(axes: Axes, methods: dict[str, dict[str, int]], kinds: tuple) -> None:
-    """A horizontal bar for each method, cut by kind, with its total in GB."""
+    """Draws a horizontal bar for each method, divided by kind, with its total in GB."""
     names = list(methods)
     start = np.zeros(len(names))
     for kind, colour in kinds:

@@ -1,7 +1,6 @@
-"""GaLore in Equinox: the module's arrays are the params, everything else of it is None to optax.
+"""GaLore in Equinox: the arrays of the module are the params; optax sees None for everything else.
 
-After `pip install -e '.[test]'`, run `python examples/equinox_module.py`; it prints the loss
-falling.
+After `pip install -e '.[test]'` run `python examples/equinox_module.py`. It prints a falling loss.
 """
 
 import equinox as eqx
@@ -11,7 +10,7 @@ import optax
 
 from galore_optax import GaLoreDimensionNumbers, galore
 
-# Equinox keeps a layer's weight as (out, in).
+# Equinox stores the weight of a layer as (out, in).
 TX = galore(
     rank=4,
     inner=optax.adamw(1e-2),
@@ -25,7 +24,7 @@ TX = galore(
 def train_step(
     model: eqx.nn.MLP, state: optax.OptState, x: jax.Array, y: jax.Array
 ) -> tuple[eqx.nn.MLP, optax.OptState, jax.Array]:
-    """The model and state after one update, and the loss before it."""
+    """Returns the model and the state after one update, and the loss before it."""
 
     def loss_fn(model):
         return jnp.mean((jax.vmap(model)(x) - y) ** 2)
@@ -36,7 +35,7 @@ def train_step(
 
 
 def main() -> list[float]:
-    """Trains on targets of a random linear map; returns the losses that it prints."""
+    """Learns a random linear map; returns the losses that it prints."""
     x = jax.random.normal(jax.random.key(0), (256, 16))
     y = x @ jax.random.normal(jax.random.key(1), (16, 8)) / 4
     model = eqx.nn.MLP(16, 8, width_size=64, depth=1, key=jax.random.key(2))

@@ -1,7 +1,7 @@
-"""GaLore in Flax Linen: `TrainState` takes it as any optax transformation.
+"""GaLore in Flax Linen: `TrainState` takes it like any other optax transformation.
 
-After `pip install -e '.[test]'`, run `python examples/linen_train_state.py`; it prints the loss
-falling.
+After `pip install -e '.[test]'` run `python examples/linen_train_state.py`. It prints a falling
+loss.
 """
 
 import jax
@@ -13,17 +13,17 @@ from galore_optax import galore_adamw
 
 
 class Network(nn.Module):
-    """Two layers, a regression from 16 to 8 numbers."""
+    """Two layers for a regression from 16 to 8 numbers."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`(batch, 16)` to `(batch, 8)`."""
+        """Maps `(batch, 16)` to `(batch, 8)`."""
         return nn.Dense(8)(nn.relu(nn.Dense(64)(x)))
 
 
 @jax.jit
 def train_step(state: TrainState, x: jax.Array, y: jax.Array) -> tuple[TrainState, jax.Array]:
-    """The state after one update, and the loss before it."""
+    """Returns the state after one update, and the loss before it."""
 
     def loss_fn(params):
         return jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)
@@ -33,7 +33,7 @@ def train_step(state: TrainState, x: jax.Array, y: jax.Array) -> tuple[TrainStat
 
 
 def main() -> list[float]:
-    """Trains on targets of a random linear map; returns the losses that it prints."""
+    """Learns a random linear map; returns the losses that it prints."""
     x = jax.random.normal(jax.random.key(0), (256, 16))
     y = x @ jax.random.normal(jax.random.key(1), (16, 8)) / 4
     model = Network()

@@ -1,7 +1,6 @@
-"""GaLore in Flax NNX: `nnx.Optimizer` takes it as any optax transformation.
+"""GaLore in Flax NNX: `nnx.Optimizer` takes it like any other optax transformation.
 
-After `pip install -e '.[test]'`, run `python examples/nnx_optimizer.py`; it prints the loss
-falling.
+After `pip install -e '.[test]'` run `python examples/nnx_optimizer.py`. It prints a falling loss.
 """
 
 import jax
@@ -13,31 +12,31 @@ from galore_optax import galore
 
 
 class Network(nnx.Module):
-    """Two layers, a regression from 16 to 8 numbers."""
+    """Two layers for a regression from 16 to 8 numbers."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.hidden = nnx.Linear(16, 64, rngs=rngs)
         self.output = nnx.Linear(64, 8, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`(batch, 16)` to `(batch, 8)`."""
+        """Maps `(batch, 16)` to `(batch, 8)`."""
         return self.output(nnx.relu(self.hidden(x)))
 
 
 @nnx.jit
 def train_step(model: Network, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> jax.Array:
-    """One update, in place; returns the loss before it."""
+    """Updates the model in place; returns the loss before the update."""
     loss, grads = nnx.value_and_grad(lambda model: jnp.mean((model(x) - y) ** 2))(model)
     optimizer.update(model, grads)
     return loss
 
 
 def main() -> list[float]:
-    """Trains on targets of a random linear map; returns the losses that it prints."""
+    """Learns a random linear map; returns the losses that it prints."""
     x = jax.random.normal(jax.random.key(0), (256, 16))
     y = x @ jax.random.normal(jax.random.key(1), (16, 8)) / 4
     model = Network(nnx.Rngs(0))
-    # Kernels become rank-4 problems to AdamW; biases go to it as they are.
+    # AdamW sees kernels projected to rank 4, and biases as they are.
     tx = galore(rank=4, inner=optax.adamw(1e-2), update_proj_gap=20, scale=1.0)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     losses = []

@@ -13,9 +13,9 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from galore_optax.adapters.base import factors, is_adapter, split
-from galore_optax.stages import GaLoreState
 from galore_optax.keys import for_path
 from galore_optax.quantization.array import dequantized, is_quantized, stored_like
+from galore_optax.stages import GaLoreState
 
 
 def restart(

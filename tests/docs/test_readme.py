@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, and does what it is there to show."""
+"""The README's code runs as it stands, and its loss falls."""
 
 import re
 

@@ -463,7 +463,9 @@ def test_the_gap_may_be_a_function_of_the_step():
 
 def test_a_leaf_that_is_no_array_is_refused_by_name():
     tx = galore(4, optax.adam(0.01))
-    with pytest.raises(ValueError, match=r"params: 1\.0 at \['b'\] is not an array; give jnp\.asarray"):
+    with pytest.raises(
+        ValueError, match=r"params: 1\.0 at \['b'\] is not an array; give jnp\.asarray"
+    ):
         tx.init({"w": jnp.ones((8, 12)), "b": 1.0})
 
 

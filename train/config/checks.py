@@ -7,8 +7,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from models.llama.axes import smaller_sides
 from models.llama.config import SIZES
-from models.llama.model import smaller_sides
 from train.config.optimizers import OPTIMIZERS
 from train.config.settings import Pretrain, Resolved, flag
 from train.config.weights import ADAPTERS

@@ -19,7 +19,7 @@ from galore_optax import (
     unstacked,
 )
 from galore_optax.layerwise.unstacked import ParamAxes
-from models.llama.model import dimension_numbers, param_axes
+from models.llama.axes import dimension_numbers, param_axes
 from train.config.settings import Resolved
 
 

@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 from galore_optax.adapters.base import split
 from galore_optax.memory import tree_bytes
 from models.llama.config import count_params
-from models.llama.model import attention_implementation
 from train.config.settings import Resolved
 from train.data.loader import TrainingData, evaluation_batches
 from train.data.sequences import Batch
@@ -97,7 +96,7 @@ def _log_programs(config: Resolved, programs: Programs, log: Log) -> None:
     log(
         f"model: {config.model}, {count_params(programs.model):,} params, {config.dtype}, "
         f"{tree_bytes(params) / 1e6:,.1f} MB; attention by "
-        f"{attention_implementation(programs.model, config.seq_len)}"
+        f"{programs.model.attention}"
     )
     if config.adapter is not None:
         trained = sum(x.size for x in jax.tree.leaves(split(params)[0]))

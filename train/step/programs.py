@@ -13,19 +13,27 @@ from jaxtyping import Array, Key
 
 from galore_optax import subspace_parts
 from galore_optax.adapters.base import split
-from galore_optax.adapters.lora import logical_axes
 from galore_optax.adapters.restart import restart
 from galore_optax.layerwise.sharding import layerwise_shardings
 from galore_optax.quantization.array import dequantized
 from galore_optax.sharding import state_shardings
 from models.llama import model as llama
+from models.llama.attention import attention_implementation
+from models.llama.axes import dimension_numbers, logical_axes
 from models.llama.config import SIZES, LlamaConfig
 from train.config.optimizers import learning_rate_schedule, make_optimizer, make_recipe
 from train.config.settings import Pretrain, Resolved
 from train.config.weights import ADAPTERS, stored_weights
 from train.data.tokenizer import Tokenizer
 from train.step import layerwise, skipping
-from train.step.mesh import BATCH, abstract_batch, check_batch, param_shardings, replicated
+from train.step.mesh import (
+    BATCH,
+    abstract_batch,
+    batch_shards,
+    check_batch,
+    param_shardings,
+    replicated,
+)
 from train.step.ordinary import Forward, summed_loss, train_step, train_step_in_subspace
 from train.step.state import Params, TrainState, step_key
 
@@ -70,7 +78,7 @@ def _init_params(config: Pretrain, model: LlamaConfig, key: Key[Array, ""]) -> P
     own, key = jax.random.split(key)
 
     def stored(part: Params, key: Key[Array, ""]) -> Params:
-        return stored_weights(config, part, llama.dimension_numbers, key)
+        return stored_weights(config, part, dimension_numbers, key)
 
     if config.adapter is None:  # quantized from the beginning, a layer at a time
         return llama.init_params(model, key, stored)
@@ -98,6 +106,8 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
         ValueError: names the flag, its value and what is accepted.
     """
     check_batch(config.batch_size, config.accumulate, mesh)
+    attention = attention_implementation(model, mesh.devices.flat[0], config.seq_len)
+    model = dataclasses.replace(model, attention=attention, batch_shards=batch_shards(mesh))
     graph, shapes = abstract_params(config, model)
     forward = make_forward(graph, config.sequences)
     params_at, notes = param_shardings(mesh, shapes, logical_axes(shapes))

@@ -136,9 +136,7 @@ def test_first_moments_rotate_exactly_and_second_ones_as_ldadam_says(name):
         if role.kind == FIRST:
             first = old if first is None else first
             np.testing.assert_allclose(new, q @ old, atol=1e-5 * size)
-        elif role.kind == FACTOR:
-            np.testing.assert_allclose(new, (q * q) @ old, atol=1e-5 * size)
-        elif role.kind == SECOND and not _has_first(roles, role):
+        elif role.kind == FACTOR or (role.kind == SECOND and not _has_first(roles, role)):
             np.testing.assert_allclose(new, (q * q) @ old, atol=1e-5 * size)
 
 
