@@ -5,8 +5,6 @@ Public is what this module exports. The packages below it are private and may ch
 `quantization`, `layerwise` (updates within the backward pass) and `adapters`.
 """
 
-from importlib.metadata import version
-
 from galore_optax.adapters.base import adapt, join, merge, product, split
 from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
 from galore_optax.adapters.lora import DoRA, LoRA
@@ -39,7 +37,7 @@ from galore_optax.sharding import state_shardings
 from galore_optax.stages import GaLoreState
 from galore_optax.transformation import subspace_parts
 
-__version__ = version("galore-optax")
+__version__ = "0.1.0"
 
 __all__ = [
     "Adaptive",
