@@ -28,6 +28,8 @@ def generate(
 ) -> Int[Array, "B P+max_new_tokens"]:
     """Continues each prompt; compiles once per combination of shapes, new tokens and `top_k`.
 
+    ValueError if an argument is out of its range, or prompt and new tokens are too long.
+
     Args:
         model: The language model.
         prompt_ids: Token ids; all prompts have one length.
@@ -38,28 +40,20 @@ def generate(
             (nucleus sampling, arXiv:1904.09751). After `top_k`, if both are given.
         key: Random key; equal keys give equal tokens.
         stop_id: After this token a row is filled with it, and sampling ends once every row is.
-
-    Raises:
-        ValueError: If an argument is out of its range, or prompt and new tokens are too long.
     """
     prompt_ids = jnp.asarray(prompt_ids, jnp.int32)
     _check(model.config, prompt_ids, max_new_tokens, temperature, top_k, top_p)
+    graphdef, state = nnx.split(model)
+    divisor = None if temperature == 0 else _positive(temperature)
+    nucleus = None if top_p is None else _positive(top_p)
+    stop = None if stop_id is None else np.int32(stop_id)
     return _generate(
-        *nnx.split(model),
-        prompt_ids,
-        key,
-        None if temperature == 0 else _positive(temperature),
-        None if top_p is None else _positive(top_p),
-        None if stop_id is None else np.int32(stop_id),
-        max_new_tokens=max_new_tokens,
-        top_k=top_k,
+        graphdef, max_new_tokens, top_k, state, prompt_ids, key, divisor, nucleus, stop
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "top_k"))
-def _generate(
-    graphdef, state, prompt_ids, key, temperature, top_p, stop_id, *, max_new_tokens, top_k
-):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(graphdef, max_new_tokens, top_k, state, prompt_ids, key, temperature, top_p, stop_id):
     model = nnx.merge(graphdef, state)
     batch, prompt_length = prompt_ids.shape
     total = prompt_length + max_new_tokens
