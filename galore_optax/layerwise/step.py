@@ -84,24 +84,18 @@ class Layerwise:
         apply_updates: From a part of the params, its updates, the steps done so far and the layer
             (None for other parts) to the new part.
 
-    Raises:
-        ValueError: If an argument is out of range, at construction.
-
     Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> from galore_optax import Layered, Layerwise, galore
         >>> model = Layered(
-        ...     embed=lambda params, batch: batch["x"] @ params["into"],
+        ...     embed=lambda params, batch: batch,
         ...     layer=lambda layer, x, batch: x + jnp.tanh(x @ layer["w"]),
-        ...     head=lambda params, x, batch: jnp.mean((x @ params["out"] - batch["y"]) ** 2),
+        ...     head=lambda params, x, batch: jnp.mean((x @ params["out"]) ** 2),
         ... )
-        >>> params = {"into": jnp.ones((3, 16)), "out": jnp.ones((16, 1))}
-        >>> params["layers"] = {"w": jnp.ones((4, 16, 16))}
+        >>> params = {"layers": {"w": jnp.ones((4, 16, 16))}, "out": jnp.ones((16, 1))}
         >>> optimizer = Layerwise(model, galore(4, optax.adamw(1e-2)), clip_norm=1.0)
-        >>> state = optimizer.init(params)
-        >>> step = jax.jit(optimizer.step, donate_argnums=(0, 1))
-        >>> batch = {"x": jnp.ones((8, 3)), "y": jnp.ones((8, 1))}
-        >>> params, state, metrics = step(params, state, batch)
+        >>> step = jax.jit(optimizer.step)  # in training with donate_argnums=(0, 1)
+        >>> params, state, metrics = step(params, optimizer.init(params), jnp.ones((8, 16)))
         >>> bool(metrics.finite), state.layers.bases["layers"]["w"].shape
         (True, (4, 16, 4))
     """

@@ -40,10 +40,6 @@ def unstacked(
             that form one param; the axes before are those of a stack. None passes a leaf unchanged,
             as does a number that is not less than the leaf's.
 
-    Raises:
-        ValueError: If an argument has the wrong type; at `init`, if `param_axes` returns another
-            tree, or a wrong number.
-
     Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> from galore_optax import quantize_state, unstacked

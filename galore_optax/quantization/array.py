@@ -20,24 +20,14 @@ from galore_optax.sharding import axis_specs, specs, with_automatic_axes
 class QuantizedArray:
     """An array stored as low-bit codes, with a scale and for some codes an offset per block.
 
-    A pytree of codes, scales and offsets. No shape is stored, so that an index along a leading
-    axis, or a `vmap` over it, gives a valid `QuantizedArray`.
-
-    Attributes:
-        codes: Bytes of the array's shape. Two 4-bit codes share a byte: the blocks' axis has half
-            the length, rounded up.
-        scales: The array's shape with the number of blocks along the blocks' axis; an array, or a
-            `QuantizedArray` (double quantization).
-        offsets: Of the scales' shape; None if the code has none.
-        code: How codes are encoded and decoded.
-        block: Elements per block; the last block may have fewer.
-        axis: The axis along which blocks run, counted from the last (negative).
-        dtype: Of the dequantized array.
-        odd: Whether the number of 4-bit codes along the axis is odd.
+    A pytree of `codes`, `scales` and `offsets` (None if the code has none). Codes have the array's
+    shape, but two 4-bit codes share a byte: the axis along which blocks run has half the length,
+    rounded up. Scales and offsets have the number of blocks there; scales may be quantized again.
+    No shape is stored, so that an index along a leading axis, or a `vmap` over it, gives a valid
+    `QuantizedArray`.
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from galore_optax import QuantizedArray
         >>> from galore_optax.quantization.array import quantize
         >>> x = jax.random.normal(jax.random.key(0), (64, 512))
         >>> q = quantize(x)
@@ -51,10 +41,10 @@ class QuantizedArray:
     scales: Any
     offsets: Float[Array, "..."] | None
     code: Code = dataclasses.field(metadata={"static": True})
-    block: int = dataclasses.field(metadata={"static": True})
-    axis: int = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
-    odd: bool = dataclasses.field(metadata={"static": True}, default=False)
+    block: int = dataclasses.field(metadata={"static": True})  # elements; the last may have fewer
+    axis: int = dataclasses.field(metadata={"static": True})  # of blocks, counted from the last
+    dtype: Any = dataclasses.field(metadata={"static": True})  # of the dequantized array
+    odd: bool = dataclasses.field(metadata={"static": True}, default=False)  # 4-bit codes on axis
 
     @property
     def shape(self) -> tuple[int, ...]:

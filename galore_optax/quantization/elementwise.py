@@ -54,15 +54,12 @@ def over_chunks(
     count: Callable[[int], int],
     end: Callable[[Any, Any], Any] = lambda new, _: new,
 ) -> Any:
-    """Overwrites a tree of arrays and `QuantizedArray`s with the same axes, chunk by chunk.
+    """Overwrites a tree of arrays and `QuantizedArray`s, `stored`, chunk by chunk.
 
-    Args:
-        begin: From a chunk of `stored`, of `read` and its number to arrays, which XLA computes once
-            each even if `end` uses them several times.
-        stored: The arrays.
-        read: Further ones, which are not overwritten.
-        count: From the most elements in a chunk to the number of chunks.
-        end: From the result of `begin` and the shapes of a chunk of `stored` to the new chunk.
+    `begin` gets a chunk of it, of `read`, which has the same axes, and its number, and returns
+    arrays, which XLA computes once each even if `end` uses them several times. `end` makes the new
+    chunk from these and the shapes of the old. `count` returns the number of chunks that have at
+    most some number of elements.
     """
     many, few = count(CHUNK // 2), count(CHUNK)
     run = partial(_over_chunks, begin, end)

@@ -45,9 +45,6 @@ def quantize_weights(
         block: Elements that share a scale and an offset, along the last axis (or the one before,
             if that is longer and the last is shorter than a block).
 
-    Raises:
-        ValueError: If an argument is out of range, or a chosen leaf cannot be quantized.
-
     Examples:
         >>> import jax.numpy as jnp
         >>> from galore_optax import quantize_weights
@@ -63,22 +60,18 @@ def quantize_weights(
 
     choose = large if which is None else which
     if callable(choose):
-        chosen = jax.tree.map_with_path(
-            lambda path, leaf: choose(jax.tree_util.keystr(path), leaf),
-            params,
-            is_leaf=is_quantized,
-        )
+        marks = params
     elif all(isinstance(x, bool | np.bool_) for x in jax.tree.leaves(which)):
-        chosen = jax.tree.broadcast(which, params, is_leaf=is_quantized)
+        marks = jax.tree.broadcast(which, params, is_leaf=is_quantized)
     else:
         raise ValueError(
             f"which={which!r} is neither a function of path and leaf nor a tree of booleans"
         )
 
-    def stored(path: Any, leaf: Any, chosen: bool) -> Any:
-        if not chosen:
-            return leaf
+    def stored(path: Any, leaf: Any, mark: Any) -> Any:
         name = jax.tree_util.keystr(path)
+        if not (choose(name, leaf) if callable(choose) else mark):
+            return leaf
         if is_quantized(leaf):
             raise ValueError(
                 f"params: the leaf at {name} is already stored in {leaf.code.bits} bits"
@@ -91,7 +84,7 @@ def quantize_weights(
         axis = -2 if leaf.ndim > 1 and leaf.shape[-1] < min(block, leaf.shape[-2]) else -1
         return quantize(leaf, Affine(bits), block=block, axis=axis)
 
-    return jax.tree.map_with_path(stored, params, chosen, is_leaf=is_quantized)
+    return jax.tree.map_with_path(stored, params, marks, is_leaf=is_quantized)
 
 
 def value_and_grad(
@@ -179,9 +172,6 @@ def apply_updates(
 
     The key must be a new one for each step. None rounds to the nearest, which loses updates below
     half a step of the code.
-
-    Raises:
-        ValueError: If `key` is not a key, or an update is a `QuantizedArray`.
 
     Examples:
         >>> import jax, jax.numpy as jnp

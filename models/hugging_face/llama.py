@@ -60,16 +60,11 @@ def load_llama(
     """Reads a LLaMA checkpoint in Hugging Face's format: config.json and model.safetensors.
 
     Shards of the latter need model.safetensors.index.json. If the checkpoint ties the head to the
-    embedding, the head becomes a separate weight that starts as a copy.
+    embedding, the head becomes a separate weight that starts as a copy. Weights and computation get
+    `dtype`; `overrides` are further fields of `LlamaConfig`, such as `rematerialize=True`.
 
-    Args:
-        directory: Of the checkpoint.
-        dtype: Of the weights and of the computation, for any dtype in the file.
-        **overrides: Fields of `LlamaConfig` to set otherwise, such as `rematerialize=True`.
-
-    Raises:
-        ValueError: If there is no checkpoint, if it is damaged, quantized or of another
-            architecture, or if the tensors do not match config.json.
+    ValueError if there is no checkpoint, if it is damaged, quantized or of another architecture, or
+    if the tensors do not match config.json.
     """
     directory = Path(directory)
     theirs = read_json(directory / "config.json")
@@ -116,9 +111,7 @@ def save_llama(
 
     The weights keep their dtype. Every weight must be addressable from this process. A model of
     more than `max_shard_bytes` is written as several files and an index; one tensor may have more.
-
-    Raises:
-        ValueError: If the directory has a model in it, or `max_shard_bytes` is below 1.
+    ValueError if the directory has a model in it, or `max_shard_bytes` is below 1.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: must be at least 1, such as 5e9")

@@ -17,10 +17,8 @@ from galore_optax.quantization.array import dequantized
 from models.llama.attention import Rotary, Sequences, causal_attention, rotate
 from models.llama.config import LlamaConfig, Params
 
-Attend = Callable[
-    [Float[Array, "B L N K"], Float[Array, "B L G K"], Float[Array, "B L G K"]],
-    Float[Array, "B L N K"],
-]
+# From queries (B, L, N, K), keys and values (B, L, G, K) to their mixture (B, L, N, K).
+Attend = Callable[[Array, Array, Array], Array]
 
 # Attention's products, and the outputs of the linear layers: an adapter's output is the sum of
 # several products of its size, which need not be kept.
