@@ -132,11 +132,7 @@ _recomputed_product.defvjp(lambda *args: (_product(*args), args), _backward)
 
 
 def adapt(
-    params: PyTree,
-    create: Callable[[Any, PRNGKeyArray], Adapter],
-    key: PRNGKeyArray,
-    *,
-    pattern: str = "",
+    params: PyTree, create: Callable[..., Adapter], key: PRNGKeyArray, *, pattern: str = ""
 ) -> PyTree:
     """Returns params with adapters instead of some of the matrices.
 

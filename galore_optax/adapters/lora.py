@@ -106,10 +106,7 @@ class DoRA(LoRA):
 
 
 def with_dropout_keys(params: PyTree, key: PRNGKeyArray) -> PyTree:
-    """Returns params whose LoRA adapters drop inputs, for one training step.
-
-    Each path and layer gets its own key from that of the step.
-    """
+    """Returns params whose LoRA adapters drop inputs, by a key for each path and layer."""
 
     def one(path: Any, x: Any) -> Any:
         if not (isinstance(x, LoRA) and x.dropout > 0):

@@ -19,12 +19,7 @@ from galore_optax.stages import GaLoreState
 
 
 def restart(
-    tx: optax.GradientTransformation,
-    params: PyTree,
-    state: optax.OptState,
-    key: PRNGKeyArray,
-    *,
-    keep: float = 0.0,
+    tx: optax.GradientTransformation, params: PyTree, state: Any, key: Array, *, keep: float = 0.0
 ) -> tuple[PyTree, optax.OptState]:
     """Merges every adapter, draws new factors, and resets the factors' moments.
 
@@ -50,10 +45,7 @@ def restart(
 
 
 def restart_params(params: PyTree, key: PRNGKeyArray) -> PyTree:
-    """Merges every adapter and draws new factors; the key also rounds quantized weights.
-
-    Outputs stay equal, to the rounding of the weights' dtype or code.
-    """
+    """Merges every adapter and draws new factors; the key also rounds quantized weights."""
 
     def one(path: Any, x: Any) -> Any:
         return x.restarted(for_path(key, path)) if is_adapter(x) else x

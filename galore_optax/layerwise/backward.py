@@ -30,26 +30,17 @@ class Layered(NamedTuple):
     For a `QuantizedArray` in the params, the functions get an object with its `shape`, `dtype` and
     `dequantize()`; the gradient is the one with respect to the dequantized array.
 
-    Attributes:
-        embed: From all params except the layers and a batch to the first hidden states, a tree of
-            float arrays.
-        layer: From one layer's params, hidden states and the batch to hidden states of the same
-            shapes and dtypes.
-        head: From all params except the layers, the last hidden states and the batch to the loss.
-        layers: The key of the layers in the params, stacked along every leaf's first axis.
+    Hidden states are a tree of float arrays, before and after each layer of the same shapes and
+    dtypes. `embed` and `head`, which returns the loss, get all params except the layers.
     """
 
     embed: Callable[[Params, Batch], Hidden]
-    layer: Callable[[PyTree, Hidden, Batch], Hidden]
+    layer: Callable[[PyTree, Hidden, Batch], Hidden]  # from one layer's params
     head: Callable[[Params, Hidden, Batch], Float[Array, ""]]
-    layers: str = "layers"
+    layers: str = "layers"  # their key in the params, stacked along every leaf's first axis
 
     def split(self, params: Params) -> tuple[PyTree, Params, int]:
-        """Returns the stacked layers, the other entries of the params, and the number of layers.
-
-        Raises:
-            ValueError: If the params have no such stack.
-        """
+        """Returns the stacked layers, the other entries of the params, and the number of layers."""
         if not isinstance(params, dict) or self.layers not in params:
             raise ValueError(
                 f"params: they have no entry {self.layers!r} (Layered's layers=); give a dict with "

@@ -33,12 +33,7 @@ def over_microbatches(function: Callable[..., tuple[Any, Any]], *batches: Any) -
 
 
 def over_microbatches_in_subspace(
-    tx: SubspaceParts,
-    state: optax.OptState,
-    params: optax.Params,
-    function: Callable[..., tuple[optax.Updates, Any]],
-    *batches: Any,
-    **extra_args: Any,
+    tx: SubspaceParts, state: Any, params: Any, function: Callable, *batches: Any, **extra_args: Any
 ) -> tuple[optax.Updates, optax.OptState, Any]:
     """As `over_microbatches`, with gradients as the first trees, which are summed projected.
 

@@ -1,9 +1,8 @@
 """Backward pass and update in one: a training step that stores one layer's gradient at a time.
 
-All gradients take as much memory as the weights. A layer's gradient can be used, and freed, as soon
-as the backward pass has computed it (LOMO, arXiv:2306.09782, section 3.1; GaLore, arXiv:2403.03507,
-section 4.3). The stacked layers and their states are in the carry of one loop, from the last layer
-to the first, and are overwritten in place.
+A layer's gradient can be used, and freed, as soon as the backward pass has computed it (LOMO,
+arXiv:2306.09782, section 3.1; GaLore, arXiv:2403.03507, section 4.3). The stacked layers and their
+states are in the carry of one loop, from the last layer to the first, and overwritten in place.
 """
 
 import dataclasses
@@ -67,7 +66,6 @@ class Layerwise:
     float32, which overflows for elements above 1e19.)
 
     Attributes:
-        model: The model.
         tx: The transformation, including its learning rate.
         clip_norm: Gradients are scaled down to this global norm; None leaves them.
         clip: The norm that is compared with it: "exact" (an extra backward pass computes it first)
@@ -131,11 +129,7 @@ class Layerwise:
             )
 
     def init(self, params: Params) -> LayerwiseState:
-        """Returns the initial state.
-
-        Raises ValueError if the transformation needs all gradients at once, or the layers of the
-        params are not stacked.
-        """
+        """Returns the initial state; ValueError if tx needs all gradients at once."""
         key = self.model.layers
         stack, rest, layers = self.model.split(params)
         one = jax.eval_shape(lambda p: dequantized({**p, key: at(p[key], 0)}), params)

@@ -48,11 +48,7 @@ def chunks(x: Array | QuantizedArray, most: int) -> int:
 
 
 def over_chunks(
-    begin: Callable[[Any, Any, Int[Array, ""]], Any],
-    stored: Any,
-    read: Any,
-    count: Callable[[int], int],
-    end: Callable[[Any, Any], Any] = lambda new, _: new,
+    begin: Callable, stored: Any, read: Any, count: Callable, end: Callable = lambda new, _: new
 ) -> Any:
     """Overwrites a tree of arrays and `QuantizedArray`s, `stored`, chunk by chunk.
 
@@ -69,9 +65,7 @@ def over_chunks(
     return jax.lax.platform_dependent(stored, read, cpu=cpu, default=default)
 
 
-def _over_chunks(
-    begin: Callable[..., Any], end: Callable[..., Any], count: int, stored: Any, read: Any
-) -> Any:
+def _over_chunks(begin: Callable, end: Callable, count: int, stored: Any, read: Any) -> Any:
     if count == 1:
         return end(begin(stored, read, jnp.int32(0)), stored)
     leaves = jax.tree.leaves((stored, read), is_leaf=is_quantized)

@@ -20,10 +20,7 @@ _SIZES = {
 
 
 def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaConfig:
-    """Returns the configuration in a config.json, with other values of some fields.
-
-    ValueError if that LLaMA differs from ours, or a value is missing or of the wrong type.
-    """
+    """Returns the configuration in a config.json; ValueError if it is not one of our LLaMAs."""
     # Transformers 5 puts theta and type into rope_parameters; before, theta stood at top level and
     # rope_scaling was null or a scaling.
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}

@@ -28,9 +28,7 @@ class Sequences(NamedTuple):
 
 
 def sequences_of(
-    config: LlamaConfig,
-    positions: Int[Array, "*A B L"],
-    segment_ids: Int[Array, "*A B L"] | None = None,
+    config: LlamaConfig, positions: Int[Array, "*A B L"], segment_ids: Array | None = None
 ) -> Sequences:
     """Returns `Sequences` from positions and, where a row has several documents, their numbers."""
     config.check_length(positions.shape[-1])

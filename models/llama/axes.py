@@ -26,10 +26,7 @@ def dimension_numbers(params: Params) -> Params:
 
 
 def param_axes(params: Params) -> Params:
-    """Returns how many axes each param has within one layer, and None for params outside layers.
-
-    That is 2 for attention's and the MLP's matrices and 1 for the layers' norms.
-    """
+    """Returns the number of axes of each param within one layer; None for params outside layers."""
 
     def choose(path: Any, _: Any) -> int | None:
         names = _names(path)
