@@ -13,11 +13,6 @@ def path_hash(path: str) -> int:
 
 
 def for_path(key: PRNGKeyArray, path: Any) -> PRNGKeyArray:
-    """Folds the hash of a path in a tree into a key.
-
-    Args:
-        key: The key.
-        path: A tree path, or the string that `jax.tree_util.keystr` makes of it.
-    """
+    """Folds the hash of a tree path, or of its `jax.tree_util.keystr`, into a key."""
     name = path if isinstance(path, str) else jax.tree_util.keystr(path)
     return jax.random.fold_in(key, path_hash(name))

@@ -15,11 +15,7 @@ from galore_optax.sharding import explicit_axes
 def after(known: PyTree, tree: PyTree) -> PyTree:
     """Returns a tree of equal arrays that XLA cannot compute before those of `known`.
 
-    Arrays with explicit mesh axes cannot be indexed here; they delay nothing.
-
-    Args:
-        known: Tree of arrays, such as the result of the computation to wait for.
-        tree: Tree of arrays.
+    Arrays of `known` with explicit mesh axes cannot be indexed here; they delay nothing.
     """
     firsts = [x[(0,) * x.ndim] for x in jax.tree.leaves(known) if x.size and not explicit_axes(x)]
     if not firsts:

@@ -7,13 +7,8 @@ def parts(rows: int, needed: int, shares: int) -> int:
     """Returns into how many equal parts to cut rows, so that each device has a share of each part.
 
     That is the least number from `needed` to four times `needed` that divides the rows, or else the
-    largest below. Where `shares` has a common divisor with the number of rows, so has each part.
-
-    Args:
-        rows: Rows to cut.
-        needed: Parts that are needed for one to fit.
-        shares: The number of devices that the rows may be split over; 16 if it is not known, which
-            serves 2, 4 and 8, too.
+    largest below. Where `shares`, the number of devices that the rows may be split over, has a
+    common divisor with the rows, so has each part. 16 serves 2, 4 and 8, too.
 
     Examples:
         >>> from galore_optax.rows import parts

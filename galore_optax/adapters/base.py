@@ -21,19 +21,15 @@ from galore_optax.projection.dimension_numbers import GaLoreDimensionNumbers
 from galore_optax.quantization.array import QuantizedArray, dequantized, is_quantized, stored_like
 from galore_optax.quantization.codes import Affine
 
-Frozen = dict[str, Any]
-"""Frozen weights by path, as `split` returns them."""
+Frozen = dict[str, Any]  # frozen weights by path, as `split` returns them
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """A frozen weight and the factors that are trained instead; subclasses define the product.
 
-    Attributes:
-        base: The frozen weight, `(*layers, in, out)`, an array or a `QuantizedArray`. None in the
-            trained part of the params, and where there is no frozen weight.
-        a: Factor at the input.
-        b: Factor at the output.
+    `base` is the frozen weight `(*layers, in, out)`, an array or a `QuantizedArray`. It is None in
+    the trained part of the params, and where there is no frozen weight.
     """
 
     base: Any
@@ -42,21 +38,16 @@ class Adapter:
 
     @classmethod
     def create(cls, weight: Any, key: PRNGKeyArray, rank: int) -> Self:
-        """Returns an adapter of a weight, whose product is that of the weight itself.
+        """Returns an adapter of a weight or a stack of them, with the weight's own product.
 
-        Args:
-            weight: `(*layers, in, out)`, an array or a `QuantizedArray`.
-            key: Draws the factor at the input; the factor at the output is zero.
-            rank: Columns of a, rows of b.
-
-        Raises:
-            ValueError: If the weight is not a matrix, or the rank does not fit it.
+        The key draws `a`; `b` is zero. ValueError if the weight is not a matrix, or the rank does
+        not fit it.
         """
         return cls(weight, **cls.new_parts(weight, key, rank))
 
     @classmethod
     def new_parts(cls, weight: Any, key: PRNGKeyArray, rank: int) -> dict[str, Array]:
-        """Returns trained fields that leave a weight unchanged, by name; arguments as `create`."""
+        """Returns trained fields that leave a weight unchanged, by name."""
         check_rank(weight, rank)
         *layers, rows, columns = weight.shape
         # Uniform within ±1/√in, as in PEFT.
@@ -130,60 +121,38 @@ def _product(rows: Float[Array, "N in"], weight: Any) -> Float[Array, "N out"]:
     return rows @ dequantized(weight).astype(rows.dtype)
 
 
-# Not jax.checkpoint: an outer one whose policy keeps all products would keep a @ b too.
-@jax.custom_vjp
-def _recomputed_product(rows: Float[Array, "N in"], weight: Any) -> Float[Array, "N out"]:
-    return _product(rows, weight)
-
-
-def _forward(rows: Array, weight: Any) -> tuple[Array, tuple[Array, Any]]:
-    return _product(rows, weight), (rows, weight)
-
-
-def _backward(residuals: tuple[Array, Any], cotangent: Array) -> tuple[Any, ...]:
-    rows, weight = residuals
+def _backward(kept: tuple[Array, Any], cotangent: Array) -> tuple[Any, ...]:
+    rows, weight = kept
     return jax.vjp(_product, rows, codes_after(cotangent, weight))[1](cotangent)
 
 
-_recomputed_product.defvjp(_forward, _backward)
+# Not jax.checkpoint: an outer one whose policy keeps all products would keep a @ b too.
+_recomputed_product = jax.custom_vjp(_product)
+_recomputed_product.defvjp(lambda *args: (_product(*args), args), _backward)
 
 
 def adapt(
-    params: PyTree,
-    create: Callable[[Any, PRNGKeyArray], Adapter],
-    key: PRNGKeyArray,
-    *,
-    pattern: str = "",
+    params: PyTree, create: Callable[..., Adapter], key: PRNGKeyArray, *, pattern: str = ""
 ) -> PyTree:
     """Returns params with adapters instead of some of the matrices.
 
-    Args:
-        params: A model's params. Leaves with three axes, `(layers, in, out)`, can be adapted.
-        create: Makes an adapter from a weight and a key: `partial(LoRA.create, rank=8)`.
-        key: Random key of all factors; paths are folded in.
-        pattern: Regular expression searched for in the paths of these matrices, such as
-            "attention|mlp/up" in "layers/mlp/up". All of them by default.
-
-    Raises:
-        ValueError: If the pattern matches no matrix's path, or a matrix cannot be adapted.
+    Leaves with three axes, `(layers, in, out)`, can be adapted: those in whose path, such as
+    "layers/mlp/up", the regular expression `pattern` is found. `create` makes an adapter from a
+    weight and a key, such as `partial(LoRA.create, rank=8)`. ValueError if no leaf is adapted.
     """
-
-    def name(path: Any) -> str:
-        return jax.tree_util.keystr(path, simple=True, separator="/")
-
-    leaves = jax.tree.leaves_with_path(params, is_leaf=is_quantized)
-    matrices = [name(path) for path, x in leaves if x.ndim == 3]
+    leaves, tree = jax.tree.flatten_with_path(params, is_leaf=is_quantized)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    matrices = [name for name, (_, x) in zip(names, leaves, strict=True) if x.ndim == 3]
     chosen = {name for name in matrices if re.search(pattern, name)}
     if not chosen:
         raise ValueError(
             f"pattern={pattern!r} matches the path of no matrix that can be adapted; these are "
             + (", ".join(matrices) or "none: adapters take stacks (layers, in, out)")
         )
-
-    def one(path: Any, x: Any) -> Any:
-        return create(x, for_path(key, path)) if name(path) in chosen else x
-
-    return jax.tree.map_with_path(one, params, is_leaf=is_quantized)
+    return tree.unflatten(
+        create(x, for_path(key, path)) if name in chosen else x
+        for name, (path, x) in zip(names, leaves, strict=True)
+    )
 
 
 def split(params: PyTree, *, adapters_only: bool = False) -> tuple[PyTree, Frozen]:

@@ -8,14 +8,12 @@ With ∇W the gradient of the loss with respect to W, and V̂ = V / ‖V‖,
     ∇m = Σ ∇W ⊙ V̂ (down each column)     ∇V = (m / ‖V‖) (∇W - V̂ ∇m)
     ∇a = ∇V bᵀ                           ∇b = aᵀ ∇V
 
-and the gradients of a and b go through GaLore, at a rank below the adapter's
-(`galore_optax.gradnorm_lorp_adamw`).
-
-The paper's abstract states that the weight matrix is normalised, that low-rank approximations are
-applied to the weight and to the gradient matrices, and that inference costs nothing more. The rest
-is a reconstruction: norms by columns, a trained magnitude, which gradients are projected and to
-what rank, and, for pre-training, restarts as in ReLoRA (arXiv:2307.05695). The published code
-differs from the paper and is not followed.
+and the gradients of a and b go through GaLore, at a rank below the adapter's. The paper's abstract
+states that the weight matrix is normalised, that low-rank approximations are applied to the weight
+and to the gradient matrices, and that inference costs nothing more. The rest is a reconstruction:
+norms by columns, a trained magnitude, which gradients are projected and to what rank, and, for
+pre-training, restarts as in ReLoRA (arXiv:2307.05695). The published code differs from the paper
+and is not followed.
 """
 
 import dataclasses
@@ -49,19 +47,12 @@ class GradNormLoRP(Adapter):
     """A frozen weight, and the factors and magnitudes that are trained instead.
 
     Computed in float32 or wider for any dtype of the weight. A zero column starts with a magnitude
-    of 1e-6, at which its factors have the gradient of a plain weight.
-
-    Attributes:
-        magnitude: m, the norm of each column of W; the other fields are those of `Adapter`.
-
-    References:
-        Huang et al., `GradNormLoRP <https://arxiv.org/abs/2412.19616>`_, 2024; Salimans and Kingma,
-        `Weight normalization <https://arxiv.org/abs/1602.07868>`_, 2016, equation 3 (∇m and ∇V).
+    of 1e-6, at which its factors have the gradient of a plain weight. For ∇m and ∇V see Salimans
+    and Kingma, `Weight normalization <https://arxiv.org/abs/1602.07868>`_, 2016, equation 3.
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from galore_optax.adapters.base import join, merge, product, split
-        >>> from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
+        >>> from galore_optax import GradNormLoRP, join, merge, product, split
         >>> w = jax.random.normal(jax.random.key(0), (64, 32))
         >>> params = {"w": GradNormLoRP.create(w, jax.random.key(1), rank=8)}
         >>> trained, frozen = split(params)
@@ -71,7 +62,7 @@ class GradNormLoRP(Adapter):
         ((64, 32), (8, 32))
     """
 
-    magnitude: Float[Array, "*layers out"]
+    magnitude: Float[Array, "*layers out"]  # m, the norm of each column of W
 
     @classmethod
     def new_parts(cls, weight: Any, key: PRNGKeyArray, rank: int) -> dict[str, Array]:

@@ -24,16 +24,12 @@ from galore_optax.quantization.array import dequantized
 class LoRA(Adapter):
     """W = W₀ + scale · a b (arXiv:2106.09685, section 4.1), an `Adapter` with three more fields.
 
-    Attributes:
-        key: Random key of the dropout, one for each layer of a stack; without it nothing is dropped
-            (see `with_dropout_keys`).
-        scale: alpha / rank.
-        dropout: The share of the factors' inputs that is dropped.
+    `dropout` is the share of the factors' inputs that is dropped if there is a `key`, one for each
+    layer of a stack (see `with_dropout_keys`).
 
     Examples:
         >>> import functools, jax, jax.numpy as jnp
-        >>> from galore_optax.adapters.base import adapt
-        >>> from galore_optax.adapters.lora import LoRA
+        >>> from galore_optax import LoRA, adapt
         >>> params = {"mlp": {"up": jnp.ones((2, 64, 256))}, "norm": jnp.ones(64)}
         >>> create = functools.partial(LoRA.create, rank=8, alpha=16)
         >>> adapted = adapt(params, create, jax.random.key(0), pattern="mlp")
@@ -47,18 +43,11 @@ class LoRA(Adapter):
 
     @classmethod
     def create(
-        cls,
-        weight: Any,
-        key: PRNGKeyArray,
-        rank: int,
-        *,
-        alpha: float | None = None,
-        dropout: float = 0.0,
+        cls, weight: Any, key: Array, rank: int, *, alpha: float | None = None, dropout: float = 0.0
     ) -> Self:
         """Returns an adapter of a weight, as `Adapter.create`, with the scale alpha / rank.
 
-        `alpha` is the rank by default; `dropout` is the share of the factors' inputs that is
-        dropped in training. ValueError if one of them is out of its range.
+        `alpha` is the rank by default. ValueError if it or `dropout` is out of its range.
         """
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: must be at least 0 and below 1, such as 0.1")
@@ -96,9 +85,6 @@ class DoRA(LoRA):
     """W = m ⊙ V / ‖V‖ by columns, V = W₀ + scale · a b (arXiv:2402.09353, equation 5).
 
     ‖V‖ has no gradient, as in its section 4.3; in `GradNormLoRP` it has one.
-
-    Attributes:
-        magnitude: m, the norm of each column of W; the other fields are those of `LoRA`.
     """
 
     magnitude: Float[Array, "*layers out"] = dataclasses.field(kw_only=True)
@@ -120,10 +106,7 @@ class DoRA(LoRA):
 
 
 def with_dropout_keys(params: PyTree, key: PRNGKeyArray) -> PyTree:
-    """Returns params whose LoRA adapters drop inputs, for one training step.
-
-    Each path and layer gets its own key from that of the step.
-    """
+    """Returns params whose LoRA adapters drop inputs, by a key for each path and layer."""
 
     def one(path: Any, x: Any) -> Any:
         if not (isinstance(x, LoRA) and x.dropout > 0):

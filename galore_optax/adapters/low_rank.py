@@ -22,7 +22,6 @@ class LowRank(Adapter):
         """Projects a weight onto `rank` of its leading directions, found by a random sketch.
 
         The rest of the weight is lost: a random one shrinks, a trained one is compressed.
-        Arguments and errors are those of `Adapter.create`.
         """
         check_rank(weight, rank)
         w = wide(weight)
@@ -39,7 +38,6 @@ class LowRank(Adapter):
 
     def restarted(self, key: PRNGKeyArray) -> Self:
         """Returns itself, as there is no weight to merge into."""
-        del key
         return self
 
 

@@ -19,41 +19,24 @@ from galore_optax.stages import GaLoreState
 
 
 def restart(
-    tx: optax.GradientTransformation,
-    params: PyTree,
-    state: optax.OptState,
-    key: PRNGKeyArray,
-    *,
-    keep: float = 0.0,
+    tx: optax.GradientTransformation, params: PyTree, state: Any, key: Array, *, keep: float = 0.0
 ) -> tuple[PyTree, optax.OptState]:
     """Merges every adapter, draws new factors, and resets the factors' moments.
 
     The model's outputs and the other moments (the magnitudes' too) stay as they are. GaLore keeps
     its bases until the new factors have gradients, and then refreshes them all.
 
-    Args:
-        tx: The optimizer of the trained params (`galore_optax.adapters.base.split`).
-        params: Trained and frozen params in one tree.
-        state: The optimizer's state.
-        key: Draws the new factors.
-        keep: Share of each moment's entries, the largest, that is kept; ReLoRA keeps 0.01.
-
-    Raises:
-        ValueError: If `keep` is out of its range.
-
-    References:
-        Lialin et al., `ReLoRA <https://arxiv.org/abs/2307.05695>`_, 2023, section 3.
+    The params are the trained and the frozen ones in one tree; tx and its state are for the trained
+    part (`galore_optax.split`). `keep` is the share of each moment's entries, the largest, that is
+    kept; ReLoRA keeps 0.01.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
-        >>> from galore_optax.adapters.base import split
-        >>> from galore_optax.adapters.restart import restart
-        >>> from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
-        >>> w = jax.random.normal(jax.random.key(0), (64, 32))
-        >>> params = {"w": GradNormLoRP.create(w, jax.random.key(1), rank=8)}
+        >>> from galore_optax import GradNormLoRP, restart, split
+        >>> params = {"w": GradNormLoRP.create(jnp.ones((64, 32)), jax.random.key(0), rank=8)}
         >>> tx = optax.adamw(0.01)
         >>> state = tx.init(split(params)[0])
-        >>> params, state = restart(tx, params, state, jax.random.key(2))
+        >>> params, state = restart(tx, params, state, jax.random.key(1))
     """
     if not 0 <= keep < 1:
         raise ValueError(f"keep={keep}: must be at least 0 and below 1, such as ReLoRA's 0.01")
@@ -62,10 +45,7 @@ def restart(
 
 
 def restart_params(params: PyTree, key: PRNGKeyArray) -> PyTree:
-    """Merges every adapter and draws new factors; the key also rounds quantized weights.
-
-    Outputs stay equal, to the rounding of the weights' dtype or code.
-    """
+    """Merges every adapter and draws new factors; the key also rounds quantized weights."""
 
     def one(path: Any, x: Any) -> Any:
         return x.restarted(for_path(key, path)) if is_adapter(x) else x

@@ -30,26 +30,17 @@ class Layered(NamedTuple):
     For a `QuantizedArray` in the params, the functions get an object with its `shape`, `dtype` and
     `dequantize()`; the gradient is the one with respect to the dequantized array.
 
-    Attributes:
-        embed: From all params except the layers and a batch to the first hidden states, a tree of
-            float arrays.
-        layer: From one layer's params, hidden states and the batch to hidden states of the same
-            shapes and dtypes.
-        head: From all params except the layers, the last hidden states and the batch to the loss.
-        layers: The key of the layers in the params, stacked along every leaf's first axis.
+    Hidden states are a tree of float arrays, before and after each layer of the same shapes and
+    dtypes. `embed` and `head`, which returns the loss, get all params except the layers.
     """
 
     embed: Callable[[Params, Batch], Hidden]
-    layer: Callable[[PyTree, Hidden, Batch], Hidden]
+    layer: Callable[[PyTree, Hidden, Batch], Hidden]  # from one layer's params
     head: Callable[[Params, Hidden, Batch], Float[Array, ""]]
-    layers: str = "layers"
+    layers: str = "layers"  # their key in the params, stacked along every leaf's first axis
 
     def split(self, params: Params) -> tuple[PyTree, Params, int]:
-        """Returns the stacked layers, the other entries of the params, and the number of layers.
-
-        Raises:
-            ValueError: If the params have no such stack.
-        """
+        """Returns the stacked layers, the other entries of the params, and the number of layers."""
         if not isinstance(params, dict) or self.layers not in params:
             raise ValueError(
                 f"params: they have no entry {self.layers!r} (Layered's layers=); give a dict with "
@@ -68,27 +59,17 @@ class Layered(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Backward:
-    """The backward pass of a model over microbatches, in pieces to be run from last to first.
-
-    Attributes:
-        model: The model.
-        weights: All entries of the params except the layers.
-        batches: Tree of arrays with a first axis of microbatches.
-        checkpoint: Whether the backward pass computes a layer again.
-        kept: For each layer, `(layers, microbatches, ...)`, the hidden states before it or, without
-            checkpointing, its backward pass as `jax.vjp` returns it.
-        last: Hidden states after the last layer.
-        in_head: Keys of the weights that the head uses.
-        in_embed: Keys of the weights that the embedding uses.
-    """
+    """The backward pass of a model over microbatches, in pieces to be run from last to first."""
 
     model: Layered
-    weights: Params
-    batches: Batch
+    weights: Params  # all entries except the layers
+    batches: Batch  # with a first axis of microbatches
     checkpoint: bool
+    # (layers, microbatches, ...): the hidden states before each layer or, without checkpointing,
+    # its backward pass as `jax.vjp` returns it.
     kept: PyTree
-    last: Hidden
-    in_head: frozenset[str]
+    last: Hidden  # after the last layer
+    in_head: frozenset[str]  # keys of the weights that the head uses
     in_embed: frozenset[str]
 
     @property
@@ -109,25 +90,19 @@ class Backward:
         return loss, gradient, cotangent
 
     def layer(
-        self,
-        own: PyTree,
-        i: Int[Array, ""],
-        cotangent: Hidden,
-        over: Callable[..., Any] = over_microbatches,
+        self, own: PyTree, i: Array, cotangent: Hidden, over: Callable = over_microbatches
     ) -> Any:
         """Returns the gradients of layer `i`, with params `own`, and of the hidden states before.
 
-        Microbatches are summed by `over_microbatches`, or by another function `over`.
+        The function `over` sums over microbatches.
         """
         key = self.model.layers
 
         def pull(kept: Any, b: Batch, c: Hidden) -> tuple[Params, Hidden]:
-            if self.checkpoint:
-                params = {key: _dequantized_for_each(self.batches, c, own)}
-                back = _vjp(lambda w, h: self.model.layer(w[key], h, b), params, kept)[1]
-            else:
-                back = _put_back(kept, (own, b))
-            return back(c)
+            if not self.checkpoint:
+                return _put_back(kept, (own, b))(c)
+            params = {key: _dequantized_for_each(self.batches, c, own)}
+            return _vjp(lambda w, h: self.model.layer(w[key], h, b), params, kept)[1](c)
 
         return over(pull, at(self.kept, i), self.batches, cotangent)
 
@@ -140,39 +115,35 @@ class Backward:
 
         gradient, _ = over_microbatches(pull, self.batches, cotangent)
 
-        def whole(k: str) -> PyTree:
+        whole = {}
+        for k in self.weights.keys() - self.early:
             parts = [g[k] for g in (from_head, gradient) if k in g]
             parts = parts or [optax.tree.zeros_like(sources(self.weights[k]))]
-            return functools.reduce(optax.tree.add, parts)
-
-        return {k: whole(k) for k in self.weights.keys() - self.early}
+            whole[k] = functools.reduce(optax.tree.add, parts)
+        return whole
 
     def norm(self, stack: PyTree, *, summed: bool = True) -> Float[Array, ""]:
         """Returns the gradient's global norm, by a backward pass that keeps no gradient.
 
-        Args:
-            stack: The stacked layers.
-            summed: Whether to sum the microbatches' gradients of each layer. Otherwise the sum of
-                the microbatches' norms is returned, which is an upper bound.
+        Unless the microbatches' gradients of each layer are `summed`, this is the sum of the
+        microbatches' norms, an upper bound.
         """
         _, from_head, cotangent = self.head()
         layers = jax.tree.leaves(stack)[0].shape[0]
         parts = 1 if summed else jax.tree.leaves(self.batches)[0].shape[0]
 
-        def of_each(pull: Callable[..., Any], *batches: Any) -> tuple[Array, Hidden]:
+        def over(pull: Callable[..., Any], *batches: Any) -> tuple[Array, Hidden]:
             def squared(*batch: Any) -> tuple[tuple[()], Any]:
                 gradient, cotangent = pull(*batch)
                 return (), (squares(gradient), cotangent)
 
-            return over_microbatches(squared, *batches)[1]
-
-        def of_sum(*args: Any) -> tuple[Array, Hidden]:
-            gradient, cotangent = over_microbatches(*args)
+            if not summed:
+                return over_microbatches(squared, *batches)[1]
+            gradient, cotangent = over_microbatches(pull, *batches)
             return squares(gradient), cotangent
 
         def turn(turns: Array, carry: tuple[Hidden, Array]) -> tuple[Hidden, Array]:
             i = layers - 1 - turns
-            over = of_sum if summed else of_each
             own, cotangent = self.layer(at(stack, i), i, carry[0], over)
             return cotangent, carry[1] + own
 
@@ -185,7 +156,7 @@ class Backward:
 
 
 def forward(model: Layered, params: Params, batches: Batch, *, checkpoint: bool) -> Backward:
-    """Runs a model forward, and keeps what `Backward`, which has the arguments' docs, needs."""
+    """Runs a model forward, and keeps what its backward pass needs."""
     stack, weights, _ = model.split(params)
     key = model.layers
 
@@ -234,24 +205,16 @@ def _leave_out(back: PyTree, there: PyTree) -> PyTree:
 
 
 def _put_back(back: PyTree, there: PyTree) -> PyTree:
+    def left_out(x: Any) -> bool:
+        return isinstance(x, _There)
+
     leaves = jax.tree.leaves(there)
-    return jax.tree.map(
-        lambda x: leaves[x.leaf] if isinstance(x, _There) else x,
-        back,
-        is_leaf=lambda x: isinstance(x, _There),
-    )
+    return jax.tree.map(lambda x: leaves[x.leaf] if left_out(x) else x, back, is_leaf=left_out)
 
 
 def at(stacks: PyTree, i: Int[Array, ""] | int) -> PyTree:
     """Returns layer `i` of stacked layers."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacks)
-
-
-def written(stacks: PyTree, i: Int[Array, ""] | int, one: PyTree) -> PyTree:
-    """Returns stacked layers with layer `i` replaced."""
-    return jax.tree.map(
-        lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0), stacks, one
-    )
 
 
 def squares(tree: PyTree) -> Float[Array, ""]:

@@ -15,15 +15,10 @@ from galore_optax.transformation import SubspaceParts
 
 
 def over_microbatches(function: Callable[..., tuple[Any, Any]], *batches: Any) -> tuple[Any, Any]:
-    """Runs a function on each microbatch, one after the other.
+    """Runs a function on each microbatch (the first axis of `batches`), one after the other.
 
-    Args:
-        function: From a microbatch of each of `batches` to two trees.
-        *batches: Trees of arrays with a first axis of microbatches.
-
-    Returns:
-        The sum of the first trees, taken in float32 and returned in their own dtypes, and the
-        second trees, stacked along a first axis of microbatches.
+    Returns the sum of the first trees that it returns, taken in float32 and in their own dtypes,
+    and the second trees, stacked along a first axis of microbatches.
     """
     if jax.tree.leaves(batches)[0].shape[0] == 1:
         total, kept = function(*jax.tree.map(lambda x: x[0], batches))
@@ -38,19 +33,12 @@ def over_microbatches(function: Callable[..., tuple[Any, Any]], *batches: Any) -
 
 
 def over_microbatches_in_subspace(
-    tx: SubspaceParts,
-    state: optax.OptState,
-    params: optax.Params,
-    function: Callable[..., tuple[optax.Updates, Any]],
-    *batches: Any,
-    **extra_args: Any,
+    tx: SubspaceParts, state: Any, params: Any, function: Callable, *batches: Any, **extra_args: Any
 ) -> tuple[optax.Updates, optax.OptState, Any]:
     """As `over_microbatches`, with gradients as the first trees, which are summed projected.
 
-    The first microbatch's gradient refreshes the bases that are due, with the `extra_args`.
-
-    Returns:
-        The sum, for `tx.update_projected`, the new state, and the second trees, stacked.
+    The first microbatch's gradient refreshes the bases that are due, with the `extra_args`. Returns
+    the sum, for `tx.update_projected`, the new state, and the second trees, stacked.
     """
 
     def projected(state: optax.OptState, *batch: Any) -> tuple[Any, Any, Any]:
@@ -67,12 +55,13 @@ def _summed(
     """Sums a function's first results in float32, with a state in the carry; stacks its third."""
     own, _, _ = jax.eval_shape(function, state, *jax.tree.map(lambda x: x[0], batches))
 
+    def zeros(x: jax.ShapeDtypeStruct) -> Any:
+        return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+
     def add(carry: Any, batch: Any) -> tuple[Any, Any]:
         total, state = carry
         own, state, kept = function(state, *batch)
         return (jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, own), state), kept
 
-    wide = jax.tree.map(lambda x: jnp.promote_types(x.dtype, jnp.float32), own)
-    zeros = jax.tree.map(lambda x, dtype: jnp.zeros(x.shape, dtype), own, wide)
-    (total, state), kept = jax.lax.scan(add, (zeros, state), batches)
+    (total, state), kept = jax.lax.scan(add, (jax.tree.map(zeros, own), state), batches)
     return jax.tree.map(lambda t, x: t.astype(x.dtype), total, own), state, kept

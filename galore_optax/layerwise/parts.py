@@ -14,10 +14,6 @@ from galore_optax.layerwise.microbatches import over_microbatches_in_subspace
 from galore_optax.quantization.array import dequantized
 from galore_optax.transformation import subspace_parts
 
-ApplyUpdates = Callable[..., Any]
-"""From a part of the params, its updates, the steps done so far and the layer (None for a part that
-is no layer) to the new part."""
-
 
 def masked(params: Params) -> Params:
     """The params as `optax.masked` shows them if every leaf is masked out."""
@@ -26,34 +22,18 @@ def masked(params: Params) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class PartUpdate:
-    """What the updates of all parts in one step have in common.
-
-    Attributes:
-        tx: The transformation.
-        apply: Applies updates to a part.
-        others: All params, masked out.
-        count: Steps done so far.
-        loss: The loss, given to the transformation as `value`.
-        clip_norm: Gradients are scaled down to this global norm; None leaves them.
-        norm: The global norm; None without clipping.
-    """
+    """What the updates of all parts in one step have in common."""
 
     tx: optax.GradientTransformation
-    apply: ApplyUpdates
-    others: Params
-    count: Int[Array, ""]
-    loss: Float[Array, ""]
+    apply: Callable[..., Any]  # `Layerwise.apply_updates`
+    others: Params  # all params, masked out
+    count: Int[Array, ""]  # steps done so far
+    loss: Float[Array, ""]  # given to the transformation as `value`
     clip_norm: float | None
-    norm: Float[Array, ""] | None
+    norm: Float[Array, ""] | None  # the global norm; None without clipping
 
     def __call__(
-        self,
-        part: Params,
-        state: optax.OptState,
-        gradient: Params,
-        *,
-        projected: bool = False,
-        **layer: Any,
+        self, part: Params, state: Any, gradient: Params, *, projected: bool = False, **layer: Any
     ) -> tuple[Params, optax.OptState, optax.Updates]:
         """Returns a part of the params and its state after the update, and the updates.
 
@@ -78,34 +58,25 @@ class PartUpdate:
         return self.apply(part, updates, self.count, layer.get("layer")), state, updates
 
     def each(
-        self,
-        parts: Params,
-        states: dict[str, optax.OptState],
-        gradients: Params,
-        ok: Bool[Array, ""],
+        self, parts: Params, states: dict[str, Any], gradients: Params, ok: Bool[Array, ""]
     ) -> tuple[Params, dict[str, optax.OptState]]:
         """Updates each entry of `parts` that has a gradient, by itself, if `ok`."""
         new, new_states = {}, {}
-        for k, gradient in gradients.items():
-            # A loop of one turn or none, not a conditional: XLA then makes an update's copies here,
-            # not at the beginning of the step. Updates take the gradient's memory.
-            def once(_: Array, own: tuple[Params, Any, Params]) -> tuple[Params, Any, Params]:
-                part, state, updates = self(*own)
-                like = own[2]
-                return part, state, jax.tree.map(lambda u, g: u.astype(g.dtype), updates, like)
 
+        # A loop of one turn or none, not a conditional: XLA then makes an update's copies here, not
+        # at the beginning of the step. Updates take the gradient's memory.
+        def once(_: Array, own: tuple[Params, Any, Params]) -> tuple[Params, Any, Params]:
+            part, state, updates = self(*own)
+            return part, state, jax.tree.map(lambda u, g: u.astype(g.dtype), updates, own[2])
+
+        for k, gradient in gradients.items():
             own = {k: parts[k]}, states[k], {k: gradient}
             part, new_states[k], _ = jax.lax.fori_loop(0, ok.astype(jnp.int32), once, own)
             new |= part
         return new, new_states
 
     def summed(
-        self,
-        part: Params,
-        state: optax.OptState,
-        layer: dict[str, Any],
-        pull: Callable[..., tuple[Params, Any]],
-        *batches: Any,
+        self, part: Params, state: Any, layer: dict[str, Any], pull: Callable, *batches: Any
     ) -> tuple[Params, optax.OptState, Any]:
         """As `over_microbatches_in_subspace`, with a function `pull` to a layer's own gradient."""
 

@@ -18,21 +18,14 @@ def layerwise_shardings(
 ) -> LayerwiseState:
     """Returns the shardings of `optimizer.init(params)`, without allocating anything.
 
-    Args:
-        optimizer: The optimizer.
-        params: Tree of arrays or of `jax.ShapeDtypeStruct`.
-        param_shardings: The same tree of `jax.sharding.NamedSharding` over one mesh of automatic
-            axes, none of which may split the layers' axis.
-
-    Raises:
-        ValueError: If there is another sharding.
+    The leaves of `params` are arrays or `jax.ShapeDtypeStruct`s. Their shardings are
+    `NamedSharding`s over one mesh of automatic axes, none of which may split the layers' axis;
+    otherwise a ValueError is raised.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
+        >>> from galore_optax import Layered, Layerwise, layerwise_shardings
         >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec
-        >>> from galore_optax.layerwise.backward import Layered
-        >>> from galore_optax.layerwise.sharding import layerwise_shardings
-        >>> from galore_optax.layerwise.step import Layerwise
         >>> model = Layered(
         ...     lambda params, x: x, lambda own, x, _: x @ own["w"], lambda params, x, _: x.sum()
         ... )

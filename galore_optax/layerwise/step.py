@@ -1,14 +1,14 @@
 """Backward pass and update in one: a training step that stores one layer's gradient at a time.
 
-All gradients take as much memory as the weights. A layer's gradient can be used, and freed, as soon
-as the backward pass has computed it (LOMO, arXiv:2306.09782, section 3.1; GaLore, arXiv:2403.03507,
-section 4.3). The stacked layers and their states are in the carry of one loop, from the last layer
-to the first, and are overwritten in place.
+A layer's gradient can be used, and freed, as soon as the backward pass has computed it (LOMO,
+arXiv:2306.09782, section 3.1; GaLore, arXiv:2403.03507, section 4.3). The stacked layers and their
+states are in the carry of one loop, from the last layer to the first, and overwritten in place.
 """
 
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,17 +18,8 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from galore_optax.layerwise.backward import (
-    Backward,
-    Batch,
-    Layered,
-    Params,
-    at,
-    forward,
-    squares,
-    written,
-)
-from galore_optax.layerwise.parts import ApplyUpdates, PartUpdate, masked
+from galore_optax.layerwise.backward import Backward, Batch, Layered, Params, at, forward, squares
+from galore_optax.layerwise.parts import PartUpdate, masked
 from galore_optax.ordering import after, codes_after
 from galore_optax.quantization.array import dequantized
 from galore_optax.trace.coupling import coupled_leaves
@@ -38,33 +29,20 @@ CLIPS = ("exact", "previous")
 
 
 class LayerwiseState(NamedTuple):
-    """State of a layer-wise optimizer.
+    """State of a layer-wise optimizer."""
 
-    Attributes:
-        count: Steps done so far.
-        norm: Global norm of the last finite gradient; 0 before there is one.
-        layers: The transformation's state for one layer, stacked over the layers.
-        rest: Its state for every other entry of the params, by key.
-    """
-
-    count: ArrayLike  # int32 scalar
-    norm: Float[Array, ""]
-    layers: optax.OptState
-    rest: dict[str, optax.OptState]
+    count: ArrayLike  # steps done so far, an int32 scalar
+    norm: Float[Array, ""]  # global norm of the last finite gradient; 0 before there is one
+    layers: optax.OptState  # the transformation's state for one layer, stacked over the layers
+    rest: dict[str, optax.OptState]  # its state for every other entry of the params, by key
 
 
 class Metrics(NamedTuple):
-    """Metrics of a step.
+    """Metrics of a step."""
 
-    Attributes:
-        loss: The sum of the microbatches' losses.
-        grad_norm: Global norm of the gradient before clipping; not finite if the gradient is not.
-        finite: Whether everything was updated.
-    """
-
-    loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    finite: Bool[Array, ""]
+    loss: Float[Array, ""]  # the sum of the microbatches' losses
+    grad_norm: Float[Array, ""]  # global norm before clipping; not finite if the gradient is not
+    finite: Bool[Array, ""]  # whether everything was updated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +66,6 @@ class Layerwise:
     float32, which overflows for elements above 1e19.)
 
     Attributes:
-        model: The model.
         tx: The transformation, including its learning rate.
         clip_norm: Gradients are scaled down to this global norm; None leaves them.
         clip: The norm that is compared with it: "exact" (an extra backward pass computes it first)
@@ -105,28 +82,18 @@ class Layerwise:
         apply_updates: From a part of the params, its updates, the steps done so far and the layer
             (None for other parts) to the new part.
 
-    Raises:
-        ValueError: If an argument is out of range, at construction.
-
     Examples:
         >>> import jax, jax.numpy as jnp, optax
-        >>> from galore_optax import galore
-        >>> from galore_optax.layerwise.step import Layered, Layerwise
+        >>> from galore_optax import Layered, Layerwise, galore
         >>> model = Layered(
-        ...     embed=lambda params, batch: batch["x"] @ params["into"],
+        ...     embed=lambda params, batch: batch,
         ...     layer=lambda layer, x, batch: x + jnp.tanh(x @ layer["w"]),
-        ...     head=lambda params, x, batch: jnp.mean((x @ params["out"] - batch["y"]) ** 2),
+        ...     head=lambda params, x, batch: jnp.mean((x @ params["out"]) ** 2),
         ... )
-        >>> params = {
-        ...     "into": jnp.ones((3, 16)),
-        ...     "layers": {"w": jnp.ones((4, 16, 16))},
-        ...     "out": jnp.ones((16, 1)),
-        ... }
+        >>> params = {"layers": {"w": jnp.ones((4, 16, 16))}, "out": jnp.ones((16, 1))}
         >>> optimizer = Layerwise(model, galore(4, optax.adamw(1e-2)), clip_norm=1.0)
-        >>> state = optimizer.init(params)
-        >>> step = jax.jit(optimizer.step, donate_argnums=(0, 1))
-        >>> batch = {"x": jnp.ones((8, 3)), "y": jnp.ones((8, 1))}
-        >>> params, state, metrics = step(params, state, batch)
+        >>> step = jax.jit(optimizer.step)  # in training with donate_argnums=(0, 1)
+        >>> params, state, metrics = step(params, optimizer.init(params), jnp.ones((8, 16)))
         >>> bool(metrics.finite), state.layers.bases["layers"]["w"].shape
         (True, (4, 16, 4))
     """
@@ -138,16 +105,7 @@ class Layerwise:
     accumulate: int = 1
     accumulate_in_subspace: bool = False
     checkpoint: bool = True
-    apply_updates: ApplyUpdates = lambda part, updates, *_: optax.apply_updates(part, updates)
-
-    model: Layered
-    tx: optax.GradientTransformation
-    clip_norm: float | None = None
-    clip: str = "exact"
-    accumulate: int = 1
-    accumulate_in_subspace: bool = False
-    checkpoint: bool = True
-    apply_updates: ApplyUpdates = lambda part, updates, *_: optax.apply_updates(part, updates)
+    apply_updates: Callable[..., Any] = lambda part, updates, *_: optax.apply_updates(part, updates)
 
     def __post_init__(self):
         if self.clip not in CLIPS:
@@ -171,12 +129,7 @@ class Layerwise:
             )
 
     def init(self, params: Params) -> LayerwiseState:
-        """Returns the initial state.
-
-        Raises:
-            ValueError: If the transformation needs all gradients at once, or the layers of the
-                params are not stacked.
-        """
+        """Returns the initial state; ValueError if tx needs all gradients at once."""
         key = self.model.layers
         stack, rest, layers = self.model.split(params)
         one = jax.eval_shape(lambda p: dequantized({**p, key: at(p[key], 0)}), params)
@@ -197,12 +150,10 @@ class Layerwise:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return LayerwiseState(
-                count=jnp.zeros((), jnp.int32),
-                norm=jnp.zeros((), jnp.float32),
-                layers=jax.vmap(lambda own: of_part({key: own}))(stack),
-                rest={k: of_part({k: part}) for k, part in rest.items()},
-            )
+            of_layers = jax.vmap(lambda own: of_part({key: own}))(stack)
+            of_rest = {k: of_part({k: part}) for k, part in rest.items()}
+        count, norm = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        return LayerwiseState(count, norm, of_layers, of_rest)
 
     def step(
         self, params: Params, state: LayerwiseState, batch: Batch
@@ -220,10 +171,8 @@ class Layerwise:
             weights = codes_after(norm, backward.weights)
             backward = dataclasses.replace(backward, weights=weights)
         loss, from_head, cotangent = backward.head()
-        update = PartUpdate(
-            self.tx, self.apply_updates, masked(params), jnp.asarray(state.count), loss,
-            self.clip_norm, norm,
-        )  # fmt: skip
+        others, count = masked(params), jnp.asarray(state.count)
+        update = PartUpdate(self.tx, self.apply_updates, others, count, loss, self.clip_norm, norm)
 
         ok = jnp.isfinite(loss) if norm is None else jnp.isfinite(loss) & jnp.isfinite(norm)
         early = {k: from_head[k] for k in backward.early}
@@ -235,18 +184,16 @@ class Layerwise:
         carry = stacks, at(stacks, top), cotangent, total, ok
         turn = partial(self._turn, backward, update, layers)
         stacks, last, cotangent, total, ok = jax.lax.fori_loop(0, layers, turn, carry)
-        new_stack, layer_states = written(stacks, 0, last)
+        new_stack, layer_states = _written(stacks, 0, last)
 
         late = backward.embed(cotangent, from_head)
         total, ok = self._judged(total, ok, late)
         late_rest, late_states = update.each(rest, state.rest, late, ok)
 
         grad_norm = norm if self._exact and norm is not None else jnp.sqrt(total)
+        finite_norm = jnp.where(jnp.isfinite(grad_norm), grad_norm, state.norm)
         new_state = LayerwiseState(
-            count=optax.safe_increment(state.count),
-            norm=jnp.where(jnp.isfinite(grad_norm), grad_norm, state.norm),
-            layers=layer_states,
-            rest=rest_states | late_states,
+            optax.safe_increment(state.count), finite_norm, layer_states, rest_states | late_states
         )
         new_params = {**new_rest, **late_rest, self.model.layers: new_stack}
         return new_params, new_state, Metrics(loss, grad_norm, ok)
@@ -284,16 +231,22 @@ class Layerwise:
         # A layer is written at the beginning of the next turn, before anything is read. If one turn
         # reads a stack and then writes it, XLA copies it in every turn (measured with 16 layers,
         # 86 MiB of params: Adam takes 237 MiB of temporaries then, 25 MiB so).
-        stacks = written(stacks, jnp.minimum(i + 1, layers - 1), above)
+        stacks = _written(stacks, jnp.minimum(i + 1, layers - 1), above)
         own, own_state = at(stacks, i)
-        layer = {"layer": i, "layers": layers}
-        if self.accumulate_in_subspace:
+        layer, projected = {"layer": i, "layers": layers}, self.accumulate_in_subspace
+        if projected:
             over = partial(update.summed, {key: own}, own_state, layer)
             gradient, own_state, cotangent = backward.layer(own, i, cotangent, over)
         else:
             gradient, cotangent = backward.layer(own, i, cotangent)
         total, ok = self._judged(total, ok, gradient)
-        projected = self.accumulate_in_subspace
         part, new_state, _ = update({key: own}, own_state, gradient, projected=projected, **layer)
         above = jax.tree.map(partial(jnp.where, ok), (part[key], new_state), (own, own_state))
         return stacks, above, cotangent, total, ok
+
+
+def _written(stacks: Any, i: Array | int, one: Any) -> Any:
+    """Returns stacked layers with layer `i` replaced."""
+    return jax.tree.map(
+        lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0), stacks, one
+    )

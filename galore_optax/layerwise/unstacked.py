@@ -31,19 +31,14 @@ def unstacked(
     `galore` needs it only for leaves that it does not project: the matrices of a projected stack
     are separate leaves to its inner transformation anyway.
 
+    The state is that of `tx` for params with a tuple of arrays instead of each stack, in the order
+    of its axes.
+
     Args:
         tx: The transformation. If it has a subspace (`galore`), so has the result.
         param_axes: From the params to a tree like them: for each leaf the number of its last axes
             that form one param; the axes before are those of a stack. None passes a leaf unchanged,
             as does a number that is not less than the leaf's.
-
-    Returns:
-        The transformation. Its state is that of `tx` for params with a tuple of arrays instead of
-        each stack, in the order of its axes.
-
-    Raises:
-        ValueError: If an argument has the wrong type; at `init`, if `param_axes` returns another
-            tree, or a wrong number.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -66,8 +61,6 @@ def unstacked(
 
 @dataclasses.dataclass(frozen=True)
 class _Unstacked:
-    """The transformation around `tx`."""
-
     tx: optax.GradientTransformationExtraArgs
     param_axes: ParamAxes
 
@@ -76,9 +69,8 @@ class _Unstacked:
         try:
             axes = tree.flatten_up_to(self.param_axes(params))
         except ValueError as error:
-            raise ValueError(
-                f"param_axes: it must return a tree like the params ({error})"
-            ) from error
+            message = f"param_axes: it must return a tree like the params ({error})"
+            raise ValueError(message) from error
         return [_stack(*pair, n) for pair, n in zip(leaves, axes, strict=True)], tree
 
     def _apart(self, params: optax.Params | None) -> Any:
@@ -101,9 +93,8 @@ class _Unstacked:
     def update(
         self, updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        steps, state = self.tx.update(
-            self._apart(updates), state, self._apart(params), **extra_args
-        )
+        apart = self._apart(updates), state, self._apart(params)
+        steps, state = self.tx.update(*apart, **extra_args)
         return self._together(steps, updates), state
 
 
@@ -126,9 +117,8 @@ class _UnstackedInParts(_Unstacked):
     def update_projected(
         self, projected: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        steps, state = self._parts.update_projected(
-            projected, state, self._apart(params), **extra_args
-        )
+        apart = projected, state, self._apart(params)
+        steps, state = self._parts.update_projected(*apart, **extra_args)
         return self._together(steps, params), state
 
 
@@ -141,14 +131,15 @@ def _stack(path: Any, leaf: Any, axes: int | None) -> Projection | None:
     """Returns a stack of unprojected leaves; None for a leaf that is not a stack."""
     if axes is None:
         return None
+    name = jax.tree_util.keystr(path)
     if isinstance(axes, bool) or not hasattr(axes, "__index__") or axes < 0:
         raise ValueError(
-            f"param_axes: {axes!r} at {jax.tree_util.keystr(path)} must be an integer of at least "
-            "0, or None to pass the leaf unchanged"
+            f"param_axes: {axes!r} at {name} must be an integer of at least 0, or None to pass the "
+            "leaf unchanged"
         )
-    stacked = max(len(leaf.shape) - axes, 0)
-    if not stacked:
-        return None
     order = tuple(range(len(leaf.shape)))
+    stacked = len(order) - axes
+    if stacked <= 0:
+        return None
     view = LeafView(tuple(leaf.shape), order[:stacked], tuple((axis,) for axis in order[stacked:]))
-    return Projection(view, (), (), jax.tree_util.keystr(path))
+    return Projection(view, (), (), name)

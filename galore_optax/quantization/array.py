@@ -20,25 +20,14 @@ from galore_optax.sharding import axis_specs, specs, with_automatic_axes
 class QuantizedArray:
     """An array stored as low-bit codes, with a scale and for some codes an offset per block.
 
-    A pytree of codes, scales and offsets. Codes keep the array's shape, blocks run along one axis
-    (the last block may be shorter), and no shape is stored, so that an index along a leading axis,
-    or a `vmap` over it, gives a valid `QuantizedArray`.
-
-    Attributes:
-        codes: Bytes of the array's shape. Two 4-bit codes share a byte: the blocks' axis has half
-            the length, rounded up.
-        scales: The array's shape with the number of blocks along the blocks' axis; an array, or a
-            `QuantizedArray` (double quantization).
-        offsets: As the scales; None if the code has none.
-        code: How codes are encoded and decoded.
-        block: Elements per block.
-        axis: The axis along which blocks run, counted from the last (negative).
-        dtype: Of the dequantized array.
-        odd: Whether the number of 4-bit codes along the axis is odd.
+    A pytree of `codes`, `scales` and `offsets` (None if the code has none). Codes have the array's
+    shape, but two 4-bit codes share a byte: the axis along which blocks run has half the length,
+    rounded up. Scales and offsets have the number of blocks there; scales may be quantized again.
+    No shape is stored, so that an index along a leading axis, or a `vmap` over it, gives a valid
+    `QuantizedArray`.
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> from galore_optax import QuantizedArray
         >>> from galore_optax.quantization.array import quantize
         >>> x = jax.random.normal(jax.random.key(0), (64, 512))
         >>> q = quantize(x)
@@ -52,10 +41,10 @@ class QuantizedArray:
     scales: Any
     offsets: Float[Array, "..."] | None
     code: Code = dataclasses.field(metadata={"static": True})
-    block: int = dataclasses.field(metadata={"static": True})
-    axis: int = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
-    odd: bool = dataclasses.field(metadata={"static": True}, default=False)
+    block: int = dataclasses.field(metadata={"static": True})  # elements; the last may have fewer
+    axis: int = dataclasses.field(metadata={"static": True})  # of blocks, counted from the last
+    dtype: Any = dataclasses.field(metadata={"static": True})  # of the dequantized array
+    odd: bool = dataclasses.field(metadata={"static": True}, default=False)  # 4-bit codes on axis
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,18 +82,10 @@ def quantize(
     axis: int | None = None,
     key: PRNGKeyArray | None = None,
 ) -> QuantizedArray:
-    """Quantizes an array.
+    """Quantizes a floating-point array, computed in float32, or float64 if it is.
 
-    Args:
-        x: A floating-point array with at least one axis. Computed in float32, or float64 if it is.
-        code: The code; by default the 8-bit optimizers' code for signed numbers.
-        block: Elements that share a scale.
-        axis: The axis along which blocks run. None takes the last, or the longest if the last is
-            shorter than half a block.
-        key: Rounds stochastically, without bias, if the code can; None rounds to the nearest.
-
-    Raises:
-        ValueError: If `x` has no axes, no elements or another dtype, or `block` is out of range.
+    Blocks run along `axis`; None takes the last, or the longest if the last is shorter than half a
+    block. A key rounds stochastically, without bias, if the code can; None rounds to the nearest.
     """
     if np.ndim(x) == 0 or np.size(x) == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
@@ -116,8 +97,12 @@ def quantize(
             f"block={block} is not accepted with {code.bits} bits; give at least 1, and an even "
             "number for 4 bits, such as 256"
         )
-    axis = _block_axis(x.shape, block) if axis is None else axis % x.ndim - x.ndim
-    return _quantized(x, key, code, block, axis)
+    if axis is None:
+        # Numbers along the last axis of a trained matrix are more alike than along the other
+        # (benchmarks/block_axes.py), which is worth storing more scales.
+        longest = max(range(x.ndim), key=lambda i: (x.shape[i], i))
+        axis = -1 if 2 * x.shape[-1] >= block else longest
+    return _quantized(x, key, code, block, axis % x.ndim - x.ndim)
 
 
 # Both are compiled by themselves, because a state is usually made outside of jit, where they would
@@ -126,14 +111,13 @@ def quantize(
 def _quantized(
     x: Array, key: PRNGKeyArray | None, code: Code, block: int, axis: int
 ) -> QuantizedArray:
-    at = x.ndim + axis
-    stored_shape = (*x.shape[:at], -(-x.shape[at] * code.bits // 8), *x.shape[at + 1 :])
+    length = -(-x.shape[axis] * code.bits // 8)
 
     def encoded(x: Array, key: PRNGKeyArray | None) -> Any:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         codes, *rest = code.encode(_blocks(wide, axis, block), axis, key)
         codes = _packed(codes, axis) if code.bits == 4 else codes
-        codes = _merged(codes, axis, stored_shape)
+        codes = _merged(codes, axis, length)
         return codes, *(None if part is None else jnp.squeeze(part, axis) for part in rest)
 
     def out_specs(mesh: Any) -> Any:
@@ -144,7 +128,7 @@ def _quantized(
             return PartitionSpec(*axes)
 
         scales = split(-(-x.shape[axis] // block))
-        return split(stored_shape[at]), scales, scales if isinstance(code, Affine) else None
+        return split(length), scales, scales if isinstance(code, Affine) else None
 
     codes, scales, offsets = with_automatic_axes(encoded, out_specs, x, key)
     odd = code.bits == 4 and x.shape[axis] % 2 == 1
@@ -158,7 +142,7 @@ def _dequantized(q: QuantizedArray, dtype: Any) -> Array:
         blocks = _unpacked(blocks, q.axis) if q.code.bits == 4 else blocks
         scales, offsets = jax.tree.map(lambda x: jnp.expand_dims(x, q.axis), (scales, offsets))
         values = q.code.decode(blocks, scales, offsets)
-        return _merged(values, q.axis, q.shape).astype(dtype)
+        return _merged(values, q.axis, q.shape[q.axis]).astype(dtype)
 
     scales = dequantized(q.scales)
     return with_automatic_axes(decoded, lambda _: specs(q.codes), q.codes, scales, q.offsets)
@@ -190,12 +174,9 @@ def dequantized(tree: Any) -> Any:
 def added(
     x: QuantizedArray, update: Float[Array, "..."], key: PRNGKeyArray | None
 ) -> QuantizedArray:
-    """Returns `x + update`, summed in float32 and quantized as `x` is.
+    """Returns `x + update`, summed in float32 and quantized as `x` is, with `quantize`'s key.
 
-    Args:
-        x: Its code must be able to round stochastically if there is a key.
-        update: Of the same shape. Blocks where all of it is zero stay bit for bit.
-        key: Rounds the sum stochastically, without bias; None rounds to the nearest.
+    Blocks where all of the update is zero stay bit for bit.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     new = stored_like(x.dequantize(wide) + update.astype(wide), x, key)
@@ -203,7 +184,7 @@ def added(
     def kept(update: Array, new: QuantizedArray, old: QuantizedArray) -> QuantizedArray:
         blocks = _blocks(update != 0, x.axis, x.block)
         touched = jnp.any(blocks, x.axis, keepdims=True)
-        elements = _merged(jnp.broadcast_to(touched, blocks.shape), x.axis, x.shape)
+        elements = _merged(jnp.broadcast_to(touched, blocks.shape), x.axis, x.shape[x.axis])
         if x.code.bits == 4:  # both codes of a byte are in one block
             elements = jax.lax.slice_in_dim(elements, 0, None, 2, axis=x.ndim + x.axis)
         block = jnp.squeeze(touched, x.axis)
@@ -212,16 +193,6 @@ def added(
         )
 
     return with_automatic_axes(kept, lambda _: specs(x), update, new, x)
-
-
-def _block_axis(shape: tuple[int, ...], block: int) -> int:
-    """Returns the last axis if half a block fits into it, else the longest, counted from the last.
-
-    Numbers along the last axis of a trained matrix are more alike than along the other
-    (benchmarks/block_axes.py), which is worth storing more scales.
-    """
-    longest = max(range(len(shape)), key=lambda i: (shape[i], i))
-    return -1 if 2 * shape[-1] >= block else longest - len(shape)
 
 
 def _blocks(x: Array, axis: int, block: int) -> Array:
@@ -235,11 +206,11 @@ def _blocks(x: Array, axis: int, block: int) -> Array:
     return x.reshape(*x.shape[:before], blocks, block, *x.shape[before + 1 :])
 
 
-def _merged(blocks: Array, axis: int, shape: tuple[int, ...]) -> Array:
-    """The inverse of `_blocks`."""
-    at = len(shape) + axis
-    merged = blocks.reshape(*shape[:at], -1, *shape[at + 1 :])
-    return jax.lax.slice_in_dim(merged, 0, shape[axis], axis=at)
+def _merged(blocks: Array, axis: int, length: int) -> Array:
+    """The inverse of `_blocks`, with `length` elements along the axis."""
+    at = blocks.ndim + axis
+    merged = blocks.reshape(*blocks.shape[: at - 1], -1, *blocks.shape[at + 1 :])
+    return jax.lax.slice_in_dim(merged, 0, length, axis=at - 1)
 
 
 def _packed(codes: Array, axis: int) -> Array:
@@ -253,7 +224,7 @@ def _packed(codes: Array, axis: int) -> Array:
         codes = jnp.pad(codes, [(0, int(i == at)) for i in range(codes.ndim)])
     pairs = codes.reshape(*codes.shape[:at], -1, 2, *codes.shape[at + 1 :])
     places = jnp.array([1, 16], codes.dtype).reshape(2, *[1] * (-axis - 1))
-    return jnp.sum(pairs * places, axis=at + 1, dtype=codes.dtype)
+    return jnp.sum(pairs * places, axis=axis, dtype=codes.dtype)
 
 
 def _unpacked(codes: Array, axis: int) -> Array:
@@ -261,5 +232,4 @@ def _unpacked(codes: Array, axis: int) -> Array:
     at = codes.ndim + axis
     wide = codes.astype(jnp.uint16)
     pairs = jax.lax.bitcast_convert_type((wide | wide << 4) & 0x0F0F, jnp.uint8)
-    pairs = jnp.moveaxis(pairs, -1, at + 1)
-    return pairs.reshape(*codes.shape[:at], -1, *codes.shape[at + 1 :])
+    return jnp.moveaxis(pairs, -1, axis).reshape(*codes.shape[:at], -1, *codes.shape[at + 1 :])

@@ -17,10 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8, UInt16
 
 Blocks = Float[Array, "*blocks"]
-"""Numbers, with each block along one axis."""
-
-PerBlock = Float[Array, "*scales"]
-"""One number per block: blocks' shape with length 1 along their axis."""
+PerBlock = Float[Array, "*scales"]  # blocks' shape, with length 1 along their axis
 
 
 class Code(Protocol):
@@ -29,7 +26,6 @@ class Code(Protocol):
     @property
     def bits(self) -> int:
         """Bits per code, 4 or 8."""
-        ...
 
     def encode(
         self, blocks: Blocks, axis: int, key: PRNGKeyArray | None
@@ -38,13 +34,11 @@ class Code(Protocol):
 
         A key rounds stochastically, without bias; None rounds to the nearest.
         """
-        ...
 
     def decode(
         self, codes: UInt8[Array, "*blocks"], scales: PerBlock, offsets: PerBlock | None
     ) -> Blocks:
         """Returns the numbers, in the scales' dtype."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +51,9 @@ class Dynamic:
         10^(i - 6) (0.1 + 0.9 (q - n_i + 0.5) / n_i)        for i from 0 to 6
 
     There are codes for zero and for the block's largest magnitude, too, which is exact: a signed
-    code's scale has the sign of that element. Codes equal those of bitsandbytes. Numbers other than
-    zero are never coded as zero: a second moment of zero would make the next update explode.
-
-    Attributes:
-        signed: Whether there are negative numbers; an unsigned code makes them zero.
-        bits: 8.
+    code's scale has the sign of that element. An unsigned code makes negative numbers zero. Codes
+    equal those of bitsandbytes. Numbers other than zero are never coded as zero: a second moment of
+    zero would make the next update explode.
     """
 
     signed: bool
@@ -104,7 +95,6 @@ class Dynamic:
 
     def decode(self, codes, scales, offsets):
         """See `Code.decode`."""
-        del offsets
         q = codes.astype(jnp.int32).astype(jnp.float32) - self._zero
         # A float stores q + 1/2 = m 2^i, 1 <= m < 2, as i, the decade, and m, the place within it.
         bits = _bits(2 * (jnp.abs(q) if self.signed else q) + 1)
@@ -119,7 +109,6 @@ class Dynamic:
 
 
 def _bits(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
-    """Returns the bits of float32 numbers."""
     return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
@@ -147,35 +136,28 @@ def _smaller(a: Any, b: Any) -> Array:
 class Table:
     """A code of given values, to the nearest of which numbers are rounded.
 
-    Numbers other than zero are never coded as zero if there are no negative values.
-
-    Attributes:
-        values: 2**bits of them in ascending order, from -1 or 0 to 1.
-        bits: Bits per code.
+    The 2**bits values ascend from -1 or 0 to 1. If none is negative, numbers other than zero are
+    never coded as zero.
     """
 
     values: tuple[float, ...]
     bits: int = 4
 
-    @property
-    def _signed(self) -> bool:
-        return self.values[0] < 0
-
     def encode(self, blocks, axis, key):
         """See `Code.encode`."""
         refuse_key(key)
-        scales = _scales(blocks, axis, self._signed)
+        signed = self.values[0] < 0
+        scales = _scales(blocks, axis, signed)
         x = blocks / jnp.where(scales == 0, 1, scales)
         values = np.array(self.values)
         middles = list(((values[:-1] + values[1:]) / 2).astype(x.dtype))
         codes = bisected(lambda middle: x >= middle, middles)
-        if not self._signed:
+        if not signed:
             codes = jnp.where((codes == 0) & (blocks > 0), 1, codes)
         return codes.astype(jnp.uint8), scales, None
 
     def decode(self, codes, scales, offsets):
         """See `Code.decode`."""
-        del offsets
         numbers = codes.astype(jnp.int32)
         bits = [numbers & 2**bit != 0 for bit in reversed(range(self.bits))]
         return _chosen(list(np.array(self.values, scales.dtype)), bits) * scales
@@ -187,9 +169,6 @@ class Affine:
 
     The offset is the smallest number, not the code of zero, which has to be clamped where all of a
     block's numbers have one sign (an error in published code). It can round stochastically.
-
-    Attributes:
-        bits: Bits per code.
     """
 
     bits: int
@@ -200,9 +179,12 @@ class Affine:
         last = 2**self.bits - 1
         scales = _normal((high - low) / last)
         x = (blocks - low) / jnp.where(scales == 0, 1, scales)
+        up: Any = 0.5  # the fraction from which a number is rounded up
+        if key is not None:
+            up = (random_bits(key, x.shape).astype(x.dtype) + 0.5) / 2**16
         # Not floor(x + ...): from 128 on, float32 would round the sum up.
         whole = jnp.floor(x)
-        codes = jnp.clip(whole + (x - whole >= _up(key, x)), 0, last)
+        codes = jnp.clip(whole + (x - whole >= up), 0, last)
         return codes.astype(jnp.int32).astype(jnp.uint8), scales, low
 
     def decode(self, codes, scales, offsets):
@@ -211,11 +193,9 @@ class Affine:
 
 
 def bisected(passes: Callable[[Any], Array], numbers: Sequence[Any]) -> Int[Array, "*s"]:
-    """Counts for each element how many of 2**n - 1 ascending numbers it passes, by bisection.
+    """Counts for each element how many of 2**n - 1 ascending scalars it passes, by bisection.
 
-    Args:
-        passes: From an array with one of the numbers per element to whether the element passes it.
-        numbers: Scalars of one dtype.
+    `passes` gets an array with one of the numbers per element.
     """
     bits, half = [], (len(numbers) + 1) // 2
     while half:
@@ -244,13 +224,6 @@ def _scales(blocks: Blocks, axis: int, signed: bool) -> PerBlock:
 def _normal(scales: PerBlock) -> PerBlock:
     """Replaces subnormal numbers by zero, as which a CPU may treat them in a division."""
     return jnp.where(jnp.abs(scales) < jnp.finfo(scales.dtype).tiny, 0, scales)
-
-
-def _up(key: PRNGKeyArray | None, like: Blocks) -> Any:
-    """Returns the fraction from which a number is rounded up: a half, or a random one below 1."""
-    if key is None:
-        return 0.5
-    return (random_bits(key, like.shape).astype(like.dtype) + 0.5) / 2**16
 
 
 def random_bits(key: PRNGKeyArray, shape: tuple[int, ...]) -> UInt16[Array, "*shape"]:

@@ -1,9 +1,9 @@
 """Runs elementwise updates on a few rows of large arrays at a time.
 
 An update of a low-bit state needs the state as floats, but not all at once: Adam's update of one
-element depends on no other. Whether an update is elementwise is read from its jaxpr. Then a few
-rows of a large array at a time are dequantized, updated, quantized and written back in place, so
-that only their floats are in memory (and in a CPU's cache).
+element depends on no other. Where its jaxpr shows that, a few rows of a large array at a time are
+dequantized, updated, quantized and written back in place, so that only their floats are in memory
+(and in a CPU's cache).
 """
 
 import math
@@ -23,9 +23,6 @@ from galore_optax.sharding import explicit_axes
 # The most elements in a chunk, so that a turn of the loop is worth its start. A CPU takes half as
 # many, whose floats stay in its cache (8-bit Adam takes 10% to 30% longer with all, EPYC, 2 cores).
 CHUNK = 2**20
-# Rows are cut so that up to this many devices that they are split over have a share of each chunk.
-DEVICES = 16
-
 # Primitives whose result depends at each index only on the operands there (arrays of its shape, or
 # scalars).
 _ELEMENTWISE = {
@@ -38,33 +35,27 @@ _ELEMENTWISE = {
 
 
 def chunks(x: Array | QuantizedArray, most: int) -> int:
-    """Returns in how many chunks of up to `most` elements an array's rows are taken.
+    """Returns in how many chunks of up to `most` elements the rows (axis -2) of an array are taken.
 
-    Rows run along the axis before the last; 1 where they cannot be cut.
+    That is 1 where they cannot be cut. Up to 16 devices that they are split over have a share of
+    each chunk.
     """
     # Explicit mesh axes are part of the types in a jaxpr, which do not fit chunks.
     explicit = any(map(explicit_axes, jax.tree.leaves(x)))
     if x.ndim < 2 or explicit or (isinstance(x, QuantizedArray) and x.axis != -1):
         return 1
-    return parts(x.shape[-2], -(-x.size // most), DEVICES)
+    return parts(x.shape[-2], -(-x.size // most), shares=16)
 
 
 def over_chunks(
-    begin: Callable[[Any, Any, Int[Array, ""]], Any],
-    stored: Any,
-    read: Any,
-    count: Callable[[int], int],
-    end: Callable[[Any, Any], Any] = lambda new, _: new,
+    begin: Callable, stored: Any, read: Any, count: Callable, end: Callable = lambda new, _: new
 ) -> Any:
-    """Overwrites a tree of arrays chunk by chunk.
+    """Overwrites a tree of arrays and `QuantizedArray`s, `stored`, chunk by chunk.
 
-    Args:
-        begin: From a chunk of `stored`, of `read` and its number to arrays, which XLA computes once
-            each even if `end` uses them several times.
-        stored: Arrays and `QuantizedArray`s with the same axes.
-        read: Further ones, which are not overwritten.
-        count: From the most elements in a chunk to the number of chunks.
-        end: From the result of `begin` and the shapes of a chunk of `stored` to the new chunk.
+    `begin` gets a chunk of it, of `read`, which has the same axes, and its number, and returns
+    arrays, which XLA computes once each even if `end` uses them several times. `end` makes the new
+    chunk from these and the shapes of the old. `count` returns the number of chunks that have at
+    most some number of elements.
     """
     many, few = count(CHUNK // 2), count(CHUNK)
     run = partial(_over_chunks, begin, end)
@@ -74,12 +65,13 @@ def over_chunks(
     return jax.lax.platform_dependent(stored, read, cpu=cpu, default=default)
 
 
-def _over_chunks(
-    begin: Callable[..., Any], end: Callable[..., Any], count: int, stored: Any, read: Any
-) -> Any:
+def _over_chunks(begin: Callable, end: Callable, count: int, stored: Any, read: Any) -> Any:
     if count == 1:
         return end(begin(stored, read, jnp.int32(0)), stored)
-    blocks = _blocks([*jax.tree.leaves((stored, read), is_leaf=is_quantized)])
+    leaves = jax.tree.leaves((stored, read), is_leaf=is_quantized)
+    per_row = {x.shape[-1] / x.block for x in leaves if is_quantized(x)}
+    # Whole blocks in a row, where all quantized arrays agree.
+    blocks = int(max(per_row)) if len(per_row) == 1 and max(per_row) % 1 == 0 else 1
 
     def cut(x: Array) -> Array:
         # Chunk i is the i-th of `count` ranges in each group of rows. Blocks get an axis, so that
@@ -114,25 +106,13 @@ def _over_chunks(
     return jax.tree.map(lambda x, shape: x.reshape(shape), new, shapes)
 
 
-def _blocks(leaves: Sequence[Any]) -> int:
-    """Returns the number of whole blocks in a row if all `QuantizedArray`s agree in it, else 1."""
-    quantized = [x for x in leaves if is_quantized(x)]
-    counts = {x.shape[-1] / x.block for x in quantized}
-    count = counts.pop() if len(counts) == 1 else 1
-    return int(count) if count == int(count) else 1
-
-
 def updated(
     update: Callable[..., tuple[Any, Any]], updates: Any, state: Any, *rest: Any
 ) -> tuple[Any, Any]:
     """Returns `update(updates, state, *rest)` for a state with `QuantizedArray`s.
 
-    Args:
-        update: From trees of arrays to new updates and a new state, trees like the first two.
-        updates: Tree of arrays.
-        state: Tree of arrays and `QuantizedArray`s, which are dequantized and quantized again:
-            chunk by chunk where the update is elementwise, otherwise whole.
-        *rest: Further trees of arrays.
+    These are dequantized and quantized again: chunk by chunk where the update, a function from
+    trees of arrays to trees like the first two, is elementwise, otherwise whole.
     """
     own, tree = jax.tree.flatten((updates, state), is_leaf=is_quantized)
     others, others_tree = jax.tree.flatten(rest)
@@ -166,26 +146,22 @@ class _Values(dict[Any, Any]):
         """Evaluates elementwise equations on arrays of another shape than they were traced for."""
         for equation in equations:
             values = [self.of(atom) for atom in equation.invars]
-            primitive, body = equation.primitive, _body(equation)
-            if body is not None:
+            if (body := _body(equation)) is not None:
                 inside = _Values(zip(body.jaxpr.invars, values, strict=True))
                 inside.update(zip(body.jaxpr.constvars, body.consts, strict=True))
                 inside.evaluate(body.jaxpr.eqns, shape)
                 results = [inside.of(atom) for atom in body.jaxpr.outvars]
-            elif primitive.name == "broadcast_in_dim":
+            elif equation.primitive.name == "broadcast_in_dim":
                 results = [jnp.broadcast_to(values[0], shape)]
             else:
-                results = [primitive.bind(*values, **equation.params)]
+                results = [equation.primitive.bind(*values, **equation.params)]
             self.update(zip(equation.outvars, results, strict=True))
 
 
 class _Part(NamedTuple):
-    """Connected elementwise equations on arrays of one shape, and on scalars.
+    """Connected elementwise equations on arrays of one shape, and on scalars, in order.
 
-    Attributes:
-        equations: In order.
-        inputs: From the index of an argument of the function to its variable, for this part's.
-        outputs: The same for the function's results.
+    `inputs` and `outputs` are its variables among the function's arguments and results, by index.
     """
 
     equations: list[Any]
@@ -193,7 +169,6 @@ class _Part(NamedTuple):
     outputs: dict[int, Any]
 
     def chunks(self, leaves: Sequence[Any], most: int) -> int:
-        """Returns in how many chunks of up to `most` elements to run this."""
         quantized = (leaves[j] for j in self.inputs if is_quantized(leaves[j]))
         return min((chunks(x, most) for x in quantized), default=1)
 
@@ -208,9 +183,8 @@ class _Part(NamedTuple):
                 stored[k] = jnp.zeros(var.aval.shape, var.aval.dtype)
 
         def begin(stored: dict[int, Any], read: dict[int, Any], _: Any) -> dict[int, Any]:
-            floats = dequantized({**stored, **read})
-            values = _Values(known)
-            values.update((var, floats[j]) for j, var in self.inputs.items())
+            floats = dequantized(stored | read)
+            values = _Values(known | {var: floats[j] for j, var in self.inputs.items()})
             values.evaluate(self.equations, next(iter(floats.values())).shape)
             return {k: values.of(var) for k, var in self.outputs.items()}
 
@@ -251,17 +225,18 @@ def _parts(jaxpr: Jaxpr) -> list[_Part]:
 def _outside(traced: ClosedJaxpr, parts: Sequence[_Part], leaves: Sequence[Any]) -> _Values:
     """Evaluates the scalars that the parts need, and the results that no part computes."""
     jaxpr = traced.jaxpr
-    apart = {id(equation) for part in parts for equation in part.equations}
+    inside = [equation for part in parts for equation in part.equations]
     inputs = {j for part in parts for j in part.inputs}
     outputs = {k for part in parts for k in part.outputs}
     atoms = [atom for k, atom in enumerate(jaxpr.outvars) if k not in outputs]
-    atoms += [v for part in parts for e in part.equations for v in e.invars if not _arrays([v])]
-    wanted = list(dict.fromkeys(v for v in atoms if not isinstance(v, Literal)))
-    rest = [equation for equation in jaxpr.eqns if id(equation) not in apart]
-    function = jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(eqns=rest, outvars=wanted), traced.consts))
+    atoms += [v for equation in inside for v in equation.invars if not _arrays([v])]
+    needed = list(dict.fromkeys(v for v in atoms if not isinstance(v, Literal)))
+    numbers = set(map(id, inside))
+    rest = [equation for equation in jaxpr.eqns if id(equation) not in numbers]
+    function = jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(eqns=rest, outvars=needed), traced.consts))
     # The parts' own arguments are not used.
     values = function(*(x if j in inputs else dequantized(x) for j, x in enumerate(leaves)))
-    return _Values(zip(wanted, values, strict=True))
+    return _Values(zip(needed, values, strict=True))
 
 
 def _is_elementwise(equation: Any) -> bool:

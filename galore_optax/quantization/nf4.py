@@ -39,16 +39,13 @@ def quantize_nf4(
 ) -> QuantizedArray:
     """Quantizes a matrix, or a stack of them, to NF4: 4.13 bits per element.
 
-    Args:
-        weight: The matrix. Blocks run along the input, as in bitsandbytes, whose matrices are
-            (out, in).
-        block: Elements that share a scale.
-        double: Whether to quantize the scales to 8 bits, too ("double quantization"), in blocks of
-            256: affine codes here, 8-bit floats around the mean in bitsandbytes.
+    Blocks of `block` elements share a scale. They run along the input, as in bitsandbytes, whose
+    matrices are (out, in). `double` quantizes the scales to 8 bits, too ("double quantization"), in
+    blocks of 256: affine codes here, 8-bit floats around the mean in bitsandbytes.
 
     Examples:
         >>> import jax
-        >>> from galore_optax.quantization.nf4 import quantize_nf4
+        >>> from galore_optax import quantize_nf4
         >>> w = jax.random.normal(jax.random.key(0), (1024, 512))
         >>> q = quantize_nf4(w)
         >>> round(8 * q.nbytes / w.size, 2)

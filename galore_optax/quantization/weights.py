@@ -33,6 +33,9 @@ def quantize_weights(
 ) -> optax.Params:
     """Quantizes matrices among the params, to evenly spaced codes in blocks.
 
+    A model calls `dequantize()` on the `QuantizedArray`s that it gets, one layer at a time: an
+    index into a stack gives a `QuantizedArray`.
+
     Args:
         params: Tree of arrays.
         which: The leaves to quantize: a tree of booleans like params, a prefix of one, or a
@@ -41,16 +44,6 @@ def quantize_weights(
         bits: 8 or 4.
         block: Elements that share a scale and an offset, along the last axis (or the one before,
             if that is longer and the last is shorter than a block).
-
-    Returns:
-        The params with `QuantizedArray`s, on which a model calls `dequantize()`, one layer at a
-        time. An index into a stack gives a `QuantizedArray`.
-
-    Raises:
-        ValueError: If an argument is out of range, or a chosen leaf cannot be quantized.
-
-    References:
-        Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.3.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -62,26 +55,23 @@ def quantize_weights(
     checks.choice(bits, "bits", (8, 4))
     block = checks.whole(block, "block")
 
-    def matrix(_: str, leaf: Any) -> bool:
+    def large(_: str, leaf: Any) -> bool:
         return leaf.ndim >= 2 and leaf.size >= 4096 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
-    if which is None or callable(which):
-
-        def choose(path: Any, leaf: Any) -> bool:
-            return (which or matrix)(jax.tree_util.keystr(path), leaf)
-
-        chosen = jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
+    choose = large if which is None else which
+    if callable(choose):
+        marks = params
     elif all(isinstance(x, bool | np.bool_) for x in jax.tree.leaves(which)):
-        chosen = jax.tree.broadcast(which, params, is_leaf=is_quantized)
+        marks = jax.tree.broadcast(which, params, is_leaf=is_quantized)
     else:
         raise ValueError(
             f"which={which!r} is neither a function of path and leaf nor a tree of booleans"
         )
 
-    def stored(path: Any, leaf: Any, chosen: bool) -> Any:
-        if not chosen:
-            return leaf
+    def stored(path: Any, leaf: Any, mark: Any) -> Any:
         name = jax.tree_util.keystr(path)
+        if not (choose(name, leaf) if callable(choose) else mark):
+            return leaf
         if is_quantized(leaf):
             raise ValueError(
                 f"params: the leaf at {name} is already stored in {leaf.code.bits} bits"
@@ -94,28 +84,21 @@ def quantize_weights(
         axis = -2 if leaf.ndim > 1 and leaf.shape[-1] < min(block, leaf.shape[-2]) else -1
         return quantize(leaf, Affine(bits), block=block, axis=axis)
 
-    return jax.tree.map_with_path(stored, params, chosen, is_leaf=is_quantized)
+    return jax.tree.map_with_path(stored, params, marks, is_leaf=is_quantized)
 
 
 def value_and_grad(
     function: Callable[..., Any], *, has_aux: bool = False
 ) -> Callable[..., tuple[Any, optax.Updates]]:
-    """`jax.value_and_grad` with respect to params that may have `QuantizedArray`s.
+    """`jax.value_and_grad` with respect to params, which may have `QuantizedArray`s.
 
-    Args:
-        function: From params and further arguments to a scalar. The `dequantize()` of each
-            `QuantizedArray` has a derivative there. In a product its result is kept for the
-            backward pass; `galore_optax.product` dequantizes again instead.
-        has_aux: As in `jax.value_and_grad`.
-
-    Returns:
-        A function of the same arguments to the value and the gradient. For a `QuantizedArray` that
-        is an array: the gradient with respect to the dequantized weight, in its dtype.
+    For a `QuantizedArray` the gradient is an array: the gradient with respect to the dequantized
+    weight, in its dtype. In a product the result of `dequantize()` is kept for the backward pass;
+    `galore_optax.product` dequantizes again instead.
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> from galore_optax import quantize_weights
-        >>> from galore_optax.quantization.weights import value_and_grad
+        >>> from galore_optax import quantize_weights, value_and_grad
         >>> params = quantize_weights({"w": jnp.full((64, 256), 3.0)})
         >>> value, grads = value_and_grad(lambda p: jnp.sum(p["w"].dequantize() ** 2))(params)
         >>> grads["w"].shape, float(grads["w"][0, 0])
@@ -171,7 +154,6 @@ class _WithSource:
 
 @jax.custom_vjp
 def _value_of(array: QuantizedArray, source: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    del source
     return array.dequantize()
 
 
@@ -188,17 +170,8 @@ def apply_updates(
     are all zero stay as they are. Float32 and wider weights are not rounded, float16 to the
     nearest.
 
-    Args:
-        params: Tree of arrays and `QuantizedArray`s.
-        updates: Tree like params, of arrays.
-        key: A new key for each step. None rounds to the nearest, which loses updates below half a
-            step of the code.
-
-    Raises:
-        ValueError: If `key` is not a key, or an update is a `QuantizedArray`.
-
-    References:
-        Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.4.
+    The key must be a new one for each step. None rounds to the nearest, which loses updates below
+    half a step of the code.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -224,9 +197,7 @@ def apply_updates(
             return _summed(param, update, own)
         return optax.apply_updates(param, update)
 
-    leaves, tree = jax.tree.flatten_with_path(params, is_leaf=is_quantized)
-    pairs = zip(leaves, tree.flatten_up_to(updates), strict=True)
-    return tree.unflatten([new(path, param, update) for (path, param), update in pairs])
+    return jax.tree.map_with_path(new, params, updates, is_leaf=is_quantized)
 
 
 def _summed(param: Any, update: Float[Array, "*shape"], key: PRNGKeyArray | None) -> Any:

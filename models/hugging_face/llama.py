@@ -49,31 +49,22 @@ MODULES = {name.removesuffix(".weight"): path for name, path in _NAMES.items() i
 
 
 class _Place(NamedTuple):
-    """Where one of their tensors lies in our params, and its shape there."""
-
-    path: tuple[str, ...]
+    path: tuple[str, ...]  # of our weight
     layer: int | EllipsisType  # a layer's tensor is transposed; all others have ...
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of their tensor
 
 
 def load_llama(
     directory: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, **overrides: Any
 ) -> Llama:
-    """Reads a LLaMA checkpoint in Hugging Face's format.
+    """Reads a LLaMA checkpoint in Hugging Face's format: config.json and model.safetensors.
 
-    Args:
-        directory: Has config.json and model.safetensors, or shards of it with
-            model.safetensors.index.json.
-        dtype: Of the weights and of the computation, for any dtype in the file.
-        **overrides: Fields of `LlamaConfig` to set otherwise, such as `rematerialize=True`.
+    Shards of the latter need model.safetensors.index.json. If the checkpoint ties the head to the
+    embedding, the head becomes a separate weight that starts as a copy. Weights and computation get
+    `dtype`; `overrides` are further fields of `LlamaConfig`, such as `rematerialize=True`.
 
-    Returns:
-        The model. If the checkpoint ties the head to the embedding, the head becomes a separate
-        weight that starts as a copy, and is trained, counted and saved as such.
-
-    Raises:
-        ValueError: If there is no checkpoint, if it is damaged, quantized or of another
-            architecture, or if the tensors do not match config.json.
+    ValueError if there is no checkpoint, if it is damaged, quantized or of another architecture, or
+    if the tensors do not match config.json.
     """
     directory = Path(directory)
     theirs = read_json(directory / "config.json")
@@ -86,9 +77,9 @@ def load_llama(
     present |= {_HEAD} if tied else set()
     for what, names in (("missing", {*places} - present), ("unexpected", present - {*places})):
         if names:
+            some = ", ".join(sorted(names)[:3] + ["..."] * (len(names) > 3))
             raise ValueError(
-                f"{len(names)} tensors are {what}: {', '.join(sorted(names)[:3])}"
-                f"{', ...' if len(names) > 3 else ''}; config.json and weights must match"
+                f"{len(names)} tensors are {what}: {some}; config.json and weights must match"
             )
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:
@@ -118,16 +109,9 @@ def save_llama(
 ) -> None:
     """Writes a LLaMA so that `transformers.AutoModelForCausalLM.from_pretrained` reads it.
 
-    The weights keep their dtype. Every weight must be addressable from this process.
-
-    Args:
-        model: The model.
-        directory: Created if needed; must not have a model in it.
-        max_shard_bytes: Most bytes of weights in one file, unless one tensor has more. A larger
-            model is written as several files and an index.
-
-    Raises:
-        ValueError: If the directory has a model in it, or `max_shard_bytes` is below 1.
+    The weights keep their dtype. Every weight must be addressable from this process. A model of
+    more than `max_shard_bytes` is written as several files and an index; one tensor may have more.
+    ValueError if the directory has a model in it, or `max_shard_bytes` is below 1.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: must be at least 1, such as 5e9")
@@ -149,12 +133,12 @@ def save_llama(
         return np.ascontiguousarray(ours if layer is ... else ours.T)
 
     with tempfile.TemporaryDirectory(prefix="partial-", dir=directory) as partial:
-        partial = Path(partial)
+        partial, weight_map = Path(partial), {}
         for file, names in shards.items():
             tensors = {name: array(name) for name in names}
             save_file(tensors, partial / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(names, file)
         if len(shards) > 1:
-            weight_map = {name: file for file, names in shards.items() for name in names}
             metadata = {"total_size": sum(sizes.values())}
             write_json(partial / _INDEX, {"metadata": metadata, "weight_map": weight_map})
         write_json(partial / "config.json", to_theirs(model.config))
@@ -184,11 +168,9 @@ def _places(config: LlamaConfig) -> dict[str, _Place]:
     weights: dict[Any, Any] = flatten_dict(weight_table(config))
     for name, path in _NAMES.items():
         shape = weights[path].shape
-        if "{}" in name:
-            theirs = shape[:0:-1]
-            places |= {name.format(i): _Place(path, i, theirs) for i in range(shape[0])}
-        else:
-            places[name] = _Place(path, ..., shape)
+        layers: Any = range(shape[0]) if "{}" in name else [...]
+        theirs = shape[:0:-1] if "{}" in name else shape
+        places |= {name.format(i): _Place(path, i, theirs) for i in layers}
     return places
 
 

@@ -20,11 +20,7 @@ _SIZES = {
 
 
 def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaConfig:
-    """Returns the configuration in a config.json, with other values of some fields.
-
-    Raises:
-        ValueError: If that LLaMA differs from ours, or a value is missing or of the wrong type.
-    """
+    """Returns the configuration in a config.json; ValueError if it is not one of our LLaMAs."""
     # Transformers 5 puts theta and type into rope_parameters; before, theta stood at top level and
     # rope_scaling was null or a scaling.
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
@@ -57,11 +53,11 @@ def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaConfi
             raise ValueError(f"config.json: {name}={value!r}: must be {needed}")
     fields: dict[str, Any] = {ours: sizes[name] for name, ours in _SIZES.items()}
     fields["rope_theta"] = float(sizes["rope_theta"])
-    if unknown := sorted(set(overrides) - set(LlamaConfig.__dataclass_fields__)):
-        raise ValueError(
-            f"{unknown[0]}={overrides[unknown[0]]!r} is not a field of LlamaConfig; the fields are "
-            + ", ".join(LlamaConfig.__dataclass_fields__)
-        )
+    for name, value in overrides.items():
+        if name not in (known := LlamaConfig.__dataclass_fields__):
+            raise ValueError(
+                f"{name}={value!r} is not a field of LlamaConfig; the fields are {', '.join(known)}"
+            )
     config = LlamaConfig(**fields | overrides)
     if (theirs.get("head_dim") or config.head_width) != config.head_width:
         raise ValueError(

@@ -46,11 +46,8 @@ def load_adapters(params: PyTree, directory: str | os.PathLike[str]) -> PyTree:
     """Returns a LLaMA's params with the LoRA or DoRA adapters of a PEFT checkpoint.
 
     The params are a nested dict, as `nnx.to_pure_dict` returns it; matrices may be quantized. Each
-    adapter has the dtype of its matrix.
-
-    Raises:
-        ValueError: If there is no such checkpoint, if it is of another kind, or its tensors do not
-            fit the params, layer for layer.
+    adapter has the dtype of its matrix. ValueError if there is no such checkpoint, if it is of
+    another kind, or if its tensors do not fit the params, layer for layer.
     """
     directory = Path(directory)
     config = _read_config(directory / _CONFIG)
@@ -86,13 +83,9 @@ def save_adapters(
 ) -> None:
     """Writes a LLaMA's adapters alone, so that `peft.PeftModel.from_pretrained` reads them.
 
-    Args:
-        params: Params with LoRA, DoRA or GradNormLoRP adapters, all of one kind, rank and scale.
-        directory: Created if needed; must not have adapters in it.
-        base_model: Where the base model is, for readers of the file.
-
-    Raises:
-        ValueError: If the directory has adapters, or these cannot be written in this format.
+    They are LoRA, DoRA or GradNormLoRP adapters, all of one kind, rank and scale. `base_model`
+    tells readers of the file where the base model is. ValueError if the directory has adapters, or
+    these cannot be written in this format.
     """
     directory = Path(directory)
     if present := [name for name in (_CONFIG, _WEIGHTS) if (directory / name).exists()]:
@@ -140,10 +133,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _take_fields(
-    tensors: dict[str, np.ndarray], module: str, shape: tuple[int, int, int], rank: int
+    tensors: dict[str, np.ndarray], module: str, weight_shape: tuple[int, int, int], rank: int
 ) -> dict[str, Float[np.ndarray, "layers ..."]]:
     """Removes a module's tensors and returns them stacked, by our fields' names."""
-    layers, rows, columns = shape
+    layers, rows, columns = weight_shape
     shapes = {"a": (rows, rank), "b": (rank, columns), "magnitude": (columns,)}
     fields = {}
     for field, template in _TENSORS.items():
@@ -156,14 +149,13 @@ def _take_fields(
                 f"{_WEIGHTS} has no {missing[0]}: {module.format('N')} is adapted in some layers "
                 "only; adapters here are of all layers or none"
             )
-        stack = [tensors.pop(name).T for name in names]
-        for name, array in zip(names, stack, strict=True):
-            if array.shape != shapes[field]:
+        for name in names:
+            if (shape := tensors[name].T.shape) != shapes[field]:
                 raise ValueError(
-                    f"{name} is {array.shape} in our orientation (in, out), but must be "
+                    f"{name} is {shape} in our orientation (in, out), but must be "
                     f"{shapes[field]} for this model and rank"
                 )
-        fields[field] = np.stack(stack)
+        fields[field] = np.stack([tensors.pop(name).T for name in names])
     return fields
 
 

@@ -28,9 +28,7 @@ class Sequences(NamedTuple):
 
 
 def sequences_of(
-    config: LlamaConfig,
-    positions: Int[Array, "*A B L"],
-    segment_ids: Int[Array, "*A B L"] | None = None,
+    config: LlamaConfig, positions: Int[Array, "*A B L"], segment_ids: Array | None = None
 ) -> Sequences:
     """Returns `Sequences` from positions and, where a row has several documents, their numbers."""
     config.check_length(positions.shape[-1])
@@ -97,12 +95,7 @@ def attention_implementation(
     cuDNN's flash attention takes 16-bit floats, heads up to 128 wide in multiples of 8, NVIDIA GPUs
     from compute capability 8.0 and, where documents are masked, an even length in tokens.
     """
-    fits = (
-        "cuda" in device.client.platform_version
-        and float(device.compute_capability) >= 8.0
-        and config.dtype in (jnp.bfloat16, jnp.float16)
-        and config.head_width % 8 == 0
-        and config.head_width <= 128
-        and length % 2 == 0
-    )
-    return "cudnn" if fits else "xla"
+    gpu = "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
+    floats = config.dtype in (jnp.bfloat16, jnp.float16)
+    heads = config.head_width in range(8, 129, 8)
+    return "cudnn" if gpu and floats and heads and length % 2 == 0 else "xla"

@@ -19,18 +19,14 @@ def dimension_numbers(params: Params) -> Params:
     They project attention's and the MLP's matrices, of one layer or of the stack. Embedding, norms
     and head have None: they are trained at full rank, as published.
     """
-
-    def choose(path: Any, _: Any) -> GaLoreDimensionNumbers | None:
-        return GaLoreDimensionNumbers(-2, -1) if _names(path) & _MATRICES else None
-
-    return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
+    matrix = GaLoreDimensionNumbers(-2, -1)
+    return jax.tree.map_with_path(
+        lambda path, _: matrix if _names(path) & _MATRICES else None, params, is_leaf=is_quantized
+    )
 
 
 def param_axes(params: Params) -> Params:
-    """Returns how many axes each param has within one layer, and None for params outside layers.
-
-    That is 2 for attention's and the MLP's matrices and 1 for the layers' norms.
-    """
+    """Returns the number of axes of each param within one layer; None for params outside layers."""
 
     def choose(path: Any, _: Any) -> int | None:
         names = _names(path)
@@ -54,12 +50,8 @@ def logical_axes(params: Params) -> Params:
         if not is_adapter(x):
             return entry.axes
         *layers, rows, columns = entry.axes
-        parts = {
-            "base": entry.axes,
-            "a": (*layers, rows, None),
-            "b": (*layers, None, columns),
-            "magnitude": (*layers, columns),
-        }
+        parts = {"base": entry.axes, "a": (*layers, rows, None), "b": (*layers, None, columns)}
+        parts["magnitude"] = (*layers, columns)
         present = {name: axes for name, axes in parts.items() if getattr(x, name, None) is not None}
         return dataclasses.replace(x, **present)
 
@@ -73,9 +65,8 @@ def smaller_sides(config: LlamaConfig) -> list[int]:
 
     Ranks below a matrix's smaller side compress it, so the largest of these compresses none.
     """
-    weights = jax.tree.leaves_with_path(
-        weight_table(config), is_leaf=lambda x: isinstance(x, Weight)
-    )
+    table = weight_table(config)
+    weights = jax.tree.leaves_with_path(table, is_leaf=lambda x: isinstance(x, Weight))
     return [min(x.shape[-2:]) for path, x in weights if _names(path) & _MATRICES]
 
 

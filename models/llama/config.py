@@ -16,41 +16,22 @@ AttentionImplementation = Literal["xla", "cudnn"]
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and numerics of a LLaMA, and what depends on the devices that it runs on.
+    """Sizes and numerics of a LLaMA, and what depends on the devices that it runs on."""
 
-    Attributes:
-        width: Width of the residual stream.
-        mlp_width: Width inside the MLP.
-        layers: Number of layers.
-        heads: Number of query heads; each is `width / heads` wide.
-        kv_heads: Number of key and value heads; fewer than `heads` is grouped-query attention.
-        vocab_size: Token ids run from 0 to `vocab_size - 1`.
-        max_length: The longest sequence that the model takes, in tokens.
-        rope_theta: Base of the rotary frequencies.
-        norm_eps: Added to the mean square in RMSNorm.
-        dtype: Of matrix products; norms and softmax are always computed in float32.
-        param_dtype: Of the stored weights.
-        rematerialize: Keep only the activations between layers for the backward pass, and compute
-            those within a layer again.
-        attention: Implementation of attention over whole sequences; see
-            `models.llama.attention.attention_implementation`.
-        batch_shards: Number of devices that a batch is split over.
-    """
-
-    width: int
-    mlp_width: int
+    width: int  # of the residual stream
+    mlp_width: int  # inside the MLP
     layers: int
-    heads: int
-    kv_heads: int
-    vocab_size: int = 32_000
-    max_length: int = 1024
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-    rematerialize: bool = False
-    attention: AttentionImplementation = "xla"
-    batch_shards: int = 1
+    heads: int  # query heads; each is width / heads wide
+    kv_heads: int  # key and value heads; fewer than heads is grouped-query attention
+    vocab_size: int = 32_000  # token ids run from 0 to vocab_size - 1
+    max_length: int = 1024  # the longest sequence that the model takes, in tokens
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    dtype: DTypeLike = jnp.float32  # of matrix products; norms and softmax are always float32
+    param_dtype: DTypeLike = jnp.float32  # of the stored weights
+    rematerialize: bool = False  # compute activations within a layer again in the backward pass
+    attention: AttentionImplementation = "xla"  # over whole sequences
+    batch_shards: int = 1  # devices that a batch is split over
 
     def __post_init__(self):
         sizes = "vocab_size width mlp_width layers heads kv_heads max_length batch_shards"
@@ -113,17 +94,16 @@ class Weight(NamedTuple):
 def weight_table(config: LlamaConfig) -> dict[str, Any]:
     """Returns a nested dict of `Weight` in the structure of the params."""
     n, d, f, v = config.layers, config.width, config.mlp_width, config.vocab_size
-    heads = config.heads * config.head_width
-    kv_heads = config.kv_heads * config.head_width
+    kv = config.kv_heads * config.head_width
     return {
         "embedding": Weight((v, d), ("vocab", "embed")),
         "layers": {
             "attention_norm": Weight((n, d), ("layer", None)),
             "attention": {
-                "query": Weight((n, d, heads), ("layer", "embed", "heads")),
-                "key": Weight((n, d, kv_heads), ("layer", "embed", "heads")),
-                "value": Weight((n, d, kv_heads), ("layer", "embed", "heads")),
-                "out": Weight((n, heads, d), ("layer", "heads", "embed")),
+                "query": Weight((n, d, d), ("layer", "embed", "heads")),
+                "key": Weight((n, d, kv), ("layer", "embed", "heads")),
+                "value": Weight((n, d, kv), ("layer", "embed", "heads")),
+                "out": Weight((n, d, d), ("layer", "heads", "embed")),
             },
             "mlp_norm": Weight((n, d), ("layer", None)),
             "mlp": {
@@ -151,7 +131,6 @@ def flops_per_token(config: LlamaConfig, length: int) -> float:
     Six for each weight of a matrix product, and twelve for each component of the queries and each
     of `length` keys (PaLM, arXiv:2204.02311, appendix B, which counts attention as not causal).
     """
-    looked_up = config.vocab_size * config.width
-    norms = (2 * config.layers + 1) * config.width
-    products = count_params(config) - looked_up - norms
+    looked_up_or_norms = (config.vocab_size + 2 * config.layers + 1) * config.width
+    products = count_params(config) - looked_up_or_norms
     return 6.0 * products + 12.0 * config.layers * config.width * length

@@ -28,38 +28,25 @@ def generate(
 ) -> Int[Array, "B P+max_new_tokens"]:
     """Continues each prompt; compiles once per combination of shapes, new tokens and `top_k`.
 
-    Args:
-        model: The language model.
-        prompt_ids: Token ids; all prompts have one length.
-        max_new_tokens: Number of tokens to add.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Sample among the k likeliest tokens only.
-        top_p: Sample among the fewest tokens whose probabilities sum to at least p only
-            (nucleus sampling, arXiv:1904.09751). After `top_k`, if both are given.
-        key: Random key; equal keys give equal tokens.
-        stop_id: After this token a row is filled with it, and sampling ends once every row is.
-
-    Raises:
-        ValueError: If an argument is out of its range, or prompt and new tokens are too long.
+    All prompts have one length. A temperature of 0 takes the likeliest token. `top_k` samples among
+    the k likeliest tokens only, `top_p` among the fewest whose probabilities sum to at least p
+    (nucleus sampling, arXiv:1904.09751), after `top_k`. After the token `stop_id` a row is filled
+    with it, and sampling ends once every row is. ValueError if an argument is out of its range, or
+    prompt and new tokens are too long.
     """
     prompt_ids = jnp.asarray(prompt_ids, jnp.int32)
     _check(model.config, prompt_ids, max_new_tokens, temperature, top_k, top_p)
+    graphdef, state = nnx.split(model)
+    divisor = None if temperature == 0 else _positive(temperature)
+    nucleus = None if top_p is None else _positive(top_p)
+    stop = None if stop_id is None else np.int32(stop_id)
     return _generate(
-        *nnx.split(model),
-        prompt_ids,
-        key,
-        None if temperature == 0 else _positive(temperature),
-        None if top_p is None else _positive(top_p),
-        None if stop_id is None else np.int32(stop_id),
-        max_new_tokens=max_new_tokens,
-        top_k=top_k,
+        graphdef, max_new_tokens, top_k, state, prompt_ids, key, divisor, nucleus, stop
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "top_k"))
-def _generate(
-    graphdef, state, prompt_ids, key, temperature, top_p, stop_id, *, max_new_tokens, top_k
-):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(graphdef, max_new_tokens, top_k, state, prompt_ids, key, temperature, top_p, stop_id):
     model = nnx.merge(graphdef, state)
     batch, prompt_length = prompt_ids.shape
     total = prompt_length + max_new_tokens
@@ -115,14 +102,7 @@ def _positive(value: float) -> np.float32:
     return np.float32(max(value, np.finfo(np.float32).tiny))
 
 
-def _check(
-    config: LlamaConfig,
-    prompt_ids: Int[Array, "B P"],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> None:
+def _check(config: LlamaConfig, prompt_ids, max_new_tokens, temperature, top_k, top_p) -> None:
     ids = config.vocab_size
     for name, value, accepted, fits in (
         ("max_new_tokens", max_new_tokens, "at least 1", max_new_tokens >= 1),

@@ -17,16 +17,13 @@ from galore_optax.quantization.array import dequantized
 from models.llama.attention import Rotary, Sequences, causal_attention, rotate
 from models.llama.config import LlamaConfig, Params
 
-Attend = Callable[
-    [Float[Array, "B L N K"], Float[Array, "B L G K"], Float[Array, "B L G K"]],
-    Float[Array, "B L N K"],
-]
+# From queries (B, L, N, K), keys and values (B, L, G, K) to their mixture (B, L, N, K).
+Attend = Callable[[Array, Array, Array], Array]
 
 # Attention's products, and the outputs of the linear layers: an adapter's output is the sum of
 # several products of its size, which need not be kept.
 _KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable,
-    jax.checkpoint_policies.save_only_these_names("product"),
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names("product")
 )
 
 
@@ -59,21 +56,16 @@ def training_layer(
 
 
 def apply_layer(
-    config: LlamaConfig,
-    params: Params,
-    hidden: Float[Array, "B L D"],
-    rotary: Rotary,
-    attend: Attend,
+    config: LlamaConfig, params: Params, hidden: Array, rotary: Rotary, attend: Attend
 ) -> Float[Array, "B L D"]:
     """Adds attention and then the MLP, each of the normalised stream, to the residual stream.
 
     `params` is one layer's slice of the params under "layers"; `attend` gets rotated queries and
     keys, and values.
     """
-    batch, length, _ = hidden.shape
 
     def heads(x: Float[Array, "B L NK"]) -> Float[Array, "B L N K"]:
-        return x.reshape(batch, length, -1, config.head_width)
+        return x.reshape(*x.shape[:2], -1, config.head_width)
 
     attention, mlp = params["attention"], params["mlp"]
     x = rms_norm(hidden, params["attention_norm"], config.norm_eps)

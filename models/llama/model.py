@@ -48,15 +48,9 @@ class Llama(nnx.Module):
         for name, weights in init_params(config, rngs.params()).items():
             setattr(self, name, nnx.data(jax.tree.map(nnx.Param, weights)))
 
-    def __call__(
-        self,
-        token_ids: Int[Array, "B L"],
-        *,
-        positions: Int[Array, "B L"] | None = None,
-        segment_ids: Int[Array, "B L"] | None = None,
-    ) -> Float[Array, "B L V"]:
+    def __call__(self, token_ids: Int[Array, "B L"], **places: Any) -> Float[Array, "B L V"]:
         """Returns float32 logits of the token after each position; arguments as for `hidden`."""
-        return self.logits(self.hidden(token_ids, positions=positions, segment_ids=segment_ids))
+        return self.logits(self.hidden(token_ids, **places))
 
     def hidden(
         self,
@@ -67,26 +61,20 @@ class Llama(nnx.Module):
     ) -> Float[Array, "B L D"]:
         """Returns the input of the head: the last layer's output, normalised.
 
-        Args:
-            token_ids: Token ids below `config.vocab_size`.
-            positions: Position of each token for the rotary embedding; by default counted from the
-                row's start.
-            segment_ids: Document of each token: a token sees earlier tokens of its own document
-                only. By default a row is one document.
-
-        Raises:
-            ValueError: If L is above `config.max_length`.
+        `positions` are those of the rotary embedding, by default counted from the row's start. A
+        token sees earlier tokens of its own segment (document) only; by default a row is one.
+        ValueError if L is above `config.max_length`.
         """
         config = self.config
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
         sequences = sequences_of(config, positions, segment_ids)
+
+        def step(hidden: Array, layer: Params) -> tuple[Array, None]:
+            return training_layer(config, sequences, layer, hidden), None
+
         hidden = embed(config, self.embedding.get_value(), token_ids)
-        hidden, _ = jax.lax.scan(
-            lambda hidden, layer: (training_layer(config, sequences, layer, hidden), None),
-            hidden,
-            nnx.to_pure_dict(nnx.state(self.layers)),
-        )
+        hidden, _ = jax.lax.scan(step, hidden, nnx.to_pure_dict(nnx.state(self.layers)))
         return rms_norm(hidden, self.norm[...], config.norm_eps)
 
     def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
@@ -157,11 +145,11 @@ def init_params(
             return jnp.ones(shape, config.param_dtype)
         parts = math.gcd(shape[0], 32) if math.prod(shape) > 2**24 else 1
         rows = (shape[0] // parts, *shape[1:])
-        drawn = jax.lax.map(
-            lambda key: 0.02 * jax.random.normal(key, rows, config.param_dtype),
-            jax.random.split(key, parts),
-        )
-        return drawn.reshape(shape)
+
+        def normal(key: PRNGKeyArray) -> Array:
+            return 0.02 * jax.random.normal(key, rows, config.param_dtype)
+
+        return jax.lax.map(normal, jax.random.split(key, parts)).reshape(shape)
 
     def part(table: dict[str, Any], stacked: int, key: PRNGKeyArray) -> Params:
         weights, tree = jax.tree.flatten(table, is_leaf=lambda x: isinstance(x, Weight))
