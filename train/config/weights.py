@@ -43,10 +43,7 @@ ADAPTERS: Mapping[str, Kind] = MappingProxyType(
 
 
 def stored_weights(
-    config: Pretrain,
-    params: Params,
-    dimension_numbers: Callable[[Params], Any],
-    key: PRNGKeyArray,
+    config: Pretrain, params: Params, dimension_numbers: Callable[[Params], Any], key: PRNGKeyArray
 ) -> Params:
     """The params as a run stores them.
 
