@@ -102,7 +102,7 @@ def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, li
             notes.append(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {note}")
         if not is_quantized(leaf):
             return NamedSharding(mesh, spec)
-        # No block is split, and no scales that are quantized themselves, along another axis.
+        # No block is split; scales that are quantized themselves have blocks along another axis.
         blocks = [None if i - leaf.ndim == leaf.axis else axes for i, axes in enumerate(spec)]
         scales = NamedSharding(mesh, PartitionSpec(*([] if is_quantized(leaf.scales) else blocks)))
         codes = NamedSharding(mesh, spec if leaf.code.bits == 8 else PartitionSpec(*blocks))
