@@ -31,9 +31,8 @@ class Export:
 def main(config: Export) -> int:
     """Writes the model.
 
-    Raises:
-        ValueError: if `run` is not a run, `out` has a model already, or PEFT's format has no place
-            for the adapters.
+    Raises ValueError if `run` is not a run, if `out` has a model already, or if the adapters cannot
+    be written in PEFT's format.
     """
     trained = load_trained(config.run)
 

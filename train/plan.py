@@ -96,7 +96,7 @@ def print_plans(title: str, plans: Mapping[str, MemoryPlan]) -> None:
 
 
 def _resolved(config: Plan, **changes: Any) -> Resolved:
-    own: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(Pretrain)}
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(Pretrain)}
     return resolve(Pretrain(**{**own, **changes}))
 
 

@@ -39,7 +39,8 @@ class PrepareC4:
 
 def main(config: PrepareC4) -> None:
     """Writes the data set; it appears under its name only when it is complete."""
-    home = config.data_dir.expanduser() / "c4" / "en"
+    data_dir = config.data_dir.expanduser()
+    home = data_dir / "c4" / "en"
     final, unfinished = home / VERSION, home / f"{VERSION}.incomplete"
     if unfinished.exists():
         raise ValueError(
@@ -52,7 +53,7 @@ def main(config: PrepareC4) -> None:
             f"data_dir={str(config.data_dir)!r} has a data set c4/en already ({', '.join(there)} "
             f"in {home}): give another folder or delete that one"
         )
-    shards = find_shards(config.input, config.data_dir.expanduser() / "downloads")
+    shards = find_shards(config.input, data_dir / "downloads")
     unfinished.mkdir(parents=True)
     try:
         counts = write_data_set(shards, unfinished)
@@ -60,15 +61,13 @@ def main(config: PrepareC4) -> None:
     except BaseException:  # Ctrl-C too
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    print(
-        f"{final}: {counts['train']:,} training and {counts['validation']:,} validation documents"
-    )
+    train, validation = counts["train"], counts["validation"]
+    print(f"{final}: {train:,} training and {validation:,} validation documents")
 
 
 def find_shards(inputs: Sequence[str], download_dir: Path) -> dict[str, list[Path]]:
     """The files of each split that the paths, patterns and URLs name, each once."""
-    # By real path, so that patterns may overlap.
-    files: dict[str, tuple[str, Path]] = {}
+    files: dict[str, tuple[str, Path]] = {}  # by real path, so that patterns may overlap
     for given in inputs:
         if "://" in given:
             path = _download(given, download_dir)
@@ -109,12 +108,9 @@ def write_data_set(shards: dict[str, list[Path]], folder: Path) -> dict[str, int
     """Writes the shards' documents to `folder` in TFDS' layout; returns each split's number."""
     import tensorflow_datasets as tfds
 
+    version, names = tfds.core.Version(VERSION), {"name": "c4", "config_name": "en"}
     identity = tfds.core.DatasetIdentity(
-        name="c4",
-        config_name="en",
-        version=tfds.core.Version(VERSION),
-        data_dir=str(folder),
-        module_name="train.prepare_c4",
+        **names, version=version, data_dir=str(folder), module_name="train.prepare_c4"
     )
     info = tfds.core.DatasetInfo(
         builder=identity,
@@ -124,17 +120,15 @@ def write_data_set(shards: dict[str, list[Path]], folder: Path) -> dict[str, int
     writer = tfds.core.SequentialWriter(
         info, max_examples_per_shard=_DOCUMENTS_PER_FILE, file_format="array_record"
     )
-    counts = dict.fromkeys(shards, 0)
+    counts, documents = dict.fromkeys(shards, 0), _documents(shards)
     writer.initialize_splits(list(shards))
-    documents = _documents(shards)
     try:
         while group := list(itertools.islice(documents, _DOCUMENTS_IN_MEMORY)):
-            examples = {
-                split: [{"text": text} for to, text in group if to == split] for split in shards
-            }
+            examples: dict[str, list[dict[str, bytes]]] = {split: [] for split in shards}
+            for split, text in group:
+                examples[split].append({"text": text})
+                counts[split] += 1
             writer.add_examples(examples)
-            for split in shards:
-                counts[split] += len(examples[split])
         writer.close_all()
     except RuntimeError as error:  # array_record's for a full disk
         raise OSError(f"cannot write to {folder}: {error}") from error
@@ -151,15 +145,12 @@ def _name_files_as_tfds_does(info: Any, folder: Path) -> None:
 
     splits = []
     for split in info.splits.values():
+        suffix = info.file_format.file_suffix
         template = tfds.core.ShardedFileTemplate(
-            data_dir=folder,
-            dataset_name=info.name,
-            split=split.name,
-            filetype_suffix=info.file_format.file_suffix,
+            data_dir=folder, dataset_name=info.name, split=split.name, filetype_suffix=suffix
         )
-        for old, new in zip(
-            split.filepaths, template.sharded_filepaths(split.num_shards), strict=True
-        ):
+        names = template.sharded_filepaths(split.num_shards)
+        for old, new in zip(split.filepaths, names, strict=True):
             old.rename(new)
         splits.append(split.replace(filename_template=template))
     info.set_splits(tfds.core.SplitDict(splits))
@@ -172,16 +163,14 @@ def _documents(shards: dict[str, list[Path]]) -> Iterator[tuple[str, bytes]]:
 
     columns = *Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()
     paths = [(split, path) for split, files in shards.items() for path in files]
-    hold_out = not shards["validation"]
-    number = itertools.count()
+    number, done = itertools.count(), 0
     with Progress(*columns) as progress:
         task = progress.add_task("", total=sum(path.stat().st_size for _, path in paths))
-        done = 0
         for split, path in paths:
+            progress.update(task, description=path.name)
             with path.open("rb") as file:
-                progress.update(task, description=path.name)
                 for text in _texts(file, path):
-                    held_out = hold_out and next(number) % VALIDATION_EVERY == 0
+                    held_out = not shards["validation"] and next(number) % VALIDATION_EVERY == 0
                     yield ("validation" if held_out else split), text
                     progress.update(task, completed=done + file.tell())
             done += path.stat().st_size
@@ -195,12 +184,10 @@ def _texts(file: BinaryIO, path: Path) -> Iterator[bytes]:
     try:
         for line in gzip.GzipFile(fileobj=file) if is_gzip else file:
             number += 1
-            if line.isspace():
-                continue
-            found = True
-            text = json.loads(line)["text"]
-            # JSON may have half of a surrogate pair, which UTF-8 lacks: it becomes '?'.
-            yield text.encode("utf-8", errors="replace")
+            if not line.isspace():
+                found = True
+                # JSON may have half of a surrogate pair, which UTF-8 lacks: it becomes '?'.
+                yield json.loads(line)["text"].encode("utf-8", errors="replace")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}:{number + 1}: the gzip file is damaged: {error}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -21,13 +21,9 @@ from train.run.training import LESS_MEMORY, Training
 def main(config: Pretrain) -> int:
     """Starts or resumes a pre-training.
 
-    Returns:
-        The exit code: 0; 1 if too many steps in a row were not finite; 128 + the signal's number
-        after SIGTERM or Ctrl-C.
-
-    Raises:
-        ValueError: for wrong use; nothing has been written then.
-        OSError: if the run's folder cannot be written, or the memory is too small.
+    Returns the exit code: 0; 1 if too many steps in a row were not finite; 128 + the signal's
+    number after SIGTERM or Ctrl-C. Raises ValueError for wrong use, before anything is written, and
+    OSError if the run's folder cannot be written or the memory is too small.
     """
     config = resolve(config)
     run_directory.check(config)

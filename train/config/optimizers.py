@@ -1,6 +1,7 @@
 """The table of optimizers by name, each with the flags that it uses, and how a run builds one."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -35,17 +36,6 @@ class Recipe(NamedTuple):
     stacks: ParamAxes | None = None
 
 
-def _adafactor(learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    # As published code for language models has it: a given learning rate and a first moment.
-    return optax.adafactor(learning_rate, multiply_by_parameter_scale=False, momentum=0.9)
-
-
-def _galore_adafactor(
-    learning_rate: optax.Schedule, **options: Any
-) -> optax.GradientTransformation:
-    return galore_adafactor(learning_rate, momentum=0.9, **options)
-
-
 def _vectors(params: dict[str, Any]) -> Any:
     """The layers' norms alone: matrices are projected, or large enough to be quantized each."""
     axes = param_axes(params)
@@ -69,14 +59,17 @@ _Q_GALORE = {
 }  # fmt: skip
 _LORP = {"gradient_rank": None, **_IN_SUBSPACE, "moment_bits": None}
 _PLAIN = Recipe(optax.adamw, _ADAMW)
+# As published code for language models has it: a given learning rate and a first moment.
+_ADAFACTOR = partial(optax.adafactor, multiply_by_parameter_scale=False, momentum=0.9)
+_GALORE_ADAFACTOR = partial(galore_adafactor, momentum=0.9)
 OPTIMIZERS: Mapping[str, Recipe] = MappingProxyType(
     {
         "adamw": _PLAIN,
         "adamw8bit": Recipe(adamw8bit, {**_ADAMW, "moment_bits": 8}, stacks=_vectors),
-        "adafactor": Recipe(_adafactor, {"stochastic_rounding": False}, stacks=param_axes),
+        "adafactor": Recipe(_ADAFACTOR, {"stochastic_rounding": False}, stacks=param_axes),
         "galore-adamw": Recipe(galore_adamw, _GALORE),
         "galore-adamw8bit": Recipe(galore_adamw8bit, _GALORE_8BIT, stacks=_vectors),
-        "galore-adafactor": Recipe(_galore_adafactor, _GALORE, stacks=_vectors),
+        "galore-adafactor": Recipe(_GALORE_ADAFACTOR, _GALORE, stacks=_vectors),
         "q-galore-adamw8bit": Recipe(q_galore_adamw8bit, _Q_GALORE, stacks=_vectors),
         "gradnorm-lorp-adamw": Recipe(gradnorm_lorp_adamw, _LORP, adapter="gradnorm-lorp"),
         "lora-adamw": _PLAIN._replace(adapter="lora"),
@@ -112,16 +105,10 @@ def learning_rate_schedule(config: Resolved) -> optax.Schedule:
 
 
 def make_recipe(config: Resolved) -> optax.GradientTransformation:
-    """The named optimizer, without clipping.
-
-    What it does per leaf it does per layer, in the ordinary step as with `--layerwise`.
-    """
+    """The named optimizer, without clipping; what it does per leaf it does per layer."""
     recipe = OPTIMIZERS[config.optimizer]
-    options = {
-        _ARGUMENTS.get(name, name): getattr(config, name)
-        for name in recipe.options
-        if name not in _OF_WEIGHTS
-    }
+    names = [name for name in recipe.options if name not in _OF_WEIGHTS]
+    options = {_ARGUMENTS.get(name, name): getattr(config, name) for name in names}
     if "rank" in options:
         if options.pop("adaptive_refresh"):
             options["update_proj_gap"] = Adaptive(options["update_proj_gap"])

@@ -36,8 +36,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 def resolve(config: Pretrain) -> Resolved:
     """Fills in the defaults, and checks each value that can be checked without the data.
 
-    Raises:
-        ValueError: names the flag, its value and what is accepted.
+    Raises ValueError, which names the flag, its value and what is accepted.
     """
     checks.check_types(config)
     checks.check_adapter(config)
@@ -59,24 +58,23 @@ def resolve(config: Pretrain) -> Resolved:
     steps, batch = config.steps or 0, config.batch_size or 0
     most = min(int(defaults["microbatch"] or batch), batch)
     parts = (batch // n for n in range(most, 0, -1) if batch % n == 0)
-    config = _fill(config, {"accumulate": next(parts, 1)})
+    eval_every = config.eval_every or max(1, steps // 10)
+    others = {
+        "accumulate": next(parts, 1),
+        "warmup_steps": steps // 10,
+        "clip": "previous" if config.layerwise and config.accumulate_in_subspace else "exact",
+        "eval_every": eval_every,
+        "save_every": eval_every,
+        "log_every": max(1, steps // 50),
+        "eval_tokens": 10_000_000 if config.data == "c4" else None,
+        "out": _default_out(config),
+    }
     if "gradient_rank" in options:
-        config = _fill(config, {"gradient_rank": max(1, (config.rank or 0) // 4)})
+        others["gradient_rank"] = max(1, (config.rank or 0) // 4)
     if "restart_every" in options:
-        config = _fill(config, {"restart_every": max(1, steps // 5)})
-        config = _fill(config, {"restart_warmup": (config.restart_every or 0) // 10})
-    config = _fill(
-        config,
-        {
-            "warmup_steps": steps // 10,
-            "clip": "previous" if config.layerwise and config.accumulate_in_subspace else "exact",
-            "eval_every": max(1, steps // 10),
-            "log_every": max(1, steps // 50),
-            "eval_tokens": 10_000_000 if config.data == "c4" else None,
-            "out": _default_out(config),
-        },
-    )
-    config = _fill(config, {"save_every": config.eval_every})
+        every = config.restart_every or max(1, steps // 5)
+        others |= {"restart_every": every, "restart_warmup": every // 10}
+    config = _fill(config, others)
     resolved = Resolved(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     checks.check_values(resolved)
     # Absolute, so that a run can be resumed from another folder.

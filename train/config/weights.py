@@ -43,16 +43,13 @@ ADAPTERS: Mapping[str, Kind] = MappingProxyType(
 
 
 def stored_weights(
-    config: Pretrain,
-    params: Params,
-    dimension_numbers: Callable[[Params], Any],
-    key: PRNGKeyArray,
+    config: Pretrain, params: Params, dimension_numbers: Callable[[Params], Any], key: PRNGKeyArray
 ) -> Params:
     """The params as a run stores them.
 
-    Without an adapter `--weight-bits` quantizes the matrices that `dimension_numbers` finds among
-    the params, and `--embedding-bits` embedding and head; with one, the matrices that get adapters,
-    whose random factors come from `key`.
+    Without an adapter `--weight-bits` quantizes the matrices that `dimension_numbers` finds, and
+    `--embedding-bits` embedding and head; with one, the matrices that get adapters, whose random
+    factors come from `key`.
     """
     if config.adapter is None:
         if config.weight_bits is None:
@@ -64,11 +61,8 @@ def stored_weights(
         )
         params = quantize_weights(params, which, bits=config.weight_bits)  # pyrefly: ignore
         if config.embedding_bits is not None:
-            whole = quantize_weights(
-                {name: params[name] for name in ("embedding", "head") if name in params},
-                bits=config.embedding_bits,
-            )
-            params = {**params, **whole}  # pyrefly: ignore
+            ends = {name: params[name] for name in ("embedding", "head") if name in params}
+            params |= quantize_weights(ends, bits=config.embedding_bits)  # pyrefly: ignore
         return params
     kind = ADAPTERS[config.adapter]
     arguments = {name: getattr(config, name) for name in _ARGUMENTS if name in kind.options}

@@ -1,9 +1,8 @@
 """From documents to batches on devices: shuffled order, tokenizing, worker processes, prefetching.
 
-Grain reads and tokenizes, in this process or in worker processes, always in the same order: a
-batch is a function of the source, the seed and the position alone. Every process of a multi-process
-run reads the same stream and puts its own rows of the global batch on its devices, so that a
-position means the same for any number of workers, processes and devices.
+Grain reads and tokenizes, in this process or in worker processes: a batch is a function of the
+source, the seed and the position alone. All processes of a multi-process run read the same stream,
+so that a position means the same for any number of workers, processes and devices.
 """
 
 import collections
@@ -48,30 +47,24 @@ class TrainingData:
     vocab_size: int | None = None  # the model's; default: the tokenizer's
 
     def __post_init__(self):
-        _check_sizes(self.source, self.mode, self.batch_size, self.seq_len)
+        sizes = self.batch_size, self.seq_len, self.vocab_size
+        _check(self.source, self.tokenizer, self.mode, *sizes)
         most = _WORKERS_PER_CORE * (os.cpu_count() or 1)
         if not 0 <= self.workers <= most:
-            raise ValueError(
-                f"workers={self.workers}: give the number of processes, 0 for none, {most} at most "
-                "here"
-            )
+            expected = f"the number of processes, 0 for none, {most} at most here"
+            raise ValueError(f"workers={self.workers}: give {expected}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: give a seed from 0 to {2**32 - 1}")
-        check_vocabulary(self.tokenizer, self.vocab_size)
 
     def batches(self, start: Position = START) -> Generator[tuple[Batch, Position]]:
         """Batches from a position on, each with the position after it.
 
         Close it (`contextlib.closing`) when done: this ends the worker processes.
         """
+        make, separator = MODES[self.mode], self.tokenizer.separator
+        shape = {"batch_size": self.batch_size, "seq_len": self.seq_len}
         with closing(self._documents(start.documents)) as documents:
-            for batch, position in MODES[self.mode](
-                documents,
-                separator=self.tokenizer.separator,
-                batch_size=self.batch_size,
-                seq_len=self.seq_len,
-                start=start,
-            ):
+            for batch, position in make(documents, separator=separator, start=start, **shape):
                 sequences.check_token_ids(batch, self.vocab_size or self.tokenizer.vocab_size)
                 yield batch, position
 
@@ -125,7 +118,7 @@ def _start_worker(_number: int, _count: int) -> None:
 
 
 def _end_with_the_run() -> None:
-    """Ends a worker whose run was killed; Grain's would wait forever."""
+    """Ends a worker whose run was killed: by itself, Grain's waits forever."""
     run = multiprocessing.parent_process()
     assert run is not None
     run.join()
@@ -145,18 +138,15 @@ def evaluation_batches(
 ) -> list[Batch]:
     """The fixed batches that a run is evaluated on: the documents in order, each once.
 
-    Arguments and errors are those of `TrainingData`; `max_tokens` is the most targets that count,
-    each once, default all. The last batch is padded.
+    `max_tokens` is the most targets that count, default all. The last batch is padded. Other
+    arguments and errors: see `TrainingData`.
     """
-    _check_sizes(source, mode, batch_size, seq_len)
-    check_vocabulary(tokenizer, vocab_size)
+    _check(source, tokenizer, mode, batch_size, seq_len, vocab_size)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: give at least 1")
     documents = (tokenizer.encode(source[i]) for i in range(len(source)))
-    batches = MODES[mode](
-        documents, separator=tokenizer.separator, batch_size=batch_size, seq_len=seq_len
-    )
-    kept = (batch for batch, _ in batches)
+    how = {"separator": tokenizer.separator, "batch_size": batch_size, "seq_len": seq_len}
+    kept = (batch for batch, _ in MODES[mode](documents, **how))
     result = list(kept if max_tokens is None else sequences.limit_tokens(kept, max_tokens))
     if not result:
         raise ValueError("every document of the validation text is empty")
@@ -165,16 +155,7 @@ def evaluation_batches(
     return result
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int | None) -> None:
-    """Raises ValueError if a text could give a token id that a model does not have."""
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer gives token ids up to {tokenizer.vocab_size - 1}, beyond the model's "
-            f"vocabulary of {vocab_size}: take another tokenizer, or a model with a larger one"
-        )
-
-
-def _check_sizes(source: Sequence[str], mode: str, batch_size: int, seq_len: int) -> None:
+def _check(source: Sequence[str], tokenizer, mode: str, batch_size: int, seq_len: int, vocab_size):
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown: choose one of {', '.join(MODES)}")
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
@@ -182,6 +163,11 @@ def _check_sizes(source: Sequence[str], mode: str, batch_size: int, seq_len: int
             raise ValueError(f"{name}={value}: give at least 1")
     if not len(source):
         raise ValueError("the text has no document")
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token ids up to {tokenizer.vocab_size - 1}, beyond the model's "
+            f"vocabulary of {vocab_size}: take another tokenizer, or a model with a larger one"
+        )
 
 
 def prefetch(
@@ -192,14 +178,10 @@ def prefetch(
     Errors of `batches` and `put` are raised when the batch is asked for. Closing it stops the
     thread and closes `batches`.
     """
-    if size < 1:
-        raise ValueError(f"size={size}: give at least 1")
 
     def produce() -> tuple[T, Position] | None:
-        if (item := next(batches, None)) is None:
-            return None
-        batch, position = item
-        return put(batch), position
+        item = next(batches, None)
+        return None if item is None else (put(item[0]), item[1])
 
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
         ahead = collections.deque(thread.submit(produce) for _ in range(size))

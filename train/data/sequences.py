@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 Batch = dict[str, np.ndarray]
 Document = Int[np.ndarray, " length"]
@@ -43,22 +43,17 @@ def packed_batches(
     A document that does not fit goes on in the next row, as a segment of its own. Each token of the
     stream is a target once, except the very first separator. Empty documents are skipped.
 
-    `documents` are token ids of each document, from number `start.documents` on; `separator` is the
-    id of the token before each. Gives batches, each with the position after it. If `documents`
-    ends, the last batch is padded.
+    `documents` are the token ids of each, from number `start.documents` on. Gives batches, each
+    with the position after it. If `documents` ends, the last batch is padded.
     """
     size = batch_size * seq_len
     number, taken = start
-    document = None
-    documents = iter(documents)
+    document, documents = None, iter(documents)
     while True:
-        stream = np.full(size + 1, separator, np.int32)
-        begins = np.zeros(size, bool)
-        filled = 0
+        stream, begins, filled = np.full(size + 1, separator, np.int32), np.zeros(size, bool), 0
         while filled < size:
             if document is None:
-                tokens = next(documents, None)
-                if tokens is None:
+                if (tokens := next(documents, None)) is None:
                     break
                 if taken > len(tokens):
                     raise ValueError(
@@ -72,8 +67,7 @@ def packed_batches(
             piece = document[taken : taken + size - filled]
             stream[filled : filled + len(piece)] = piece
             begins[filled] = True
-            filled += len(piece)
-            taken += len(piece)
+            filled, taken = filled + len(piece), taken + len(piece)
             if taken == len(document):
                 document, number, taken = None, number + 1, 0
         if not filled:
@@ -84,10 +78,7 @@ def packed_batches(
 
 
 def _packed_batch(
-    stream: Int[np.ndarray, " size_1"],
-    begins: Int[np.ndarray, " size"],
-    filled: int,
-    shape: tuple[int, int],
+    stream: Document, begins: Bool[np.ndarray, " size"], filled: int, shape: tuple[int, int]
 ) -> Batch:
     """Cuts `stream` into rows; `begins` marks the documents' starts, padding starts at `filled`."""
     begins = begins.reshape(shape)
@@ -113,19 +104,15 @@ def document_batches(
 ) -> Iterator[tuple[Batch, Position]]:
     """One document per row, truncated or padded, as in GaLore's experiments (arXiv 2403.03507).
 
-    Arguments, results and errors are those of `packed_batches`. Padding has weight 0 and segment 0.
+    Arguments, results and errors are those of `packed_batches`.
     """
     if start.tokens:
-        raise ValueError(
-            f"position {tuple(start)} is inside a document: it was saved in packed mode"
-        )
-    number = start.documents
-    documents = iter(documents)
-    shape = (batch_size, seq_len)
+        said = "is inside a document: it was saved in packed mode"
+        raise ValueError(f"position {tuple(start)} {said}")
+    number, documents = start.documents, iter(documents)
     while True:
         stream = np.full((batch_size, seq_len + 1), separator, np.int32)
-        lengths = np.zeros((batch_size, 1), np.int32)
-        row = 0
+        lengths, row = np.zeros((batch_size, 1), np.int32), 0
         while row < batch_size and (tokens := next(documents, None)) is not None:
             number += 1
             if len(tokens):
@@ -135,18 +122,16 @@ def document_batches(
                 row += 1
         if not row:
             return
-        column = np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape)
+        column = np.arange(seq_len, dtype=np.int32)
         valid = column < lengths
-        yield (
-            {
-                "inputs": stream[:, :-1].copy(),
-                "targets": stream[:, 1:].copy(),
-                "positions": np.where(valid, column, 0),
-                "segment_ids": valid.astype(np.int32),
-                "weights": valid.astype(np.float32),
-            },
-            Position(number),
-        )
+        batch = {
+            "inputs": stream[:, :-1].copy(),
+            "targets": stream[:, 1:].copy(),
+            "positions": np.where(valid, column, 0),
+            "segment_ids": valid.astype(np.int32),
+            "weights": valid.astype(np.float32),
+        }
+        yield batch, Position(number)
 
 
 MODES: dict[str, Callable[..., Iterator[tuple[Batch, Position]]]] = {

@@ -23,13 +23,10 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "idlelib", "lib2to3", "di
 
 
 def load_text(name: str, split: str, data_dir: str | Path | None = None) -> Sequence[str]:
-    """The documents of a source, by number.
+    """The documents of a source, by number; none is in both splits.
 
-    Args:
-        name: "builtin", the documentation of Python's standard library (about 2 MB, different for
-            each Python version), or "c4", the TFDS data set c4/en.
-        split: "train" or "validation"; no document is in both.
-        data_dir: for "c4", the folder that has `c4/en` in it.
+    Sources: "builtin", the documentation of Python's standard library (about 2 MB, different for
+    each Python version), and "c4", the TFDS data set c4/en in `data_dir`.
     """
     if name not in SOURCES:
         raise ValueError(f"data={name!r} is unknown: choose one of {', '.join(SOURCES)}")
@@ -117,9 +114,8 @@ def _builtin_pages() -> list[str]:
         if parts[0] in _LEFT_OUT or "test" in parts or "tests" in parts:
             continue
         # A docstring of two modules must not be in both splits.
-        new = [text for text in _docstrings(path) if text not in seen]
-        seen.update(new)
-        if new:
+        if new := [text for text in _docstrings(path) if text not in seen]:
+            seen.update(new)
             pages.append("\n\n".join(new))
     if len(pages) < 2 * _VALIDATION_EVERY:
         raise ValueError(
@@ -141,10 +137,9 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def _docstrings_in(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        text = ast.get_docstring(node)
-        if text:
-            yield text
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    if isinstance(node, documented) and (text := ast.get_docstring(node)):
+        yield text
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):  # no expression
             yield from _docstrings_in(child)

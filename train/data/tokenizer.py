@@ -20,8 +20,7 @@ END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[
 def load_tokenizer(name: str | Path) -> "Tokenizer":
     """The tokenizer "bytes", or that of a `tokenizer.json` (format of the package `tokenizers`).
 
-    Raises:
-        ValueError: if the file cannot be read as a tokenizer, or has no token that ends a document.
+    Raises ValueError if the file cannot be read, or has no token that ends a document.
     """
     return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name))
 
@@ -37,8 +36,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Int[np.ndarray, " length"]) -> str:
         """The text of the ids below 256; incomplete characters become '�'."""
-        data = bytes(int(i) for i in ids if i < 256)
-        return data.decode("utf-8", errors="replace")
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
 class FileTokenizer:
@@ -67,14 +65,11 @@ class FileTokenizer:
         vocabulary = tokenizer.get_vocab()
         found = [vocabulary[token] for token in END_TOKENS if token in vocabulary]
         if not found:
-            raise ValueError(
-                f"tokenizer={str(path)!r} has no token that ends a document: one of "
-                f"{' '.join(END_TOKENS)} is needed"
-            )
+            needed = f"one of {' '.join(END_TOKENS)} is needed"
+            raise ValueError(f"tokenizer={str(path)!r} has no token that ends a document: {needed}")
         self.separator: int = found[0]
-        special = {
-            i: t.content for i, t in tokenizer.get_added_tokens_decoder().items() if t.special
-        }
+        added = tokenizer.get_added_tokens_decoder().items()
+        special = {i: token.content for i, token in added if token.special}
         with self._errors_named():
             _spell_out_special_tokens(tokenizer, special)
         ordinary = [i for i in vocabulary.values() if i not in special]
@@ -115,18 +110,14 @@ def _spell_out_special_tokens(tokenizer, special: dict[int, str]) -> None:
     tokenizer.encode_special_tokens = True
     # A Unigram or word vocabulary that lists its special tokens (T5's does) still finds them,
     # unless their first character is split off before.
-    listed = [
-        name
-        for i, name in special.items()
-        if len(name) > 1 and i in tokenizer.encode(name, add_special_tokens=False).ids
-    ]
-    if not listed:
+    endings: dict[str, list[str]] = {}
+    for i, name in special.items():
+        if len(name) > 1 and i in tokenizer.encode(name, add_special_tokens=False).ids:
+            endings.setdefault(name[0], []).append(re.escape(name[1:]))
+    if not endings:
         return
     from tokenizers import Regex, pre_tokenizers
 
-    endings: dict[str, list[str]] = {}
-    for name in listed:
-        endings.setdefault(name[0], []).append(re.escape(name[1:]))
     first = "|".join(f"{re.escape(c)}(?={'|'.join(rest)})" for c, rest in endings.items())
     split = pre_tokenizers.Split(Regex(first), "isolated")
     own = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer else []

@@ -89,12 +89,14 @@ def stored(programs: Programs) -> tuple[int, dict[str, int]]:
 def plan(config: Resolved, programs: Programs, memory: Any = None) -> MemoryPlan:
     """The memory that the training step will take.
 
-    `memory` is the compiled step's own analysis; None compiles the step here.
+    `memory` is the compiled step's own analysis; None compiles the step here, on a CPU as a GPU
+    would run it if it is in bfloat16 on one device.
     """
     on_a_cpu = programs.mesh.devices.flat[0].platform == "cpu"
     if memory is None:
-        on_a_cpu &= not _meant_for_a_gpu(config, programs)
-        memory = _memory(config, programs)
+        as_on_a_gpu = on_a_cpu and config.dtype == "bfloat16" and programs.mesh.size == 1
+        on_a_cpu &= not as_on_a_gpu
+        memory = _memory(programs, as_on_a_gpu)
     given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     peak = given + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
     if on_a_cpu:
@@ -117,18 +119,11 @@ def device_memory(device: jax.Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _meant_for_a_gpu(config: Resolved, programs: Programs) -> bool:
-    """Whether the step is planned on a CPU as a GPU would run it: in bfloat16 on one device."""
-    platform = programs.mesh.devices.flat[0].platform
-    return platform == "cpu" and config.dtype == "bfloat16" and programs.mesh.size == 1
-
-
-def _memory(config: Resolved, programs: Programs) -> Any:
+def _memory(programs: Programs, as_on_a_gpu: bool) -> Any:
     """The compiled step's memory analysis."""
-    arguments = programs.abstract, programs.batch
-    if not _meant_for_a_gpu(config, programs):
-        return programs.train_step.lower(*arguments).compile().memory_analysis()
-    lowered = programs.train_step.lower(*arguments)
+    lowered = programs.train_step.lower(programs.abstract, programs.batch)
+    if not as_on_a_gpu:
+        return lowered.compile().memory_analysis()
     backend = jax.extend.backend.get_backend("cpu")
     options = jax.extend.backend.get_compile_options(
         num_replicas=1, num_partitions=1, env_options_overrides=_AS_ON_A_GPU
@@ -176,10 +171,8 @@ def _share_summed(config: Resolved, part: PyTree) -> float:
 
 def _activations(config: Resolved, programs: Programs) -> int:
     """Bytes that the forward pass of a microbatch keeps for the backward pass."""
-    rows = config.batch_size // config.accumulate
-    batch = {
-        k: jax.ShapeDtypeStruct((rows, config.seq_len), x.dtype) for k, x in programs.batch.items()
-    }
+    shape = config.batch_size // config.accumulate, config.seq_len
+    batch = {k: x.update(shape=shape, sharding=None) for k, x in programs.batch.items()}
     params = jax.tree.map(lambda x: x.update(sharding=None), programs.abstract.params)
     if config.layerwise:
         model = layerwise.layered_llama(programs.model, programs.mesh)

@@ -32,8 +32,7 @@ class Parts(Programs):
 def assemble(config: Resolved, log: Log) -> Parts:
     """Builds a run from its settings, checks what can be checked, and writes nothing.
 
-    Raises:
-        ValueError: names the flag, its value and what is accepted.
+    Raises ValueError, which names the flag, its value and what is accepted.
     """
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)  # before the data are read
@@ -47,20 +46,11 @@ def assemble(config: Resolved, log: Log) -> Parts:
     common = {"seq_len": config.seq_len, "mode": config.sequences, "vocab_size": model.vocab_size}
     train_text = load_text(config.data, "train", config.data_dir)
     eval_text = load_text(config.data, "validation", config.data_dir)
-    data = TrainingData(
-        train_text,
-        tokenizer,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        workers=config.workers,
-        **common,
-    )
+    own = {name: getattr(config, name) for name in ("batch_size", "seed", "workers")}
+    data = TrainingData(train_text, tokenizer, **own, **common)
+    rows, most = config.batch_size // config.accumulate, config.eval_tokens
     evaluation = evaluation_batches(
-        eval_text,
-        tokenizer,
-        batch_size=config.batch_size // config.accumulate,
-        max_tokens=config.eval_tokens,
-        **common,
+        eval_text, tokenizer, batch_size=rows, max_tokens=most, **common
     )
     eval_tokens = int(sum(batch["weights"].sum() for batch in evaluation))
     builtin = "the documentation of Python's standard library"
@@ -80,12 +70,11 @@ def _log_devices(config: Resolved, mesh: Mesh, log: Log) -> None:
     layout = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     available = len(available_devices())
     unused = f" of {available} (--mesh data={available} uses all)"
-    same_bits = device.platform == "cpu" or config.deterministic
+    same = "numbers to rounding (--deterministic: the same bits)"
     log(
         f"devices: {mesh.size}{unused if mesh.size < available else ''} x {device.device_kind} "
         f"({device.platform}){', mesh ' + layout if layout else ''}; a repeated or resumed run "
-        f"gives the same "
-        f"{'bits' if same_bits else 'numbers to rounding (--deterministic: the same bits)'}"
+        f"gives the same {'bits' if device.platform == 'cpu' or config.deterministic else same}"
     )
 
 
@@ -95,8 +84,7 @@ def _log_programs(config: Resolved, programs: Programs, log: Log) -> None:
         log(f"sharding: {note}")
     log(
         f"model: {config.model}, {count_params(programs.model):,} params, {config.dtype}, "
-        f"{tree_bytes(params) / 1e6:,.1f} MB; attention by "
-        f"{programs.model.attention}"
+        f"{tree_bytes(params) / 1e6:,.1f} MB; attention by {programs.model.attention}"
     )
     if config.adapter is not None:
         trained = sum(x.size for x in jax.tree.leaves(split(params)[0]))

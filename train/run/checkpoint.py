@@ -1,15 +1,14 @@
 """Checkpoints with Orbax: written in the background, the newest few and the best one kept.
 
 A checkpoint has `params`, `rest` (the other fields of the train state) and `progress` (JSON: what
-the host knows, and the format's number). Orbax writes it under a temporary name and renames it when
-it is complete. Which one is the best is not stored: a run that is stopped during an evaluation
-saves first and evaluates after it is resumed.
+the host knows, and the format's number). Orbax renames it from a temporary name when it is
+complete. Which one is the best is not stored: a run may save a step before it evaluates it.
 """
 
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -28,15 +27,11 @@ Tree = Any
 FORMAT = 2
 
 
-class Checkpoints:
-    """The checkpoints of a run.
+class Checkpoints(checkpoint_managers.PreservationPolicy):
+    """The checkpoints of a run in a folder, which the first save makes unless it is `read_only`.
 
-    Args:
-        directory: their folder; the first save makes it.
-        keep: number of the newest to keep, besides the one with the lowest evaluation loss.
-        log: prints a line for each checkpoint that is skipped as damaged.
-        evaluations: loss by evaluated step; the caller adds later ones.
-        read_only: nothing is written or cleaned up.
+    The newest `keep` and the one with the lowest evaluation loss are kept. `evaluations` has the
+    loss of each evaluated step; the caller adds later ones. `log` prints that one is damaged.
     """
 
     def __init__(
@@ -50,12 +45,11 @@ class Checkpoints:
     ):
         self.directory = directory.absolute()
         self._log = log
-        self._evaluations = evaluations
-        self._preservation = _NewestAndBest(keep, evaluations)
+        self._keep, self._evaluations, self._prune = keep, evaluations, True
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._preservation,
+                preservation_policy=self,
                 create=not read_only,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
@@ -83,7 +77,7 @@ class Checkpoints:
         Raises OSError if this or the previous save could not be written. Unless `prune`, no older
         checkpoint is deleted.
         """
-        self._preservation.all = not prune
+        self._prune = prune
         with _as_os_error(self.directory):
             # Resuming has skipped the damaged ones; Orbax saves only at steps beyond its newest.
             for damaged in [other for other in self._manager.all_steps() if other >= step]:
@@ -116,20 +110,30 @@ class Checkpoints:
 
     def best_first(self) -> list[int]:
         """Steps with the lowest evaluation loss first, then those without, newest first."""
-        return _best_first(self.steps(), self._evaluations)
+        return sorted(self.steps(), key=self._rank)
+
+    def _rank(self, step: int) -> tuple[float, int]:
+        loss = self._evaluations.get(step, math.inf)
+        return (loss if math.isfinite(loss) else math.inf, -step)
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        """Orbax's question which checkpoints to keep."""
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        # If none has been evaluated, the best is the newest.
+        kept = {*steps[-self._keep :], *sorted(steps, key=self._rank)[:1]}
+        return [not self._prune or checkpoint.step in kept for checkpoint in checkpoints]
 
     def restore(self, params: Tree, rest: Tree) -> tuple[int, Tree, Tree, dict[str, Any]] | None:
-        """Reads the newest checkpoint that is not damaged.
+        """Reads the newest checkpoint that is not damaged; None if there is no checkpoint.
 
-        Args:
-            params: tree of `ShapeDtypeStruct`s with the shardings to restore to.
-            rest: the other arrays likewise.
-
-        Returns:
-            Its step, params, rest and progress; None if there is none.
-
-        Raises:
-            ValueError: if it has another format, model or optimizer, or all are damaged.
+        `params` and `rest` are trees of `ShapeDtypeStruct`s with the shardings to restore to.
+        Returns the step, both, and the progress. Raises ValueError if the checkpoint has another
+        format, model or optimizer, or if all are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -154,7 +158,8 @@ class Checkpoints:
     def _read(self, step: int, wanted: Mapping[str, Tree]) -> Mapping[str, Any] | None:
         """The items of a checkpoint, or None if it is damaged."""
         try:
-            progress = dict(self._restore(step, progress=ocp.args.JsonRestore())["progress"])  # pyrefly: ignore
+            args = ocp.args.Composite(progress=ocp.args.JsonRestore())  # pyrefly: ignore
+            progress = dict(self._manager.restore(step, args=args)["progress"])
             written = progress.pop("format", 1)
             metadata = self._manager.item_metadata(step)
             unreadable = [name for name in wanted if metadata[name] is None]
@@ -162,7 +167,7 @@ class Checkpoints:
                 raise ValueError(f"{', '.join(unreadable)} cannot be read")
             stored = {name: _shapes(metadata[name].tree) for name in wanted}
         except Exception as error:  # Orbax and TensorStore raise a dozen unrelated types
-            return self._pass_over(step, error)
+            return self._log_damage(step, error)
         if written != FORMAT:
             raise ValueError(
                 f"{self.directory / str(step)} has checkpoint format {written}, this version reads "
@@ -173,44 +178,15 @@ class Checkpoints:
             _check_same(self.directory / str(step), stored[name], _shapes(tree))
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}  # pyrefly: ignore
         try:
-            return {**self._restore(step, **args), "progress": progress}
+            found = self._manager.restore(step, args=ocp.args.Composite(**args))
+            return {**found, "progress": progress}
         except Exception as error:
-            return self._pass_over(step, error)
+            return self._log_damage(step, error)
 
-    def _restore(self, step: int, **args: Any) -> Mapping[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(**args))
-
-    def _pass_over(self, step: int, error: Exception) -> None:
+    def _log_damage(self, step: int, error: Exception) -> None:
         reason = one_line(error)
         reason = reason if len(reason) < 120 else reason[:117] + "..."
         self._log(f"checkpoint {step} is damaged and passed over ({reason})")
-
-
-class _NewestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the newest few and the step with the lowest evaluation loss so far, or `all`."""
-
-    def __init__(self, keep: int, evaluations: Mapping[int, float]):
-        self.keep, self.evaluations = keep, evaluations
-        self.all = False
-
-    def should_preserve(
-        self,
-        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
-        *,
-        context: checkpoint_managers.PreservationContext,
-    ) -> Sequence[bool]:
-        steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        # If none has been evaluated, the first is the newest.
-        kept = {*steps[-self.keep :], *_best_first(steps, self.evaluations)[:1]}
-        return [self.all or checkpoint.step in kept for checkpoint in checkpoints]
-
-
-def _best_first(steps: Iterable[int], evaluations: Mapping[int, float]) -> list[int]:
-    def rank(step: int) -> tuple[float, int]:
-        loss = evaluations.get(step, math.inf)
-        return (loss if math.isfinite(loss) else math.inf, -step)
-
-    return sorted(steps, key=rank)
 
 
 def _shapes(tree: Tree) -> dict[str, str]:
@@ -228,15 +204,15 @@ def _shapes(tree: Tree) -> dict[str, str]:
 
 
 def _check_same(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    different = [n for n in sorted({*stored, *wanted}) if stored.get(n) != wanted.get(n)]
+    names = sorted({*stored, *wanted})
+    pairs = [(stored.get(name, "absent"), wanted.get(name, "absent"), name) for name in names]
     # A random key is stored as the integers in it.
-    different = [n for n in different if wanted.get(n) != "key" or n not in stored]
+    different = [x for x in pairs if x[0] != x[1] and (x[1] != "key" or x[0] == "absent")]
     if different:
-        n = different[0]
+        there, here, name = different[0]
         raise ValueError(
-            f"{path} is a checkpoint of another model or optimizer: {n} is "
-            f"{stored.get(n, 'absent')} there and {wanted.get(n, 'absent')} here "
-            f"({len(different)} differ)"
+            f"{path} is a checkpoint of another model or optimizer: {name} is {there} there and "
+            f"{here} here ({len(different)} differ)"
         )
 
 

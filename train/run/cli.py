@@ -33,12 +33,13 @@ def run(
         load: reads the file of the field `config`; flags override what it has.
         args: the words after the command; default: the process's own.
 
-    Raises:
-        SystemExit: always. 2 for wrong use, unreadable files and full disks, after one line that
-            says what was wrong (a traceback with `python -X dev`). 130 after Ctrl-C.
+    The exit code is 2 for wrong use, unreadable files and full disks, after one line that says what
+    was wrong (a traceback with `python -X dev`), and 130 after Ctrl-C.
     """
     _quiet_libraries()
-    _replace_what_cannot_be_printed()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # '?' for what the terminal's encoding lacks
     try:
         config = _parse(config_type, prog, args)
         file = getattr(config, "config", None)
@@ -81,13 +82,6 @@ def _quiet_libraries() -> None:
     sys.unraisablehook = hook
 
 
-def _replace_what_cannot_be_printed() -> None:
-    """Has a character that the terminal's encoding lacks printed as '?'."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
 def _parse(
     config_type: type[Config], prog: str, args: Sequence[str] | None, default: Config | None = None
 ) -> Config:
@@ -100,13 +94,9 @@ def _parse(
     )
     try:
         with contextlib.redirect_stderr(words), contextlib.redirect_stdout(help_text):
-            return tyro.cli(  # pyrefly: ignore[no-matching-overload]
-                config_type,
-                prog=prog,
-                args=args,
-                config=(tyro.conf.FlagCreatePairsOff,),
-                **({} if default is None else {"default": default}),
-            )
+            known = {} if default is None else {"default": default}
+            options = (tyro.conf.FlagCreatePairsOff,)
+            return tyro.cli(config_type, prog=prog, args=args, config=options, **known)  # pyrefly: ignore[no-matching-overload]
     except SystemExit as stop:
         if not stop.code:  # --help
             help_text.seek(0)

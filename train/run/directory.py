@@ -25,13 +25,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def check(config: Resolved) -> str | None:
     """Checks that the run may use its folder, and changes nothing.
 
-    Returns:
-        What the user of a resumed run may not expect, or None.
-
-    Raises:
-        ValueError: if another process writes into the folder, or another run is in it, or this one
-            and --resume was not given.
-        OSError: if it cannot be written.
+    Returns what the user of a resumed run may not expect, or None. Raises ValueError if another
+    process writes into the folder, or if it has another run, or this one and --resume was not
+    given; OSError if it cannot be written.
     """
     lock = directory(config) / _LOCK
     if lock.exists():
@@ -44,8 +40,8 @@ def check(config: Resolved) -> str | None:
 def hold(config: Resolved) -> Iterator[str | None]:
     """Makes the run's folder, and keeps other processes out of it while entered.
 
-    Checks again, as another process may have used it since, and gives what `check` returns. Raises
-    what `check` raises, and OSError if the file system has no locks or is full.
+    Checks again, since another process may have used it, with the results and errors of `check`.
+    Raises OSError also if the file system has no locks or is full.
     """
     out = directory(config)
     try:
@@ -61,18 +57,17 @@ def hold(config: Resolved) -> Iterator[str | None]:
 
 def _lock(file: TextIO) -> None:
     """Locks an open file until it is closed or the process ends."""
+    out = Path(file.name).parent
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(
-            f"--out {Path(file.name).parent} is in use: another process is training there; wait "
-            "for its end, or name another folder"
+            f"--out {out} is in use: another process is training there; wait for its end, or name "
+            "another folder"
         ) from None
     except OSError as error:
-        raise OSError(
-            f"--out {Path(file.name).parent}: cannot be locked ({error.strerror}); name a folder "
-            "on a file system that has locks"
-        ) from error
+        reason, advice = error.strerror, "name a folder on a file system that has locks"
+        raise OSError(f"--out {out}: cannot be locked ({reason}); {advice}") from error
 
 
 def _check(config: Resolved) -> str | None:
@@ -99,6 +94,12 @@ def _check(config: Resolved) -> str | None:
     return None
 
 
+def _check_writable(out: Path) -> None:
+    existing = next(p for p in (out, *out.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"--out {out}: cannot write into {existing}; name another folder")
+
+
 def write_config(config: Resolved) -> None:
     """Writes config.json into the folder, which exists."""
     write_json(directory(config) / "config.json", to_json(config))
@@ -115,11 +116,15 @@ def directory(config: Resolved) -> Path:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Writes a value as JSON with `write_at_once`."""
+    write_at_once(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_at_once(path: Path, text: str) -> None:
     """Replaces a file at once: a reader, or a kill, finds the old file or the new one."""
     draft = _draft(path)
     with draft.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
@@ -133,9 +138,3 @@ def resume_command(config: Resolved) -> str:
 
 def _draft(path: Path) -> Path:
     return path.with_name(f".{path.name}.draft")
-
-
-def _check_writable(out: Path) -> None:
-    existing = next(p for p in (out, *out.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"--out {out}: cannot write into {existing}; name another folder")

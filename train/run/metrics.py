@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from train.run.directory import write_at_once
+
 
 class MetricsLog:
     """Appends a line to metrics.jsonl, and an event to tensorboard/, for each step and evaluation.
@@ -18,26 +20,43 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, step: int = 0):
-        self._path = directory / "metrics.jsonl"
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
+        from tensorboardX.record_writer import RecordWriter
+
+        path = directory / "metrics.jsonl"
         kept = [line for line in read_metrics(directory) if line["step"] <= step]
-        draft = self._path.with_name(".metrics.jsonl.draft")
-        with draft.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self._path)
-        self._file = self._path.open("a", buffering=1)
-        self._events = _Events(directory / "tensorboard", step)
+        write_at_once(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        (directory / "tensorboard").mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        # On a full disk, the training loop would wait forever for the thread from which
+        # tensorboardX's SummaryWriter writes.
+        self._events = RecordWriter(str(directory / "tensorboard" / name))
+        self._record(Event(file_version="brain.Event:2"))
+        if step:  # TensorBoard then drops later steps of an earlier process
+            start = SessionLog(status=SessionLog.START)
+            self._record(Event(step=step + 1, session_log=start))
 
     def write(self, values: Mapping[str, float | int]) -> None:
         """Writes one line; a number that is not finite becomes null, as JSON has no NaN."""
+        from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore
+        from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore
+
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps(finite) + "\n")
-        self._events.write(values)
+        kind = "evaluation" if "eval_loss" in values else "training"
+        scalars = [
+            Summary.Value(tag=f"{kind}/{name}", simple_value=float(value))
+            for name, value in values.items()
+            if name != "step"
+        ]
+        self._record(Event(step=int(values["step"]), summary=Summary(value=scalars)))
+        if kind == "evaluation":
+            self._events.flush()
 
-    def flush(self) -> None:
-        """Makes the events visible to TensorBoard."""
-        self._events.flush()
+    def _record(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._events.write(event.SerializeToString())
 
     def close(self) -> None:
         """Closes the files."""
@@ -76,45 +95,3 @@ def tokens_per_second(lines: Iterable[Mapping[str, Any]]) -> float | None:
     tokens = [after - before for before, after in itertools.pairwise(counts)]
     seconds = sum(n / line["tokens_per_second"] for n, line in zip(tokens, lines, strict=True))
     return sum(tokens) / seconds if seconds else None
-
-
-class _Events:
-    """TensorBoard's event file.
-
-    tensorboardX's SummaryWriter writes from a thread: on a full disk the training loop would wait
-    for it forever.
-    """
-
-    def __init__(self, directory: Path, step: int):
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
-        from tensorboardX.record_writer import RecordWriter
-
-        directory.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
-        self._records = RecordWriter(str(directory / name))
-        self._record(Event(file_version="brain.Event:2"))
-        if step:  # TensorBoard then drops later steps of an earlier process
-            start = SessionLog(status=SessionLog.START)
-            self._record(Event(step=step + 1, session_log=start))
-
-    def write(self, values: Mapping[str, float | int]) -> None:
-        from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore
-        from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore
-
-        kind = "evaluation" if "eval_loss" in values else "training"
-        scalars = [
-            Summary.Value(tag=f"{kind}/{name}", simple_value=float(value))
-            for name, value in values.items()
-            if name != "step"
-        ]
-        self._record(Event(step=int(values["step"]), summary=Summary(value=scalars)))
-
-    def _record(self, event: Any) -> None:
-        event.wall_time = time.time()
-        self._records.write(event.SerializeToString())
-
-    def flush(self) -> None:
-        self._records.flush()
-
-    def close(self) -> None:
-        self._records.close()

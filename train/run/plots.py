@@ -9,7 +9,6 @@ import numpy as np
 
 def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
     """Plots the lines of `metrics.jsonl`: each step's loss, a smoothed curve, the evaluations."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -18,19 +17,15 @@ def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Non
     evals = np.array([(m["step"], m["eval_loss"]) for m in lines if m.get("eval_loss") is not None])
     # Figure rather than pyplot: no global state, no display.
     figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if len(train):
-        axes.plot(
-            *train.T, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, each step"
-        )
-        axes.plot(train[:, 0], smooth(train[:, 1]), color="tab:blue", label="training, smoothed")
+        blue = {"color": "tab:blue"}
+        axes.plot(*train.T, alpha=0.25, linewidth=0.8, label="training, each step", **blue)
+        axes.plot(train[:, 0], smooth(train[:, 1]), label="training, smoothed", **blue)
     if len(evals):
         axes.plot(*evals.T, "o-", color="tab:orange", markersize=4, label="evaluation")
-        step, loss = evals[-1]
-        axes.annotate(
-            f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="right"
-        )
+        above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(f"{evals[-1][1]:.3f}", evals[-1], **above)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -42,14 +37,11 @@ def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Non
 def plot_plan(plans: Mapping[str, Mapping[str, int]], path: Path, title: str) -> None:
     """Plots several plans as stacked bars, from the bytes of each one's parts by name.
 
-    Raises:
-        ValueError: if the path's ending is not that of an image format.
+    Raises ValueError if the path's ending is not that of an image format.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.5 + 0.5 * len(plans)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     left = np.zeros(len(plans))
     for part in next(iter(plans.values())):
@@ -57,10 +49,9 @@ def plot_plan(plans: Mapping[str, Mapping[str, int]], path: Path, title: str) ->
         if sizes.max() > left.max() / 1000:
             axes.barh(list(plans), sizes, left=left, label=part)
         left += sizes
+    beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
     for i, peak in enumerate(left):
-        axes.annotate(
-            f"{peak:,.2f}", (peak, i), xytext=(4, 0), textcoords="offset points", va="center"
-        )
+        axes.annotate(f"{peak:,.2f}", (peak, i), **beside)
     axes.set(xlabel="GB", title=title, xlim=(0, 1.12 * left.max()))
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")

@@ -29,25 +29,20 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
     """A device's peak FLOP/s, or None if unknown."""
-    if re.search(r"Laptop|NVL", device.device_kind):  # slower variants under the same names
-        return None
-    for kind, peak in PEAK_FLOPS.items():
-        if re.search(rf"\b{kind}\b", device.device_kind):
-            return peak[dtype]
-    return None
+    name = device.device_kind
+    kinds = [kind for kind in PEAK_FLOPS if re.search(rf"\b{kind}\b", name)]
+    slower = re.search(r"Laptop|NVL", name)  # variants under the same names
+    return PEAK_FLOPS[kinds[0]][dtype] if kinds and not slower else None
 
 
 class Progress:
     """A live progress bar on a terminal, and lines that stay.
 
-    Args:
-        step: steps done before.
-        steps: steps of the whole run.
-        flops_per_token: to train the model on one token.
-        peak: FLOP/s of all devices together, None if unknown.
+    `step` of `steps` were done before; `at_peak` is the tokens per second that all devices together
+    would train on at their peak FLOP/s, None if unknown.
     """
 
-    def __init__(self, step: int, steps: int, flops_per_token: float, peak: float | None):
+    def __init__(self, step: int, steps: int, at_peak: float | None):
         from rich import progress
         from rich.console import Console
 
@@ -63,8 +58,7 @@ class Progress:
             transient=True,
         )
         self._task = self._bar.add_task("", total=steps, completed=step, left="?")
-        self._steps, self._flops_per_token, self._peak = steps, flops_per_token, peak
-        self._width = len(str(steps))
+        self._steps, self._at_peak = steps, at_peak
         self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
@@ -86,14 +80,13 @@ class Progress:
         if not show:
             return
         parts = [
-            f"step {step:{self._width}d}/{self._steps}",
+            f"step {step:{len(str(self._steps))}d}/{self._steps}",
             f"loss {line['loss']:.4f}",
             f"lr {line['learning_rate']:.2e}",
             f"{line['tokens_per_second']:,.0f} tokens/s",
         ]
-        if self._peak:
-            used = line["tokens_per_second"] * self._flops_per_token / self._peak
-            parts.append(f"MFU {used:.1%}")
+        if self._at_peak:
+            parts.append(f"MFU {line['tokens_per_second'] / self._at_peak:.1%}")
         parts.append(f"{left} left")
         if line["skipped"]:
             parts.append(f"{line['skipped']} skipped (not finite)")

@@ -27,8 +27,7 @@ def report(
 ) -> None:
     """Writes the plot and the summary, and prints a sample and the table.
 
-    `tokens`: targets trained on; `peak`: most bytes that any process of the run had in use, and the
-    source of that number.
+    `tokens` is the number of targets trained on, `peak` the most of `peak_memory` in any process.
     """
     directory = run_directory.directory(config)
     lines = read_metrics(directory)
@@ -54,19 +53,13 @@ def report(
     }
     plot_loss(lines, directory / "loss.png", f"{config.model}, {config.optimizer}")
     graph, _ = abstract_params(config, parts.model)
-    text = sample_text(
-        nnx.merge(graph, merge(state.params)),
-        parts.tokenizer,
-        config.prompt,
-        max_new_tokens=max(1, config.seq_len - len(prompt_ids(parts.tokenizer, config.prompt))),
-        temperature=0.5,
-        seed=config.seed,
-    )
-    log(f"sample: {text}")
+    model, tokenizer, prompt = nnx.merge(graph, merge(state.params)), parts.tokenizer, config.prompt
+    new = max(1, config.seq_len - len(prompt_ids(tokenizer, prompt)))
+    how = {"max_new_tokens": new, "temperature": 0.5, "seed": config.seed}
+    log(f"sample: {sample_text(model, tokenizer, prompt, **how)}")
     _print_table(config.optimizer, ours, adamw)
-    run_directory.write_json(
-        directory / "summary.json", summary
-    )  # last: it says that the run is finished
+    # Last, because it says that the run is finished.
+    run_directory.write_json(directory / "summary.json", summary)
     perplexity = last["eval_perplexity"]
     log(f"perplexity {math.nan if perplexity is None else perplexity:.2f}; see {directory}")
 
@@ -87,8 +80,9 @@ def _print_table(name: str, ours: dict[str, int], adamw: dict[str, int]) -> None
     from rich.table import Table
 
     table = Table(title="optimizer state, MB")
-    for column, justify in (("", "left"), (name, "right"), ("AdamW", "right"), ("share", "right")):
-        table.add_column(column, justify=justify)  # pyrefly: ignore[bad-argument-type]
+    table.add_column("")
+    for column in (name, "AdamW", "share"):
+        table.add_column(column, justify="right")
     for kind, size in ours.items():
         table.add_row(kind, f"{size / 1e6:,.3f}", f"{adamw[kind] / 1e6:,.3f}", "")
     a, b = sum(ours.values()), sum(adamw.values())

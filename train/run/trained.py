@@ -26,19 +26,17 @@ class Trained(NamedTuple):
 def load_trained(run: str) -> Trained:
     """Reads the best checkpoint of a run's folder, or its newest if none was evaluated.
 
-    Raises:
-        ValueError: if it is not a run, or has no checkpoint that can be read.
+    Raises ValueError if it is not a run, or has no checkpoint that can be read.
     """
     folder = Path(run)
     if not (folder / "config.json").is_file():
         raise ValueError(f"--run {folder} is not a run of train.pretrain (no config.json)")
-    settings = load(folder / "config.json")
-    tokenizer, mesh = load_tokenizer(settings.tokenizer), make_mesh(None)
-    graph, shapes = abstract_params(settings, model_config(settings, tokenizer))
-    place = replicated(mesh)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"--run {folder} has no checkpoint yet")
+    settings = load(folder / "config.json")
+    tokenizer, place = load_tokenizer(settings.tokenizer), replicated(make_mesh(None))
+    graph, shapes = abstract_params(settings, model_config(settings, tokenizer))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     evaluations = evaluation_losses(folder)
     with Checkpoints(folder / "checkpoints", 1, print, evaluations, read_only=True) as checkpoints:
         _, params = checkpoints.restore_params(shapes)

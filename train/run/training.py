@@ -39,7 +39,7 @@ class Host:
     step: int = 0
     tokens: int = 0  # targets trained on
     position: Position = START  # of the next batch
-    peak_memory: tuple[int, str] = (0, "")  # most bytes of any process, and the source of that
+    peak_memory: tuple[int, str] = (0, "")  # most bytes of any process, and how they were found
     skipped: int = 0  # as far as metrics have been read
     evaluations: dict[int, float] = dataclasses.field(default_factory=dict)  # loss by step
     saved: int | None = None  # step of the newest checkpoint
@@ -56,6 +56,7 @@ class Training:
         self.config, self.parts, self.stop, self.log = config, parts, stop, log
         self.host = Host()
         self.directory = run_directory.directory(config)
+        self.folder = self.directory / "checkpoints"
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.clock = 0.0
 
@@ -68,15 +69,14 @@ class Training:
             run_directory.write_config(config)
             self.metrics = stack.enter_context(closing(MetricsLog(self.directory, self.host.step)))
             self.host.evaluations = evaluation_losses(self.directory)
-            folder, evaluations = self.directory / "checkpoints", self.host.evaluations
             self.checkpoints = stack.enter_context(
-                Checkpoints(folder, config.keep, self.log, evaluations)
+                Checkpoints(self.folder, config.keep, self.log, self.host.evaluations)
             )
             if state is None:
                 state = parts.init(jax.random.key(config.seed))
             peak = peak_flops(parts.mesh.devices.flat[0], config.dtype)
-            flops = flops_per_token(parts.model, config.seq_len), peak and peak * parts.mesh.size
-            self.progress = stack.enter_context(Progress(self.host.step, config.steps, *flops))
+            at_peak = peak and peak * parts.mesh.size / flops_per_token(parts.model, config.seq_len)
+            self.progress = stack.enter_context(Progress(self.host.step, config.steps, at_peak))
             try:
                 state = self._train(train_step, state)
             except _TooManySkipped as error:
@@ -95,20 +95,14 @@ class Training:
         return 0
 
     def compile(self) -> Callable[..., Any]:
-        """Compiles the step and prints the memory that it will take, before any is taken.
-
-        Raises:
-            OSError: if a device has less.
-        """
+        """Compiles the step, prints the memory that it will take; OSError if a device has less."""
         start, parts = time.perf_counter(), self.parts
         compiled = parts.train_step.lower(parts.abstract, parts.batch).compile()
         self.log(f"compiled the step in {time.perf_counter() - start:.1f} s")
         planned = plan(self.config, parts, compiled.memory_analysis())
-        sizes = (f"{name} {size / 1e9:,.3f}" for name, size in planned.parts().items())
+        sizes = ", ".join(f"{name} {size / 1e9:,.3f}" for name, size in planned.parts().items())
+        self.log(f"memory of one device, GB: {sizes}; at its peak {planned.peak / 1e9:,.3f}")
         available = device_memory(parts.mesh.devices.flat[0])
-        self.log(
-            f"memory of one device, GB: {', '.join(sizes)}; at its peak {planned.peak / 1e9:,.3f}"
-        )
         if planned.peak > available:
             raise OSError(
                 f"a step would take {planned.peak / 1e9:,.1f} GB of {available / 1e9:,.1f}: "
@@ -119,27 +113,21 @@ class Training:
 
     def _restore(self) -> TrainState | None:
         """The newest checkpoint's state, and what the host knew; None for a new run."""
-        folder = self.directory / "checkpoints"
         if not (self.config.resume and (self.directory / "config.json").exists()):
             return None
-        if folder.is_dir():
-            abstract = self.parts.abstract
-            with Checkpoints(folder, self.config.keep, self.log, {}, read_only=True) as checkpoints:
+        found, abstract = None, self.parts.abstract
+        if self.folder.is_dir():
+            with Checkpoints(self.folder, 1, self.log, {}, read_only=True) as checkpoints:
                 found = checkpoints.restore(abstract.params, abstract.rest())
-            if found is not None:
-                step, params, rest, progress = found
-                self.host = Host(
-                    step,
-                    progress["tokens"],
-                    Position(*progress["position"]),
-                    tuple(progress["peak_memory"]),
-                    int(rest["optimizer"].total_notfinite),
-                    saved=step,
-                )
-                self.log(f"resumed from step {step}")
-                return TrainState(params=params, **rest)
-        self.log("the run has no checkpoint yet: starting at step 0")
-        return None
+        if found is None:
+            self.log("the run has no checkpoint yet: starting at step 0")
+            return None
+        step, params, rest, progress = found
+        position, peak = Position(*progress["position"]), tuple(progress["peak_memory"])
+        skipped = int(rest["optimizer"].total_notfinite)
+        self.host = Host(step, progress["tokens"], position, peak, skipped, saved=step)
+        self.log(f"resumed from step {step}")
+        return TrainState(params=params, **rest)
 
     def _train(self, train_step: Callable[..., Any], state: TrainState) -> TrainState:
         config, host = self.config, self.host
@@ -151,11 +139,13 @@ class Training:
             while True:
                 last = host.step == config.steps
                 evaluates = host.step % config.eval_every == 0 or last
+                saves = (host.step % config.save_every == 0 and host.step > 0) or last
+                if evaluates or saves:
+                    self.report_pending()
                 if evaluates and host.step not in host.evaluations:
                     self.evaluate(state)
-                save_due = host.step % config.save_every == 0 and host.step > 0
                 # While steps are skipped, the weights may be unusable.
-                if (save_due and not skipping(state.optimizer)) or last:
+                if saves and (last or not skipping(state.optimizer)):
                     self._save(state)
                 if last or self.stop.signum is not None:
                     break
@@ -174,9 +164,6 @@ class Training:
                 self.checkpoints.check()
                 self.report_pending()  # the step before, while this one runs
                 self.pending = (host.step, metrics)
-                due = host.step % config.eval_every == 0 or host.step % config.save_every == 0
-                if due or host.step == config.steps or self.stop.signum is not None:
-                    self.report_pending()
             self.report_pending()
             if self.stop.signum is not None:
                 self._save(state)
@@ -197,21 +184,14 @@ class Training:
         """Waits for the running step, and writes its metrics."""
         if self.pending is None:
             return
-        step, metrics = self.pending
-        self.pending = None
+        (step, metrics), self.pending = self.pending, None
         values = {name: np.asarray(value).item() for name, value in metrics.items()}
-        now = time.perf_counter()
-        tokens = round(values["tokens"])
+        before, self.clock = self.clock, time.perf_counter()
+        tokens, in_a_row = round(values["tokens"]), values.pop("skipped_in_a_row")
         self.host.tokens += tokens
-        in_a_row = values.pop("skipped_in_a_row")
         self.host.skipped = values["skipped"]
-        line = {
-            "step": step,
-            **values,
-            "tokens": self.host.tokens,
-            "tokens_per_second": tokens / (now - self.clock),
-        }
-        self.clock = now
+        speed = tokens / (self.clock - before)
+        line = {"step": step, **values, "tokens": self.host.tokens, "tokens_per_second": speed}
         self.metrics.write(line)
         self.progress.step(line, show=step % self.config.log_every == 0 or in_a_row > 0)
         if in_a_row >= self.config.max_skipped:
@@ -225,9 +205,9 @@ class Training:
         """Names the newest checkpoint before the last applied step, whose weights may be ruined."""
         self.checkpoints.wait()
         good = [step for step in self.checkpoints.steps() if step < applied]
-        if not good:
-            return "there is no good checkpoint"
-        return f"the last good checkpoint is {self.directory / 'checkpoints' / str(good[-1])}"
+        if good:
+            return f"the last good checkpoint is {self.folder / str(good[-1])}"
+        return "there is no good checkpoint"
 
     def evaluate(self, state: TrainState) -> None:
         """Evaluates the weights, unless a stop is requested meanwhile: then nothing is noted."""
@@ -239,14 +219,12 @@ class Training:
             if self.stop.signum is not None:
                 return  # --resume repeats it
         mean = float(np.sum(jax.device_get(losses), dtype=np.float64) / np.sum(tokens))
-        host = self.host
-        host.evaluations[host.step] = mean
+        step = self.host.step
+        self.host.evaluations[step] = mean
         perplexity = math.exp(mean) if mean < 700 else math.inf
-        self.metrics.write({"step": host.step, "eval_loss": mean, "eval_perplexity": perplexity})
-        self.metrics.flush()
-        self.progress.log(
-            f"evaluation after step {host.step}: loss {mean:.4f}, perplexity {perplexity:,.2f}"
-        )
+        self.metrics.write({"step": step, "eval_loss": mean, "eval_perplexity": perplexity})
+        said = f"loss {mean:.4f}, perplexity {perplexity:,.2f}"
+        self.progress.log(f"evaluation after step {step}: {said}")
         self.clock = time.perf_counter()
 
     def _save(self, state: TrainState) -> None:
@@ -254,13 +232,9 @@ class Training:
         if host.saved == host.step:
             return
         self._note_peak_memory()
-        self.checkpoints.save(
-            host.step,
-            state.params,
-            state.rest(),
-            {"tokens": host.tokens, "position": host.position, "peak_memory": host.peak_memory},
-            prune=not skipping(state.optimizer),
-        )
+        progress = {name: getattr(host, name) for name in ("tokens", "position", "peak_memory")}
+        prune = not skipping(state.optimizer)
+        self.checkpoints.save(host.step, state.params, state.rest(), progress, prune=prune)
         host.saved = host.step
         self.clock = time.perf_counter()
 

@@ -20,8 +20,7 @@ from train.config.optimizers import make_recipe
 from train.config.settings import Resolved
 from train.step import skipping
 from train.step.loss import summed_cross_entropy
-from train.step.mesh import BATCH
-from train.step.microbatches import microbatches
+from train.step.mesh import BATCH, microbatches
 from train.step.state import Batch, Metrics, Params, TrainState, step_key, step_metrics
 
 
@@ -29,9 +28,7 @@ def make_optimizer(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Layerwis
     """The named optimizer of a run, applied layer by layer."""
     rounding = jax.random.key(config.seed) if config.stochastic_rounding else None
 
-    def rounded(
-        part: Params, updates: Any, count: Int[Array, ""], layer: Int[Array, ""] | None
-    ) -> Any:
+    def rounded(part: Params, updates: Any, count: Int[Array, ""], layer: Any) -> Any:
         key = None if rounding is None else step_key(rounding, count, 0)
         if key is not None and layer is not None:
             key = jax.random.fold_in(key, layer)
@@ -67,13 +64,11 @@ def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
 
     def head(params, hidden, batch):
         hidden = rms_norm(hidden, params["norm"], config.norm_eps)
-        matrix = dequantized(params["head"])
+        matrix, counted = dequantized(params["head"]), (batch["targets"], batch["weights"])
         # A head as large as a 7B model's must not have its gradient in float32, too. If devices
         # share the vocabulary, its parts would have to be gathered.
         by_vocabulary = matrix.size >= 2**26 and mesh.shape["tensor"] == 1
-        summed = summed_cross_entropy(
-            hidden, matrix, batch["targets"], batch["weights"], by_vocabulary
-        )
+        summed = summed_cross_entropy(hidden, matrix, *counted, by_vocabulary)
         return summed / jnp.maximum(batch["tokens"], 1)
 
     return Layered(embedded, layer, head)
@@ -86,12 +81,12 @@ def with_sequences(
 
     `tokens` is the number of targets that count, over all microbatches.
     """
+    shape = batch["inputs"].shape
     if mode == "packed":
         sequences = sequences_of(config, batch["positions"], batch["segment_ids"])
     else:
-        shape = batch["inputs"].shape
         sequences = sequences_of(config, jnp.broadcast_to(jnp.arange(shape[-1]), shape))
-    tokens = jnp.broadcast_to(tokens, batch["inputs"].shape[:-2])
+    tokens = jnp.broadcast_to(tokens, shape[:-2])
     return {**batch, "sequences": sequences, "tokens": tokens}
 
 
@@ -111,9 +106,8 @@ def train_step(
     tokens = jnp.sum(batch["weights"])
     if optimizer.accumulate > 1:
         batch = microbatches(batch, optimizer.accumulate, mesh)
-    params, inner, told = optimizer.step(
-        state.params, state.optimizer.inner_state, with_sequences(config, mode, batch, tokens)
-    )
+    batch = with_sequences(config, mode, batch, tokens)
+    params, inner, told = optimizer.step(state.params, state.optimizer.inner_state, batch)
     after = skipping.counted(state.optimizer, told.finite, inner)
     metrics = step_metrics(schedule, state, after, told.loss, told.grad_norm, tokens)
     return TrainState(params, after, state.step + 1, state.key), metrics

@@ -2,12 +2,11 @@
 
 Logits are by far the largest array of a training step: (B, L, V) with V = 32,000. Here the head is
 applied to a few positions of each row at a time, and the gradient is computed in the forward pass,
-while their logits exist (as in Liger Kernel, arXiv 2410.10989, section 3.2). Nothing is computed
-twice; in float32 on a CPU the head of LLaMA-60M takes two thirds of autodiff's time.
+while their logits exist (as in Liger Kernel, arXiv 2410.10989, section 3.2): nothing is computed
+twice, and on a CPU LLaMA-60M's head takes two thirds of autodiff's time.
 
-The head's gradient is then a sum over the chunks, in float32. If that is too large, the vocabulary
-is cut instead: the gradient of a part of it is one product over all positions, and the logits are
-computed twice.
+The head's gradient is a sum over the chunks, in float32. If that is too large, the vocabulary is
+cut instead: a part's gradient is one product over all positions, and logits are computed twice.
 
 Letters: B batch, L length, D width, V vocabulary, C chunks, P positions in a chunk.
 """
@@ -39,7 +38,6 @@ def summed_cross_entropy(
     `head`. Where a weight is 0, target and finite hidden state do not matter. `by_vocabulary` cuts
     the vocabulary instead of the positions for the gradient: less memory, for a fourth product.
     """
-    del by_vocabulary
 
     def add(total, chunk):
         x, target, weight = chunk
@@ -63,9 +61,8 @@ def _forward(hidden, head, targets, weights, by_vocabulary):
         head_gradient += _product(gradient.T, x)
         return (total + _weighted(nll, weight), head_gradient), gradient @ matrix
 
-    start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
-    chunks = _chunks(hidden, targets, weights)
-    (total, head_gradient), hidden_gradient = jax.lax.scan(add, start, chunks)
+    start, chunks = jnp.zeros(head.shape, jnp.float32), _chunks(hidden, targets, weights)
+    (total, head_gradient), hidden_gradient = jax.lax.scan(add, (jnp.zeros(()), start), chunks)
     batch, length, width = hidden.shape
     hidden_gradient = hidden_gradient.reshape(-1, batch, length // len(chunks[0]), width)
     return total, (hidden_gradient.swapaxes(0, 1).reshape(hidden.shape), head_gradient, head)
@@ -82,9 +79,8 @@ def _forward_by_vocabulary(hidden, head, targets, weights):
         log_normalizer, chosen = carry
         start, part = start_and_part
         logits = _logits(x, part)
-        here = jnp.sum(jnp.where(_is_target(logits, targets - start), logits, 0), axis=-1)
         own = jax.nn.logsumexp(logits, axis=-1)
-        return (jnp.logaddexp(log_normalizer, own), chosen + here), None
+        return (jnp.logaddexp(log_normalizer, own), chosen + _chosen(logits, targets - start)), None
 
     nothing = jnp.zeros(targets.shape)
     (log_normalizer, chosen), _ = jax.lax.scan(normalize, (nothing - jnp.inf, nothing), parts)
@@ -104,14 +100,9 @@ def _forward_by_vocabulary(hidden, head, targets, weights):
 
 
 def _backward(by_vocabulary, residuals, cotangent):
-    del by_vocabulary
     hidden_gradient, head_gradient, head = residuals
-    return (
-        (cotangent * hidden_gradient).astype(hidden_gradient.dtype),
-        (cotangent * head_gradient).astype(head.dtype),
-        None,
-        None,
-    )
+    hidden_gradient = (cotangent * hidden_gradient).astype(hidden_gradient.dtype)
+    return hidden_gradient, (cotangent * head_gradient).astype(head.dtype), None, None
 
 
 summed_cross_entropy.defvjp(_forward, _backward)
@@ -140,12 +131,15 @@ def _logits(x, head):
 def _nll(logits, targets):
     """-log softmax(logits)[target], and the logarithm of the softmax's denominator."""
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
-    return log_normalizer - chosen, log_normalizer
+    return log_normalizer - _chosen(logits, targets), log_normalizer
+
+
+def _chosen(logits, targets):
+    return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
 
 
 def _gradient(logits, log_normalizer, targets, weights, dtype):
-    """Of Σ w · nll with respect to the logits."""
+    """The gradient of Σ w · nll with respect to the logits."""
     softmax = jnp.exp(logits - log_normalizer[:, None])
     gradient = (softmax - _is_target(logits, targets)) * weights[:, None]
     # `where`, as 0 · inf would be NaN at padding.

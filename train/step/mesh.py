@@ -6,12 +6,13 @@ model's width); `tensor` splits the weights' other axis. XLA inserts the communi
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from galore_optax.quantization.array import is_quantized
 
@@ -45,17 +46,14 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(text: str | None) -> Mesh:
     """The mesh of `--mesh`: such as `data=2,fsdp=4` over all devices, or None: the first alone.
 
-    Raises:
-        ValueError: if the sizes do not multiply to the number of devices.
+    Raises ValueError if the sizes do not multiply to the number of devices.
     """
-    devices = available_devices() if devices is None else devices
-    sizes = parse_mesh(text)
+    sizes, devices = parse_mesh(text), available_devices()
+    devices = devices[:1] if text is None else devices
     product = math.prod(sizes.values())
-    if text is None:
-        devices = devices[:1]
     if product != len(devices):
         raise ValueError(
             f"--mesh {text!r} asks for {product} devices, there are {len(devices)}: "
@@ -81,7 +79,7 @@ def available_devices() -> list[jax.Device]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array of which each device has a copy."""
+    """The sharding of an array that each device has a copy of."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -102,15 +100,13 @@ def param_shardings(mesh: Mesh, shapes: Any, logical_axes: Any) -> tuple[Any, li
         spec, note = _place(dict(mesh.shape), leaf.shape, names)
         if note:
             notes.append(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {note}")
-        if is_quantized(leaf):  # no block is split
-            blocks = [None if i - leaf.ndim == leaf.axis else axes for i, axes in enumerate(spec)]
-            # Scales that are quantized themselves have blocks along another axis: not split.
-            nested = is_quantized(leaf.scales)
-            scales = NamedSharding(mesh, PartitionSpec(*([] if nested else blocks)))
-            split = spec if leaf.code.bits == 8 else PartitionSpec(*blocks)
-            codes = NamedSharding(mesh, split)
-            return jax.tree.map(lambda part: codes if part is leaf.codes else scales, leaf)
-        return NamedSharding(mesh, spec)
+        if not is_quantized(leaf):
+            return NamedSharding(mesh, spec)
+        # No block is split; scales that are quantized themselves have blocks along another axis.
+        blocks = [None if i - leaf.ndim == leaf.axis else axes for i, axes in enumerate(spec)]
+        scales = NamedSharding(mesh, PartitionSpec(*([] if is_quantized(leaf.scales) else blocks)))
+        codes = NamedSharding(mesh, spec if leaf.code.bits == 8 else PartitionSpec(*blocks))
+        return jax.tree.map(lambda part: codes if part is leaf.codes else scales, leaf)
 
     return jax.tree.map_with_path(place, shapes, logical_axes, is_leaf=is_quantized), notes
 
@@ -121,29 +117,21 @@ def _place(
     """An array's spec, and in what it differs from `RULES`."""
     split: list[list[str]] = [[] for _ in shape]
 
-    def divides(axis: str, d: int) -> bool:
-        return shape[d] % math.prod(mesh[a] for a in (*split[d], axis)) == 0
+    def try_split(axis: str, d: int) -> bool:
+        divides = shape[d] % math.prod(mesh[a] for a in (*split[d], axis)) == 0
+        split[d] += [axis] if divides else []
+        return divides
 
-    left = []
-    for d, name in enumerate(names):
-        axis = RULES[name]
-        if axis is None or mesh[axis] == 1:
-            continue
-        if divides(axis, d):
-            split[d].append(axis)
-        else:
-            left.append((axis, d))
+    rules = [(axis, d) for d, name in enumerate(names) if (axis := RULES[name]) and mesh[axis] > 1]
     notes = []
-    for axis, d in left:
+    for axis, d in [(axis, d) for axis, d in rules if not try_split(axis, d)]:
         note = f"{shape}: {axis}={mesh[axis]} does not divide axis {d} ({names[d]}), "
         others = [o for o in range(len(shape)) if o != d and RULES[names[o]] is not None]
-        other = next((o for o in others if divides(axis, o)), None)
+        other = next((o for o in others if try_split(axis, o)), None)
         if other is None:
-            note += "nor another: a copy on each device"
+            notes.append(note + "nor another: a copy on each device")
         else:
-            split[other].append(axis)
-            note += f"splits axis {other} ({names[other]}) instead"
-        notes.append(note)
+            notes.append(note + f"splits axis {other} ({names[other]}) instead")
     spec = PartitionSpec(*(tuple(axes) if len(axes) > 1 else (*axes, None)[0] for axes in split))
     return spec, "; ".join(notes)
 
@@ -157,15 +145,27 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     }
 
 
+def microbatches(
+    batch: Mapping[str, Array], accumulate: int, mesh: Mesh | None
+) -> dict[str, Array]:
+    """Cuts a batch's arrays `(B, L)` into microbatches `(A, B / A, L)`."""
+
+    def cut(x: Array) -> Array:
+        # Row i goes to microbatch i mod A: (B, L) -> (B/A, A, L) -> (A, B/A, L) moves nothing
+        # between devices, as each holds a range of rows.
+        x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        if mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
+
+    return {name: cut(x) for name, x in batch.items()}
+
+
 def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The `ShapeDtypeStruct`s of a batch of `put_batch`."""
-    shape = batch_size, seq_len
-    ids, weights = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
-        for dtype in (np.int32, np.float32)
-    )
+    ids = jax.ShapeDtypeStruct((batch_size, seq_len), np.int32, sharding=NamedSharding(mesh, BATCH))
     names = ("inputs", "targets", "positions", "segment_ids")
-    return {**dict.fromkeys(names, ids), "weights": weights}
+    return {**dict.fromkeys(names, ids), "weights": ids.update(dtype=np.float32)}
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from galore_optax import apply_updates
 from galore_optax.adapters.base import join, split
@@ -20,7 +20,7 @@ from galore_optax.quantization.weights import value_and_grad
 from galore_optax.transformation import SubspaceParts
 from train.step import skipping
 from train.step.loss import summed_cross_entropy
-from train.step.microbatches import microbatches
+from train.step.mesh import microbatches
 from train.step.state import Batch, Metrics, Params, TrainState, step_key, step_metrics
 
 Forward = Callable[[Params, Batch], tuple[Float[Array, "B L D"], Float[Array, "V D"]]]
@@ -41,9 +41,8 @@ def loss_and_gradient(
     microbatches' gradients are summed in float32.
     """
     tokens = jnp.sum(batch["weights"])
-    gradient, losses = over_microbatches(
-        _of_microbatch(forward, params, tokens), _numbered(batch, accumulate, mesh)
-    )
+    of_microbatch = _of_microbatch(forward, params, tokens)
+    gradient, losses = over_microbatches(of_microbatch, _numbered(batch, accumulate, mesh))
     return jnp.sum(losses), gradient, tokens
 
 
@@ -77,7 +76,7 @@ def train_step(
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """One update. A loss or gradient that is not finite changes neither params nor moments."""
-    trained, of_trained, rounding = _of_trained(forward, stochastic_rounding, state)
+    trained, of_trained, updated = _trainable(forward, stochastic_rounding, state)
     loss, gradient, tokens = loss_and_gradient(of_trained, trained, batch, accumulate, mesh)
     inner = state.optimizer.inner_state
     updates, optimizer = skipping.update_if(
@@ -87,7 +86,7 @@ def train_step(
         state.optimizer,
     )
     metrics = step_metrics(schedule, state, optimizer, loss, optax.tree.norm(gradient), tokens)
-    return _updated(state, updates, optimizer, rounding), metrics
+    return updated(updates, optimizer), metrics
 
 
 def train_step_in_subspace(
@@ -106,16 +105,11 @@ def train_step_in_subspace(
     The optimizer's state is that of `train_step`. If the sum is not finite, a basis that the first
     microbatch has refreshed stays, with the moments carried over, and nothing else changes.
     """
-    trained, of_trained, rounding = _of_trained(forward, stochastic_rounding, state)
+    trained, of_trained, updated = _trainable(forward, stochastic_rounding, state)
     tokens = jnp.sum(batch["weights"])
     clipping, own = state.optimizer.inner_state
-    gradient, own, losses = over_microbatches_in_subspace(
-        recipe,
-        own,
-        trained,
-        _of_microbatch(of_trained, trained, tokens),
-        _numbered(batch, accumulate, mesh),
-    )
+    how = _of_microbatch(of_trained, trained, tokens), _numbered(batch, accumulate, mesh)
+    gradient, own, losses = over_microbatches_in_subspace(recipe, own, trained, *how)
     loss, norm = jnp.sum(losses), optax.tree.norm(gradient)
     clipped, clipping = optax.clip_by_global_norm(clip_norm).update(gradient, clipping)
 
@@ -128,13 +122,13 @@ def train_step_in_subspace(
         jnp.isfinite(loss) & jnp.isfinite(norm), update, (nothing, (clipping, own)), state.optimizer
     )
     metrics = step_metrics(schedule, state, optimizer, loss, norm, tokens)
-    return _updated(state, updates, optimizer, rounding), metrics
+    return updated(updates, optimizer), metrics
 
 
-def _of_trained(
+def _trainable(
     forward: Forward, stochastic_rounding: bool, state: TrainState
-) -> tuple[Params, Forward, Key[Array, ""] | None]:
-    """The trained params, the model as a function of them, and the key of stochastic rounding."""
+) -> tuple[Params, Forward, Callable[..., TrainState]]:
+    """The trained params, the model as a function of them, and the state after their updates."""
     trained, frozen = split(state.params)
     rounding, dropout = (step_key(state.key, state.step, use) for use in range(2))
 
@@ -142,15 +136,8 @@ def _of_trained(
         own = jax.random.fold_in(dropout, batch["microbatch"])
         return forward(with_dropout_keys(join(trained, frozen), own), batch)
 
-    return trained, of_trained, rounding if stochastic_rounding else None
+    def updated(updates: optax.Updates, optimizer: optax.ApplyIfFiniteState) -> TrainState:
+        new = apply_updates(trained, updates, rounding if stochastic_rounding else None)
+        return TrainState(join(new, frozen), optimizer, state.step + 1, state.key)  # pyrefly: ignore
 
-
-def _updated(
-    state: TrainState,
-    updates: optax.Updates,
-    optimizer: optax.ApplyIfFiniteState,
-    rounding: Key[Array, ""] | None,
-) -> TrainState:
-    trained, frozen = split(state.params)
-    params = join(apply_updates(trained, updates, rounding), frozen)
-    return TrainState(params, optimizer, state.step + 1, state.key)  # pyrefly: ignore
+    return trained, of_trained, updated

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from galore_optax import subspace_parts
@@ -26,14 +26,7 @@ from train.config.settings import Pretrain, Resolved
 from train.config.weights import ADAPTERS, stored_weights
 from train.data.tokenizer import Tokenizer
 from train.step import layerwise, skipping
-from train.step.mesh import (
-    BATCH,
-    abstract_batch,
-    batch_shards,
-    check_batch,
-    param_shardings,
-    replicated,
-)
+from train.step.mesh import BATCH, abstract_batch, batch_shards, check_batch, param_shardings
 from train.step.ordinary import Forward, summed_loss, train_step, train_step_in_subspace
 from train.step.state import Params, TrainState, step_key
 
@@ -102,8 +95,7 @@ def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:
 def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
     """What a run computes with; nothing is compiled or allocated yet.
 
-    Raises:
-        ValueError: names the flag, its value and what is accepted.
+    Raises ValueError, which names the flag, its value and what is accepted.
     """
     check_batch(config.batch_size, config.accumulate, mesh)
     attention = attention_implementation(model, mesh.devices.flat[0], config.seq_len)
@@ -114,7 +106,7 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
     init_optimizer, optimizer_at, step = _optimizing(
         config, model, mesh, forward, shapes, params_at
     )
-    whole, by_rows = replicated(mesh), NamedSharding(mesh, BATCH)
+    whole, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, BATCH)
     state_at = TrainState(params_at, skipping.shardings(mesh, optimizer_at), whole, whole)  # pyrefly: ignore
 
     def init(key: Key[Array, ""]) -> TrainState:
@@ -134,11 +126,11 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
     options = {"xla_gpu_deterministic_ops": True} if config.deterministic else None
     jit = partial(jax.jit, compiler_options=options)
     advance = partial(jit, donate_argnums=0)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(init, jax.random.key(0)),
-        state_at,
-    )
+
+    def placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    abstract = jax.tree.map(placed, jax.eval_shape(init, jax.random.key(0)), state_at)
     again = advance(restarted, in_shardings=(state_at,), out_shardings=state_at)
     return Programs(
         model=model,
@@ -154,22 +146,17 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
 
 
 def _optimizing(
-    config: Resolved,
-    model: LlamaConfig,
-    mesh: Mesh,
-    forward: Forward,
-    shapes: Params,
-    params_at: Params,
+    config: Resolved, model: LlamaConfig, mesh: Mesh, forward: Forward, shapes: Params, at: Params
 ) -> tuple[Callable[[Params], Any], Any, Callable[..., Any]]:
-    """The optimizer's init, the shardings of its state, and the step that it makes."""
+    """The optimizer's init, its state's shardings from the params' `at`, and the step."""
     schedule = learning_rate_schedule(config)
     if config.layerwise:
         by_layers = layerwise.make_optimizer(config, model, mesh)
-        optimizer_at = layerwise_shardings(by_layers, shapes, params_at)
+        optimizer_at = layerwise_shardings(by_layers, shapes, at)
         how = model, config.sequences, schedule, mesh
         return by_layers.init, optimizer_at, partial(layerwise.train_step, by_layers, *how)
     tx = make_optimizer(config)
-    optimizer_at = state_shardings(tx, split(shapes)[0], split(params_at)[0])
+    optimizer_at = state_shardings(tx, split(shapes)[0], split(at)[0])
     how = schedule, config.accumulate, bool(config.stochastic_rounding), mesh
     if not config.accumulate_in_subspace:
         return tx.init, optimizer_at, partial(train_step, forward, tx, *how)

@@ -1,10 +1,9 @@
 """Skips a step whose loss or gradient is not finite, and counts it.
 
 A NaN in a single gradient would stay in the moments and the weights for good, and bfloat16 and high
-learning rates do produce some. So the ordinary step, the step that sums in the subspace and the
-layer-wise step all end here. `optax.apply_if_finite` looks at the gradient alone, has no place for
-a basis that was refreshed already, and gives up after some errors in a row; here the trainer stops
-the run instead (`--max-skipped`). Its state's type is used as it is.
+learning rates do produce some. `optax.apply_if_finite`, whose state's type is used here, looks at
+the gradient alone, cannot keep a basis that was refreshed already, and gives up after some errors
+in a row; here the trainer stops the run instead (`--max-skipped`).
 """
 
 from collections.abc import Callable
@@ -59,9 +58,5 @@ def counted(
     before: optax.ApplyIfFiniteState, finite: Bool[Array, ""], inner: optax.OptState
 ) -> optax.ApplyIfFiniteState:
     """The state after a step that was applied or skipped."""
-    return optax.ApplyIfFiniteState(
-        notfinite_count=jnp.where(finite, 0, before.notfinite_count + 1),
-        last_finite=finite,
-        total_notfinite=before.total_notfinite + ~finite,
-        inner_state=inner,
-    )
+    in_a_row = jnp.where(finite, 0, before.notfinite_count + 1)
+    return optax.ApplyIfFiniteState(in_a_row, finite, before.total_notfinite + ~finite, inner)

@@ -23,9 +23,7 @@ class TrainState(NamedTuple):
 
     def rest(self) -> dict[str, Any]:
         """All fields but the params, by name."""
-        fields = self._asdict()
-        del fields["params"]
-        return fields
+        return {name: x for name, x in self._asdict().items() if name != "params"}
 
 
 def step_key(key: Key[Array, ""], step: Int[Array, ""], use: int) -> Key[Array, ""]:
@@ -43,9 +41,9 @@ def step_metrics(
 ) -> Metrics:
     """The metrics of a step, from the state before it and the optimizer's state after it."""
     applied = before.step - before.optimizer.total_notfinite
-    refreshes = optax.tree.get_all_with_path(optimizer, "refreshes")
-    counts = {"refreshes": jnp.asarray(optax.tree.sum([x for _, x in refreshes]))}
-    return (counts if refreshes else {}) | {
+    refreshes = [x for _, x in optax.tree.get_all_with_path(optimizer, "refreshes")]
+    counts = {"refreshes": jnp.asarray(optax.tree.sum(refreshes))} if refreshes else {}
+    return counts | {
         "loss": loss,
         "learning_rate": jnp.asarray(schedule(applied), jnp.float32),
         "grad_norm": grad_norm.astype(jnp.float32),
