@@ -174,12 +174,16 @@ def first_timing(gap: RefreshGap, matrices: int) -> Timing:
     """Every refresh is due, and nothing has been seen."""
     # At least one entry, since Orbax saves no array without elements.
     matrices = max(1, matrices)
-    zeros = jnp.zeros(matrices, jnp.int32)
+
+    def zeros() -> Int[Array, " matrices"]:
+        # An array for each use: one buffer cannot be donated twice.
+        return jnp.zeros(matrices, jnp.int32)
+
     adaptation = ()
     if isinstance(gap, Adaptive):
         recent = jnp.zeros((matrices, gap.window), jnp.float32)
-        adaptation = Adaptation(jnp.ones(matrices, jnp.int32), zeros, recent)
-    return Timing(zeros, zeros, adaptation)
+        adaptation = Adaptation(jnp.ones(matrices, jnp.int32), zeros(), recent)
+    return Timing(zeros(), zeros(), adaptation)
 
 
 def next_timing(

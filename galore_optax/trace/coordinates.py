@@ -136,8 +136,10 @@ class CoordinatesReading(Reading):
             return Coordinates(axes, parity, leaves, number=number, cut=cut)
         axes = _axes_of(name, equation, into)
         if axes is None:
-            known = all(v.parity == EITHER for v in into)
-            return Coordinates((MIXED,) * ndim, EITHER if known else NEITHER, leaves)
+            # Whatever is computed from even values is even.
+            parities = {v.parity for v in into} - {EITHER}
+            parity = NEITHER if parities - {EVEN} else EVEN if parities else EITHER
+            return Coordinates((MIXED,) * ndim, parity, leaves)
         parity = into[0].parity
         if name.startswith("reduce_") or name in ("argmax", "argmin"):
             removed = [into[0].axes[i] for i in equation.params["axes"]]

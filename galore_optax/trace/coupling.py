@@ -35,7 +35,7 @@ def coupled_leaves(
         >>> params = {"a": jnp.ones(3), "b": jnp.ones(3)}
         >>> coupled_leaves(optax.with_extra_args_support(optax.adamw(1e-3)), params)
         >>> coupled_leaves(optax.with_extra_args_support(optax.clip_by_global_norm(1.0)), params)
-        ("['b']", "['a']")
+        ("['a']", "['b']")
     """
     state = jax.eval_shape(tx.init, params)
 

@@ -54,9 +54,12 @@ class Decay(NamedTuple):
         found: list[Array | None] = [None] * len(params)
         if self.slopes is None:
             return found
-        rest = [*updates, *state]
-        if self.scalars_only:
-            rest = [x if jnp.ndim(x) == 0 else jnp.zeros_like(x) for x in rest]
+        # Traced for updates in the params' dtypes, which they may not have.
+        inputs = zip([*updates, *state], self.slopes.in_avals, strict=False)
+        rest = [
+            jnp.zeros_like(x, a.dtype) if self.scalars_only and x.ndim else x.astype(a.dtype)
+            for x, a in inputs
+        ]
         zeros = [jnp.zeros_like(params[i]) for i in self.leaves]
         ones = [jnp.ones_like(params[i]) for i in self.leaves]
         slopes = jaxpr_as_fun(self.slopes)(*rest, *zeros, *ones)

@@ -218,7 +218,7 @@ def test_accumulated_steps_inside_are_those_of_the_summed_projections():
 
 
 def test_flattened_inside_and_warned_of_outside():
-    with pytest.raises(ValueError, match=r"inner: its moments.*moments=.keep"):
+    with pytest.raises(ValueError, match=r"inner: its state.*moments=.keep"):
         around(optax.flatten(optax.adam(0.05))).init(FEW)
     tx = around(optax.flatten(optax.adam(0.05)), moments="keep")
     apart = around(optax.adam(0.05), moments="keep")

@@ -9,7 +9,9 @@ from inners import normal, run
 from paths import FIXTURES
 
 from galore_optax import (
+    Adaptive,
     GaLoreDimensionNumbers,
+    Staggered,
     TuckerDimensionNumbers,
     adamw8bit,
     galore,
@@ -293,8 +295,8 @@ def test_warns_of_what_it_leaves_out():
         (dict(rank=np.array([4])), "rank=array"),
         (dict(update_proj_gap=2**31), "update_proj_gap=2147483648 is too large"),
         (dict(scale=None), "scale=None must be a number, such as 0.25"),
-        (dict(scale="0.25"), "scale='0.25' is no number"),
-        (dict(scale=1j), "scale=1j is no number"),
+        (dict(scale="0.25"), "scale='0.25' must be a number"),
+        (dict(scale=1j), "scale=1j must be a number"),
         (dict(scale=10**40), "scale=1000.*: give a finite number"),
         (dict(scale=np.float32("nan")), "scale=.*nan.*: give a finite number"),
         (dict(scale=jnp.ones(2)), "scale=.* must be one real number"),
@@ -548,3 +550,11 @@ def test_a_tucker_projection_of_two_axes_has_a_basis_for_each():
         assert jax.tree.leaves(state.inner[0].mu)[0].shape == (4, 4)
         updates, _ = tx.update(normal(0, *shape), state)
         assert updates.shape == shape
+
+
+@pytest.mark.parametrize("gap", [200, Staggered(200), Adaptive(200)])
+def test_a_state_made_outside_of_jit_can_be_donated(gap):
+    params = {"w": normal(0, 8, 12), "b": normal(1, 12)}
+    tx = galore(4, optax.adam(0.01), update_proj_gap=gap)
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tx.init(params))]
+    assert len({*buffers}) == len(buffers)

@@ -56,7 +56,7 @@ OPTIONS = {
     "random, staggered": {
         "inner": ADAMW,
         "subspace": "random",
-        "update_proj_gap": Staggered(4),
+        "update_proj_gap": Staggered(2),
     },
 }
 
@@ -67,7 +67,8 @@ def mesh_of(axis_type):
 
 def transformation(options, names):
     numbers = {name: LEAVES[name].numbers for name in names}
-    return galore(4, **OPTIONS[options], update_proj_gap=2, weight_dimension_numbers=numbers)
+    chosen = {"update_proj_gap": 2} | OPTIONS[options]
+    return galore(4, **chosen, weight_dimension_numbers=numbers)
 
 
 def tree(seed, names):

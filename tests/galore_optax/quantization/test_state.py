@@ -440,7 +440,7 @@ def distance(params):
     return jnp.sum((params["w"] - TARGET["w"]) ** 2) / 2
 
 
-@pytest.mark.filterwarnings("ignore:quantize_state holds")
+@pytest.mark.filterwarnings("ignore:quantize_state stores")
 @pytest.mark.parametrize("name", INNERS)
 def test_any_optimizer_runs_in_it(name):
     descend(quantize_state(INNERS[name], min_size=8), name, steps=2)
@@ -542,7 +542,7 @@ def test_what_cannot_be_traced_is_held_in_8_bits_unless_told():
     assert [x.code.bits for x in quantized_leaves(state)] == [4, 4]
 
 
-@pytest.mark.filterwarnings("ignore:quantize_state holds")  # one of two is matched
+@pytest.mark.filterwarnings("ignore:quantize_state stores")  # one of two is matched
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_root_of_a_difference_of_averages_stays_a_number(bits):
     tx, mean = quantize_state(optax.rmsprop(1e-3, centered=True), bits), normal(0, 16, 512)
@@ -566,7 +566,7 @@ def test_a_state_that_is_in_few_bits_already_is_refused():
         quantize_state(optax.adam(1e-2)),
         galore(8, optax.adam(1e-2), projection_bits=4),
     ):
-        with pytest.raises(ValueError, match="inner: its state is in few bits already"):
+        with pytest.raises(ValueError, match="inner: its state is quantized already"):
             quantize_state(inner).init(normal(0, 512, 1024))
 
 
