@@ -1,6 +1,8 @@
 """Whole optimizers: GaLore around the inner optimizers of the papers, learning rate included."""
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,31 +16,40 @@ from galore_optax.projection.dimension_numbers import (
     WeightDimensionNumbers,
 )
 from galore_optax.projection.leaf import Rank, projections
-from galore_optax.projection.moments import MomentsFunction
-from galore_optax.projection.schedule import Adaptive, RefreshGap
-from galore_optax.projection.subspace import FindSubspace
+from galore_optax.projection.schedule import Adaptive
 from galore_optax.quantization.state import quantize_state
 from galore_optax.stages import GaLore
 from galore_optax.transformation import subspace_parts, transformation
 
 
+def _with_options_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Puts a function's keyword options into the signature of a recipe that takes `**options`.
+
+    `help` shows them then, and `optax.inject_hyperparams` finds them.
+    """
+    options = inspect.signature(function).parameters
+
+    def decorate(recipe: Any) -> Any:
+        signature = inspect.signature(recipe)
+        own = {k: p for k, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        others = [p for k, p in options.items() if p.kind is p.KEYWORD_ONLY and k not in own]
+        recipe.__signature__ = signature.replace(parameters=[*own.values(), *others])
+        return recipe
+
+    return decorate
+
+
+@_with_options_of(galore)
 def galore_adamw(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
     *,
-    update_proj_gap: RefreshGap = 200,
-    scale: float = 0.25,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     bits: int | None = None,
-    subspace: str | FindSubspace = "randomized",
-    side: str = "smaller",
-    weight_dimension_numbers: WeightDimensionNumbers = None,
-    moments: str | MomentsFunction | None = None,
-    projection_bits: int | None = None,
-    seed: int = 0,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore with AdamW: the recipe of the paper's pre-training runs.
 
@@ -51,27 +62,16 @@ def galore_adamw(
         learning_rate: Learning rate or schedule. The papers pre-train with 0.01 (7B: 0.005),
             Q-GaLore with 0.015 to 0.004, by size.
         rank: Dimensions of the subspace; the paper uses a quarter to a half of the width.
-        update_proj_gap: When subspaces are refreshed, as in `galore`.
-        scale: Factor on the update of projected leaves (α).
         b1: Decay rate of the first moment.
         b2: Decay rate of the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, of the whole matrix and without the scale.
         bits: Stores the moments in 8 or 4 bits (`quantize_state`); None as floats.
-        subspace: As in `galore`, like the following.
-        side: Which side is projected.
-        weight_dimension_numbers: Which leaves are matrices.
-        moments: What becomes of the moments at a refresh.
-        projection_bits: Stores the bases in 4 or 8 bits.
-        seed: Of the random numbers.
-
-    Raises:
-        ValueError: As `galore` and `quantize_state`.
+        **options: The other arguments of `galore`.
 
     References:
-        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, algorithm 2, section 4.3
-        and appendix C; Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024,
-        algorithm 1.
+        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, section 4.3, appendix C;
+        Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, algorithm 1.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -92,22 +92,12 @@ def galore_adamw(
         >>> updates, state = tx.update(grads, tx.init(params), params)
         >>> params = apply_updates(params, updates, jax.random.key(0))
     """
-    return galore(
-        rank,
-        _adamw(learning_rate, b1, b2, eps, weight_decay, bits),
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        subspace=subspace,
-        side=side,
-        weight_dimension_numbers=weight_dimension_numbers,
-        moments=moments,
-        projection_bits=projection_bits,
-        seed=seed,
-    )
+    inner = _adamw(learning_rate, b1, b2, eps, weight_decay, bits)
+    return galore(rank, inner, **options)
 
 
 def _partial(function: Any, name: str, **constants: Any) -> Any:
-    """A recipe with other defaults, which has a name and documentation of its own."""
+    """A recipe with other defaults, and a name and documentation of its own."""
     made = functools.partial(function, **constants)
     said = ", ".join(f"{key}={value!r}" for key, value in constants.items())
     made.__doc__ = f"`{function.__name__}` with {said}; see there."
@@ -116,13 +106,8 @@ def _partial(function: Any, name: str, **constants: Any) -> Any:
 
 
 galore_adamw8bit = _partial(galore_adamw, "galore_adamw8bit", bits=8)
-q_galore_adamw8bit = _partial(
-    galore_adamw,
-    "q_galore_adamw8bit",
-    bits=8,
-    projection_bits=4,
-    update_proj_gap=Adaptive(200),
-)
+_q_galore = {"bits": 8, "projection_bits": 4, "update_proj_gap": Adaptive(200)}
+q_galore_adamw8bit = _partial(galore_adamw, "q_galore_adamw8bit", **_q_galore)
 
 
 def adamw8bit(
@@ -144,9 +129,6 @@ def adamw8bit(
         weight_decay: Decoupled weight decay.
         bits: Of a moment, 8 or 4, as in `quantize_state`.
 
-    Raises:
-        ValueError: As `quantize_state`.
-
     References:
         Dettmers et al., `8-bit Optimizers <https://arxiv.org/abs/2110.02861>`_, 2021.
 
@@ -161,32 +143,24 @@ def adamw8bit(
     return _adamw(learning_rate, b1, b2, eps, weight_decay, bits)
 
 
+@_with_options_of(galore)
 def galore_adafactor(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
     *,
-    update_proj_gap: RefreshGap = 200,
-    scale: float = 0.25,
     momentum: float | None = None,
     decay_rate: float = 0.8,
     eps: float = 1e-30,
     clipping_threshold: float | None = 1.0,
     min_dim_size_to_factor: int = 1,
     weight_decay: float = 0.0,
-    subspace: str | FindSubspace = "randomized",
-    side: str = "smaller",
-    weight_dimension_numbers: WeightDimensionNumbers = None,
-    moments: str | MomentsFunction | None = None,
-    projection_bits: int | None = None,
-    seed: int = 0,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore with Adafactor at a given learning rate (no scaling by the parameter's size).
 
     Args:
         learning_rate: Learning rate or schedule.
         rank: Dimensions of the subspace.
-        update_proj_gap: When subspaces are refreshed, as in `galore`.
-        scale: Factor on the update of projected leaves (α).
         momentum: Decay rate of a first moment; None keeps none. The paper's runs use 0.9.
         decay_rate: Exponent of the second moment's decay, 1 - t ** -decay_rate.
         eps: Added to the squared gradient.
@@ -194,15 +168,7 @@ def galore_adafactor(
         min_dim_size_to_factor: Leaves whose second-largest axis is smaller keep a whole second
             moment. 1 factors every matrix, as published.
         weight_decay: Decoupled weight decay, times the learning rate, of the whole matrix.
-        subspace: As in `galore`, like the following.
-        side: Which side is projected.
-        weight_dimension_numbers: Which leaves are matrices.
-        moments: What becomes of the moments at a refresh.
-        projection_bits: Stores the bases in 4 or 8 bits.
-        seed: Of the random numbers.
-
-    Raises:
-        ValueError: As `galore`.
+        **options: The other arguments of `galore`.
 
     References:
         Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018; Zhao et al.,
@@ -238,43 +204,21 @@ def galore_adafactor(
         steps.append(optax.add_decayed_weights(lambda count: -weight_decay * learning_rate(count)))
     else:
         steps.append(optax.add_decayed_weights(-weight_decay * learning_rate))
-    return galore(
-        rank,
-        optax.chain(*steps),
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        subspace=subspace,
-        side=side,
-        weight_dimension_numbers=weight_dimension_numbers,
-        moments=moments,
-        projection_bits=projection_bits,
-        seed=seed,
-    )
+    return galore(rank, optax.chain(*steps), **options)
 
 
+@_with_options_of(galore_adamw)
 def gradnorm_lorp_adamw(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
     *,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    update_proj_gap: RefreshGap = 200,
-    scale: float = 0.25,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    bits: int | None = None,
-    subspace: str | FindSubspace = "randomized",
-    side: str = "smaller",
-    moments: str | MomentsFunction | None = None,
-    projection_bits: int | None = None,
-    seed: int = 0,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of GradNormLoRP: AdamW, with GaLore on the gradients of an adapter's factors.
 
     The weights' part of the method, the weight-normalised adapter, is in the params
     (`GradNormLoRP`). Magnitudes, and params without an adapter, have AdamW's update at full size.
-    Arguments that are not listed are those of `galore_adamw`.
 
     Args:
         learning_rate: Learning rate or schedule.
@@ -282,27 +226,15 @@ def gradnorm_lorp_adamw(
             the adapter's.
         weight_dimension_numbers: As in `galore`; None projects the factors of every adapter, and if
             there is none (factors kept in arrays of your own) every leaf with two axes.
-        update_proj_gap: See `galore_adamw`, like the following.
-        scale: Factor on the update of the factors.
-        b1: Decay rate of the first moment.
-        b2: Decay rate of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay, of the trained params.
-        bits: Stores the moments in 8 or 4 bits; None as floats.
-        subspace: How to find it.
-        side: Which side is projected; the smaller one of a factor is the adapter's rank.
-        moments: What becomes of the moments at a refresh.
-        projection_bits: Stores the bases in 4 or 8 bits.
-        seed: Of the random numbers.
+        **options: The other arguments of `galore_adamw`.
 
     Raises:
         ValueError: As `galore` and `quantize_state`; at `init`, if `rank` is not below the smaller
             side of every factor, or the params contain the frozen weights.
 
     References:
-        Huang et al., `GradNormLoRP <https://arxiv.org/abs/2412.19616>`_, 2024. That low-rank
-        approximations are applied to the gradient matrices is the paper's; that these are the
-        gradients of a and b, and GaLore's the projection, is reconstructed.
+        Huang et al., `GradNormLoRP <https://arxiv.org/abs/2412.19616>`_, 2024. Low-rank gradients
+        are the paper's; that they are those of a and b, projected by GaLore, is reconstructed.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -313,23 +245,8 @@ def gradnorm_lorp_adamw(
         >>> state.bases["w"].b.shape, state.inner[0].mu["w"].b.shape
         ((8, 4), (4, 256))
     """
-    tx = galore_adamw(
-        learning_rate,
-        rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        weight_decay=weight_decay,
-        bits=bits,
-        subspace=subspace,
-        side=side,
-        weight_dimension_numbers=weight_dimension_numbers or _factors_or_matrices,
-        moments=moments,
-        projection_bits=projection_bits,
-        seed=seed,
-    )
+    numbers = weight_dimension_numbers or _factors_or_matrices
+    tx = galore_adamw(learning_rate, rank, weight_dimension_numbers=numbers, **options)
     return transformation(_OfFactors(**vars(subspace_parts(tx))))
 
 
@@ -354,12 +271,7 @@ class _OfFactors(GaLore):
 
 
 def _adamw(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: Any,
-    b2: Any,
-    eps: Any,
-    weight_decay: Any,
-    bits: int | None,
+    learning_rate: Any, b1: Any, b2: Any, eps: Any, weight_decay: Any, bits: int | None
 ) -> optax.GradientTransformationExtraArgs:
     checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
     checks.number(b1, "b1", least=0, below=1, such_as=0.9)
@@ -375,7 +287,5 @@ def _factors_or_matrices(params: optax.Params) -> optax.Params:
     if any(map(is_adapter, jax.tree.leaves(params, is_leaf=is_adapter))):
         return factor_dimension_numbers(params)
 
-    def numbers(x: Any) -> Any:
-        return GaLoreDimensionNumbers() if len(x.shape) == 2 else None
-
-    return jax.tree.map(numbers, params)
+    matrix = GaLoreDimensionNumbers()
+    return jax.tree.map(lambda x: matrix if len(x.shape) == 2 else None, params)

@@ -21,13 +21,12 @@ from jaxtyping import Array, Float
 class GaLoreDimensionNumbers(NamedTuple):
     """Says which axes of a leaf are the input and the output of a matrix.
 
-    Axes that are listed in neither are batch axes: each index along them is a matrix of its own,
-    with its own subspace, as in `optax.contrib.muon`. `None` instead of dimension numbers
-    leaves a parameter unprojected.
+    Axes that are listed in neither are batch axes: each index along them is a matrix with its own
+    subspace, as in `optax.contrib.muon`. None instead of dimension numbers leaves a param out.
 
     Attributes:
         reduction_axis: Axis or axes of the input; several are merged in the order given.
-        output_axis: Axis or axes of the output; several are merged in the order given.
+        output_axis: Axis or axes of the output, likewise.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -55,9 +54,6 @@ class TuckerDimensionNumbers(NamedTuple):
     core G ×₁ P₁ᵀ ×₂ P₂ᵀ …, each basis found from the gradient's unfolding along its axis. An axis
     no longer than the rank stays as it is. Axes that are not listed are batch axes.
 
-    Attributes:
-        axes: The axes that are projected.
-
     References:
         George et al., `Tensor-GaLore <https://arxiv.org/abs/2501.02379>`_, 2025, section 3.
 
@@ -83,14 +79,6 @@ WeightDimensionNumbers = (
 )
 
 
-def _is_dimension_numbers(x: Any) -> bool:
-    # By attribute, so that optax.contrib's tuple of the same name is accepted, too.
-    matrix = hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
-    return (
-        x is None or (not isinstance(x, type) and matrix) or isinstance(x, TuckerDimensionNumbers)
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class LeafView:
     """One leaf as a stack of matrices `(*batch, in, out)` or of tensors, and the way back.
@@ -99,8 +87,7 @@ class LeafView:
         shape: The leaf's own shape.
         batch_axes: Axes along which the matrices are stacked.
         modes: For each axis of a matrix or tensor, the leaf's axes that are merged into it.
-        tensor: Whether each of them is projected by a basis of its own (Tucker), though there may
-            be two.
+        tensor: Whether each of them is projected by a basis of its own (Tucker).
     """
 
     shape: tuple[int, ...]
@@ -108,26 +95,105 @@ class LeafView:
     modes: tuple[tuple[int, ...], ...]
     tensor: bool = False
 
-    def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(self.shape[axis] for axis in axes)
-
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Shape of the stack; `()` where the leaf is one matrix."""
-        return self._sizes(self.batch_axes)
+        return tuple(self.shape[axis] for axis in self.batch_axes)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Shape of each matrix or tensor, `(in, out)` of a matrix."""
-        return tuple(math.prod(self._sizes(axes)) for axes in self.modes)
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        return self.batch_axes + sum(self.modes, ())
+        return tuple(math.prod(self.shape[axis] for axis in axes) for axes in self.modes)
 
     def to_stack(self, leaf: Float[Array, "..."]) -> Float[Array, "*stack"]:
         """The leaf with its axes ordered and merged to `(*batch, *sizes)`."""
-        return leaf.transpose(self._order).reshape(*self.batch_shape, *self.sizes)
+        order = self.batch_axes + sum(self.modes, ())
+        return leaf.transpose(order).reshape(*self.batch_shape, *self.sizes)
+
+
+def matrix_views(
+    params: optax.Params, numbers: WeightDimensionNumbers
+) -> list[tuple[str, LeafView | None]]:
+    """Returns path and view of every leaf, in the order of `jax.tree.leaves`; None: unprojected.
+
+    Args:
+        params: Tree of arrays or of `jax.ShapeDtypeStruct`.
+        numbers: As in `galore`.
+
+    Raises:
+        ValueError: If the dimension numbers do not fit the params, or one of these is not an array.
+    """
+    leaves = [(jax.tree_util.keystr(key), x) for key, x in jax.tree.leaves_with_path(params)]
+    for path, leaf in leaves:
+        if not hasattr(leaf, "shape"):
+            raise ValueError(
+                f"params: {leaf!r} at {path} is not an array; give jnp.asarray({leaf!r})"
+            )
+    if not leaves:  # as where optax.tree_utils.tree_map_params looks for params in a state
+        return []
+    if numbers is None:
+        matrix = GaLoreDimensionNumbers()
+        flat = [matrix if len(x.shape) == 2 and _projectable(x) else None for _, x in leaves]
+    elif _is_dimension_numbers(numbers):
+        merged = [axis for _, axes in _named(numbers) for axis in _listed(axes)]
+        needed = max(len(merged), *(axis + 1 if axis >= 0 else -axis for axis in merged))
+        flat = [numbers if len(x.shape) >= needed and _projectable(x) else None for _, x in leaves]
+    else:
+        tree = numbers(params) if callable(numbers) else numbers
+        given, prefix = jax.tree.flatten(tree, is_leaf=_is_dimension_numbers)
+        try:
+            parts = prefix.flatten_up_to(params)
+        except ValueError as error:
+            raise ValueError(
+                "weight_dimension_numbers: its tree is not a prefix of the params' tree; give one "
+                f"with GaLoreDimensionNumbers or None for each leaf ({error})"
+            ) from error
+        # Leaf by leaf, since a None among the params, such as a bias left out, is not a leaf.
+        pairs = zip(given, parts, strict=True)
+        flat = [dims for dims, part in pairs for _ in jax.tree.leaves(part)]
+    pairs = zip(leaves, flat, strict=True)
+    return [(path, None if dims is None else _view(x, dims, path)) for (path, x), dims in pairs]
+
+
+def _view(leaf: Any, numbers: Any, path: str) -> LeafView:
+    if not _is_dimension_numbers(numbers):
+        raise ValueError(
+            f"weight_dimension_numbers: {numbers!r} at {path} is neither GaLoreDimensionNumbers, "
+            "nor TuckerDimensionNumbers, nor None"
+        )
+    ndim = len(leaf.shape)
+    modes = [_axes(axes, name, path, ndim) for name, axes in _named(numbers)]
+    if isinstance(numbers, TuckerDimensionNumbers):
+        modes = [(axis,) for axis in modes[0]]
+    named = sum(modes, ())
+    if len({*named}) < len(named):
+        raise ValueError(
+            f"weight_dimension_numbers: {numbers} at {path} names an axis twice; each axis is in "
+            "one place, or (not named) a batch axis"
+        )
+    if not _projectable(leaf) or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"weight_dimension_numbers: the leaf at {path} has shape {leaf.shape} and dtype "
+            f"{leaf.dtype}; only real floating-point matrices with elements can be projected: give "
+            "None in its place to leave it to the inner transformation as it is"
+        )
+    batch = tuple(axis for axis in range(ndim) if axis not in named)
+    tensor = isinstance(numbers, TuckerDimensionNumbers)
+    return LeafView(tuple(leaf.shape), batch, tuple(modes), tensor)
+
+
+def _is_dimension_numbers(x: Any) -> bool:
+    # By attribute, so that optax.contrib's tuple of the same name is accepted, too.
+    matrix = hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
+    matrix = matrix and not isinstance(x, type)
+    return x is None or matrix or isinstance(x, TuckerDimensionNumbers)
+
+
+def _named(numbers: Any) -> list[tuple[str, Any]]:
+    """The fields of dimension numbers, each with the axes that it names."""
+    tensor = isinstance(numbers, TuckerDimensionNumbers)
+    names = ("axes",) if tensor else ("reduction_axis", "output_axis")
+    return [(name, getattr(numbers, name)) for name in names]
 
 
 def _listed(axes: Any) -> tuple[int, ...]:
@@ -143,7 +209,7 @@ def _listed(axes: Any) -> tuple[int, ...]:
 
 def _axes(axes: int | Sequence[int], name: str, path: str, ndim: int) -> tuple[int, ...]:
     given = _listed(axes)
-    if not given or any(not -ndim <= axis < ndim for axis in given):
+    if any(not -ndim <= axis < ndim for axis in given):
         raise ValueError(
             f"weight_dimension_numbers: {name}={axes} at {path} does not name axes of a leaf with "
             f"{ndim} axes; give numbers from {-ndim} to {ndim - 1}, or None to leave it unprojected"
@@ -154,97 +220,3 @@ def _axes(axes: int | Sequence[int], name: str, path: str, ndim: int) -> tuple[i
 def _projectable(leaf: Any) -> bool:
     # Complex ones pass here, and are refused by name later.
     return jnp.issubdtype(leaf.dtype, jnp.inexact) and math.prod(leaf.shape) > 0
-
-
-def _modes(numbers: Any, path: str, ndim: int) -> tuple[tuple[int, ...], ...]:
-    if isinstance(numbers, TuckerDimensionNumbers):
-        return tuple((axis,) for axis in _axes(numbers.axes, "axes", path, ndim))
-    return (
-        _axes(numbers.reduction_axis, "reduction_axis", path, ndim),
-        _axes(numbers.output_axis, "output_axis", path, ndim),
-    )
-
-
-def _axes_needed(numbers: Any) -> int:
-    """The smallest number of axes a leaf can have to fit the dimension numbers."""
-    if isinstance(numbers, TuckerDimensionNumbers):
-        named = (numbers.axes,)
-    else:
-        named = (numbers.reduction_axis, numbers.output_axis)
-    merged = [axis for axes in named for axis in _listed(axes)]
-    return max(len(merged), *(axis + 1 if axis >= 0 else -axis for axis in merged))
-
-
-def _view(leaf: Any, numbers: Any, path: str) -> LeafView | None:
-    if numbers is None:
-        return None
-    if not _is_dimension_numbers(numbers):
-        raise ValueError(
-            f"weight_dimension_numbers: {numbers!r} at {path} is neither GaLoreDimensionNumbers, "
-            "nor TuckerDimensionNumbers, nor None"
-        )
-    ndim = len(leaf.shape)
-    modes = _modes(numbers, path, ndim)
-    named = sum(modes, ())
-    if len({*named}) < len(named):
-        raise ValueError(
-            f"weight_dimension_numbers: {numbers} at {path} names an axis twice; each axis is in "
-            "one place, or (not named) a batch axis"
-        )
-    if not _projectable(leaf) or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        raise ValueError(
-            f"weight_dimension_numbers: the leaf at {path} has shape {leaf.shape} and dtype "
-            f"{leaf.dtype}; only real floating-point matrices with elements can be projected: give "
-            "None in its place to leave it to the inner transformation as it is"
-        )
-    batch = tuple(axis for axis in range(ndim) if axis not in named)
-    return LeafView(tuple(leaf.shape), batch, modes, isinstance(numbers, TuckerDimensionNumbers))
-
-
-def matrix_views(
-    params: optax.Params, numbers: WeightDimensionNumbers
-) -> list[tuple[str, LeafView | None]]:
-    """Path and view of every leaf, in the order of `jax.tree.leaves`; no view where unprojected.
-
-    Args:
-        params: Tree of arrays or of `jax.ShapeDtypeStruct`.
-        numbers: `GaLoreDimensionNumbers` or `TuckerDimensionNumbers` for all leaves with axes
-            enough, a tree of them (or a prefix of one) with `None` at leaves to leave out, a
-            function of the params that gives such a tree, or `None`: every leaf with two axes is a
-            matrix.
-
-    Raises:
-        ValueError: If the dimension numbers do not fit the params, or one of these is not an array.
-    """
-    leaves = jax.tree.leaves_with_path(params)
-    for key, leaf in leaves:
-        if not hasattr(leaf, "shape"):
-            raise ValueError(
-                f"params: {leaf!r} at {jax.tree_util.keystr(key)} is not an array; give "
-                f"jnp.asarray({leaf!r})"
-            )
-    if not leaves:  # as where optax.tree_utils.tree_map_params looks for params in a state
-        return []
-    if numbers is None:
-        matrix = GaLoreDimensionNumbers()
-        flat = [matrix if len(x.shape) == 2 and _projectable(x) else None for _, x in leaves]
-    elif _is_dimension_numbers(numbers):
-        needed = _axes_needed(numbers)
-        flat = [numbers if len(x.shape) >= needed and _projectable(x) else None for _, x in leaves]
-    else:
-        tree = numbers(params) if callable(numbers) else numbers
-        given, prefix = jax.tree.flatten(tree, is_leaf=_is_dimension_numbers)
-        try:
-            parts = prefix.flatten_up_to(params)
-        except ValueError as error:
-            raise ValueError(
-                "weight_dimension_numbers: its tree is not a prefix of the params' tree; give one "
-                f"with GaLoreDimensionNumbers or None for each leaf ({error})"
-            ) from error
-        # Leaf by leaf, since a None among the params, such as a bias left out, is not a leaf.
-        pairs = zip(given, parts, strict=True)
-        flat = [dims for dims, part in pairs for _ in jax.tree.leaves(part)]
-    return [
-        (path := jax.tree_util.keystr(key), _view(leaf, dims, path))
-        for (key, leaf), dims in zip(leaves, flat, strict=True)
-    ]
