@@ -317,9 +317,8 @@ class GaLore:
         for i, plan in enumerate(plans.leaves):
             if plan is not None:
                 scaled = jax.tree.map(lambda n: self.scale * n, steps[i])
-                # One product after another: a CPU makes them side by side otherwise, each on a part
-                # of its cores, which took 1.4 times as long (llama-60m, benchmarks/RESULTS.md).
-                scaled = scaled if previous is None else ordering.after(previous, scaled)
+                if previous is not None:  # one product after the other
+                    scaled = ordering.after_on_cpu(previous, scaled)
                 steps[i] = plan.out_of(bases[i], scaled, like[i])
                 previous = steps[i] if steps[i].size else previous
         if slopes is not None:

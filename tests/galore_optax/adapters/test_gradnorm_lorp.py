@@ -216,7 +216,9 @@ def test_a_gradients_rank_that_is_not_below_the_adapters_is_refused(rank):
 
 
 def test_params_that_hold_the_frozen_weight_are_refused():
-    with pytest.raises(ValueError, match=r"\['w'\] contain the frozen weight; give .*split\(params\)"):
+    with pytest.raises(
+        ValueError, match=r"\['w'\] contain the frozen weight; give .*split\(params\)"
+    ):
         gradnorm_lorp_adamw(0.01, 2).init({"w": trained_a_while()})
 
 
