@@ -181,6 +181,6 @@ def test_every_layout_gives_one_devices_losses(name):
 
 
 def test_a_pattern_without_a_matrix_writes_nothing(tmp_path):
-    with pytest.raises(ValueError, match="pattern='querry' is found in the path of no matrix"):
+    with pytest.raises(ValueError, match="pattern='querry' matches the path of no matrix"):
         main(small(tmp_path / "run", **{**RUNS["dora"], "adapter_pattern": "querry"}))
     assert not (tmp_path / "run").exists()
