@@ -29,11 +29,7 @@ class Export:
 
 
 def main(config: Export) -> int:
-    """Writes the model.
-
-    Raises ValueError if `run` is not a run, if `out` has a model already, or if the adapters cannot
-    be written in PEFT's format.
-    """
+    """Writes the model; ValueError if it is there already, or PEFT cannot store the adapters."""
     trained = load_trained(config.run)
 
     def save(params: Any, out: Path) -> None:
@@ -48,9 +44,8 @@ def main(config: Export) -> int:
         raise ValueError(f"--out {config.out} has a base/ already: name another folder")
     save_adapters(trained.params, out / "adapters", base_model=str(out / "base"))
     print(f"wrote the adapters to {out / 'adapters'}")
-    bases = jax.tree.map(
-        lambda x: x.base if is_adapter(x) else x, trained.params, is_leaf=is_adapter
-    )
+    params = trained.params
+    bases = jax.tree.map(lambda x: x.base if is_adapter(x) else x, params, is_leaf=is_adapter)
     save(bases, out / "base")
     return 0
 

@@ -6,8 +6,7 @@ from flax import nnx
 
 from galore_optax.adapters.base import merge
 from train.run.cli import run
-from train.run.sample import sample_text
-from train.run.trained import load_trained
+from train.run.trained import load_trained, sample_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +34,9 @@ def main(config: Generate) -> int:
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"--seed {config.seed}: expected 0 to 2**32 - 1")
     trained = load_trained(config.run)
-    text = sample_text(
-        nnx.merge(trained.graph, merge(trained.params)),
-        trained.tokenizer,
-        config.prompt,
-        stop=True,
-        **{k: v for k, v in vars(config).items() if k not in ("run", "prompt")},
-    )
-    print(text)
+    model = nnx.merge(trained.graph, merge(trained.params))
+    how = {k: v for k, v in vars(config).items() if k not in ("run", "prompt")}
+    print(sample_text(model, trained.tokenizer, config.prompt, stop=True, **how))
     return 0
 
 

@@ -1,7 +1,6 @@
 """Writes the TFDS data set c4/en (array_record) from AllenAI's JSON shards, without TensorFlow.
 
-A shard has a JSON object per line, whose `text` is kept; it may be gzipped. The documents are
-written in their order; training shuffles them.
+A shard, possibly gzipped, has a JSON object per line, whose `text` is kept in the shards' order.
 """
 
 import glob
@@ -88,10 +87,8 @@ def find_shards(inputs: Sequence[str], download_dir: Path) -> dict[str, list[Pat
     for name, path in files.values():
         shards["validation" if "validation" in name else "train"].append(path)
     if not shards["train"]:
-        raise ValueError(
-            f"input={' '.join(inputs)!r} names no training shard: those without "
-            "'validation' in their name are"
-        )
+        said = "names no training shard: those without 'validation' in their name are"
+        raise ValueError(f"input={' '.join(inputs)!r} {said}")
     return shards
 
 

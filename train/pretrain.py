@@ -1,11 +1,11 @@
 """Pre-train a LLaMA: `python -m train.pretrain`; `--help` lists the flags.
 
-The run's folder gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end,
-summary.json and loss.png.
+A run's folder gets config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json, loss.png.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import jax
 
@@ -16,6 +16,8 @@ from train.run.assemble import assemble
 from train.run.cli import run
 from train.run.signals import StopRequest
 from train.run.training import LESS_MEMORY, Training
+
+_print = partial(print, flush=True)
 
 
 def main(config: Pretrain) -> int:
@@ -49,10 +51,6 @@ def _out_of_memory_as_os_error() -> Iterator[None]:
             raise
         reason = next(iter(str(error).splitlines()), "")
         raise OSError(f"out of memory ({reason}): {LESS_MEMORY}") from error
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,1 @@
-"""The settings of a run: flags, defaults by model, checks, the tables of optimizers and adapters.
-
-Imports `models` and `galore_optax`, and nothing else of `train`.
-"""
+"""The settings of a run: defaults, checks, tables; imports `models` and `galore_optax` only."""

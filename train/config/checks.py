@@ -29,7 +29,7 @@ OPTIONS = {name for t in (OPTIMIZERS, ADAPTERS) for row in t.values() for name i
 
 
 def check_types(config: Pretrain) -> None:
-    """Checks the fields' types, which only tyro has checked: a config.json can have any."""
+    """Checks the fields' types: tyro has checked flags, a config.json or a program can have any."""
     for name, hint in get_type_hints(Pretrain).items():
         value = getattr(config, name)
         accepted = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)

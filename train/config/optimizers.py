@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -62,36 +61,30 @@ _PLAIN = Recipe(optax.adamw, _ADAMW)
 # As published code for language models has it: a given learning rate and a first moment.
 _ADAFACTOR = partial(optax.adafactor, multiply_by_parameter_scale=False, momentum=0.9)
 _GALORE_ADAFACTOR = partial(galore_adafactor, momentum=0.9)
-OPTIMIZERS: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "adamw": _PLAIN,
-        "adamw8bit": Recipe(adamw8bit, {**_ADAMW, "moment_bits": 8}, stacks=_vectors),
-        "adafactor": Recipe(_ADAFACTOR, {"stochastic_rounding": False}, stacks=param_axes),
-        "galore-adamw": Recipe(galore_adamw, _GALORE),
-        "galore-adamw8bit": Recipe(galore_adamw8bit, _GALORE_8BIT, stacks=_vectors),
-        "galore-adafactor": Recipe(_GALORE_ADAFACTOR, _GALORE, stacks=_vectors),
-        "q-galore-adamw8bit": Recipe(q_galore_adamw8bit, _Q_GALORE, stacks=_vectors),
-        "gradnorm-lorp-adamw": Recipe(gradnorm_lorp_adamw, _LORP, adapter="gradnorm-lorp"),
-        "lora-adamw": _PLAIN._replace(adapter="lora"),
-        "relora-adamw": _PLAIN._replace(adapter="relora"),
-        "qlora-adamw": _PLAIN._replace(adapter="qlora"),
-    }
-)
+OPTIMIZERS: Mapping[str, Recipe] = {
+    "adamw": _PLAIN,
+    "adamw8bit": Recipe(adamw8bit, {**_ADAMW, "moment_bits": 8}, stacks=_vectors),
+    "adafactor": Recipe(_ADAFACTOR, {"stochastic_rounding": False}, stacks=param_axes),
+    "galore-adamw": Recipe(galore_adamw, _GALORE),
+    "galore-adamw8bit": Recipe(galore_adamw8bit, _GALORE_8BIT, stacks=_vectors),
+    "galore-adafactor": Recipe(_GALORE_ADAFACTOR, _GALORE, stacks=_vectors),
+    "q-galore-adamw8bit": Recipe(q_galore_adamw8bit, _Q_GALORE, stacks=_vectors),
+    "gradnorm-lorp-adamw": Recipe(gradnorm_lorp_adamw, _LORP, adapter="gradnorm-lorp"),
+    "lora-adamw": _PLAIN._replace(adapter="lora"),
+    "relora-adamw": _PLAIN._replace(adapter="relora"),
+    "qlora-adamw": _PLAIN._replace(adapter="qlora"),
+}
 
 
 def learning_rate_schedule(config: Resolved) -> optax.Schedule:
     """Linear warm-up, then a cosine to a tenth of the peak.
 
-    Update t (from 0) of the warm-up uses (t + 1) / (warmup + 1) of the peak, so that no update has
-    a learning rate of zero. After each restart of adapters the same warm-up leads back to the
-    cosine (ReLoRA, arXiv:2307.05695, section 3).
+    Update t (from 0) of the warm-up uses (t + 1) / (warmup + 1) of the peak: never zero. After each
+    restart of adapters such a warm-up leads back to the cosine (ReLoRA, arXiv:2307.05695, sec. 3).
     """
+    peak, first = config.learning_rate, config.warmup_steps
     cosine = optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / (config.warmup_steps + 1),
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.steps,
-        end_value=config.learning_rate / 10,
+        peak / (first + 1), peak, first, decay_steps=config.steps, end_value=peak / 10
     )
     every, warmup = config.restart_every, config.restart_warmup
     if every is None or warmup is None:

@@ -34,10 +34,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def resolve(config: Pretrain) -> Resolved:
-    """Fills in the defaults, and checks each value that can be checked without the data.
-
-    Raises ValueError, which names the flag, its value and what is accepted.
-    """
+    """Fills in the defaults, and checks each value that can be checked without the data."""
     checks.check_types(config)
     checks.check_adapter(config)
     recipe = OPTIMIZERS[config.optimizer]
@@ -107,6 +104,5 @@ def _default_out(config: Pretrain) -> str:
 
 def _fill(config: Pretrain, defaults: Mapping[str, Any]) -> Pretrain:
     names = {f.name for f in dataclasses.fields(config)} & set(defaults)
-    return dataclasses.replace(
-        config, **{name: defaults[name] for name in names if getattr(config, name) is None}
-    )
+    missing = {name: defaults[name] for name in names if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)

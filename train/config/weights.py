@@ -1,7 +1,6 @@
 """How a run stores its weights: as arrays, quantized, or frozen with an adapter on each matrix."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,16 +29,14 @@ _ARGUMENTS = ("rank", "alpha", "dropout")
 _FACTORS = {"rank": None, "adapter_pattern": None}
 _LORA = {**_FACTORS, "weight_bits": None, "alpha": None, "dropout": 0.0}
 _RESTARTS = {"restart_every": None, "restart_warmup": None}
-ADAPTERS: Mapping[str, Kind] = MappingProxyType(
-    {
-        "lora": Kind(LoRA.create, _LORA),
-        "dora": Kind(DoRA.create, _LORA),
-        "relora": Kind(LoRA.create, {**_LORA, **_RESTARTS}, keep=0.01),
-        "qlora": Kind(LoRA.create, {**_LORA, "weight_bits": 4}),
-        "low-rank": Kind(LowRank.create, _FACTORS),
-        "gradnorm-lorp": Kind(GradNormLoRP.create, {**_FACTORS, "weight_bits": None, **_RESTARTS}),
-    }
-)
+ADAPTERS: Mapping[str, Kind] = {
+    "lora": Kind(LoRA.create, _LORA),
+    "dora": Kind(DoRA.create, _LORA),
+    "relora": Kind(LoRA.create, {**_LORA, **_RESTARTS}, keep=0.01),
+    "qlora": Kind(LoRA.create, {**_LORA, "weight_bits": 4}),
+    "low-rank": Kind(LowRank.create, _FACTORS),
+    "gradnorm-lorp": Kind(GradNormLoRP.create, {**_FACTORS, "weight_bits": None, **_RESTARTS}),
+}
 
 
 def stored_weights(
@@ -54,10 +51,9 @@ def stored_weights(
     if config.adapter is None:
         if config.weight_bits is None:
             return params
+        numbers = dimension_numbers(params)
         which = jax.tree.map(
-            lambda numbers: numbers is not None,
-            dimension_numbers(params),
-            is_leaf=lambda x: not isinstance(x, dict),
+            lambda n: n is not None, numbers, is_leaf=lambda n: type(n) is not dict
         )
         params = quantize_weights(params, which, bits=config.weight_bits)  # pyrefly: ignore
         if config.embedding_bits is not None:

@@ -47,8 +47,8 @@ class TrainingData:
     vocab_size: int | None = None  # the model's; default: the tokenizer's
 
     def __post_init__(self):
-        sizes = self.batch_size, self.seq_len, self.vocab_size
-        _check(self.source, self.tokenizer, self.mode, *sizes)
+        sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
+        _check(self.source, self.tokenizer, self.mode, self.vocab_size, **sizes)
         most = _WORKERS_PER_CORE * (os.cpu_count() or 1)
         if not 0 <= self.workers <= most:
             expected = f"the number of processes, 0 for none, {most} at most here"
@@ -57,14 +57,11 @@ class TrainingData:
             raise ValueError(f"seed={self.seed}: give a seed from 0 to {2**32 - 1}")
 
     def batches(self, start: Position = START) -> Generator[tuple[Batch, Position]]:
-        """Batches from a position on, each with the position after it.
-
-        Close it (`contextlib.closing`) when done: this ends the worker processes.
-        """
+        """Batches from a position on, each with the position after; closing it ends the workers."""
         make, separator = MODES[self.mode], self.tokenizer.separator
-        shape = {"batch_size": self.batch_size, "seq_len": self.seq_len}
+        sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
         with closing(self._documents(start.documents)) as documents:
-            for batch, position in make(documents, separator=separator, start=start, **shape):
+            for batch, position in make(documents, separator=separator, start=start, **sizes):
                 sequences.check_token_ids(batch, self.vocab_size or self.tokenizer.vocab_size)
                 yield batch, position
 
@@ -141,12 +138,12 @@ def evaluation_batches(
     `max_tokens` is the most targets that count, default all. The last batch is padded. Other
     arguments and errors: see `TrainingData`.
     """
-    _check(source, tokenizer, mode, batch_size, seq_len, vocab_size)
+    sizes = {"batch_size": batch_size, "seq_len": seq_len}
+    _check(source, tokenizer, mode, vocab_size, **sizes)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: give at least 1")
     documents = (tokenizer.encode(source[i]) for i in range(len(source)))
-    how = {"separator": tokenizer.separator, "batch_size": batch_size, "seq_len": seq_len}
-    kept = (batch for batch, _ in MODES[mode](documents, **how))
+    kept = (batch for batch, _ in MODES[mode](documents, separator=tokenizer.separator, **sizes))
     result = list(kept if max_tokens is None else sequences.limit_tokens(kept, max_tokens))
     if not result:
         raise ValueError("every document of the validation text is empty")
@@ -155,10 +152,12 @@ def evaluation_batches(
     return result
 
 
-def _check(source: Sequence[str], tokenizer, mode: str, batch_size: int, seq_len: int, vocab_size):
+def _check(
+    source: Sequence[str], tokenizer: Tokenizer, mode: str, vocab_size: int | None, **sizes: int
+) -> None:
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown: choose one of {', '.join(MODES)}")
-    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+    for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name}={value}: give at least 1")
     if not len(source):
@@ -175,8 +174,7 @@ def prefetch(
 ) -> Generator[tuple[T, Position]]:
     """Runs `put`, e.g. the transfer to the devices, up to `size` batches ahead in a thread.
 
-    Errors of `batches` and `put` are raised when the batch is asked for. Closing it stops the
-    thread and closes `batches`.
+    Errors are raised when their batch is asked for. Closing it also closes `batches`.
     """
 
     def produce() -> tuple[T, Position] | None:

@@ -104,7 +104,7 @@ def document_batches(
 ) -> Iterator[tuple[Batch, Position]]:
     """One document per row, truncated or padded, as in GaLore's experiments (arXiv 2403.03507).
 
-    Arguments, results and errors are those of `packed_batches`.
+    Arguments and results: see `packed_batches`.
     """
     if start.tokens:
         said = "is inside a document: it was saved in packed mode"

@@ -28,10 +28,9 @@ def load_text(name: str, split: str, data_dir: str | Path | None = None) -> Sequ
     Sources: "builtin", the documentation of Python's standard library (about 2 MB, different for
     each Python version), and "c4", the TFDS data set c4/en in `data_dir`.
     """
-    if name not in SOURCES:
-        raise ValueError(f"data={name!r} is unknown: choose one of {', '.join(SOURCES)}")
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}")
+    for argument, value, known in (("data", name, SOURCES), ("split", split, SPLITS)):
+        if value not in known:
+            raise ValueError(f"{argument}={value!r} is unknown: choose one of {', '.join(known)}")
     if name == "c4":
         if data_dir is None:
             raise ValueError("data='c4' needs data_dir, the folder that holds c4/en")

@@ -1,7 +1,6 @@
 """From text to token ids and back: plain bytes, or any `tokenizer.json`.
 
-`vocab_size` is one more than the largest id of a text or of the separator; `separator` is the id
-of the token between two documents, which no text contains.
+`separator` is the id of the token between two documents; `vocab_size` is above all ids of texts.
 """
 
 import os
@@ -18,10 +17,7 @@ END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[
 
 
 def load_tokenizer(name: str | Path) -> "Tokenizer":
-    """The tokenizer "bytes", or that of a `tokenizer.json` (format of the package `tokenizers`).
-
-    Raises ValueError if the file cannot be read, or has no token that ends a document.
-    """
+    """The tokenizer "bytes", or that of a `tokenizer.json`; ValueError if it cannot be used."""
     return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name))
 
 
@@ -42,8 +38,7 @@ class ByteTokenizer:
 class FileTokenizer:
     """A tokenizer read from a `tokenizer.json`. It can be pickled, for Grain's worker processes.
 
-    No text gives a special token: T5's `<extra_id_0>` in a document is tokenized like any other
-    word, so that T5 needs only 32,000 of its 32,100 ids.
+    No text gives a special token: T5's `<extra_id_0>` is tokenized like any other word.
     """
 
     def __init__(self, path: Path):

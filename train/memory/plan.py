@@ -32,9 +32,8 @@ CARDS = (8, 12, 16, 24, 40, 80, 141)  # GiB
 _ARENAS = 100_000_000
 
 # XLA's CPU compiler computes bfloat16 in float32, and keeps the converted arrays in memory (for
-# llama-7b ten times what a GPU takes). Float16 has the same size, and with these options the same
-# compiler leaves it as it is, and orders by memory, as the GPU's compiler does. So a program in
-# bfloat16 is planned as that program in float16.
+# llama-7b ten times what a GPU takes). So a program in bfloat16 is planned in float16, which with
+# these options stays as it is and is ordered by memory, as by the GPU's compiler.
 _AS_ON_A_GPU: dict[str, Any] = {
     "xla_cpu_strict_dot_conv_math": True,
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",

@@ -30,10 +30,7 @@ class Parts(Programs):
 
 
 def assemble(config: Resolved, log: Log) -> Parts:
-    """Builds a run from its settings, checks what can be checked, and writes nothing.
-
-    Raises ValueError, which names the flag, its value and what is accepted.
-    """
+    """Builds a run from its settings, checks what can be checked, and writes nothing."""
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)  # before the data are read
     _log_devices(config, mesh, log)
@@ -48,10 +45,8 @@ def assemble(config: Resolved, log: Log) -> Parts:
     eval_text = load_text(config.data, "validation", config.data_dir)
     own = {name: getattr(config, name) for name in ("batch_size", "seed", "workers")}
     data = TrainingData(train_text, tokenizer, **own, **common)
-    rows, most = config.batch_size // config.accumulate, config.eval_tokens
-    evaluation = evaluation_batches(
-        eval_text, tokenizer, batch_size=rows, max_tokens=most, **common
-    )
+    sizes = {"batch_size": config.batch_size // config.accumulate, "max_tokens": config.eval_tokens}
+    evaluation = evaluation_batches(eval_text, tokenizer, **sizes, **common)
     eval_tokens = int(sum(batch["weights"].sum() for batch in evaluation))
     builtin = "the documentation of Python's standard library"
     source = builtin if config.data == "builtin" else f"C4 (c4/en) in {config.data_dir}"

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +32,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
     """The checkpoints of a run in a folder, which the first save makes unless it is `read_only`.
 
     The newest `keep` and the one with the lowest evaluation loss are kept. `evaluations` has the
-    loss of each evaluated step; the caller adds later ones. `log` prints that one is damaged.
+    loss of each evaluated step; the caller adds later ones. `log` prints which are damaged.
     """
 
     def __init__(
@@ -72,10 +73,9 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
     def save(
         self, step: int, params: Tree, rest: Tree, progress: Tree, *, prune: bool = True
     ) -> None:
-        """Copies params, other arrays and JSON values to the host; writes them in the background.
+        """Copies all to the host and writes it in the background; OSError if a write has failed.
 
-        Raises OSError if this or the previous save could not be written. Unless `prune`, no older
-        checkpoint is deleted.
+        `progress` has JSON values. Unless `prune`, no older checkpoint is deleted.
         """
         self._prune = prune
         with _as_os_error(self.directory):
@@ -122,7 +122,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         *,
         context: checkpoint_managers.PreservationContext,
     ) -> Sequence[bool]:
-        """Orbax's question which checkpoints to keep."""
+        """Says which checkpoints Orbax keeps."""
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
         # If none has been evaluated, the best is the newest.
         kept = {*steps[-self._keep :], *sorted(steps, key=self._rank)[:1]}
@@ -137,8 +137,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         """
         steps = self.steps()
         for step in reversed(steps):
-            found = self._read(step, {"params": params, "rest": rest})
-            if found is not None:
+            if found := self._read(step, {"params": params, "rest": rest}):
                 return step, found["params"], found["rest"], found["progress"]
         if steps:
             raise ValueError(
@@ -150,8 +149,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
     def restore_params(self, params: Tree) -> tuple[int, Tree]:
         """Reads the weights of the best checkpoint, or of the newest if none was evaluated."""
         for step in self.best_first():
-            found = self._read(step, {"params": params})
-            if found is not None:
+            if found := self._read(step, {"params": params}):
                 return step, found["params"]
         raise ValueError(f"there is no checkpoint in {self.directory} that can be read")
 
@@ -192,15 +190,12 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
 def _shapes(tree: Tree) -> dict[str, str]:
     """Each leaf's name and shape; the types of containers are not stored, so they are left out."""
 
-    def name(key: Any) -> str:
-        return str(next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a)))
-
     def leaf_shape(leaf: Any) -> str:
         key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return "key" if key else f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
 
-    leaves = jax.tree.leaves_with_path(tree)
-    return {"/".join(map(name, path)): leaf_shape(leaf) for path, leaf in leaves}
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): leaf_shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _check_same(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:

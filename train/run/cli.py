@@ -26,15 +26,10 @@ def run(
 ) -> NoReturn:
     """Parses the command line, calls `main`, and ends the process with its exit code.
 
-    Args:
-        main: from the configuration to the exit code (None is 0).
-        config_type: a frozen dataclass; its attributes' docstrings are the help.
-        prog: the command as the user types it.
-        load: reads the file of the field `config`; flags override what it has.
-        args: the words after the command; default: the process's own.
-
-    The exit code is 2 for wrong use, unreadable files and full disks, after one line that says what
-    was wrong (a traceback with `python -X dev`), and 130 after Ctrl-C.
+    `config_type` is a frozen dataclass; its attributes' docstrings are the help. `prog` is the
+    command as typed; `load` reads the file of the field `config`, which flags override. The exit
+    code is 2 for wrong use, unreadable files and full disks, after one line that says what was
+    wrong (a traceback with `python -X dev`), and 130 after Ctrl-C.
     """
     _quiet_libraries()
     for stream in (sys.stdout, sys.stderr):

@@ -1,7 +1,7 @@
 """A run's folder: who may write into it, its config.json, and whether the run in it is finished.
 
-Everything is checked before the first byte is written, so that a refused run changes nothing. One
-process at a time writes; the kernel releases its lock when it ends, even if it is killed.
+All is checked before the first byte is written: a refused run changes nothing. One process at a
+time writes; the kernel releases its lock when it ends, even if it is killed.
 """
 
 import errno

@@ -1,5 +1,6 @@
 """The metrics that a run writes: metrics.jsonl, and the same for TensorBoard."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -66,14 +67,10 @@ class MetricsLog:
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without one that a kill has truncated."""
-    path = directory / "metrics.jsonl"
-    lines = []
-    if path.exists():
-        for text in path.read_text(errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
+    path, lines = directory / "metrics.jsonl", []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):
                 lines.append(line)
     return lines

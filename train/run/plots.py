@@ -35,10 +35,7 @@ def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Non
 
 
 def plot_plan(plans: Mapping[str, Mapping[str, int]], path: Path, title: str) -> None:
-    """Plots several plans as stacked bars, from the bytes of each one's parts by name.
-
-    Raises ValueError if the path's ending is not that of an image format.
-    """
+    """Plots several plans as stacked bars, from the bytes of each one's parts by name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.5 + 0.5 * len(plans)), dpi=120, layout="constrained")

@@ -3,7 +3,7 @@
 import datetime
 import re
 import time
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -36,10 +36,10 @@ def peak_flops(device: jax.Device, dtype: str) -> float | None:
 
 
 class Progress:
-    """A live progress bar on a terminal, and lines that stay.
+    """A live progress bar on a terminal, shown while `bar` is entered, and lines that stay.
 
-    `step` of `steps` were done before; `at_peak` is the tokens per second that all devices together
-    would train on at their peak FLOP/s, None if unknown.
+    `step` of `steps` were done before; `at_peak` is the tokens per second at all devices' peak
+    FLOP/s, None if unknown.
     """
 
     def __init__(self, step: int, steps: int, at_peak: float | None):
@@ -47,7 +47,7 @@ class Progress:
         from rich.console import Console
 
         self.console = Console(soft_wrap=True, highlight=False)
-        self._bar = progress.Progress(
+        self.bar = progress.Progress(
             progress.TextColumn("training"),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
@@ -57,16 +57,9 @@ class Progress:
             disable=not self.console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=steps, completed=step, left="?")
+        self._task = self.bar.add_task("", total=steps, completed=step, left="?")
         self._steps, self._at_peak = steps, at_peak
         self._first: tuple[int, float] | None = None
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def log(self, text: str) -> None:
         """Prints a line."""
@@ -76,7 +69,7 @@ class Progress:
         """Moves the bar, and prints a line if `show`; `line` is the step's in metrics.jsonl."""
         step = line["step"]
         left = self._left(step)
-        self._bar.update(self._task, completed=step, left=left)
+        self.bar.update(self._task, completed=step, left=left)
         if not show:
             return
         parts = [

@@ -17,7 +17,7 @@ from train.run import directory as run_directory
 from train.run.assemble import Log, Parts
 from train.run.metrics import read_metrics, tokens_per_second
 from train.run.plots import plot_loss
-from train.run.sample import prompt_ids, sample_text
+from train.run.trained import sample_text
 from train.step.programs import abstract_params
 from train.step.state import TrainState
 
@@ -54,7 +54,7 @@ def report(
     plot_loss(lines, directory / "loss.png", f"{config.model}, {config.optimizer}")
     graph, _ = abstract_params(config, parts.model)
     model, tokenizer, prompt = nnx.merge(graph, merge(state.params)), parts.tokenizer, config.prompt
-    new = max(1, config.seq_len - len(prompt_ids(tokenizer, prompt)))
+    new = max(1, config.seq_len - 1 - len(tokenizer.encode(prompt)))
     how = {"max_new_tokens": new, "temperature": 0.5, "seed": config.seed}
     log(f"sample: {sample_text(model, tokenizer, prompt, **how)}")
     _print_table(config.optimizer, ours, adamw)

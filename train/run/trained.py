@@ -1,11 +1,15 @@
-"""Loads the weights of a run: those of its best checkpoint, or of its newest."""
+"""A trained model: its weights from a checkpoint of a run, and text sampled from it."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from models.llama.generate import generate
+from models.llama.model import Llama
 from train.config.resolve import load
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.run.checkpoint import Checkpoints
@@ -24,10 +28,7 @@ class Trained(NamedTuple):
 
 
 def load_trained(run: str) -> Trained:
-    """Reads the best checkpoint of a run's folder, or its newest if none was evaluated.
-
-    Raises ValueError if it is not a run, or has no checkpoint that can be read.
-    """
+    """Reads the best checkpoint of a run, or the newest; raises ValueError if it has none."""
     folder = Path(run)
     if not (folder / "config.json").is_file():
         raise ValueError(f"--run {folder} is not a run of train.pretrain (no config.json)")
@@ -41,3 +42,16 @@ def load_trained(run: str) -> Trained:
     with Checkpoints(folder / "checkpoints", 1, print, evaluations, read_only=True) as checkpoints:
         _, params = checkpoints.restore_params(shapes)
     return Trained(graph, params, tokenizer)
+
+
+def sample_text(
+    model: Llama, tokenizer: Tokenizer, prompt: str, *, seed: int = 0, stop: bool = False, **how
+) -> str:
+    """A prompt at the beginning of a document, and its continuation by the model.
+
+    With `stop` the text ends with the document. Other arguments: see `models.llama.generate`.
+    """
+    # In training, the separator begins each document.
+    ids = jnp.asarray([[tokenizer.separator, *tokenizer.encode(prompt)]], jnp.int32)
+    stop_id, key = tokenizer.separator if stop else None, jax.random.key(seed)
+    return tokenizer.decode(np.asarray(generate(model, ids, key=key, stop_id=stop_id, **how)[0]))

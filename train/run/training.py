@@ -76,7 +76,8 @@ class Training:
                 state = parts.init(jax.random.key(config.seed))
             peak = peak_flops(parts.mesh.devices.flat[0], config.dtype)
             at_peak = peak and peak * parts.mesh.size / flops_per_token(parts.model, config.seq_len)
-            self.progress = stack.enter_context(Progress(self.host.step, config.steps, at_peak))
+            self.progress = Progress(self.host.step, config.steps, at_peak)
+            stack.enter_context(self.progress.bar)
             try:
                 state = self._train(train_step, state)
             except _TooManySkipped as error:
@@ -211,14 +212,13 @@ class Training:
 
     def evaluate(self, state: TrainState) -> None:
         """Evaluates the weights, unless a stop is requested meanwhile: then nothing is noted."""
-        losses, tokens = [], []
+        sums = []
         for batch in self.parts.evaluation:
-            loss, count = self.parts.eval_step(state.params, put_batch(self.parts.mesh, batch))
-            losses.append(loss)
-            tokens.append(count)
+            sums.append(self.parts.eval_step(state.params, put_batch(self.parts.mesh, batch)))
             if self.stop.signum is not None:
                 return  # --resume repeats it
-        mean = float(np.sum(jax.device_get(losses), dtype=np.float64) / np.sum(tokens))
+        losses, tokens = zip(*jax.device_get(sums), strict=True)
+        mean = float(np.sum(losses, dtype=np.float64) / np.sum(tokens))
         step = self.host.step
         self.host.evaluations[step] = mean
         perplexity = math.exp(mean) if mean < 700 else math.inf

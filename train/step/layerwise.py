@@ -1,11 +1,11 @@
 """The training step of `--layerwise`: a LLaMA's backward pass and its update, a layer at a time."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
@@ -16,7 +16,7 @@ from galore_optax.quantization.array import dequantized
 from models.llama.attention import sequences_of
 from models.llama.config import LlamaConfig
 from models.llama.layer import embed, rms_norm, training_layer
-from train.config.optimizers import make_recipe
+from train.config.optimizers import learning_rate_schedule, make_recipe
 from train.config.settings import Resolved
 from train.step import skipping
 from train.step.loss import summed_cross_entropy
@@ -28,7 +28,7 @@ def make_optimizer(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Layerwis
     """The named optimizer of a run, applied layer by layer."""
     rounding = jax.random.key(config.seed) if config.stochastic_rounding else None
 
-    def rounded(part: Params, updates: Any, count: Int[Array, ""], layer: Any) -> Any:
+    def rounded(part: Params, updates: Any, count: Int[Array, ""], layer: Array | None) -> Any:
         key = None if rounding is None else step_key(rounding, count, 0)
         if key is not None and layer is not None:
             key = jax.random.fold_in(key, layer)
@@ -47,10 +47,7 @@ def make_optimizer(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Layerwis
 
 
 def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
-    """A LLaMA as embedding, layer and head, which take a batch of `with_sequences`.
-
-    Hidden states are split over the mesh's devices as the batch is.
-    """
+    """A LLaMA as embedding, layer and head, which take a batch of `with_sequences`."""
     # `Layerwise` decides whether a layer is recomputed in the backward pass.
     config = dataclasses.replace(config, rematerialize=False)
 
@@ -90,24 +87,20 @@ def with_sequences(
     return {**batch, "sequences": sequences, "tokens": tokens}
 
 
-def train_step(
-    optimizer: Layerwise,
-    config: LlamaConfig,
-    mode: str,
-    schedule: optax.Schedule,
-    mesh: Mesh,
-    state: TrainState,
-    batch: Batch,
-) -> tuple[TrainState, Metrics]:
-    """One update; `Layerwise` says what happens to a loss or gradient that is not finite.
+def make_step(
+    optimizer: Layerwise, config: Resolved, model: LlamaConfig, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Makes the step. It counts as skipped if `Layerwise` left out any part, as not finite."""
+    schedule = learning_rate_schedule(config)
 
-    A step of which any part was left out counts as skipped.
-    """
-    tokens = jnp.sum(batch["weights"])
-    if optimizer.accumulate > 1:
-        batch = microbatches(batch, optimizer.accumulate, mesh)
-    batch = with_sequences(config, mode, batch, tokens)
-    params, inner, told = optimizer.step(state.params, state.optimizer.inner_state, batch)
-    after = skipping.counted(state.optimizer, told.finite, inner)
-    metrics = step_metrics(schedule, state, after, told.loss, told.grad_norm, tokens)
-    return TrainState(params, after, state.step + 1, state.key), metrics
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        tokens = jnp.sum(batch["weights"])
+        if config.accumulate > 1:
+            batch = microbatches(batch, config.accumulate, mesh)
+        batch = with_sequences(model, config.sequences, batch, tokens)
+        params, inner, told = optimizer.step(state.params, state.optimizer.inner_state, batch)
+        after = skipping.counted(state.optimizer, told.finite, inner)
+        metrics = step_metrics(schedule, state, after, told.loss, told.grad_norm, tokens)
+        return TrainState(params, after, state.step + 1, state.key), metrics
+
+    return train_step

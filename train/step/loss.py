@@ -41,8 +41,8 @@ def summed_cross_entropy(
 
     def add(total, chunk):
         x, target, weight = chunk
-        nll, _ = _nll(_logits(x, head), target)
-        return total + _weighted(nll, weight), None
+        logits = _logits(x, head)
+        return total + _weighted(_normalizer(logits) - _chosen(logits, target), weight), None
 
     return jax.lax.scan(add, jnp.zeros(()), _chunks(hidden, targets, weights))[0]
 
@@ -56,10 +56,11 @@ def _forward(hidden, head, targets, weights, by_vocabulary):
         total, head_gradient = carry
         x, target, weight = chunk
         logits = _logits(x, matrix)
-        nll, log_normalizer = _nll(logits, target)
-        gradient = _gradient(logits, log_normalizer, target, weight, x.dtype)
+        normalizer = _normalizer(logits)
+        total += _weighted(normalizer - _chosen(logits, target), weight)
+        gradient = _gradient(logits, normalizer, target, weight, x.dtype)
         head_gradient += _product(gradient.T, x)
-        return (total + _weighted(nll, weight), head_gradient), gradient @ matrix
+        return (total, head_gradient), gradient @ matrix
 
     start, chunks = jnp.zeros(head.shape, jnp.float32), _chunks(hidden, targets, weights)
     (total, head_gradient), hidden_gradient = jax.lax.scan(add, (jnp.zeros(()), start), chunks)
@@ -76,20 +77,20 @@ def _forward_by_vocabulary(hidden, head, targets, weights):
     x, targets, weights = hidden.reshape(-1, hidden.shape[-1]), targets.ravel(), weights.ravel()
 
     def normalize(carry, start_and_part):
-        log_normalizer, chosen = carry
+        normalizer, chosen = carry
         start, part = start_and_part
         logits = _logits(x, part)
-        own = jax.nn.logsumexp(logits, axis=-1)
-        return (jnp.logaddexp(log_normalizer, own), chosen + _chosen(logits, targets - start)), None
+        normalizer = jnp.logaddexp(normalizer, _normalizer(logits))
+        return (normalizer, chosen + _chosen(logits, targets - start)), None
 
     nothing = jnp.zeros(targets.shape)
-    (log_normalizer, chosen), _ = jax.lax.scan(normalize, (nothing - jnp.inf, nothing), parts)
-    total = _weighted(log_normalizer - chosen, weights)
+    (normalizer, chosen), _ = jax.lax.scan(normalize, (nothing - jnp.inf, nothing), parts)
+    total = _weighted(normalizer - chosen, weights)
 
     def differentiate(hidden_gradient, start_and_part):
         start, part = start_and_part
         logits = _logits(x, part)
-        gradient = _gradient(logits, log_normalizer, targets - start, weights, x.dtype)
+        gradient = _gradient(logits, normalizer, targets - start, weights, x.dtype)
         hidden_gradient += _product(gradient, part.astype(x.dtype))
         return hidden_gradient, (gradient.T @ x).astype(head.dtype)
 
@@ -128,19 +129,18 @@ def _logits(x, head):
     return _product(x, head.astype(x.dtype).T)
 
 
-def _nll(logits, targets):
-    """-log softmax(logits)[target], and the logarithm of the softmax's denominator."""
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    return log_normalizer - _chosen(logits, targets), log_normalizer
+def _normalizer(logits):
+    """The logarithm of the softmax's denominator; less `_chosen` it is -log softmax[target]."""
+    return jax.nn.logsumexp(logits, axis=-1)
 
 
 def _chosen(logits, targets):
     return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
 
 
-def _gradient(logits, log_normalizer, targets, weights, dtype):
+def _gradient(logits, normalizer, targets, weights, dtype):
     """The gradient of Σ w · nll with respect to the logits."""
-    softmax = jnp.exp(logits - log_normalizer[:, None])
+    softmax = jnp.exp(logits - normalizer[:, None])
     gradient = (softmax - _is_target(logits, targets)) * weights[:, None]
     # `where`, as 0 · inf would be NaN at padding.
     return jnp.where(weights[:, None] > 0, gradient, 0).astype(dtype)

@@ -47,10 +47,7 @@ def parse_mesh(text: str | None) -> dict[str, int]:
 
 
 def make_mesh(text: str | None) -> Mesh:
-    """The mesh of `--mesh`: such as `data=2,fsdp=4` over all devices, or None: the first alone.
-
-    Raises ValueError if the sizes do not multiply to the number of devices.
-    """
+    """The mesh of `--mesh`, such as `data=2,fsdp=4` over all devices; None: the first alone."""
     sizes, devices = parse_mesh(text), available_devices()
     devices = devices[:1] if text is None else devices
     product = math.prod(sizes.values())

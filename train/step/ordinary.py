@@ -35,21 +35,20 @@ def summed_loss(forward: Forward, params: Params, batch: Batch) -> Float[Array, 
 def loss_and_gradient(
     forward: Forward, params: Params, batch: Batch, accumulate: int = 1, mesh: Mesh | None = None
 ) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
-    """The loss over a batch, its gradient, and the number of targets that count.
+    """The loss over a batch, its gradient, summed in float32, and the number of targets that count.
 
-    `forward` is given a microbatch of arrays `(B / A, L)`, and its number as `microbatch`. The
-    microbatches' gradients are summed in float32.
+    `forward` is given a microbatch `(B / A, L)` with its number as `microbatch`.
     """
-    tokens = jnp.sum(batch["weights"])
-    of_microbatch = _of_microbatch(forward, params, tokens)
-    gradient, losses = over_microbatches(of_microbatch, _numbered(batch, accumulate, mesh))
+    gradients, parts, tokens = _by_microbatch(forward, params, batch, accumulate, mesh)
+    gradient, losses = over_microbatches(gradients, parts)
     return jnp.sum(losses), gradient, tokens
 
 
-def _of_microbatch(
-    forward: Forward, params: Params, tokens: Float[Array, ""]
-) -> Callable[[Batch], tuple[Params, Float[Array, ""]]]:
-    """From a microbatch to the gradient of its share of the loss, and that share."""
+def _by_microbatch(
+    forward: Forward, params: Params, batch: Batch, accumulate: int, mesh: Mesh | None
+) -> tuple[Callable[[Batch], tuple[Params, Float[Array, ""]]], Batch, Float[Array, ""]]:
+    """The function from a microbatch to its gradient and loss, all microbatches, and the tokens."""
+    tokens = jnp.sum(batch["weights"])
 
     def objective(params: Params, microbatch: Batch) -> Array:
         return summed_loss(forward, params, microbatch) / jnp.maximum(tokens, 1)
@@ -58,11 +57,8 @@ def _of_microbatch(
         loss, gradient = value_and_grad(objective)(params, microbatch)
         return gradient, loss  # pyrefly: ignore[bad-return]
 
-    return gradient_and_loss
-
-
-def _numbered(batch: Batch, accumulate: int, mesh: Mesh | None) -> dict[str, Array]:
-    return {**microbatches(batch, accumulate, mesh), "microbatch": jnp.arange(accumulate)}
+    parts = {**microbatches(batch, accumulate, mesh), "microbatch": jnp.arange(accumulate)}
+    return gradient_and_loss, parts, tokens
 
 
 def train_step(
@@ -78,13 +74,12 @@ def train_step(
     """One update. A loss or gradient that is not finite changes neither params nor moments."""
     trained, of_trained, updated = _trainable(forward, stochastic_rounding, state)
     loss, gradient, tokens = loss_and_gradient(of_trained, trained, batch, accumulate, mesh)
-    inner = state.optimizer.inner_state
-    updates, optimizer = skipping.update_if(
-        skipping.all_finite(loss, gradient),
-        lambda: tx.update(gradient, inner, trained),
-        (optax.tree.zeros_like(gradient), inner),
-        state.optimizer,
+    finite, inner = skipping.all_finite(loss, gradient), state.optimizer.inner_state
+    unchanged = optax.tree.zeros_like(gradient), inner
+    updates, after = jax.lax.cond(
+        finite, lambda: tx.update(gradient, inner, trained), lambda: unchanged
     )
+    optimizer = skipping.counted(state.optimizer, finite, after)
     metrics = step_metrics(schedule, state, optimizer, loss, optax.tree.norm(gradient), tokens)
     return updated(updates, optimizer), metrics
 
@@ -106,10 +101,9 @@ def train_step_in_subspace(
     microbatch has refreshed stays, with the moments carried over, and nothing else changes.
     """
     trained, of_trained, updated = _trainable(forward, stochastic_rounding, state)
-    tokens = jnp.sum(batch["weights"])
     clipping, own = state.optimizer.inner_state
-    how = _of_microbatch(of_trained, trained, tokens), _numbered(batch, accumulate, mesh)
-    gradient, own, losses = over_microbatches_in_subspace(recipe, own, trained, *how)
+    gradients, parts, tokens = _by_microbatch(of_trained, trained, batch, accumulate, mesh)
+    gradient, own, losses = over_microbatches_in_subspace(recipe, own, trained, gradients, parts)
     loss, norm = jnp.sum(losses), optax.tree.norm(gradient)
     clipped, clipping = optax.clip_by_global_norm(clip_norm).update(gradient, clipping)
 
@@ -117,10 +111,10 @@ def train_step_in_subspace(
         updates, after = recipe.update_projected(clipped, own, trained)
         return updates, (clipping, after)
 
-    nothing = optax.tree.zeros_like(jax.eval_shape(update)[0])
-    updates, optimizer = skipping.update_if(
-        jnp.isfinite(loss) & jnp.isfinite(norm), update, (nothing, (clipping, own)), state.optimizer
-    )
+    unchanged = optax.tree.zeros_like(jax.eval_shape(update)[0]), (clipping, own)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, inner = jax.lax.cond(finite, update, lambda: unchanged)
+    optimizer = skipping.counted(state.optimizer, finite, inner)
     metrics = step_metrics(schedule, state, optimizer, loss, norm, tokens)
     return updated(updates, optimizer), metrics
 

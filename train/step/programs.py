@@ -93,19 +93,15 @@ def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:
 
 
 def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
-    """What a run computes with; nothing is compiled or allocated yet.
-
-    Raises ValueError, which names the flag, its value and what is accepted.
-    """
+    """What a run computes with, checked against the mesh; nothing is compiled or allocated yet."""
     check_batch(config.batch_size, config.accumulate, mesh)
     attention = attention_implementation(model, mesh.devices.flat[0], config.seq_len)
     model = dataclasses.replace(model, attention=attention, batch_shards=batch_shards(mesh))
     graph, shapes = abstract_params(config, model)
     forward = make_forward(graph, config.sequences)
     params_at, notes = param_shardings(mesh, shapes, logical_axes(shapes))
-    init_optimizer, optimizer_at, step = _optimizing(
-        config, model, mesh, forward, shapes, params_at
-    )
+    optimizing = _optimizing(config, model, mesh, forward, shapes, params_at)
+    init_optimizer, optimizer_at, step = optimizing
     whole, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, BATCH)
     state_at = TrainState(params_at, skipping.shardings(mesh, optimizer_at), whole, whole)  # pyrefly: ignore
 
@@ -126,11 +122,8 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
     options = {"xla_gpu_deterministic_ops": True} if config.deterministic else None
     jit = partial(jax.jit, compiler_options=options)
     advance = partial(jit, donate_argnums=0)
-
-    def placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    abstract = jax.tree.map(placed, jax.eval_shape(init, jax.random.key(0)), state_at)
+    state = jax.eval_shape(init, jax.random.key(0))
+    abstract = jax.tree.map(lambda x, at: x.update(sharding=at, weak_type=False), state, state_at)
     again = advance(restarted, in_shardings=(state_at,), out_shardings=state_at)
     return Programs(
         model=model,
@@ -149,15 +142,14 @@ def _optimizing(
     config: Resolved, model: LlamaConfig, mesh: Mesh, forward: Forward, shapes: Params, at: Params
 ) -> tuple[Callable[[Params], Any], Any, Callable[..., Any]]:
     """The optimizer's init, its state's shardings from the params' `at`, and the step."""
-    schedule = learning_rate_schedule(config)
     if config.layerwise:
         by_layers = layerwise.make_optimizer(config, model, mesh)
-        optimizer_at = layerwise_shardings(by_layers, shapes, at)
-        how = model, config.sequences, schedule, mesh
-        return by_layers.init, optimizer_at, partial(layerwise.train_step, by_layers, *how)
+        step = layerwise.make_step(by_layers, config, model, mesh)
+        return by_layers.init, layerwise_shardings(by_layers, shapes, at), step
     tx = make_optimizer(config)
     optimizer_at = state_shardings(tx, split(shapes)[0], split(at)[0])
-    how = schedule, config.accumulate, bool(config.stochastic_rounding), mesh
+    schedule, rounds = learning_rate_schedule(config), bool(config.stochastic_rounding)
+    how = schedule, config.accumulate, rounds, mesh
     if not config.accumulate_in_subspace:
         return tx.init, optimizer_at, partial(train_step, forward, tx, *how)
     recipe = subspace_parts(make_recipe(config))

@@ -1,12 +1,11 @@
 """Skips a step whose loss or gradient is not finite, and counts it.
 
 A NaN in a single gradient would stay in the moments and the weights for good, and bfloat16 and high
-learning rates do produce some. `optax.apply_if_finite`, whose state's type is used here, looks at
-the gradient alone, cannot keep a basis that was refreshed already, and gives up after some errors
-in a row; here the trainer stops the run instead (`--max-skipped`).
+learning rates do produce some. `optax.apply_if_finite`, whose state is used here, looks at the
+gradient alone, cannot keep a refreshed basis, and gives up after some errors in a row; here the
+trainer stops the run instead (`--max-skipped`).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,20 +32,6 @@ def shardings(mesh: Mesh, inner: Any) -> optax.ApplyIfFiniteState:
 def all_finite(loss: Float[Array, ""], gradient: Any) -> Bool[Array, ""]:
     """Whether the loss and each number of the gradient are finite."""
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((loss, gradient))]))
-
-
-def update_if(
-    finite: Bool[Array, ""],
-    update: Callable[[], tuple[optax.Updates, optax.OptState]],
-    otherwise: tuple[optax.Updates, optax.OptState],
-    before: optax.ApplyIfFiniteState,
-) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
-    """The updates and the optimizer's state after a step: `update()` if finite, else `otherwise`.
-
-    Both are updates and the optimizer's inner state, of the same types.
-    """
-    updates, inner = jax.lax.cond(finite, update, lambda: otherwise)
-    return updates, counted(before, finite, inner)
 
 
 def skipping(state: optax.ApplyIfFiniteState) -> bool:
