@@ -16,7 +16,7 @@ from galore_optax.inner import Inner
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.leaf import SIDES, Rank, checked_rank
 from galore_optax.projection.moments import RULES, MomentsFunction
-from galore_optax.projection.schedule import RefreshGap, checked_gap
+from galore_optax.projection.schedule import Adaptive, RefreshGap, Staggered, check_gap
 from galore_optax.projection.subspace import SUBSPACES, FindSubspace
 from galore_optax.sharding import explain_sharding_errors
 from galore_optax.stages import GaLore
@@ -135,12 +135,13 @@ def galore(
             f"inner={inner!r} is not an optax.GradientTransformation; give one with its learning "
             "rate, such as optax.adamw(1e-2)"
         )
+    check_gap(update_proj_gap, Staggered, Adaptive)
     tx = explain_sharding_errors(optax.with_extra_args_support(inner))
     return transformation(
         GaLore(
             rank=rank,
             inner=Inner(tx, moments, decoupled_decay),
-            gap=checked_gap(update_proj_gap),
+            gap=update_proj_gap,
             scale=checks.number(scale, "scale", such_as=0.25),
             subspace=subspace,
             side=side,

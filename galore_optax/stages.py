@@ -2,37 +2,27 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from galore_optax import keys, ordering
-from galore_optax.inner import Inner, decay
+from galore_optax.inner import Inner, InnerCall, decay
 from galore_optax.nnx_variables import without_variables
+from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.leaf import Projection, Rank, projections
 from galore_optax.projection.moments import CarryOver, MomentsOf, reset
-from galore_optax.projection.refresh import Leaf, Refresh, check_subspace, refresh
-from galore_optax.projection.schedule import (
-    SIMILARITIES,
-    Adaptation,
-    Adaptive,
-    Layer,
-    RefreshGap,
-    Timing,
-    check_schedule,
-    first_timing,
-    next_timing,
-)
+from galore_optax.projection.refresh import Refresh, check_subspace, refresh
 from galore_optax.projection.subspace import SUBSPACES, FindSubspace
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.sharding import sharded_like
-from galore_optax.trace.traced import Traced
 
 
 class GaLoreState(NamedTuple):
@@ -62,41 +52,17 @@ class GaLoreState(NamedTuple):
     bases: optax.Params
     next_refresh: Int[Array, " matrices"]
     refreshes: Int[Array, " matrices"]
-    adaptation: Adaptation | tuple[()]
+    adaptation: schedule.Adaptation | tuple[()]
     inner: optax.OptState
-
-
-class _Plans(NamedTuple):
-    """What a call works out once about the params.
-
-    Attributes:
-        tree: Their structure.
-        leaves: How each leaf is projected; None where it is not.
-        traced: Returns the inner's traced functions.
-    """
-
-    tree: Any
-    leaves: list[Projection | None]
-    traced: Callable[[], Traced]
-
-    def projected(self, bases: Sequence[Any], leaves: Sequence[Array]) -> optax.Params:
-        """R of each projected leaf, and the other leaves as they are."""
-        triples = zip(self.leaves, bases, leaves, strict=True)
-        return self.tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
-
-    @property
-    def matrices(self) -> list[int]:
-        """How many matrices each projected leaf holds."""
-        return [plan.matrices for plan in self.leaves if plan is not None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GaLore:
-    """`galore` with its arguments, see there: a method for each stage."""
+    """`galore` with its arguments, see there."""
 
     rank: Rank
     inner: Inner
-    gap: RefreshGap
+    gap: schedule.RefreshGap
     scale: Any
     subspace: str | FindSubspace
     side: str
@@ -106,7 +72,7 @@ class GaLore:
 
     def init(self, params: optax.Params) -> GaLoreState:
         """The first state: bases are random, and every refresh is due."""
-        check_schedule(self.gap)
+        schedule.check_schedule(self.gap)
         params = dequantized(without_variables(params))
         leaves, tree = jax.tree.flatten(params)
         plans = projections(params, self.numbers, self.rank, self.side)
@@ -119,18 +85,17 @@ class GaLore:
             if isinstance(leaves[i], jax.ShapeDtypeStruct):
                 leaves[i] = jnp.zeros(leaves[i].shape, leaves[i].dtype)
             if plan is not None:
-                found = plan.random_bases(leaves[i], key, self.bits)
-                bases[i] = found[0] if len(found) == 1 else found
-                leaves[i] = plan.into(found, leaves[i])
+                bases[i] = plan.random_bases(leaves[i], key, self.bits)
+                leaves[i] = plan.into(bases[i], leaves[i])
         small = tree.unflatten(leaves)
         inner_state = self.inner.tx.init(small)
         if any(plans):
-            self.inner.check(small, inner_state, plans)
+            InnerCall(self.inner, lambda: small, inner_state, plans, {}).check()
         matrices = sum(plan.matrices for plan in plans if plan is not None)
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
-            bases=tree.unflatten(bases),
-            **first_timing(self.gap, matrices)._asdict(),
+            bases=tree.unflatten(map(_stored, bases)),
+            **schedule.first_timing(self.gap, matrices)._asdict(),
             inner=inner_state,
         )
 
@@ -139,17 +104,12 @@ class GaLore:
         updates: optax.Updates,
         state: GaLoreState,
         params: optax.Params | None = None,
-        *,
-        layer: ArrayLike | None = None,
-        layers: int = 1,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         """All stages."""
-        plans = self._plans(updates, state, params, extra_args)
-        state = self._refreshed(plans, updates, state, params, _layer(layer, layers))
-        grads = jax.tree.leaves(updates)
-        small = plans.projected(_bases(plans, state), grads)
-        return self._finished(plans, small, state, params, grads, extra_args)
+        call, grads = _Call(self, updates, state, params, **extra_args), jax.tree.leaves(updates)
+        state = call.refresh(grads, state)
+        return call.finish(call.project(grads, state), state, grads)
 
     # The same in parts: `galore_optax.transformation.SubspaceParts`.
 
@@ -158,187 +118,155 @@ class GaLore:
         gradient: optax.Updates,
         state: GaLoreState,
         params: optax.Params | None = None,
-        *,
-        layer: ArrayLike | None = None,
-        layers: int = 1,
         **extra_args: Any,
     ) -> GaLoreState:
         """The state with new bases where they are due."""
-        plans = self._plans(gradient, state, params, extra_args)
-        return self._refreshed(plans, gradient, state, params, _layer(layer, layers))
+        call = _Call(self, gradient, state, params, **extra_args)
+        return call.refresh(jax.tree.leaves(gradient), state)
 
     def project(self, gradient: optax.Updates, state: GaLoreState) -> optax.Updates:
         """The projected gradient."""
-        plans = self._plans(gradient, state, None, {})
-        return plans.projected(_bases(plans, state), jax.tree.leaves(gradient))
+        return _Call(self, gradient, state).project(jax.tree.leaves(gradient), state)
 
     def update_projected(
         self,
         projected: optax.Updates,
         state: GaLoreState,
         params: optax.Params,
-        *,
-        layer: ArrayLike | None = None,
-        layers: int = 1,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         """Updates and the new state, from a projected gradient."""
-        del layer, layers
         params = dequantized(without_variables(params))
-        plans = self._plans(params, state, params, extra_args)
-        like = jax.tree.leaves(params)
-        return self._finished(plans, projected, state, params, like, extra_args)
+        call = _Call(self, params, state, params, **extra_args)
+        return call.finish(projected, state, jax.tree.leaves(params))
 
-    def _plans(
+
+class _Call:
+    """One call of a method of `GaLore`, with what is worked out once about its arguments."""
+
+    def __init__(
         self,
-        like: optax.Updates,
+        galore: GaLore,
+        updates: optax.Updates,
         state: GaLoreState,
-        params: optax.Params | None,
-        extra_args: dict[str, Any],
-    ) -> _Plans:
-        tree = jax.tree.structure(like)
+        params: optax.Params | None = None,
+        *,
+        layer: ArrayLike = 0,
+        layers: int = 1,
+        **extra_args: Any,
+    ):
+        self.galore, self.layer, self.layers = galore, layer, layers
+        like, self.tree = jax.tree.flatten(updates)
+        self.weights = None
         if params is not None:
-            # As `init` made them of the params, whose dtypes may be others than the gradients'.
-            like = tree.unflatten(dequantized(tree.flatten_up_to(params)))
-        plans = projections(like, self.numbers, self.rank, self.side)
-        left_out = [isinstance(b, optax.MaskedNode) for b in tree.flatten_up_to(state.bases)]
-        plans = [None if out else plan for out, plan in zip(left_out, plans, strict=True)]
+            # As `init` made plans of the params, whose dtypes may be others than the gradients'.
+            self.weights = like = dequantized(self.tree.flatten_up_to(params))
+        tree = self.tree.unflatten(like)
+        plans = projections(tree, galore.numbers, galore.rank, galore.side)
+        left_out = [isinstance(b, optax.MaskedNode) for b in self.tree.flatten_up_to(state.bases)]
+        self.plans = [None if out else plan for out, plan in zip(left_out, plans, strict=True)]
+        self.inner = InnerCall(
+            galore.inner, lambda: self.project(like, state), state.inner, self.plans, extra_args
+        )
 
-        def small() -> optax.Params:
-            made = _Plans(tree, plans, traced)
-            return made.projected(_bases(made, state), jax.tree.leaves(like))
+    def bases(self, state: GaLoreState) -> list[Any]:
+        """The bases of each leaf, in a tuple."""
+        bases = self.tree.flatten_up_to(state.bases)
+        return [b if isinstance(b, tuple) else (b,) for b in bases]
 
-        traced = self.inner.traced(small, state.inner, extra_args)
-        return _Plans(tree, plans, traced)
+    def project(self, leaves: Sequence[Array], state: GaLoreState) -> optax.Params:
+        """R of each projected leaf, and the other leaves as they are."""
+        triples = zip(self.plans, self.bases(state), leaves, strict=True)
+        return self.tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
 
-    def _refreshed(
-        self,
-        plans: _Plans,
-        gradient: optax.Updates,
-        state: GaLoreState,
-        params: optax.Params | None,
-        layer: Layer,
-    ) -> GaLoreState:
+    def refresh(self, grads: Sequence[Array], state: GaLoreState) -> GaLoreState:
         """The state with new bases, moments and times of refreshes where refreshes are due."""
-        if not plans.matrices:
+        projected = [(i, plan) for i, plan in enumerate(self.plans) if plan is not None]
+        if not projected:
             return state
-        grads, bases = jax.tree.leaves(gradient), _bases(plans, state)
+        rule, bases, count = self.galore.inner.rule, self.bases(state), jnp.asarray(state.count)
         inner_leaves, inner_tree = jax.tree.flatten(state.inner, is_leaf=is_quantized)
-        places: MomentsOf = [[[]] * (plan.matrices if plan else 0) for plan in plans.leaves]
-        if self.inner.rule != "keep":
-            small = jax.eval_shape(plans.projected, bases, grads)
-            places = self.inner.moments_of(small, state.inner, plans.leaves, plans.traced)
-        count = jnp.asarray(state.count)
-        due, at = count >= state.next_refresh, 0
-        happened: list[Bool[Array, " matrices"]] = []
-        similarities: list[Float[Array, " matrices"]] = []
-        for i, plan in enumerate(plans.leaves):
-            happened.append(jnp.zeros(plan.matrices if plan else 0, bool))
-            similarities.append(jnp.zeros(happened[i].shape, jnp.float32))
-            if plan is None or not plan.modes:
-                at += happened[i].size
-                continue
-            moments = tuple(tuple(inner_leaves[p.position] for p in ps) for ps in places[i])
-            how = self._how(plan, places[i])
+        places: MomentsOf = {} if rule == "keep" else self.inner.moments()
+        matrices = [plan.matrices for _, plan in projected]
+        due = jnp.split(count >= state.next_refresh, np.cumsum(matrices)[:-1])
+        key = jax.random.fold_in(jax.random.key(self.galore.seed), count)
+        happened, similarities = [], []
+        for (i, plan), now in zip(projected, due, strict=True):
+            carried = [()] * plan.matrices if rule in ("keep", "reset") else places[i]
             made = refresh(
-                how,
-                Leaf(
-                    gradient=grads[i],
-                    bases=bases[i],
-                    moments=moments if how.carry_over else ((),) * plan.matrices,
-                    due=due[at : at + plan.matrices].reshape(plan.view.batch_shape),
-                ),
-                self._key(count, plan),
-                jnp.asarray(layer.index, jnp.int32) * plan.matrices,
+                self._how(plan, [place.moment for place in carried[0]]),
+                grads[i],
+                bases[i],
+                tuple(tuple(inner_leaves[place.position] for place in own) for own in carried),
+                # A tensor without an axis above the rank has nothing to refresh.
+                now.reshape(plan.view.batch_shape) & bool(plan.modes),
+                keys.for_path(key, plan.path),
+                jnp.asarray(self.layer, jnp.int32) * plan.matrices,
             )
-            at += plan.matrices
-            bases[i], happened[i], similarities[i] = made.bases, made.happened, made.similarities
-            for matrix, values in zip(places[i], made.moments, strict=True):
-                for place, value in zip(matrix, values, strict=False):
+            bases[i] = made.bases
+            happened.append(made.happened)
+            similarities.append(made.similarities)
+            for own, values in zip(carried, made.moments, strict=True):
+                for place, value in zip(own, values, strict=True):
                     inner_leaves[place.position] = value
-        if self.inner.rule == "reset":
-            weights = grads if params is None else dequantized(plans.tree.flatten_up_to(params))
-            inner_leaves = reset(
-                lambda: self.inner.tx.init(plans.projected(bases, weights)),
-                inner_leaves, places, happened,
-            )  # fmt: skip
-        timing = next_timing(
-            self.gap,
-            Timing(state.next_refresh, state.refreshes, state.adaptation),
+        timing = schedule.next_timing(
+            self.galore.gap,
+            schedule.Timing(state.next_refresh, state.refreshes, state.adaptation),
             count,
             jnp.concatenate(happened),
             jnp.concatenate(similarities),
-            plans.matrices,
-            layer,
+            matrices,
+            self.layer,
+            self.layers,
         )
-        return GaLoreState(
-            count=state.count,
-            bases=plans.tree.unflatten([b[0] if len(b) == 1 else b for b in bases]),
-            **timing._asdict(),
-            inner=inner_tree.unflatten(inner_leaves),
-        )
+        bases = self.tree.unflatten(map(_stored, bases))
+        state = state._replace(bases=bases, **timing._asdict())
+        if rule == "reset":
+            weights = grads if self.weights is None else self.weights
+            inner_leaves = reset(
+                lambda: self.galore.inner.tx.init(self.project(weights, state)),
+                inner_leaves, places, happened,
+            )  # fmt: skip
+        return state._replace(inner=inner_tree.unflatten(inner_leaves))
 
-    def _how(self, plan: Projection, places: Sequence[Sequence[Any]]) -> Refresh:
-        """How a leaf is refreshed, whose matrices have their moments in these places."""
-        moments = tuple(place.moment for place in places[0])
-        carries = moments and self.inner.rule not in ("reset", "keep")
+    def _how(self, plan: Projection, moments: list[Any]) -> Refresh:
+        """How a leaf is refreshed, with the moments of each of its matrices."""
+        gap, find = self.galore.gap, self.galore.subspace
+        adaptive = isinstance(gap, schedule.Adaptive)
         return Refresh(
             projection=plan,
-            find=SUBSPACES[self.subspace] if isinstance(self.subspace, str) else self.subspace,
-            carry_over=CarryOver(plan, self.inner.rule, moments) if carries else None,
-            similarity=SIMILARITIES[self.gap.similarity]
-            if isinstance(self.gap, Adaptive)
-            else None,
+            find=SUBSPACES[find] if isinstance(find, str) else find,
+            carry_over=CarryOver(plan, self.galore.inner.rule, tuple(moments)) if moments else None,
+            similarity=schedule.SIMILARITIES[gap.similarity] if adaptive else None,
         )
 
-    def _key(self, count: Int[Array, ""], plan: Projection) -> Array:
-        """The key of a leaf's random numbers in a step."""
-        return keys.for_path(jax.random.fold_in(jax.random.key(self.seed), count), plan.path)
-
-    def _finished(
-        self,
-        plans: _Plans,
-        small: optax.Updates,
-        state: GaLoreState,
-        params: optax.Params | None,
-        like: Sequence[Array],
-        extra_args: dict[str, Any],
+    def finish(
+        self, small: optax.Updates, state: GaLoreState, like: Sequence[Array]
     ) -> tuple[optax.Updates, GaLoreState]:
-        """The inner's update, projected back, and the decay of whole matrices."""
-        bases, weights, small_params = _bases(plans, state), [], None
-        if params is not None:
-            weights = dequantized(plans.tree.flatten_up_to(params))
-            small_params = plans.projected(bases, weights)
-        small_steps, inner_state, slopes = self.inner.update(
-            small, state.inner, small_params, plans.traced, extra_args
-        )
-        steps = plans.tree.flatten_up_to(small_steps)
-        previous = None
-        for i, plan in enumerate(plans.leaves):
+        """The inner's update, projected back to arrays `like` these, and whole matrices' decay."""
+        params = None if self.weights is None else self.project(self.weights, state)
+        small_steps, inner_state, slopes = self.inner.update(small, state.inner, params)
+        steps, bases = self.tree.flatten_up_to(small_steps), self.bases(state)
+        previous = ()
+        for i, plan in enumerate(self.plans):
             if plan is not None:
-                scaled = jax.tree.map(lambda n: self.scale * n, steps[i])
-                if previous is not None:  # one product after the other
-                    scaled = ordering.after_on_cpu(previous, scaled)
-                steps[i] = plan.out_of(bases[i], scaled, like[i])
-                previous = steps[i] if steps[i].size else previous
-        if slopes is not None:
-            for i, slope in enumerate(plans.tree.flatten_up_to(slopes)):
-                if (whole := decay(slope, plans.leaves[i], weights[i])) is not None:
+                scaled = jax.tree.map(lambda n: self.galore.scale * n, steps[i])
+                scaled = ordering.after_on_cpu(previous, scaled)  # one product after the other
+                steps[i] = previous = plan.out_of(bases[i], scaled, like[i])
+        if slopes is not None and self.weights is not None:
+            decays = map(decay, self.tree.flatten_up_to(slopes), self.plans, self.weights)
+            for i, whole in enumerate(decays):
+                if whole is not None:
                     steps[i] = steps[i] + whole.astype(steps[i].dtype)
-        return plans.tree.unflatten(steps), state._replace(
+        return self.tree.unflatten(steps), state._replace(
             count=optax.safe_increment(state.count),
             inner=sharded_like(inner_state, state.inner),
         )
 
 
-def _layer(layer: ArrayLike | None, layers: int) -> Layer:
-    return Layer() if layer is None else Layer(layer, layers)
-
-
-def _bases(plans: _Plans, state: GaLoreState) -> list[Any]:
-    """The bases of each leaf, in a tuple."""
-    bases = plans.tree.flatten_up_to(state.bases)
-    return [b if isinstance(b, tuple) else (b,) for b in bases]
+def _stored(bases: Any) -> Any:
+    """One basis is stored as itself, several as a tuple."""
+    return bases[0] if isinstance(bases, tuple) and len(bases) == 1 else bases
 
 
 def _warn_of_left_out(

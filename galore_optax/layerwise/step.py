@@ -22,7 +22,7 @@ from galore_optax.layerwise.backward import Backward, Batch, Layered, Params, at
 from galore_optax.layerwise.parts import PartUpdate, masked
 from galore_optax.ordering import after, codes_after
 from galore_optax.quantization.array import dequantized
-from galore_optax.trace.coupling import coupled_leaves
+from galore_optax.trace.dependence import coupled_leaves
 from galore_optax.transformation import subspace_parts
 
 CLIPS = ("exact", "previous")

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from galore_optax.keys import for_path, path_hash
+from galore_optax.keys import for_path
 from galore_optax.projection.dimension_numbers import LeafView, WeightDimensionNumbers, matrix_views
 from galore_optax.quantization.array import QuantizedArray, dequantized, quantize
 from galore_optax.quantization.codes import Affine
@@ -29,7 +29,6 @@ SIDES = ("smaller", "larger", "left", "right", "both")
 Rank = int | float | Callable[[str, tuple[int, ...]], int | float]
 """A number of dimensions, a fraction of the smaller side, or a function of path and shape."""
 
-
 Bases = tuple[Float[Array, "*batch n r"] | QuantizedArray, ...]
 """Of one leaf, for each side that is projected."""
 
@@ -39,7 +38,7 @@ class Projection:
     """How the matrices (or tensors) of one leaf are projected, fixed by its shape.
 
     Attributes:
-        view: The leaf as a stack of matrices `(*batch, in, out)`.
+        view: The leaf as a stack of matrices.
         modes: The axes of a matrix that are projected, (0,) for the input, (1,) for the output.
         ranks: Dimensions of the subspace of each of them.
         path: The leaf's path in the params; not compared, so that leaves of equal shape share what
@@ -57,17 +56,12 @@ class Projection:
         return math.prod(self.view.batch_shape)
 
     @property
-    def path_hash(self) -> int:
-        """The hash of the leaf's path, for random keys."""
-        return path_hash(self.path)
-
-    @property
     def small_shape(self) -> tuple[int, ...]:
         """Shape of one projected matrix."""
         ranks = dict(zip(self.modes, self.ranks, strict=True))
         return tuple(ranks.get(mode, size) for mode, size in enumerate(self.view.sizes))
 
-    def into(self, bases: Bases, leaf: Float[Array, "..."]) -> Any:
+    def into(self, bases: Bases, leaf: Float[Array, "*shape"]) -> Any:
         """R = PᵀG `(r, out)` or GP `(in, r)`; a tuple of arrays for a stack of matrices.
 
         Inner transformations keep statistics per leaf (Adafactor's clipping, LAMB's trust ratio, a
@@ -82,12 +76,7 @@ class Projection:
 
         return with_automatic_axes(project, lambda mesh: self._specs(mesh, leaf)[1], bases, leaf)
 
-    def out_of(
-        self,
-        bases: Bases,
-        small: Any,
-        like: Float[Array, "..."],
-    ) -> Float[Array, "..."]:
+    def out_of(self, bases: Bases, small: Any, like: Array) -> Float[Array, "*shape"]:
         """P N or N Pᵀ from what `into` gives, in the shape of the leaf, sharded as `like` is."""
 
         def back(bases: Bases, small: Any) -> Array:
@@ -99,8 +88,8 @@ class Projection:
 
         return with_automatic_axes(back, lambda _: specs(like), bases, small)
 
-    # A projection is one einsum over the leaf's own axes, followed by its ranks: merging the axes of
-    # a leaf into those of a matrix would gather the leaf if they are sharded.
+    # A projection is one einsum over the leaf's own axes, followed by its ranks: merging axes of a
+    # leaf into those of a matrix would gather the leaf if they are sharded.
 
     def _rank_axis(self, mode: int) -> int:
         return len(self.view.shape) + self.modes.index(mode)
@@ -121,36 +110,32 @@ class Projection:
         return operands
 
     def random_bases(
-        self,
-        leaf: Float[Array, "..."],
-        key: PRNGKeyArray,
-        bits: int | None = None,
+        self, leaf: Float[Array, "..."], key: PRNGKeyArray, bits: int | None = None
     ) -> Bases:
-        """Random orthonormal bases in the leaf's dtype, sharded as their axes of the leaf.
+        """Random orthonormal bases in the leaf's dtype or `bits`, sharded as the leaf's axes.
 
         Their columns are coordinate vectors, drawn without repetition: orthonormal in any dtype and
         code, and made without a factorization. The matrices of a stack start with the same basis,
         as they do in `galore_optax.layerwise`, where each of them is a leaf with that path.
-
-        Args:
-            leaf: The leaf, for its dtype and sharding.
-            key: Of the transformation; the leaf's path is folded in.
-            bits: Stores the bases in 4 or 8 bits; None in the leaf's dtype.
         """
 
-        def basis(mode: int, rank: int) -> Array:
-            n = self.view.sizes[mode]
-            own = jax.random.fold_in(for_path(key, self.path), mode)
-            drawn = jax.random.permutation(own, n)[:rank]
-            one = (jnp.arange(n)[:, None] == drawn).astype(leaf.dtype)
-            return jnp.broadcast_to(one, (*self.view.batch_shape, n, rank))
-
         def draw(leaf: Array) -> tuple[Array, ...]:
-            del leaf
-            return tuple(basis(*pair) for pair in zip(self.modes, self.ranks, strict=True))
+            bases = []
+            for mode, rank in zip(self.modes, self.ranks, strict=True):
+                n = self.view.sizes[mode]
+                own = jax.random.fold_in(for_path(key, self.path), mode)
+                drawn = jax.random.permutation(own, n)[:rank]
+                one = (jnp.arange(n)[:, None] == drawn).astype(leaf.dtype)
+                bases.append(jnp.broadcast_to(one, (*self.view.batch_shape, n, rank)))
+            return tuple(bases)
 
         bases = with_automatic_axes(draw, lambda mesh: self._specs(mesh, leaf)[0], leaf)
-        return bases if bits is None else tuple(_stored(b, bits) for b in bases)
+        if bits is None:
+            return bases
+        # In groups of 256 elements of one matrix (Q-GaLore, arXiv:2407.08296, section 3.1).
+        axes = [-2 if basis.shape[-1] < 256 else -1 for basis in bases]
+        pairs = zip(bases, axes, strict=True)
+        return tuple(quantize(x, Affine(bits), block=256, axis=axis) for x, axis in pairs)
 
     def _specs(
         self, mesh: Mesh | AbstractMesh, leaf: Array
@@ -164,8 +149,7 @@ class Projection:
         batch = [split_by[axis] for axis in self.view.batch_axes]
         sides = [sum((split_by[axis] for axis in axes), ()) for axes in self.view.modes]
         for axes in self.view.modes:
-            split = [axis for axis in axes[1:] if split_by[axis]]
-            if split:
+            if split := [axis for axis in axes[1:] if split_by[axis]]:
                 warnings.warn(
                     f"the leaf at {self.path} is split along axis {split[0]}, which dimension "
                     f"numbers merge behind axis {axes[0]}: a refresh gathers it along that axis; "
@@ -183,12 +167,6 @@ class Projection:
         return bases, (small,) * self.matrices if batch else small
 
 
-def _stored(basis: Float[Array, "*batch n r"], bits: int) -> QuantizedArray:
-    """In groups of 256 elements of one matrix (Q-GaLore, arXiv:2407.08296, section 3.1)."""
-    axis = -2 if basis.shape[-1] < 256 else -1
-    return quantize(basis, Affine(bits), block=256, axis=axis)
-
-
 def unfold(matrix: Float[Array, "..."], mode: int) -> Float[Array, "n m"]:
     """A matrix or tensor with one axis first and all others merged behind it.
 
@@ -201,11 +179,7 @@ def unfold(matrix: Float[Array, "..."], mode: int) -> Float[Array, "n m"]:
 
 
 def checked_rank(value: Any, name: str = "rank") -> int | float:
-    """A rank or a fraction, checked.
-
-    Raises:
-        ValueError: If it is neither an integer of at least 1 nor a fraction above 0, at most 1.
-    """
+    """Returns a rank or a fraction; raises a ValueError if it is neither."""
     if isinstance(value, float) and 0 < value <= 1:
         return value
     whole = hasattr(value, "__index__") and not isinstance(value, bool | np.ndarray)
@@ -220,12 +194,7 @@ def checked_rank(value: Any, name: str = "rank") -> int | float:
 def projections(
     params: optax.Params, numbers: WeightDimensionNumbers, rank: Rank, side: str
 ) -> list[Projection | None]:
-    """The projection of every leaf, in the order of `jax.tree.leaves`; None where there is none.
-
-    Raises:
-        ValueError: If the dimension numbers do not fit the params, or a function for the rank gives
-            something else than a rank.
-    """
+    """The projection of every leaf, in the order of `jax.tree.leaves`; None where there is none."""
 
     def projection(path: str, view: LeafView) -> Projection:
         name = f"rank({path!r}, {view.shape})"
@@ -243,7 +212,5 @@ def projections(
         modes = (0, 1) if side == "both" else (0,) if left else (1,)
         return Projection(view, modes, (within(min(rows, columns)),) * len(modes), path)
 
-    return [
-        None if view is None else projection(path, view)
-        for path, view in matrix_views(params, numbers)
-    ]
+    views = matrix_views(params, numbers)
+    return [None if view is None else projection(path, view) for path, view in views]

@@ -46,8 +46,7 @@ class Moment:
     Attributes:
         name: Its field's name.
         role: What it is.
-        first: The index, among the moments of the same matrix, of the first moment beside a second
-            moment; None if there is none.
+        first: Beside a second moment the index of its first one among the matrix's moments.
     """
 
     name: str
@@ -62,8 +61,8 @@ class Place(NamedTuple):
     moment: Moment
 
 
-MomentsOf = list[list[list[Place]]]
-"""For each leaf and each of its matrices the moments."""
+MomentsOf = dict[int, list[list[Place]]]
+"""For each projected leaf, by index, and each of its matrices the moments."""
 
 
 def small_leaves(plans: Sequence[Projection | None]) -> list[tuple[int, int]]:
@@ -90,32 +89,31 @@ def moments_of(
     """Where the moments of each matrix lie in the inner's state.
 
     Args:
-        roles: Of the leaves of the state, a `QuantizedArray` being one.
+        roles: Of the leaves of the state; a `QuantizedArray` is one leaf.
         state: The state.
         params: The params that the inner is given.
         plans: How each leaf is projected.
     """
     owners = small_leaves(plans)
     param_paths = [path for path, _ in jax.tree.leaves_with_path(params)]
-    found: MomentsOf = [[[] for _ in range(plan.matrices if plan else 0)] for plan in plans]
-    containers: dict[int, str] = {}
+    found: MomentsOf = {
+        i: [[] for _ in range(plan.matrices)] for i, plan in enumerate(plans) if plan is not None
+    }
+    containers: dict[int, tuple[Any, ...]] = {}
     leaves = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
     for position, ((path, _), role) in enumerate(zip(leaves, roles, strict=True)):
-        if role.param is None:
+        if role.param is None or owners[role.param][0] not in found:
             continue
         i, j = owners[role.param]
-        if plans[i] is None:
-            continue
         field = _field(path, param_paths[role.param])
-        containers[position] = jax.tree_util.keystr(field[:-1])
+        containers[position] = field[:-1]
         own, first = found[i][j], None
         if role.kind == SECOND:
             beside = (
                 k
                 for k, (other, moment) in enumerate(own)
-                if moment.role.kind == FIRST
-                and moment.role.axes == role.axes
-                and containers[other] == containers[position]
+                if moment.role.kind == FIRST and moment.role.axes == role.axes
+                if containers[other] == containers[position]
             )
             first = next(beside, None)
         name = jax.tree_util.keystr(field[-1:], simple=True) if field else ""
@@ -138,31 +136,25 @@ def reset(
     refreshed: Sequence[Bool[Array, " matrices"]],
 ) -> list[Array]:
     """The leaves of the inner's state, as `init` makes them where a matrix was refreshed."""
-    moved = [
-        (place.position, refreshed[i][j])
-        for i, matrices in enumerate(places)
-        for j, matrix in enumerate(matrices)
-        for place in matrix
-    ]
-    if not moved:
+    if not any(map(any, places.values())):
         return leaves
     # No conditional: zeros are chosen in the pass that updates a moment, and one conditional for
     # all matrices would let each of them depend on the gradients of the others.
     fresh = sharded_like(jax.tree.leaves(init(), is_leaf=is_quantized), leaves)
     new = list(leaves)
-    for position, found in moved:
-        new[position] = jax.tree.map(partial(jnp.where, found), fresh[position], leaves[position])
+    for matrices, happened in zip(places.values(), refreshed, strict=True):
+        for matrix, found in zip(matrices, happened, strict=True):
+            for position, _ in matrix:
+                chosen = partial(jnp.where, found)
+                new[position] = jax.tree.map(chosen, fresh[position], leaves[position])
     return new
 
 
 @dataclasses.dataclass(frozen=True)
 class CarryOver:
-    """Carries the moments of one matrix over to a new basis.
+    """Carries the moments of one matrix of a leaf over to a new basis.
 
-    Attributes:
-        projection: How the matrix's leaf is projected.
-        rule: "rotate", or the user's own function.
-        moments: Of the matrix.
+    The rule is "rotate", or the user's own function.
     """
 
     projection: Projection
@@ -182,9 +174,8 @@ class CarryOver:
                     f"moments: from the moment {own.name!r} of shape {moment.shape} the function "
                     f"makes one of shape {jnp.shape(new)}"
                 )
-        return tuple(
-            stored_like(c.astype(m.dtype), m) for c, m in zip(carried, moments, strict=True)
-        )
+        pairs = zip(carried, moments, strict=True)
+        return tuple(stored_like(new.astype(old.dtype), old) for new, old in pairs)
 
     def _carried(self, i: int, moments: Sequence[Array], transitions: dict[int, Array]) -> Array:
         own, moment = self.moments[i], moments[i]
@@ -224,19 +215,10 @@ def check_rule(
     places: MomentsOf,
     plans: Sequence[Projection | None],
 ) -> None:
-    """Checks that a user's function carries moments over.
-
-    Args:
-        rule: The function.
-        leaves: Of the inner's state.
-        places: From `moments_of`.
-        plans: How each leaf is projected.
-
-    Raises:
-        ValueError: If it makes moments of another shape, or cannot be called.
-    """
-    for plan, matrices in zip(plans, places, strict=True):
-        if plan is None or not matrices or not matrices[0]:
+    """Refuses a user's function that does not carry over the moments among the state's leaves."""
+    for i, matrices in places.items():
+        plan = plans[i]
+        if plan is None or not matrices[0]:
             continue
         carry_over = CarryOver(plan, rule, tuple(place.moment for place in matrices[0]))
         turns = [jax.ShapeDtypeStruct((rank, rank), jnp.float32) for rank in plan.ranks]

@@ -28,12 +28,21 @@ Change = tuple[tuple[Float[Array, "r r"], ...], Float[Array, ""]]
 """The transitions from old bases to new ones, if moments are carried over, and their similarity."""
 
 
+class Refreshed(NamedTuple):
+    """A leaf after its refresh."""
+
+    bases: Bases
+    moments: Moments
+    happened: Bool[Array, " matrices"]
+    similarities: Float[Array, " matrices"]  # of new bases to the old ones, the mean over sides
+
+
 @dataclasses.dataclass(frozen=True)
 class Refresh:
     """How a leaf is refreshed; fixed when the program is compiled.
 
     Attributes:
-        projection: How the leaf is projected.
+        projection: The leaf's projection.
         find: Finds a basis of one gradient `(n, m)`, the projected side first.
         carry_over: What becomes of the moments; None leaves them.
         similarity: Compares the new basis with the old one; None does not.
@@ -44,156 +53,126 @@ class Refresh:
     carry_over: CarryOver | None
     similarity: Similarity | None
 
+    def __call__(
+        self,
+        gradient: Float[Array, "*shape"],
+        bases: Bases,
+        moments: Moments,
+        due: Bool[Array, "*batch"],
+        key: PRNGKeyArray,
+        first: Int[Array, ""],
+    ) -> Refreshed:
+        """Of a leaf; see `refresh`."""
+        view, number = self.projection.view, self.projection.matrices
 
-class Leaf(NamedTuple):
-    """A leaf before its refresh.
+        def single() -> Refreshed:
+            matrix = view.to_stack(gradient)
+            new, (turns, similar), found = self._matrix(matrix, bases, due, key, first)
+            carried = self._carried(turns, found, moments[0])
+            return Refreshed(new, (carried,), found[None], similar[None])
 
-    Attributes:
-        gradient: Its gradient.
-        bases: Its bases, one for each projected side.
-        moments: Its moments; `()` for each matrix if they are not carried over.
-        due: Whether a refresh is due, for each matrix.
-    """
+        def stack() -> Refreshed:
+            gradients, shape = view.to_stack(gradient), view.batch_shape
 
-    gradient: Float[Array, "*shape"]
-    bases: Bases
-    moments: Moments
-    due: Bool[Array, "*batch"]
+            def body(i: Array, state: Any) -> Any:
+                # Transitions are kept, not the old bases, so that new ones can take their place.
+                own = partial(_matrix_of, i=i, batch_shape=shape)
+                stacks, changes, found = state
+                # The gradient is read beside the condition: with the collectives that send a matrix
+                # of a sharded stack in it, devices waited forever (jaxlib 0.10, CPU).
+                mine = own(gradients), jax.tree.map(own, stacks), own(due)
+                new, change, happened = self._matrix(*mine, key, first + i)
+                at = jnp.unravel_index(i, shape)
+                stacks = jax.tree.map(lambda b, x: b.at[at].set(x), stacks, new)
+                changes = jax.tree.map(lambda c, x: c.at[i].set(x), changes, change)
+                return stacks, changes, found.at[i].set(happened)
 
-
-class Refreshed(NamedTuple):
-    """A leaf after its refresh.
-
-    Attributes:
-        bases: Its bases.
-        moments: Its moments.
-        happened: Whether a matrix was refreshed.
-        similarities: Of a refreshed matrix' new basis to the old one, the mean over its sides.
-    """
-
-    bases: Bases
-    moments: Moments
-    happened: Bool[Array, " matrices"]
-    similarities: Float[Array, " matrices"]
-
-
-def check_subspace(find: FindSubspace, plans: Sequence[Projection | None]) -> None:
-    """Checks that a user's function finds bases of the right shape.
-
-    Raises:
-        ValueError: If it does not, or cannot be called.
-    """
-    for plan in filter(None, plans):
-        for mode, rank in zip(plan.modes, plan.ranks, strict=True):
-            n = plan.view.sizes[mode]
-            gradient, basis = (
-                jax.ShapeDtypeStruct((n, m), jnp.float32)
-                for m in (math.prod(plan.view.sizes) // n, rank)
+            none = self._no_change(jax.tree.map(lambda b: b[(0,) * len(shape)], bases))
+            changes = jax.tree.map(lambda c: jnp.zeros((number, *c.shape), c.dtype), none)
+            start = bases, changes, jnp.zeros(number, bool)
+            new, (turns, similar), found = jax.lax.fori_loop(0, number, body, start)
+            carried = (
+                self._carried(tuple(turn[i] for turn in turns), found[i], own)
+                for i, own in enumerate(moments)
             )
-            checks.gives(find, "subspace", (gradient, basis, jax.random.key(0)), basis)
+            return Refreshed(new, tuple(carried), found, similar)
 
+        def stay() -> Refreshed:
+            none = jnp.zeros(number, jnp.float32)
+            return Refreshed(bases, moments, none > 0, none)
 
-# Compiled on its own, since outside of jit every conditional would be compiled anew at every call.
-@partial(jax.jit, static_argnums=0)
-def refresh(how: Refresh, leaf: Leaf, key: PRNGKeyArray, first: Int[Array, ""]) -> Refreshed:
-    """Refreshes the matrices of a leaf that are due; costs nothing on other steps.
+        return jax.lax.cond(jnp.any(due), stack if view.batch_axes else single, stay)
 
-    Args:
-        how: How.
-        leaf: The leaf.
-        key: Of the leaf and the step; a matrix's index is folded in.
-        first: The index of the leaf's first matrix; not 0 if other layers are before it.
-    """
-    return with_automatic_axes(
-        partial(_refresh, how),
-        lambda _: Refreshed._make(
-            (specs(leaf.bases), specs(leaf.moments), PartitionSpec(), PartitionSpec())
-        ),
-        leaf, key, first,
-    )  # fmt: skip
-
-
-def _refresh(how: Refresh, leaf: Leaf, key: PRNGKeyArray, first: Array) -> Refreshed:
-    projection, carry_over = how.projection, how.carry_over
-
-    def matrix(
-        gradient: Float[Array, "*sizes"], bases: Bases, due: Array, index: Array | int
+    def _matrix(
+        self, gradient: Float[Array, "*sizes"], bases: Bases, due: Array, key: Array, index: Array
     ) -> tuple[Bases, Change, Array]:
         """Of one matrix the new bases, what they are to the old, and whether they are new."""
 
         def search() -> tuple[Bases, Change, Array]:
-            own = jax.random.fold_in(key, first + index)
-            old = dequantized(bases)
+            own, old = jax.random.fold_in(key, index), dequantized(bases)
             pairs = [
-                refreshed(how.find, unfold(gradient, mode), basis, jax.random.fold_in(own, mode))
-                for mode, basis in zip(projection.modes, old, strict=True)
+                refreshed(self.find, unfold(gradient, mode), basis, jax.random.fold_in(own, mode))
+                for mode, basis in zip(self.projection.modes, old, strict=True)
             ]
             found = jnp.all(jnp.array([ok for _, ok in pairs]))
             new = tuple(stored_like(p[0], basis) for p, basis in zip(pairs, bases, strict=True))
             new = jax.tree.map(partial(jnp.where, found), new, bases)
-            return new, change(old, dequantized(new)), found
+            return new, self._change(old, dequantized(new)), found
 
         def stay() -> tuple[Bases, Change, Array]:
-            none = jax.eval_shape(lambda b: change(dequantized(b), dequantized(b)), bases)
-            return bases, jax.tree.map(jnp.zeros_like, none), jnp.array(False)
+            return bases, self._no_change(bases), jnp.array(False)
 
-        # Not under `vmap`, which would turn it into a select, and compute every basis at every step.
+        # Not under `vmap`, which would make it a select, and compute every basis at every step.
         return jax.lax.cond(due, search, stay)
 
-    def change(old: Sequence[Any], new: Sequence[Any]) -> Change:
+    def _change(self, old: Sequence[Any], new: Sequence[Any]) -> Change:
         pairs = list(zip(old, new, strict=True))
-        turns = () if carry_over is None else tuple(transition(a, b) for a, b in pairs)
-        if how.similarity is None:
+        turns = () if self.carry_over is None else tuple(transition(a, b) for a, b in pairs)
+        if self.similarity is None:
             return turns, jnp.zeros((), jnp.float32)
         wide = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in pairs]
-        return turns, jnp.mean(jnp.array([how.similarity(a, b) for a, b in wide], jnp.float32))
+        return turns, jnp.mean(jnp.array([self.similarity(a, b) for a, b in wide], jnp.float32))
 
-    def carried(turns: Any, found: Array, moments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _no_change(self, bases: Bases) -> Change:
+        floats = jax.eval_shape(dequantized, bases)
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(self._change, floats, floats))
+
+    def _carried(self, turns: Any, found: Array, moments: tuple[Any, ...]) -> tuple[Any, ...]:
+        carry_over = self.carry_over
         if carry_over is None:
             return moments
         return jax.lax.cond(found, lambda: carry_over(turns, moments), lambda: moments)
 
-    def single() -> Refreshed:
-        gradient = projection.view.to_stack(leaf.gradient)
-        new, (turns, similar), found = matrix(gradient, leaf.bases, leaf.due, 0)
-        moments = (carried(turns, found, leaf.moments[0]),)
-        return Refreshed(new, moments, found[None], similar[None])
 
-    def stack() -> Refreshed:
-        gradients, shape = projection.view.to_stack(leaf.gradient), projection.view.batch_shape
+# Compiled on its own, since outside of jit every conditional would be compiled anew at every call.
+@partial(jax.jit, static_argnums=0)
+def refresh(
+    how: Refresh, gradient: Any, bases: Bases, moments: Moments, due: Any, key: Any, first: Any
+) -> Refreshed:
+    """Refreshes the matrices of a leaf that are due; costs nothing on other steps.
 
-        def body(i: Array, state: tuple[Bases, Change, Array]) -> tuple[Bases, Change, Array]:
-            # The transitions are kept, not the old bases, so that new ones can take their place.
-            own = partial(_matrix_of, i=i, batch_shape=shape)
-            stacks, changes, found = state
-            # The gradient is read beside the condition: with the collectives that send a matrix of
-            # a sharded stack inside it, devices waited for each other forever (jaxlib 0.10, CPU).
-            new, one, happened = matrix(own(gradients), jax.tree.map(own, stacks), own(leaf.due), i)
-            at = jnp.unravel_index(i, shape)
-            stacks = jax.tree.map(lambda b, x: b.at[at].set(x), stacks, new)
-            changes = jax.tree.map(lambda c, x: c.at[i].set(x), changes, one)
-            return stacks, changes, found.at[i].set(happened)
+    Args:
+        how: How.
+        gradient: The leaf's gradient.
+        bases: Its bases, one for each projected side.
+        moments: For each matrix its moments; `()` if they are not carried over.
+        due: Whether a refresh is due, for each matrix.
+        key: Of the leaf and the step; a matrix's index is folded in.
+        first: The index of the leaf's first matrix; not 0 if other layers are before it.
+    """
+    none = PartitionSpec()
+    out = Refreshed._make((specs(bases), specs(moments), none, none))
+    return with_automatic_axes(how, lambda _: out, gradient, bases, moments, due, key, first)
 
-        def one_of(stacks: Bases) -> Bases:
-            return dequantized(jax.tree.map(lambda b: b[(0,) * len(shape)], stacks))
 
-        number = projection.matrices
-        one = jax.eval_shape(lambda b: change(one_of(b), one_of(b)), leaf.bases)
-        changes = jax.tree.map(lambda c: jnp.zeros((number, *c.shape), c.dtype), one)
-        start = leaf.bases, changes, jnp.zeros(number, bool)
-        new, (turns, similar), found = jax.lax.fori_loop(0, number, body, start)
-        moments = tuple(
-            carried(tuple(turn[i] for turn in turns), found[i], own)
-            for i, own in enumerate(leaf.moments)
-        )
-        return Refreshed(new, moments, found, similar)
-
-    def stay() -> Refreshed:
-        none = jnp.zeros(projection.matrices, jnp.float32)
-        return Refreshed(leaf.bases, leaf.moments, none > 0, none)
-
-    refresh_all = stack if projection.view.batch_axes else single
-    return jax.lax.cond(jnp.any(leaf.due), refresh_all, stay)
+def check_subspace(find: FindSubspace, plans: Sequence[Projection | None]) -> None:
+    """Refuses a user's function that does not find bases of the right shape."""
+    for plan in filter(None, plans):
+        for mode, rank in zip(plan.modes, plan.ranks, strict=True):
+            n = plan.view.sizes[mode]
+            gradient = jax.ShapeDtypeStruct((n, math.prod(plan.view.sizes) // n), jnp.float32)
+            basis = jax.ShapeDtypeStruct((n, rank), jnp.float32)
+            checks.gives(find, "subspace", (gradient, basis, jax.random.key(0)), basis)
 
 
 def _matrix_of(

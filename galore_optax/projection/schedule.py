@@ -22,6 +22,12 @@ _NEVER = 2**30  # steps of a gap that is infinite or no number
 _LAST = 2**31 - 1
 
 
+def check_gap(gap: Any, *kinds: type) -> None:
+    """Refuses what is no integer of at least 1, no function, and of none of the kinds."""
+    if not (callable(gap) or isinstance(gap, kinds)):
+        checks.whole(gap, "update_proj_gap")
+
+
 @dataclasses.dataclass(frozen=True)
 class Staggered:
     """Spreads the second and all later refreshes over the steps of a gap.
@@ -40,7 +46,7 @@ class Staggered:
     gap: int | optax.Schedule
 
     def __post_init__(self):
-        _check_gap(self.gap)
+        check_gap(self.gap)
 
 
 Similarity = Callable[[Float[Array, "n r"], Float[Array, "n r"]], Float[Array, ""]]
@@ -55,8 +61,7 @@ def overlap(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Array, 
 def first_cosine(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Array, ""]:
     """The cosine between the two first vectors, -1 to 1: the published measure.
 
-    It means something where bases are singular vectors in order, `subspace="svd"`, whose signs are
-    arbitrary all the same.
+    Meaningful for singular vectors in order, `subspace="svd"`; even their signs are arbitrary.
     """
     a, b = old[:, 0], new[:, 0]
     return a @ b / jnp.maximum(jnp.linalg.norm(a) * jnp.linalg.norm(b), 1e-30)
@@ -76,9 +81,6 @@ class Adaptive:
         max_factor: The gap grows to at most this multiple of `gap`.
         similarity: "overlap" (`overlap`), or "first_cosine", the published one (`first_cosine`).
 
-    Raises:
-        ValueError: If one of them is out of range.
-
     References:
         Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.2.
 
@@ -97,8 +99,7 @@ class Adaptive:
     similarity: str = "overlap"
 
     def __post_init__(self):
-        if not isinstance(self.gap, Staggered):
-            _check_gap(self.gap)
+        check_gap(self.gap, Staggered)
         checks.number(self.threshold, "threshold", such_as=0.4)
         for name in ("window", "max_factor"):
             checks.whole(getattr(self, name), name, below=2**20)
@@ -123,51 +124,11 @@ class Adaptation(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """When the matrices' refreshes are due, all matrices in the order of `jax.tree.leaves`.
-
-    Attributes:
-        next_refresh: The step from which a matrix's refresh is due.
-        refreshes: How many refreshes each has had.
-        adaptation: Of `Adaptive`; `()` without it.
-    """
+    """When the matrices' refreshes are due: the fields of `GaLoreState` with these names."""
 
     next_refresh: Int[Array, " matrices"]
     refreshes: Int[Array, " matrices"]
     adaptation: Adaptation | tuple[()]
-
-
-class Layer(NamedTuple):
-    """Which layer of a stack an update is for; one update for all layers is that of layer 0 of 1.
-
-    Attributes:
-        index: The layer.
-        count: Of how many.
-    """
-
-    index: ArrayLike = 0
-    count: int = 1
-
-
-def checked_gap(gap: Any) -> RefreshGap:
-    """`update_proj_gap`, checked as far as it can be before there is a step.
-
-    Raises:
-        ValueError: If it is none of the accepted forms.
-    """
-    if not isinstance(gap, Staggered | Adaptive):
-        _check_gap(gap)
-    return gap
-
-
-def check_schedule(gap: RefreshGap) -> None:
-    """Calls a gap that is a function of the step once.
-
-    Raises:
-        ValueError: If it fails, or does not return a positive number.
-    """
-    steps = _steps(gap)
-    if callable(steps):
-        checks.schedule(steps, "update_proj_gap", above=0)
 
 
 def first_timing(gap: RefreshGap, matrices: int) -> Timing:
@@ -193,7 +154,8 @@ def next_timing(
     refreshed: Bool[Array, " matrices"],
     similarities: Float[Array, " matrices"],
     matrices: Sequence[int],
-    layer: Layer,
+    layer: ArrayLike = 0,
+    layers: int = 1,
 ) -> Timing:
     """The timing after the refreshes of a step.
 
@@ -205,12 +167,12 @@ def next_timing(
         similarities: Of the new subspace to the one before, where one was refreshed.
         matrices: How many matrices each projected leaf holds.
         layer: Which layer the leaves belong to.
+        layers: Of how many.
     """
     adaptation, steps = timing.adaptation, _gap_at(gap, count)
-    staggered = isinstance(gap.gap if isinstance(gap, Adaptive) else gap, Staggered)
-    if staggered:
+    if isinstance(gap.gap if isinstance(gap, Adaptive) else gap, Staggered):
         # From half a gap to one and a half after the first refresh, then a gap for each.
-        own = jnp.ceil(steps * _phases(matrices, layer)).astype(jnp.int32)
+        own = jnp.ceil(steps * _phases(matrices, layer, layers)).astype(jnp.int32)
         steps = jnp.where(timing.refreshes == 0, own, steps)
     if isinstance(gap, Adaptive):
         # The first basis took the place of a random one.
@@ -218,19 +180,11 @@ def next_timing(
         adaptation = _adapted(gap, adaptation, comparable, similarities)
         steps = jnp.minimum(steps, _LAST // adaptation.factor) * adaptation.factor
     later = count + jnp.minimum(steps, _LAST - count)
-    return Timing(
-        jnp.where(refreshed, later, timing.next_refresh),
-        timing.refreshes + refreshed,
-        adaptation,
-    )
+    next_refresh = jnp.where(refreshed, later, timing.next_refresh)
+    return Timing(next_refresh, timing.refreshes + refreshed, adaptation)
 
 
-def _adapted(
-    rule: Adaptive,
-    state: Any,
-    counts: Bool[Array, " matrices"],
-    similarities: Float[Array, " matrices"],
-) -> Adaptation:
+def _adapted(rule: Adaptive, state: Any, counts: Any, similarities: Any) -> Adaptation:
     """Takes in the similarities of the matrices that count."""
     later = jnp.concatenate([state.recent[:, 1:], similarities[:, None]], axis=1)
     recent = jnp.where(counts[:, None], later, state.recent)
@@ -244,14 +198,19 @@ def _adapted(
     )
 
 
-def _phases(matrices: Sequence[int], layer: Layer) -> Float[Array, " matrices"]:
+def _phases(matrices: Sequence[int], layer: ArrayLike, layers: int) -> Float[Array, " matrices"]:
     """A matrix's place among all, leaf by leaf and in each the layers, from 0.5 to 1.5."""
-    total, before, phases = sum(matrices) * layer.count, 0, []
-    for number in matrices:
-        place = (before + np.arange(layer.count * number) + 0.5) / total + 0.5
-        phases.append(jnp.asarray(place.reshape(layer.count, number), jnp.float32)[layer.index])
-        before += layer.count * number
-    return jnp.concatenate(phases)
+    total = sum(matrices) * layers
+    places = (np.arange(total) + 0.5) / total + 0.5
+    leaves = np.split(places, np.cumsum(matrices)[:-1] * layers)
+    by_layer = np.concatenate([x.reshape(layers, -1) for x in leaves], axis=1)
+    return jnp.asarray(by_layer, jnp.float32)[layer]
+
+
+def check_schedule(gap: RefreshGap) -> None:
+    """Calls a gap that is a function of the step once, and refuses one that fails."""
+    if callable(steps := _steps(gap)):
+        checks.schedule(steps, "update_proj_gap", above=0)
 
 
 def _steps(gap: RefreshGap) -> int | optax.Schedule:
@@ -264,8 +223,3 @@ def _gap_at(gap: RefreshGap, count: Int[Array, ""]) -> Int[Array, ""]:
     steps = _steps(gap)
     steps = jnp.asarray(steps(count) if callable(steps) else steps)
     return jnp.where(steps < _NEVER, jnp.maximum(steps, 1), _NEVER).astype(jnp.int32)
-
-
-def _check_gap(gap: Any) -> None:
-    if not callable(gap):
-        checks.whole(gap, "update_proj_gap")

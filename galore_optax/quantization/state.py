@@ -44,11 +44,11 @@ def quantize_state(
     """Quantizes each large floating-point array of the state of `inner`.
 
     A number other than zero is never rounded to zero where numbers have no sign, nor in 8 bits
-    where they have one: a second moment of zero would make the next update as large as the first moment
-    over eps. Zeros stay zeros. Two kinds of arrays therefore take more bits, with a warning: 8
-    instead of 4 for an array that the update divides by and that may have a sign (for every signed
-    array, if the update cannot be traced), and floats for one whose difference from another the
-    update takes a root of, such as E[g²] - E[g]².
+    where they have one: a second moment of zero would make the next update as large as the first
+    moment over eps. Zeros stay zeros. Two kinds of arrays therefore take more bits, with a warning:
+    8 instead of 4 for an array that the update divides by and that may have a sign (for every
+    signed array, if the update cannot be traced), and floats for one whose difference from another
+    the update takes a root of, such as E[g²] - E[g]².
 
     Args:
         inner: The transformation.

@@ -9,12 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from galore_optax.trace.interpreter import Reading, shape_of
+from galore_optax.trace.interpreter import Reading, known_number, shape_of
 
 # Parities. EITHER is zero, or a random number of symmetric distribution: odd and even. SIGNED has
 # elements that are odd and others that are even, so that its magnitude is even.
@@ -81,7 +79,7 @@ class CoordinatesReading(Reading):
 
     def constant(self, value: Any) -> Coordinates:
         axes = tuple(MIXED if n > 1 else None for n in np.shape(value))
-        number = None if axes else _number(value)
+        number = None if axes else known_number(value)
         return Coordinates(axes, EITHER if number == 0 else EVEN, number=number)
 
     def join(self, values: Sequence[Coordinates]) -> Coordinates:
@@ -239,14 +237,6 @@ def _opposite(number: Number) -> Number:
     if isinstance(number, tuple):
         return (-number[0], number[1])
     return None if number is None else -number
-
-
-def _number(value: Any) -> Number:
-    if isinstance(value, jax.core.Tracer) or jnp.issubdtype(
-        getattr(value, "dtype", np.float32), jax.dtypes.extended
-    ):
-        return None  # random keys have no number
-    return float(np.real(value))
 
 
 def _joined_axes(several: Sequence[tuple[Axis, ...]]) -> tuple[Axis, ...]:

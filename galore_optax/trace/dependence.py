@@ -1,12 +1,18 @@
-"""Which outputs of a traced function depend on which of its inputs."""
+"""Which outputs of a traced function depend on which of its inputs.
+
+A transformation that updates a leaf from another leaf's gradient too, such as clipping by the
+global norm, needs all gradients at once, and cannot run layer by layer (`galore_optax.layerwise`).
+"""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from galore_optax.trace.interpreter import Reading, interpret, shape_of
+from galore_optax.trace.interpreter import Reading, interpret, known_number, shape_of
 
 Names = frozenset[Hashable]
 _NONE: Names = frozenset()
@@ -70,5 +76,50 @@ def dependences(
 
 def is_zero(atom: Any) -> bool:
     """Whether a variable of a traced function is the constant zero."""
-    # A random key has no number.
-    return isinstance(atom, Literal) and np.ndim(atom.val) == 0 and bool(np.all(atom.val == 0))
+    return isinstance(atom, Literal) and known_number(atom.val) == 0
+
+
+def coupled_leaves(
+    tx: optax.GradientTransformationExtraArgs, params: optax.Params, **extra_args: object
+) -> tuple[str, str] | None:
+    """The paths of two leaves, the first of which is updated by the second's gradient.
+
+    A dependence through a scalar of the state, one or more updates later, counts too. One through
+    an array of the state does not: the array would have to hold something of several leaves.
+
+    Args:
+        tx: The transformation.
+        params: Arrays or `jax.ShapeDtypeStruct`; their values are not used.
+        **extra_args: Passed to the update.
+
+    Returns:
+        None if every leaf is updated by itself.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from galore_optax.trace.dependence import coupled_leaves
+        >>> params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+        >>> coupled_leaves(optax.with_extra_args_support(optax.adamw(1e-3)), params)
+        >>> coupled_leaves(optax.with_extra_args_support(optax.clip_by_global_norm(1.0)), params)
+        ("['a']", "['b']")
+    """
+    state = jax.eval_shape(tx.init, params)
+
+    def update(gradient: optax.Updates, state: optax.OptState, params: optax.Params) -> object:
+        return tx.update(gradient, state, params, **extra_args)
+
+    traced = jax.make_jaxpr(update)(params, state, params)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    n = len(paths)
+    # Paths name gradients, and numbers the scalars of the state, which are followed.
+    scalars = [i if np.ndim(x) == 0 else None for i, x in enumerate(jax.tree.leaves(state))]
+    before, made_of = None, dependences(traced, [*paths, *scalars, *[None] * n])
+    while made_of != before:
+        before = made_of
+        followed = [[before[n + i] for i in names if isinstance(i, int)] for names in before]
+        made_of = [names.union(*more) for names, more in zip(before, followed, strict=True)]
+    for path, names in zip(paths, made_of, strict=False):
+        others = {name for name in names if isinstance(name, str)} - {path}
+        if others:
+            return path, min(others)
+    return None

@@ -8,10 +8,9 @@ which must not become negative.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from galore_optax.trace.interpreter import Reading, shape_of
+from galore_optax.trace.interpreter import Reading, known_number, shape_of
 
 _ROOTS = {"sqrt", "rsqrt", "log", "pow"}
 _INVERSES = {"rsqrt", "log", "pow"}
@@ -24,27 +23,21 @@ _OTHER = {
 
 
 class Made(NamedTuple):
-    """What a value is made of, element by element.
+    """What a value is made of, element by element."""
 
-    Attributes:
-        leaves: Positions of the leaves of the state.
-        differences: Positions of those that the value contains a difference of.
-        fresh: Whether it contains the updates that come in.
-    """
-
-    leaves: frozenset[int] = frozenset()
-    differences: frozenset[int] = frozenset()
-    fresh: bool = False
+    leaves: frozenset[int] = frozenset()  # of the state, by position
+    differences: frozenset[int] = frozenset()  # those that it contains a difference of
+    fresh: bool = False  # whether it contains the updates that come in
 
 
 class Divisors(Reading):
-    """Collects, while it reads an update, the leaves of the state that need care.
+    """Collects, while it reads an update, the positions of the leaves of the state that need care.
 
     Attributes:
-        divisors: Positions of the leaves that something is divided by.
-        stale: Positions of those that something is divided by without the present updates in them,
-            so that a leaf near zero makes the quotient arbitrarily large (ACProp, ADOPT).
-        rooted: Positions of the leaves of whose difference a root is taken.
+        divisors: Something is divided by them.
+        stale: Likewise, without the present updates in them, so that a leaf near zero makes the
+            quotient arbitrarily large (ACProp, ADOPT).
+        rooted: A root is taken of their difference from another one.
     """
 
     def __init__(self) -> None:
@@ -95,5 +88,5 @@ class Divisors(Reading):
 
 def _from_zero(equation: JaxprEqn) -> bool:
     """Whether one of the operands is a number of at least zero."""
-    literals = [x.val for x in equation.invars if isinstance(x, Literal)]
-    return any(np.ndim(x) == 0 and x >= 0 for x in literals)
+    numbers = [known_number(x.val) for x in equation.invars if isinstance(x, Literal)]
+    return any(x is not None and x >= 0 for x in numbers)

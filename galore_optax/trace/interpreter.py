@@ -7,6 +7,9 @@ on this input". Calls, branches and loops are followed here, for every reading a
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 Value = Any
@@ -80,6 +83,14 @@ def opened(traced: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
 def shape_of(var: Any) -> tuple[int, ...]:
     """The shape of a variable; `()` of what has none, such as a token."""
     return getattr(var.aval, "shape", ())
+
+
+def known_number(value: Any) -> float | None:
+    """The number that a constant is; None of a large array, a tracer, and a random key."""
+    key = jnp.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended)
+    if key or isinstance(value, jax.core.Tracer) or np.size(value) != 1:
+        return None
+    return float(np.real(np.asarray(value)).item())
 
 
 def called(equation: JaxprEqn) -> ClosedJaxpr | Jaxpr | None:

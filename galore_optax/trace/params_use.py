@@ -11,8 +11,8 @@ Inside GaLore these are projected weights PᵀW. Three uses matter:
   gradient is, and scalars such as a norm.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,50 +22,12 @@ from jaxtyping import Array
 
 from galore_optax.trace.dependence import dependences, is_zero
 from galore_optax.trace.interpreter import Reading, interpret, shape_of
+from galore_optax.trace.sign import UNKNOWN, ZERO, Sign
 from galore_optax.trace.traced import Traced
 
-
-class Decay(NamedTuple):
-    """Decoupled weight decay in a traced update.
-
-    Attributes:
-        slopes: From the leaves of updates and state, of the float params and of their tangents to
-            the derivatives of their updates; None if no update uses them.
-        leaves: The float params, by index; the others have no slope.
-        used: For each of them whether its update depends on it at all.
-        scalars_only: Whether the slopes are known not to depend on arrays of updates and state.
-    """
-
-    slopes: ClosedJaxpr | None
-    leaves: list[int]
-    used: list[bool]
-    scalars_only: bool
-
-    def at(
-        self, updates: Sequence[Array], state: Sequence[Array], params: Sequence[Array]
-    ) -> list[Array | None]:
-        """For each param d update / d param, an array with one value; None where it is unused.
-
-        Args:
-            updates: Leaves of the updates.
-            state: Leaves of the state, without `QuantizedArray`s.
-            params: Leaves of the params; only their shapes are used.
-        """
-        found: list[Array | None] = [None] * len(params)
-        if self.slopes is None:
-            return found
-        # Traced for updates in the params' dtypes, which they may not have.
-        inputs = zip([*updates, *state], self.slopes.in_avals, strict=False)
-        rest = [
-            jnp.zeros_like(x, a.dtype) if self.scalars_only and x.ndim else x.astype(a.dtype)
-            for x, a in inputs
-        ]
-        zeros = [jnp.zeros_like(params[i]) for i in self.leaves]
-        ones = [jnp.ones_like(params[i]) for i in self.leaves]
-        slopes = jaxpr_as_fun(self.slopes)(*rest, *zeros, *ones)
-        for i, slope, used in zip(self.leaves, slopes, self.used, strict=True):
-            found[i] = slope if used else None
-        return found
+Slopes = Callable[[Sequence[Array], Sequence[Array], Sequence[Array]], list[Array | None]]
+"""From the leaves of updates, state (without `QuantizedArray`s) and params, whose values are not
+used, to d update / d param for each param, an array with one value; None where it is unused."""
 
 
 def init_uses_params(traced: Traced) -> bool:
@@ -73,8 +35,8 @@ def init_uses_params(traced: Traced) -> bool:
     return any(dependences(traced.init, ["params"] * len(traced.params)))
 
 
-def decoupled_decay(traced: Traced, *, check: bool = True) -> Decay | None:
-    """The decoupled weight decay of a transformation; None if its use of params is something else.
+def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
+    """The slopes of decoupled weight decay; None if the use of params is something else.
 
     Args:
         traced: The transformation.
@@ -94,7 +56,7 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Decay | None:
         return None
     used = [bool(uses[i]) for i in sloped]
     if not any(used):
-        return Decay(None, [], [], scalars_only=True)
+        return lambda updates, state, params: [None] * n
     call = jaxpr_as_fun(traced.update)
 
     def slope(rest: Sequence[Array], own: Sequence[Array], tangents: Sequence[Array]) -> Any:
@@ -109,9 +71,8 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Decay | None:
     floats = [params[i] for i in sloped]
     slopes = jax.make_jaxpr(slope)(rest, floats, floats)
     if check:
-        none = [None] * len(floats)
-        of_params, of_tangents = ["params"] * len(none), ["tangents"] * len(none)
-        on = dependences(slopes, [*[None] * len(rest), *of_params, *of_tangents])
+        none, others = [None] * len(floats), [None] * len(rest)
+        on = dependences(slopes, [*others, *(["params"] * len(none)), *(["tangents"] * len(none))])
         # One number for a whole leaf: what has axes may enter the slope through a scalar only.
         arrays = ["arrays" if x.shape else None for x in rest]
         on_arrays = dependences(slopes, [*arrays, *none, *none], through_scalars=False)
@@ -120,9 +81,25 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Decay | None:
         if any("params" in names for names in on) or any(on_arrays) or not affine:
             return None
     # A decay of zero, such as that of many recipes by default, needs no pass over the weights.
-    zero = interpret(slopes, [False] * len(slopes.jaxpr.invars), _Zero())
-    used = [u and not z for u, z in zip(used, zero, strict=True)]
-    return Decay(slopes, sloped, used, scalars_only=check)
+    signs = interpret(slopes, [UNKNOWN] * len(slopes.jaxpr.invars), Sign())
+
+    def at(
+        updates: Sequence[Array], state: Sequence[Array], params: Sequence[Array]
+    ) -> list[Array | None]:
+        # Traced for updates in the params' dtypes, which they may not have.
+        inputs = zip([*updates, *state], slopes.in_avals, strict=False)
+        rest = [
+            jnp.zeros_like(x, a.dtype) if check and x.ndim else x.astype(a.dtype) for x, a in inputs
+        ]
+        zeros = [jnp.zeros_like(params[i]) for i in sloped]
+        ones = [jnp.ones_like(params[i]) for i in sloped]
+        found: list[Array | None] = [None] * n
+        made = jaxpr_as_fun(slopes)(*rest, *zeros, *ones)
+        for i, slope, use, sign in zip(sloped, made, used, signs, strict=True):
+            found[i] = slope if use and sign != ZERO else None
+        return found
+
+    return at
 
 
 def remembers_params(traced: Traced, counts: Sequence[bool]) -> bool:
@@ -228,36 +205,3 @@ class _Use(Reading):
 def _zero_or_scalar(equation: JaxprEqn, into: list[int]) -> bool:
     other = equation.invars[into.index(_NOTHING)]
     return is_zero(other) or shape_of(other) == ()
-
-
-# Primitives that give zero where their first operand, or where all of them, are zero.
-_ZERO_IF_FIRST = {
-    "neg", "div", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "transpose",
-    "reduce_sum", "copy", "slice", "sign", "reduce_precision",
-}  # fmt: skip
-_ZERO_IF_ALL = {"add", "add_any", "sub", "max", "min", "concatenate"}
-
-
-class _Zero(Reading):
-    """Abstract values are whether a value is shown to be zero.
-
-    A product with zero counts as zero, although one with an infinite or undefined number is not.
-    """
-
-    def constant(self, value: Any) -> bool:
-        # Not large ones, not tracers, and no random keys, which have no number.
-        small = np.ndim(value) == 0 and not isinstance(value, jax.core.Tracer)
-        key = jnp.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended)
-        return small and not key and bool(value == 0)
-
-    def join(self, values: Sequence[bool]) -> bool:
-        return all(values)
-
-    def equation(self, equation: JaxprEqn, into: list[bool]) -> bool:
-        name = equation.primitive.name
-        return (
-            (name == "mul" and any(into))
-            or (name in _ZERO_IF_FIRST and into[0])
-            or (name in _ZERO_IF_ALL and all(into))
-            or (name == "select_n" and all(into[1:]))
-        )

@@ -21,7 +21,7 @@ from galore_optax.trace.coordinates import (
 )
 from galore_optax.trace.divisors import Divisors, Made
 from galore_optax.trace.interpreter import interpret
-from galore_optax.trace.sign import Nonnegative
+from galore_optax.trace.sign import UNKNOWN, Sign
 from galore_optax.trace.traced import Traced
 
 FIRST, SECOND, FACTOR, OTHER = "first", "second", "factor", "other"
@@ -98,10 +98,10 @@ def state_roles(traced: Traced, moving: Collection[tuple[int, int]] | None = Non
     start = [v if f.parity == EITHER and v.parity == EVEN else s for f, v, s in triples]
     found = traced.settled(reading, given, start, given)
 
-    signs, unknown = [False] * len(states), [False] * len(leaves)
+    signs, unknown = [UNKNOWN] * len(states), [UNKNOWN] * len(leaves)
     if traced.same:
-        start = interpret(traced.init, unknown, Nonnegative())
-        signs = traced.settled(Nonnegative(), unknown, start, unknown)
+        start = interpret(traced.init, unknown, Sign())
+        signs = traced.settled(Sign(), unknown, start, unknown)
 
     jaxpr = traced.update.jaxpr
     before, after = jaxpr.invars[len(leaves) :], jaxpr.outvars[len(leaves) :]
@@ -113,7 +113,7 @@ def state_roles(traced: Traced, moving: Collection[tuple[int, int]] | None = Non
     return [
         dataclasses.replace(
             _role(value, x, [y.ndim for y in leaves], frozenset(moving), unchanged[i]),
-            nonnegative=signs[i],
+            nonnegative=signs[i] != UNKNOWN,
             divisor=i in divisors.divisors,
             stale=i in divisors.stale,
             rooted=i in divisors.rooted,

@@ -98,8 +98,8 @@ def _without_shardings(tree: Any) -> Any:
 
 
 def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict[str, Any]:
-    # The curvature is constant, since a Hessian's diagonal (Sophia) is not a remembered value of the
-    # params; values are negative, as a loss may be. Line searches refuse arguments that their
+    # The curvature is constant, since a Hessian's diagonal (Sophia) is not a remembered value of
+    # the params; values are negative, as a loss may be. Line searches refuse arguments that their
     # value_fn does not name.
     def value_fn(params: optax.Params, obj_fn: Any = None, grad_fn: Any = None) -> Any:
         del obj_fn, grad_fn

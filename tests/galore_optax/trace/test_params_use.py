@@ -69,7 +69,7 @@ def slopes(inner, params=None, updates=None):
     if found is None:
         return None
     states = jax.tree.leaves(inner.init(params))
-    made = found.at(jax.tree.leaves(updates), states, jax.tree.leaves(params))
+    made = found(jax.tree.leaves(updates), states, jax.tree.leaves(params))
     return [None if s is None else float(s.ravel()[0]) for s in made]
 
 

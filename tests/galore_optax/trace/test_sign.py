@@ -112,7 +112,7 @@ def once(init, update):
     ("init", "update", "expected"),
     [
         (jnp.zeros_like, lambda g, s: s + g * g, True),
-        (jnp.zeros_like, lambda g, s: s + g * s, False),  # a product of two that differ
+        (jnp.ones_like, lambda g, s: s + g * s, False),  # a product of two that differ
         (jnp.zeros_like, lambda g, s: s - g**2, False),
         (jnp.zeros_like, lambda g, s: s + g**3, False),
         (jnp.zeros_like, lambda g, s: 0.9 * s + 0.1 * jnp.abs(g), True),
