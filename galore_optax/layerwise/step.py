@@ -92,7 +92,7 @@ class Layerwise:
         ... )
         >>> params = {"layers": {"w": jnp.ones((4, 16, 16))}, "out": jnp.ones((16, 1))}
         >>> optimizer = Layerwise(model, galore(4, optax.adamw(1e-2)), clip_norm=1.0)
-        >>> step = jax.jit(optimizer.step)  # in training with donate_argnums=(0, 1)
+        >>> step = jax.jit(optimizer.step, donate_argnums=(0, 1))
         >>> params, state, metrics = step(params, optimizer.init(params), jnp.ones((8, 16)))
         >>> bool(metrics.finite), state.layers.bases["layers"]["w"].shape
         (True, (4, 16, 4))
