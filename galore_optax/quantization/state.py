@@ -6,6 +6,7 @@ Li et al., arXiv:2309.01507), and floats within a step.
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -64,10 +65,6 @@ def quantize_state(
     Returns:
         The transformation. Its state is that of `inner` with `QuantizedArray`s instead of arrays.
 
-    Raises:
-        ValueError: If an argument is not one of these; at `init`, if the state of `inner` has
-            `QuantizedArray`s already.
-
     References:
         Dettmers et al., `8-bit Optimizers via Block-wise Quantization
         <https://arxiv.org/abs/2110.02861>`_, 2021.
@@ -101,9 +98,9 @@ def quantize_state(
     def init(params: optax.Params) -> optax.OptState:
         params = without_variables(params)
         state = inner.init(params)
-        pairs, tree = jax.tree.flatten_with_path(state, is_leaf=is_quantized)
+        pairs = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
         paths = [jax.tree_util.keystr(path) for path, _ in pairs]
-        leaves = [leaf for _, leaf in pairs]
+        leaves, tree = jax.tree.flatten(state, is_leaf=is_quantized)
         if any(map(is_quantized, leaves)):
             raise ValueError(
                 "inner: its state is quantized already, in part; put quantize_state around the "
@@ -129,16 +126,8 @@ def quantize_state(
             leaves[i] = quantize(opaque(leaves[i]), code, block=block)
         return tree.unflatten(leaves)
 
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        def of_floats(updates: optax.Updates, state: optax.OptState, params: optax.Params) -> Any:
-            return inner.update(updates, state, params, **extra_args)
-
-        return updated(of_floats, updates, state, params)
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        return updated(partial(inner.update, **extra_args), updates, state, params)
 
     # optax's types say that a state is any tree, not which one.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
