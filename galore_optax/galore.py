@@ -54,9 +54,8 @@ def galore(
     added. Any other elementwise use (decay within a trust ratio, decay masked by the sign of the
     update) acts within the subspace only, with a warning.
 
-    The update takes the extra arguments `layer` and `layers` if it is called for one layer of a
-    stack at a time (`galore_optax.Layerwise`): which layer of how many. Random numbers and the
-    steps of refreshes are then the same as in one update of the whole stack.
+    For one layer of a stack at a time (`Layerwise`) the update takes the extra arguments `layer`
+    and `layers`, which layer of how many: random numbers and refreshes are those of the stack.
 
     Args:
         rank: Dimensions of the subspace: an integer of at least 1 (a matrix whose smaller side is
@@ -96,23 +95,17 @@ def galore(
         update, for microbatches.
 
     Raises:
-        ValueError: If an argument is out of range, at construction; if the dimension numbers do not
-            fit the params, at `init`; if `inner` cannot run under explicit mesh axes, where the
-            params have them.
+        ValueError: If an argument is out of range, or at `init` does not fit the params.
 
     References:
-        Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
-        <https://arxiv.org/abs/2403.03507>`_, 2024, algorithm 2.
+        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, algorithm 2.
 
     Examples:
-        >>> import jax, jax.numpy as jnp, optax
+        >>> import jax.numpy as jnp, optax
         >>> from galore_optax import galore
-        >>> params = {"w": jnp.ones((64, 256)), "b": jnp.zeros(256)}
-        >>> tx = optax.chain(
-        ...     optax.clip_by_global_norm(1.0), galore(rank=8, inner=optax.adamw(1e-2))
-        ... )
+        >>> params = grads = {"w": jnp.ones((64, 256)), "b": jnp.zeros(256)}
+        >>> tx = optax.chain(optax.clip_by_global_norm(1.0), galore(8, inner=optax.adamw(1e-2)))
         >>> state = tx.init(params)
-        >>> grads = jax.tree.map(jnp.ones_like, params)
         >>> updates, state = tx.update(grads, state, params)
         >>> params = optax.apply_updates(params, updates)
         >>> state[1].bases["w"].shape

@@ -74,23 +74,20 @@ def galore_adamw(
         Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, algorithm 1.
 
     Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> from galore_optax import (
-        ...     apply_updates, galore_adamw, galore_adamw8bit, q_galore_adamw8bit, quantize_weights
-        ... )
-        >>> params = {"w": jnp.ones((64, 256))}
-        >>> state = galore_adamw(0.01, rank=16, update_proj_gap=100).init(params)
+        >>> import jax, jax.numpy as jnp, galore_optax
+        >>> params = grads = {"w": jnp.ones((64, 256))}
+        >>> state = galore_optax.galore_adamw(0.01, rank=16, update_proj_gap=100).init(params)
         >>> state.inner[0].mu["w"].nbytes  # of 16 x 256 moments
         16384
-        >>> galore_adamw8bit(0.01, rank=16).init(params).inner[0].mu["w"].nbytes
+        >>> galore_optax.galore_adamw8bit(0.01, rank=16).init(params).inner[0].mu["w"].nbytes
         4160
 
-        Q-GaLore with quantized weights:
+        Q-GaLore; gradients are with respect to the dequantized weights:
 
-        >>> params, tx = quantize_weights(params), q_galore_adamw8bit(0.01, rank=16)
-        >>> grads = {"w": jnp.ones((64, 256))}  # with respect to the dequantized weight
+        >>> params = galore_optax.quantize_weights(params)
+        >>> tx = galore_optax.q_galore_adamw8bit(0.01, rank=16)
         >>> updates, state = tx.update(grads, tx.init(params), params)
-        >>> params = apply_updates(params, updates, jax.random.key(0))
+        >>> params = galore_optax.apply_updates(params, updates, jax.random.key(0))
     """
     inner = _adamw(learning_rate, b1, b2, eps, weight_decay, bits)
     return galore(rank, inner, **options)
@@ -119,15 +116,9 @@ def adamw8bit(
     weight_decay: float = 0.0,
     bits: int = 8,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW at full rank with moments stored in 8 bits.
+    """AdamW at full rank with moments stored in 8 bits (`bits=4`: in 4).
 
-    Args:
-        learning_rate: Learning rate or schedule.
-        b1: Decay rate of the first moment.
-        b2: Decay rate of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay.
-        bits: Of a moment, 8 or 4, as in `quantize_state`.
+    Other arguments: see `galore_adamw`.
 
     References:
         Dettmers et al., `8-bit Optimizers <https://arxiv.org/abs/2110.02861>`_, 2021.

@@ -18,7 +18,7 @@ from galore_optax.nnx_variables import without_variables
 from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.leaf import Projection, Rank, projections
-from galore_optax.projection.moments import CarryOver, MomentsOf, reset
+from galore_optax.projection.moments import CarryOver, Moment, MomentsOf, reset
 from galore_optax.projection.refresh import Refresh, check_subspace, refresh
 from galore_optax.projection.subspace import SUBSPACES, FindSubspace
 from galore_optax.quantization.array import dequantized, is_quantized
@@ -95,16 +95,12 @@ class GaLore:
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             bases=tree.unflatten(map(_stored, bases)),
-            **schedule.first_timing(self.gap, matrices)._asdict(),
+            **schedule.first_timing(self.gap, matrices),
             inner=inner_state,
         )
 
     def update(
-        self,
-        updates: optax.Updates,
-        state: GaLoreState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        self, updates: Any, state: GaLoreState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, GaLoreState]:
         """All stages."""
         call, grads = _Call(self, updates, state, params, **extra_args), jax.tree.leaves(updates)
@@ -114,11 +110,7 @@ class GaLore:
     # The same in parts: `galore_optax.transformation.SubspaceParts`.
 
     def refresh(
-        self,
-        gradient: optax.Updates,
-        state: GaLoreState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        self, gradient: Any, state: GaLoreState, params: Any = None, **extra_args: Any
     ) -> GaLoreState:
         """The state with new bases where they are due."""
         call = _Call(self, gradient, state, params, **extra_args)
@@ -129,11 +121,7 @@ class GaLore:
         return _Call(self, gradient, state).project(jax.tree.leaves(gradient), state)
 
     def update_projected(
-        self,
-        projected: optax.Updates,
-        state: GaLoreState,
-        params: optax.Params,
-        **extra_args: Any,
+        self, projected: Any, state: GaLoreState, params: Any, **extra_args: Any
     ) -> tuple[optax.Updates, GaLoreState]:
         """Updates and the new state, from a projected gradient."""
         params = dequantized(without_variables(params))
@@ -192,12 +180,12 @@ class _Call:
         key = jax.random.fold_in(jax.random.key(self.galore.seed), count)
         happened, similarities = [], []
         for (i, plan), now in zip(projected, due, strict=True):
-            carried = [()] * plan.matrices if rule in ("keep", "reset") else places[i]
+            carried = [[]] * plan.matrices if rule in ("keep", "reset") else places[i]
             made = refresh(
-                self._how(plan, [place.moment for place in carried[0]]),
+                self._how(plan, carried[0]),
                 grads[i],
                 bases[i],
-                tuple(tuple(inner_leaves[place.position] for place in own) for own in carried),
+                tuple(tuple(inner_leaves[moment.position] for moment in own) for own in carried),
                 # A tensor without an axis above the rank has nothing to refresh.
                 now.reshape(plan.view.batch_shape) & bool(plan.modes),
                 keys.for_path(key, plan.path),
@@ -207,29 +195,22 @@ class _Call:
             happened.append(made.happened)
             similarities.append(made.similarities)
             for own, values in zip(carried, made.moments, strict=True):
-                for place, value in zip(own, values, strict=True):
-                    inner_leaves[place.position] = value
+                for moment, value in zip(own, values, strict=True):
+                    inner_leaves[moment.position] = value
         timing = schedule.next_timing(
-            self.galore.gap,
-            schedule.Timing(state.next_refresh, state.refreshes, state.adaptation),
-            count,
-            jnp.concatenate(happened),
-            jnp.concatenate(similarities),
-            matrices,
-            self.layer,
-            self.layers,
+            self.galore.gap, state, happened, similarities, self.layer, self.layers
         )
-        bases = self.tree.unflatten(map(_stored, bases))
-        state = state._replace(bases=bases, **timing._asdict())
+        state = state._replace(bases=self.tree.unflatten(map(_stored, bases)), **timing)
         if rule == "reset":
             weights = grads if self.weights is None else self.weights
-            inner_leaves = reset(
-                lambda: self.galore.inner.tx.init(self.project(weights, state)),
-                inner_leaves, places, happened,
-            )  # fmt: skip
+
+            def init() -> optax.OptState:
+                return self.galore.inner.tx.init(self.project(weights, state))
+
+            inner_leaves = reset(init, inner_leaves, places, happened)
         return state._replace(inner=inner_tree.unflatten(inner_leaves))
 
-    def _how(self, plan: Projection, moments: list[Any]) -> Refresh:
+    def _how(self, plan: Projection, moments: list[Moment]) -> Refresh:
         """How a leaf is refreshed, with the moments of each of its matrices."""
         gap, find = self.galore.gap, self.galore.subspace
         adaptive = isinstance(gap, schedule.Adaptive)

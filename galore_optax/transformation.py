@@ -20,9 +20,8 @@ class SubspaceParts(Protocol):
         projected = parts.project(gradient, state)
         updates, state = parts.update_projected(projected, state, params)
 
-    A step counts where it is finished, in the third part. A refresh that is due is made by the
-    first gradient that can make it, and is not due any more then: the first two parts may be called
-    for one microbatch after the other.
+    The first two parts may be called for one microbatch after the other: a refresh that is due is
+    made by the first gradient that can make it. A step counts where it is finished, in the third.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -45,17 +44,14 @@ class SubspaceParts(Protocol):
         self, gradient: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
         """The state with new bases where they are due; needs params only if moments are reset."""
-        ...
 
     def project(self, gradient: optax.Updates, state: Any) -> optax.Updates:
         """The projected gradient: R at a projected leaf, a tuple of them for a stack."""
-        ...
 
     def update_projected(
         self, projected: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         """Updates and the new state, from a projected gradient or a sum of such."""
-        ...
 
 
 def transformation(owner: Any) -> optax.GradientTransformationExtraArgs:

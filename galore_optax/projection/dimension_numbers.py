@@ -35,10 +35,8 @@ class GaLoreDimensionNumbers(NamedTuple):
         >>> heads = GaLoreDimensionNumbers(0, (1, 2))  # (width, head, head_width)
         >>> numbers = {"mlp": stacked_layers, "query": heads, "norm": None}
         >>> tx = galore(8, optax.adam(1e-3), weight_dimension_numbers=numbers)
-        >>> params = {
-        ...     "mlp": jnp.ones((2, 64, 256)), "query": jnp.ones((64, 4, 32)), "norm": jnp.ones(64)
-        ... }
-        >>> bases = tx.init(params).bases
+        >>> shapes = {"mlp": (2, 64, 256), "query": (64, 4, 32), "norm": (64,)}
+        >>> bases = tx.init({name: jnp.ones(shape) for name, shape in shapes.items()}).bases
         >>> bases["mlp"].shape, bases["query"].shape
         ((2, 64, 8), (64, 8))
     """
@@ -70,13 +68,8 @@ class TuckerDimensionNumbers(NamedTuple):
     axes: Sequence[int]
 
 
-WeightDimensionNumbers = (
-    GaLoreDimensionNumbers
-    | TuckerDimensionNumbers
-    | optax.Params
-    | Callable[[optax.Params], optax.Params]
-    | None
-)
+_Numbers = GaLoreDimensionNumbers | TuckerDimensionNumbers
+WeightDimensionNumbers = _Numbers | optax.Params | Callable[[optax.Params], optax.Params] | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ the share that was not covered counts with the mean over the directions that wer
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,21 +45,16 @@ class Moment:
         name: Its field's name.
         role: What it is.
         first: For a second moment, the index of the first one among the matrix's moments.
+        position: Its index among the leaves; not compared, so that equal leaves share programs.
     """
 
     name: str
     role: Role
     first: int | None = None
+    position: int = dataclasses.field(default=0, compare=False)
 
 
-class Place(NamedTuple):
-    """Where a moment lies: its index among the leaves of the inner's state."""
-
-    position: int
-    moment: Moment
-
-
-MomentsOf = dict[int, list[list[Place]]]
+MomentsOf = dict[int, list[list[Moment]]]
 """For each projected leaf, by index, and each of its matrices the moments."""
 
 
@@ -105,13 +100,13 @@ def moments_of(
         if role.kind == SECOND:
             beside = (
                 k
-                for k, (other, moment) in enumerate(own)
-                if moment.role.kind == FIRST and moment.role.axes == role.axes
-                if containers[other] == containers[position]
+                for k, other in enumerate(own)
+                if other.role.kind == FIRST and other.role.axes == role.axes
+                if containers[other.position] == field[:-1]
             )
             first = next(beside, None)
         name = jax.tree_util.keystr(field[-1:], simple=True) if field else ""
-        own.append(Place(position, Moment(name, role, first)))
+        own.append(Moment(name, role, first, position))
     return found
 
 
@@ -138,9 +133,8 @@ def reset(
     new = list(leaves)
     for matrices, happened in zip(places.values(), refreshed, strict=True):
         for matrix, found in zip(matrices, happened, strict=True):
-            for position, _ in matrix:
-                chosen = partial(jnp.where, found)
-                new[position] = jax.tree.map(chosen, fresh[position], leaves[position])
+            for i in [moment.position for moment in matrix]:
+                new[i] = jax.tree.map(partial(jnp.where, found), fresh[i], leaves[i])
     return new
 
 
@@ -214,11 +208,10 @@ def check_rule(
         plan = plans[i]
         if plan is None or not matrices[0]:
             continue
-        carry_over = CarryOver(plan, rule, tuple(place.moment for place in matrices[0]))
         turns = [jax.ShapeDtypeStruct((rank, rank), jnp.float32) for rank in plan.ranks]
-        own = tuple(leaves[place.position] for place in matrices[0])
+        own = tuple(leaves[moment.position] for moment in matrices[0])
         try:
-            jax.eval_shape(carry_over, turns, own)
+            jax.eval_shape(CarryOver(plan, rule, tuple(matrices[0])), turns, own)
         except Exception as error:
             said = str(error).removeprefix("moments: ")
             raise ValueError(f"moments: the function does not carry them over: {said}") from error

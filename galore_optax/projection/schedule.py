@@ -123,16 +123,8 @@ class Adaptation(NamedTuple):
     recent: Float[Array, "matrices window"]
 
 
-class Timing(NamedTuple):
-    """When the matrices' refreshes are due: the fields of `GaLoreState` with these names."""
-
-    next_refresh: Int[Array, " matrices"]
-    refreshes: Int[Array, " matrices"]
-    adaptation: Adaptation | tuple[()]
-
-
-def first_timing(gap: RefreshGap, matrices: int) -> Timing:
-    """Every refresh is due, and nothing has been seen."""
+def first_timing(gap: RefreshGap, matrices: int) -> dict[str, Any]:
+    """Those fields of a first `GaLoreState` that say when refreshes are due: all at once."""
     # At least one entry, since Orbax saves no array without elements.
     matrices = max(1, matrices)
 
@@ -144,44 +136,44 @@ def first_timing(gap: RefreshGap, matrices: int) -> Timing:
     if isinstance(gap, Adaptive):
         recent = jnp.zeros((matrices, gap.window), jnp.float32)
         adaptation = Adaptation(jnp.ones(matrices, jnp.int32), zeros(), recent)
-    return Timing(zeros(), zeros(), adaptation)
+    return dict(next_refresh=zeros(), refreshes=zeros(), adaptation=adaptation)
 
 
 def next_timing(
     gap: RefreshGap,
-    timing: Timing,
-    count: Int[Array, ""],
-    refreshed: Bool[Array, " matrices"],
-    similarities: Float[Array, " matrices"],
-    matrices: Sequence[int],
+    state: Any,
+    happened: Sequence[Bool[Array, " matrices"]],
+    similarities: Sequence[Float[Array, " matrices"]],
     layer: ArrayLike = 0,
     layers: int = 1,
-) -> Timing:
-    """The timing after a step in which some matrices were refreshed.
+) -> dict[str, Any]:
+    """Those fields of the `GaLoreState` after a step that say when refreshes are due.
 
     Args:
         gap: `update_proj_gap`.
-        timing: Before the step.
-        count: The step.
-        refreshed: Which matrices were refreshed in it.
-        similarities: Of the new subspace to the one before, where one was refreshed.
-        matrices: How many matrices each projected leaf holds.
+        state: The state before the step.
+        happened: For each projected leaf, which matrices were refreshed in the step.
+        similarities: Of their new subspaces to the ones before.
         layer: Which layer the leaves belong to.
         layers: Of how many.
     """
-    adaptation, steps = timing.adaptation, _gap_at(gap, count)
+    refreshed, count = jnp.concatenate(happened), jnp.asarray(state.count)
+    adaptation, steps = state.adaptation, _gap_at(gap, count)
     if isinstance(gap.gap if isinstance(gap, Adaptive) else gap, Staggered):
         # From half a gap to one and a half after the first refresh, then a gap for each.
-        own = jnp.ceil(steps * _phases(matrices, layer, layers)).astype(jnp.int32)
-        steps = jnp.where(timing.refreshes == 0, own, steps)
+        own = jnp.ceil(steps * _phases([x.size for x in happened], layer, layers)).astype(jnp.int32)
+        steps = jnp.where(state.refreshes == 0, own, steps)
     if isinstance(gap, Adaptive):
         # The first basis took the place of a random one.
-        comparable = refreshed & (timing.refreshes > 0)
-        adaptation = _adapted(gap, adaptation, comparable, similarities)
+        comparable = refreshed & (state.refreshes > 0)
+        adaptation = _adapted(gap, adaptation, comparable, jnp.concatenate(similarities))
         steps = jnp.minimum(steps, _LAST // adaptation.factor) * adaptation.factor
     later = count + jnp.minimum(steps, _LAST - count)
-    next_refresh = jnp.where(refreshed, later, timing.next_refresh)
-    return Timing(next_refresh, timing.refreshes + refreshed, adaptation)
+    return dict(
+        next_refresh=jnp.where(refreshed, later, state.next_refresh),
+        refreshes=state.refreshes + refreshed,
+        adaptation=adaptation,
+    )
 
 
 def _adapted(rule: Adaptive, state: Any, counts: Any, similarities: Any) -> Adaptation:

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-FindSubspace = Callable[
-    [Float[Array, "n m"], Float[Array, "n r"], PRNGKeyArray], Float[Array, "n r"]
-]
+Gradient, Basis = Float[Array, "n m"], Float[Array, "n r"]
+FindSubspace = Callable[[Gradient, Basis, PRNGKeyArray], Basis]
 """From a gradient, the present basis and a key to a new basis of the same shape."""
 
 # Shifted Cholesky QR: the first shift keeps the Gram matrix of columns of any condition positive
@@ -25,7 +24,7 @@ _SHIFT, _SHIFT_DECAY, _PASSES = 1e-6, 1 / 30, 3
 _NOISE = 1e-6  # relative; gives a basis of full rank to a gradient that lacks it
 
 
-def orthonormalize(y: Float[Array, "n r"], passes: int = _PASSES) -> Float[Array, "n r"]:
+def orthonormalize(y: Basis, passes: int = _PASSES) -> Basis:
     """An orthonormal basis of the columns of `y`, n >= r, by passes of shifted Cholesky QR.
 
     Only the r x r Gram matrix is factorized. Columns may be of any condition, but none may be zero;
@@ -95,23 +94,15 @@ def _lower(
     return jnp.concatenate(rows, -2)
 
 
-def svd(
-    gradient: Float[Array, "n m"], basis: Float[Array, "n r"], key: PRNGKeyArray
-) -> Float[Array, "n r"]:
+def svd(gradient: Gradient, basis: Basis, key: PRNGKeyArray) -> Basis:
     """The leading left singular vectors, exactly, as published (equations 12 and 13)."""
-    del key
     left, _, _ = jnp.linalg.svd(gradient, full_matrices=False)
     return left[:, : basis.shape[-1]]
 
 
 def randomized(
-    gradient: Float[Array, "n m"],
-    basis: Float[Array, "n r"],
-    key: PRNGKeyArray,
-    *,
-    power_steps: int = 1,
-    oversampling: int = 0,
-) -> Float[Array, "n r"]:
+    gradient: Gradient, basis: Basis, key: PRNGKeyArray, power_steps: int = 1, oversampling: int = 0
+) -> Basis:
     """A randomized range finder, orthonormalized between its products.
 
     `power_steps` are products with G Gᵀ after the sketch; one keeps the energy of the exact
@@ -133,16 +124,14 @@ def randomized(
     return found if columns == rank else by_energy(found, gradient)[:, :rank]
 
 
-def by_energy(basis: Float[Array, "n r"], gradient: Float[Array, "n m"]) -> Float[Array, "n r"]:
+def by_energy(basis: Basis, gradient: Gradient) -> Basis:
     """The same subspace, its columns turned to keep as much energy as they can one by one."""
     small = basis.T @ gradient
     _, turn = jnp.linalg.eigh(small @ small.T)
     return basis @ turn[:, ::-1]
 
 
-def power(
-    gradient: Float[Array, "n m"], basis: Float[Array, "n r"], key: PRNGKeyArray
-) -> Float[Array, "n r"]:
+def power(gradient: Gradient, basis: Basis, key: PRNGKeyArray) -> Basis:
     """One step of subspace iteration from the present basis, orth(G Gᵀ P).
 
     Of the methods that use the gradient it does the least work. It follows a subspace that turns
@@ -153,9 +142,7 @@ def power(
     return orthonormalize(_with_noise(gradient @ rows, noise))
 
 
-def random(
-    gradient: Float[Array, "n m"], basis: Float[Array, "n r"], key: PRNGKeyArray
-) -> Float[Array, "n r"]:
+def random(gradient: Gradient, basis: Basis, key: PRNGKeyArray) -> Basis:
     """A random subspace, independent of the gradient: the baseline for the other methods."""
     return orthonormalize(_numbers(key, gradient, basis.shape[-1]))
 
@@ -173,7 +160,7 @@ def _numbers(key: PRNGKeyArray, like: Float[Array, "n m"], columns: int) -> Floa
     return numbers.reshape(rows, -1)[:, :columns]
 
 
-def _with_noise(sketch: Float[Array, "n r"], noise: Float[Array, "n r"]) -> Float[Array, "n r"]:
+def _with_noise(sketch: Basis, noise: Basis) -> Basis:
     """Completes a sketch of deficient rank with noise below the resolution of its dtype."""
     largest = jnp.sqrt(jnp.max(jnp.sum(sketch * sketch, axis=0)))
     return sketch + _in(sketch.dtype, _NOISE) * largest / sketch.shape[0] ** 0.5 * noise
@@ -183,8 +170,8 @@ SUBSPACES = {"randomized": randomized, "svd": svd, "power": power, "random": ran
 
 
 def refreshed(
-    find: FindSubspace, gradient: Float[Array, "n m"], basis: Float[Array, "n r"], key: PRNGKeyArray
-) -> tuple[Float[Array, "n r"], Bool[Array, ""]]:
+    find: FindSubspace, gradient: Gradient, basis: Basis, key: PRNGKeyArray
+) -> tuple[Basis, Bool[Array, ""]]:
     """A new basis for a gradient, and whether one was found.
 
     A gradient that is zero or not finite has no subspace: the present basis stays, and the caller
@@ -194,7 +181,7 @@ def refreshed(
     wide = jnp.promote_types(gradient.dtype, jnp.float32)
     largest = jnp.max(jnp.abs(gradient)).astype(wide)
 
-    def search() -> tuple[Float[Array, "n r"], Array]:
+    def search() -> tuple[Basis, Array]:
         unit = gradient.astype(wide) / largest  # here, so that nothing wide is made elsewhere
         found = find(unit, basis.astype(wide), key)
         usable = jnp.all(jnp.isfinite(found))

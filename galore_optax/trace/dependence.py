@@ -25,7 +25,6 @@ class _Dependence(Reading):
         self.through_scalars, self.through_choices = through_scalars, through_choices
 
     def constant(self, value: Any) -> Names:
-        del value
         return _NONE
 
     def join(self, values: Sequence[Names]) -> Names:

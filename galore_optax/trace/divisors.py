@@ -46,7 +46,6 @@ class Divisors(Reading):
         self.rooted: set[int] = set()
 
     def constant(self, value: Any) -> Made:
-        del value
         return Made()
 
     def join(self, values: Sequence[Made]) -> Made:

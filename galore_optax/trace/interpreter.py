@@ -35,7 +35,6 @@ class Reading:
 
     def chosen(self, predicate: Value, value: Value) -> Value:
         """A value that a predicate has selected."""
-        del predicate
         return value
 
     def sliced(self, value: Value) -> Value:
@@ -48,7 +47,6 @@ class Reading:
 
     def bound(self, var: Any, value: Value) -> Value:
         """The value of a variable, whose shape and dtype are in `var.aval`."""
-        del var
         return value
 
     @property
@@ -61,7 +59,8 @@ def interpret(
     traced: ClosedJaxpr | Jaxpr, inputs: Sequence[Value], reading: Reading
 ) -> list[Value]:
     """The abstract values of a traced function's outputs, from those of its inputs."""
-    jaxpr, constants = opened(traced)
+    closed = isinstance(traced, ClosedJaxpr)
+    jaxpr, constants = (traced.jaxpr, traced.consts) if closed else (traced, ())
     values = dict(zip(jaxpr.invars, inputs, strict=True))
     values.update(zip(jaxpr.constvars, map(reading.constant, constants), strict=True))
 
@@ -75,11 +74,6 @@ def interpret(
     return [of(atom) for atom in jaxpr.outvars]
 
 
-def opened(traced: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
-    """The equations of a traced function, and the constants that it closes over."""
-    return (traced.jaxpr, traced.consts) if isinstance(traced, ClosedJaxpr) else (traced, ())
-
-
 def shape_of(var: Any) -> tuple[int, ...]:
     """The shape of a variable; `()` of what has none, such as a token."""
     return getattr(var.aval, "shape", ())
@@ -91,16 +85,6 @@ def known_number(value: Any) -> float | None:
     if key or isinstance(value, jax.core.Tracer) or np.size(value) != 1:
         return None
     return float(np.real(np.asarray(value)).item())
-
-
-def called(equation: JaxprEqn) -> ClosedJaxpr | Jaxpr | None:
-    """The function that an equation calls on its own inputs, if it calls just one."""
-    bodies = [p for p in equation.params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]
-    if len(bodies) != 1 or equation.primitive.name in ("scan", "while"):
-        return None
-    jaxpr, _ = opened(bodies[0])
-    fits = len(jaxpr.invars), len(jaxpr.outvars)
-    return bodies[0] if fits == (len(equation.invars), len(equation.outvars)) else None
 
 
 def _outputs(equation: JaxprEqn, into: list[Value], reading: Reading) -> list[Value]:
@@ -120,8 +104,12 @@ def _outputs(equation: JaxprEqn, into: list[Value], reading: Reading) -> list[Va
             carry, _ = _loop(params["body_jaxpr"], into[n:m], into[m:], [], reading)
             (predicate,) = interpret(params["cond_jaxpr"], into[:n] + carry, reading)
             return [reading.chosen(predicate, value) for value in carry]
-    if (body := called(equation)) is not None:
-        return interpret(body, into, reading)
+    bodies = [p for p in params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]
+    if len(bodies) == 1:  # a function that is called on the equation's own inputs, if they fit
+        jaxpr = getattr(bodies[0], "jaxpr", bodies[0])
+        sizes = len(jaxpr.invars), len(jaxpr.outvars)
+        if sizes == (len(into), len(equation.outvars)):
+            return interpret(bodies[0], into, reading)
     made = reading.equation(equation, into)
     return made if isinstance(made, list) else [made] * len(equation.outvars)
 

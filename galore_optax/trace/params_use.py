@@ -148,7 +148,6 @@ class _Use(Reading):
     """Abstract values say what a value is linear in: the gradient, the params, or neither."""
 
     def constant(self, value: Any) -> int:
-        del value
         return _NOTHING
 
     def join(self, values: Sequence[int]) -> int:

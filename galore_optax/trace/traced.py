@@ -100,7 +100,6 @@ def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict
     # the params; values are negative, as a loss may be. Line searches refuse arguments that their
     # value_fn does not name.
     def value_fn(params: optax.Params, obj_fn: Any = None, grad_fn: Any = None) -> Any:
-        del obj_fn, grad_fn
         return -sum(jnp.sum(x * x).real for x in jax.tree.leaves(params))
 
     arguments = {
