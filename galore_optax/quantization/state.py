@@ -41,14 +41,13 @@ def quantize_state(
     min_size: int = 4096,
     unsigned: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Quantizes each large floating-point array of the state of `inner`.
+    """Quantizes each large floating-point array of the state of `inner`, between updates.
 
-    A number other than zero is never rounded to zero where numbers have no sign, nor in 8 bits
-    where they have one: a second moment of zero would make the next update as large as the first
-    moment over eps. Zeros stay zeros. Two kinds of arrays therefore take more bits, with a warning:
-    8 instead of 4 for an array that the update divides by and that may have a sign (for every
-    signed array, if the update cannot be traced), and floats for one whose difference from another
-    the update takes a root of, such as E[g²] - E[g]².
+    A second moment rounded to zero would make the next update as large as the first moment over
+    eps. So only signed numbers in 4 bits are ever rounded to zero, and two kinds of arrays take
+    more bits, with a warning: 8 instead of 4 for an array that the update divides by and that may
+    have a sign (for every signed array, if the update cannot be traced), and floats for one whose
+    difference from another the update takes a root of, such as E[g²] - E[g]². Zeros stay zeros.
 
     Args:
         inner: The transformation.
@@ -57,20 +56,10 @@ def quantize_state(
         min_size: Arrays of fewer elements stay floats. A stack of layers counts as a whole; with
             `unstacked` around it, each layer by itself.
         unsigned: From the path of an array in the state, such as "[0].nu['w']", to whether it is
-            never negative; negative numbers in it then become zero. All arrays are quantized to
-            `bits`. None reads it from the traced update; an array is signed unless it is shown not
-            to be.
+            never negative; negative numbers in it then become zero, and all arrays take `bits`.
+            None reads it from the traced update; what is not shown to be unsigned is signed.
 
-    Returns:
-        The transformation. Its state is that of `inner` with `QuantizedArray`s instead of arrays.
-
-    Raises:
-        ValueError: If an argument is not one of these; at `init`, if the state of `inner` has
-            `QuantizedArray`s already.
-
-    References:
-        Dettmers et al., `8-bit Optimizers via Block-wise Quantization
-        <https://arxiv.org/abs/2110.02861>`_, 2021.
+    `init` raises ValueError if the state of `inner` has `QuantizedArray`s already.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -102,8 +91,7 @@ def quantize_state(
         params = without_variables(params)
         state = inner.init(params)
         pairs, tree = jax.tree.flatten_with_path(state, is_leaf=is_quantized)
-        paths = [jax.tree_util.keystr(path) for path, _ in pairs]
-        leaves = [leaf for _, leaf in pairs]
+        paths, leaves = [jax.tree_util.keystr(path) for path, _ in pairs], [x for _, x in pairs]
         if any(map(is_quantized, leaves)):
             raise ValueError(
                 "inner: its state is quantized already, in part; put quantize_state around the "
@@ -130,10 +118,7 @@ def quantize_state(
         return tree.unflatten(leaves)
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: optax.OptState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         def of_floats(updates: optax.Updates, state: optax.OptState, params: optax.Params) -> Any:
             return inner.update(updates, state, params, **extra_args)

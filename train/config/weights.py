@@ -11,7 +11,7 @@ from galore_optax.adapters.base import Adapter, adapt
 from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
 from galore_optax.adapters.lora import DoRA, LoRA
 from galore_optax.adapters.low_rank import LowRank
-from galore_optax.quantization.nf4 import quantize_nf4
+from galore_optax.quantization.array import quantize_nf4
 from train.config.settings import Pretrain
 
 Params = dict[str, Any]
