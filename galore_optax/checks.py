@@ -1,4 +1,4 @@
-"""Checks of arguments, whose errors name the argument, its value and what is accepted."""
+"""Checks of arguments; each raises a ValueError that names argument, value and what is accepted."""
 
 import math
 import numbers
@@ -15,11 +15,7 @@ _STATIC = '"rank", "update_proj_gap", "projection_bits", "bits", "seed"'
 
 
 def static(value: Any, name: str) -> None:
-    """Refuses an array where shapes or the program depend on the value.
-
-    Raises:
-        ValueError: If it is one.
-    """
+    """Refuses an array where shapes or the program depend on the value."""
     if isinstance(value, jax.Array):
         raise ValueError(
             f"{name}={value!r} is an array, yet shapes or the program depend on it; under "
@@ -29,11 +25,7 @@ def static(value: Any, name: str) -> None:
 
 
 def whole(value: Any, name: str, least: int = 1, below: int = 2**31) -> int:
-    """An integer of at least `least` and less than `below`.
-
-    Raises:
-        ValueError: If it is something else.
-    """
+    """An integer of at least `least` and less than `below`."""
     static(value, name)
     index = not isinstance(value, bool | np.ndarray) and hasattr(value, "__index__")
     if not index or operator.index(value) < least:
@@ -49,9 +41,6 @@ def number(
     """A real number of at least `least`, less than `below`, and finite in float32.
 
     An array without axes passes, as `optax.inject_hyperparams` makes it: its value is not known.
-
-    Raises:
-        ValueError: If it is something else.
     """
     if isinstance(value, jax.Array | np.ndarray):
         if value.ndim == 0 and not jnp.issubdtype(value.dtype, jnp.complexfloating):
@@ -68,21 +57,13 @@ def number(
 
 
 def number_or_schedule(value: Any, name: str, *, such_as: float) -> None:
-    """A finite real number, or a function of the step.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """A finite real number, or a function of the step."""
     if not callable(value):
         number(value, name, such_as=such_as)
 
 
 def schedule(value: Callable[[Any], Any], name: str, above: float) -> None:
-    """A function from the step to a real number, checked at step 0.
-
-    Raises:
-        ValueError: If it fails, or the number is not above `above`.
-    """
+    """A function from the step to a real number, checked at step 0."""
     try:
         made = value(np.int32(0))
         real = np.ndim(made) == 0 and jnp.isrealobj(made)
@@ -99,16 +80,9 @@ def schedule(value: Callable[[Any], Any], name: str, above: float) -> None:
 
 
 def gives(
-    made_by: Callable[..., Any],
-    name: str,
-    arguments: tuple[Any, ...],
-    expected: jax.ShapeDtypeStruct,
+    made_by: Callable[..., Any], name: str, arguments: tuple[Any, ...], expected: Any
 ) -> None:
-    """Checks that a user's function can be called, and returns an array of the expected shape.
-
-    Raises:
-        ValueError: If it cannot, or does not.
-    """
+    """Checks that a user's function can be called, and returns an array of the expected shape."""
     of = ", ".join(str(getattr(x, "shape", x)) for x in arguments)
     try:
         made = jax.eval_shape(lambda *args: jnp.asarray(made_by(*args)), *arguments)
@@ -125,11 +99,7 @@ def gives(
 
 
 def choice(value: Any, name: str, accepted: tuple[Any, ...]) -> None:
-    """One of a few accepted values, and of the same type.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
+    """One of a few accepted values, and of the same type."""
     static(value, name)
     if not any(type(value) is type(x) and value == x for x in accepted):
         raise ValueError(

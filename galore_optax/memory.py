@@ -26,8 +26,7 @@ def state_bytes(state: optax.OptState) -> dict[str, int]:
 
     Examples:
         >>> import jax.numpy as jnp, optax
-        >>> from galore_optax import galore
-        >>> from galore_optax.memory import state_bytes
+        >>> from galore_optax import galore, state_bytes
         >>> state = galore(8, optax.adam(1e-3)).init({"w": jnp.ones((64, 256))})
         >>> state_bytes(state)["projections"], state_bytes(state)["moments"]
         (2048, 16384)
@@ -45,9 +44,7 @@ def state_bytes(state: optax.OptState) -> dict[str, int]:
         galore = isinstance(part, GaLoreState)
         if galore:
             kinds["projections"] += tree_bytes(part.bases)
-            kinds["counters"] += tree_bytes(
-                (part.count, part.next_refresh, part.refreshes, part.adaptation)
-            )
+            kinds["counters"] += tree_bytes(part._replace(bases=(), inner=()))
         for leaf in jax.tree.leaves(part.inner if galore else part):
             kinds["moments" if leaf.ndim > 0 else "counters"] += tree_bytes(leaf)
     return kinds

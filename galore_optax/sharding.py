@@ -85,8 +85,7 @@ def explain_sharding_errors(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps `inner` so that an operation without a type under explicit mesh axes says what to do.
 
-    It keeps the user's axes, because it may close over arrays with explicit types, as it does under
-    `optax.inject_hyperparams`.
+    Its axes stay explicit, as arrays may be that it closes over (`optax.inject_hyperparams`).
     """
 
     def explained(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,8 +113,7 @@ def state_shardings(
     """Returns the shardings of `tx.init(params)`, without allocating anything.
 
     A leaf of the state is sharded along the axes that it shares with a param. The moments of a
-    stack that is sharded along its layers are separate arrays, sharded along the side that is not
-    projected instead.
+    stack that is sharded along its layers are sharded along the side that is not projected instead.
 
     Args:
         tx: Any transformation.
@@ -126,14 +124,10 @@ def state_shardings(
     Returns:
         A tree like `tx.init(params)` of `NamedSharding` over that mesh.
 
-    Raises:
-        ValueError: If `param_shardings` are not `NamedSharding`s over one mesh.
-
     Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> from jax.sharding import NamedSharding, PartitionSpec
-        >>> from galore_optax import galore
-        >>> from galore_optax.sharding import state_shardings
+        >>> from galore_optax import galore, state_shardings
         >>> mesh = jax.make_mesh((1,), ("fsdp",))
         >>> params = {"w": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
         >>> tx = galore(8, optax.adam(1e-3))
@@ -153,15 +147,14 @@ def state_shardings(
             f"param_shardings: they are over {len(meshes)} meshes; give NamedShardings over one"
         )
     (mesh,) = meshes
-    explicit = mesh.abstract_mesh.update_axis_types(
-        dict.fromkeys(mesh.axis_names, AxisType.Explicit)
-    )
+    types = dict.fromkeys(mesh.axis_names, AxisType.Explicit)
+    explicit = mesh.abstract_mesh.update_axis_types(types)
+
+    def divides(size: int, axes: Any) -> bool:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
 
     def abstract(param: Array, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        def divides(size: int, axes: Any) -> bool:
-            names = (axes,) if isinstance(axes, str) else axes or ()
-            return size % math.prod(mesh.shape[name] for name in names) == 0
-
         pairs = zip(param.shape, sharding.spec, strict=False)
         spec = PartitionSpec(*(axes if divides(size, axes) else None for size, axes in pairs))
         placed = NamedSharding(explicit, spec)

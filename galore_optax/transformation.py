@@ -44,14 +44,7 @@ class SubspaceParts(Protocol):
     def refresh(
         self, gradient: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
-        """The state with new bases where they are due.
-
-        Args:
-            gradient: The gradient, or that of a microbatch.
-            state: The state.
-            params: The params; None will do unless moments are reset.
-            **extra_args: Those of the update.
-        """
+        """The state with new bases where they are due; needs params only if moments are reset."""
         ...
 
     def project(self, gradient: optax.Updates, state: Any) -> optax.Updates:

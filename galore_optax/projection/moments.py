@@ -12,8 +12,6 @@ becomes (Q∘Q) v, and so do the factors of one along the rank (Adafactor, SM3).
 the old basis did not cover has no variance then. That is harmless where the update adds the present
 gradient's square before it divides (Adam); where it divides by v as it was before (ACProp, ADOPT),
 the share that was not covered counts with the mean over the directions that were.
-
-Which leaf of the state is which is read from the inner's update (`galore_optax.trace.roles`).
 """
 
 import dataclasses
@@ -46,7 +44,7 @@ class Moment:
     Attributes:
         name: Its field's name.
         role: What it is.
-        first: Beside a second moment the index of its first one among the matrix's moments.
+        first: For a second moment, the index of the first one among the matrix's moments.
     """
 
     name: str
@@ -86,13 +84,9 @@ def moments_of(
     params: optax.Params,
     plans: Sequence[Projection | None],
 ) -> MomentsOf:
-    """Where the moments of each matrix lie in the inner's state.
+    """Where the moments of each matrix lie in the inner's state, a `QuantizedArray` being one leaf.
 
-    Args:
-        roles: Of the leaves of the state; a `QuantizedArray` is one leaf.
-        state: The state.
-        params: The params that the inner is given.
-        plans: How each leaf is projected.
+    The roles are those of the leaves of the state, the params those that the inner is given.
     """
     owners = small_leaves(plans)
     param_paths = [path for path, _ in jax.tree.leaves_with_path(params)]

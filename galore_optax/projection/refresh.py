@@ -154,7 +154,7 @@ def refresh(
     Args:
         how: How.
         gradient: The leaf's gradient.
-        bases: Its bases, one for each projected side.
+        bases: One for each projected side.
         moments: For each matrix its moments; `()` if they are not carried over.
         due: Whether a refresh is due, for each matrix.
         key: Of the leaf and the step; a matrix's index is folded in.
@@ -175,12 +175,9 @@ def check_subspace(find: FindSubspace, plans: Sequence[Projection | None]) -> No
             checks.gives(find, "subspace", (gradient, basis, jax.random.key(0)), basis)
 
 
-def _matrix_of(
-    stack: Shaped[Array, "..."], i: Int[Array, ""], batch_shape: tuple[int, ...]
-) -> Shaped[Array, "*sizes"]:
+def _matrix_of(stack: Shaped[Array, "..."], i: Int[Array, ""], batch_shape: Any) -> Array:
     """Matrix `i` of a stack, as a gather: where the stack is sharded XLA sends that one matrix.
 
     A dynamic slice (`stack[i]`) would have it send all of them.
     """
-    at = jnp.unravel_index(i[None], batch_shape)
-    return stack[at][0]
+    return stack[jnp.unravel_index(i[None], batch_shape)][0]

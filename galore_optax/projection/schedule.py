@@ -157,7 +157,7 @@ def next_timing(
     layer: ArrayLike = 0,
     layers: int = 1,
 ) -> Timing:
-    """The timing after the refreshes of a step.
+    """The timing after a step in which some matrices were refreshed.
 
     Args:
         gap: `update_proj_gap`.

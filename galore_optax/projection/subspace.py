@@ -30,9 +30,8 @@ def orthonormalize(y: Float[Array, "n r"], passes: int = _PASSES) -> Float[Array
 
     Only the r x r Gram matrix is factorized. Columns may be of any condition, but none may be zero;
     after fewer than three passes, columns of a high condition are not quite orthonormal. Takes one
-    matrix at a time: LAPACK calls on batches of matrices deadlock on a CPU (jaxlib 0.10) if as many
-    run at once as there are threads, since each waits in a thread of the pool for work that it has
-    queued in the same pool.
+    matrix at a time: LAPACK calls on batches deadlock on a CPU (jaxlib 0.10) if as many run at once
+    as there are threads, since each waits in a thread of the pool for work queued in that pool.
     """
     q = y / jnp.linalg.norm(y, axis=0, keepdims=True)
     rank = y.shape[-1]
@@ -53,10 +52,8 @@ def _in(dtype: Any, of_float32: float) -> float:
 
 def _lapack_inverse(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
     """The inverse of the Cholesky factor."""
-    lower = jnp.linalg.cholesky(gram)
-    return jax.scipy.linalg.solve_triangular(
-        lower, jnp.eye(len(gram), dtype=gram.dtype), lower=True
-    )
+    identity = jnp.eye(len(gram), dtype=gram.dtype)
+    return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(gram), identity, lower=True)
 
 
 def _factor_inverse(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
@@ -117,13 +114,9 @@ def randomized(
 ) -> Float[Array, "n r"]:
     """A randomized range finder, orthonormalized between its products.
 
-    Args:
-        gradient: The gradient.
-        basis: The present basis; only its shape is used.
-        key: Randomness of the sketch.
-        power_steps: Products with G Gᵀ after the sketch. One keeps the energy of the exact
-            singular vectors to about a percent where the spectrum falls slowly.
-        oversampling: Columns of the sketch beyond the rank; the leading ones are kept.
+    `power_steps` are products with G Gᵀ after the sketch; one keeps the energy of the exact
+    singular vectors to about a percent where the spectrum falls slowly. Of a sketch with
+    `oversampling` columns beyond the rank the leading ones are kept.
     """
     n, m = gradient.shape
     rank = basis.shape[-1]
@@ -152,9 +145,8 @@ def power(
 ) -> Float[Array, "n r"]:
     """One step of subspace iteration from the present basis, orth(G Gᵀ P).
 
-    Of the methods that use the gradient it does the least work: two products and one
-    orthonormalization. It follows a subspace that turns slowly; the first bases, found from random
-    ones, keep less energy.
+    Of the methods that use the gradient it does the least work. It follows a subspace that turns
+    slowly; the first bases, found from random ones, keep less energy.
     """
     noise = _numbers(key, gradient, basis.shape[-1])
     rows = gradient.T @ basis
@@ -187,19 +179,11 @@ def _with_noise(sketch: Float[Array, "n r"], noise: Float[Array, "n r"]) -> Floa
     return sketch + _in(sketch.dtype, _NOISE) * largest / sketch.shape[0] ** 0.5 * noise
 
 
-SUBSPACES: dict[str, FindSubspace] = {
-    "randomized": randomized,
-    "svd": svd,
-    "power": power,
-    "random": random,
-}
+SUBSPACES = {"randomized": randomized, "svd": svd, "power": power, "random": random}
 
 
 def refreshed(
-    find: FindSubspace,
-    gradient: Float[Array, "n m"],
-    basis: Float[Array, "n r"],
-    key: PRNGKeyArray,
+    find: FindSubspace, gradient: Float[Array, "n m"], basis: Float[Array, "n r"], key: PRNGKeyArray
 ) -> tuple[Float[Array, "n r"], Bool[Array, ""]]:
     """A new basis for a gradient, and whether one was found.
 
@@ -216,7 +200,5 @@ def refreshed(
         usable = jnp.all(jnp.isfinite(found))
         return jnp.where(usable, found.astype(basis.dtype), basis), usable
 
-    def keep() -> tuple[Float[Array, "n r"], Array]:
-        return basis, jnp.array(False)
-
-    return jax.lax.cond(jnp.isfinite(largest) & (largest > 0), search, keep)
+    usable = jnp.isfinite(largest) & (largest > 0)
+    return jax.lax.cond(usable, search, lambda: (basis, jnp.array(False)))

@@ -6,6 +6,7 @@ Li et al., arXiv:2309.01507), and floats within a step.
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -59,7 +60,12 @@ def quantize_state(
             never negative; negative numbers in it then become zero, and all arrays take `bits`.
             None reads it from the traced update; what is not shown to be unsigned is signed.
 
-    `init` raises ValueError if the state of `inner` has `QuantizedArray`s already.
+    Returns:
+        The transformation. Its state is that of `inner` with `QuantizedArray`s instead of arrays.
+
+    References:
+        Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+        <https://arxiv.org/abs/2110.02861>`_, 2021.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -90,8 +96,9 @@ def quantize_state(
     def init(params: optax.Params) -> optax.OptState:
         params = without_variables(params)
         state = inner.init(params)
-        pairs, tree = jax.tree.flatten_with_path(state, is_leaf=is_quantized)
-        paths, leaves = [jax.tree_util.keystr(path) for path, _ in pairs], [x for _, x in pairs]
+        pairs = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
+        paths = [jax.tree_util.keystr(path) for path, _ in pairs]
+        leaves, tree = jax.tree.flatten(state, is_leaf=is_quantized)
         if any(map(is_quantized, leaves)):
             raise ValueError(
                 "inner: its state is quantized already, in part; put quantize_state around the "
@@ -117,13 +124,8 @@ def quantize_state(
             leaves[i] = quantize(opaque(leaves[i]), code, block=block)
         return tree.unflatten(leaves)
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: Any = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        def of_floats(updates: optax.Updates, state: optax.OptState, params: optax.Params) -> Any:
-            return inner.update(updates, state, params, **extra_args)
-
-        return updated(of_floats, updates, state, params)
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        return updated(partial(inner.update, **extra_args), updates, state, params)
 
     # optax's types say that a state is any tree, not which one.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]

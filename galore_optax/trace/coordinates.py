@@ -112,9 +112,7 @@ class CoordinatesReading(Reading):
             return dataclasses.replace(value, number=(1, var))
         return value
 
-    def equation(
-        self, equation: JaxprEqn, into: list[Coordinates]
-    ) -> Coordinates | list[Coordinates]:
+    def equation(self, equation: JaxprEqn, into: list[Coordinates]) -> Any:
         name = equation.primitive.name
         if name in _PASSED:
             return into
@@ -127,7 +125,7 @@ class CoordinatesReading(Reading):
         arrays = [v for v in into if v.axes] or into
         leaves = frozenset().union(*(v.leaves for v in arrays))
         if name in _ELEMENTWISE:
-            parity, cut = self._elementwise(name, equation, into)
+            parity, cut = _elementwise(name, equation, into)
             axes = _joined_axes([v.axes for v in arrays])
             number = into[0].number if name in _KEEP else None
             number = _opposite(number) if name == "neg" else number
@@ -163,37 +161,31 @@ class CoordinatesReading(Reading):
         merged = isinstance(axis, tuple) and any(part in self.moving for part in axis)
         return axis == MIXED or axis in self.moving or merged
 
-    def _elementwise(
-        self, name: str, equation: JaxprEqn, into: list[Coordinates]
-    ) -> tuple[str, tuple[str, Number] | None]:
-        """The parity of an elementwise equation's result, and its one-sided bound."""
-        parities = [v.parity for v in into]
-        first = parities[0]
-        same = len(into) == 2 and equation.invars[0] is equation.invars[1]
-        if name == "integer_pow":
-            even = equation.params["y"] % 2 == 0
-        else:
-            even = name in _EVEN_FUNCTIONS or (name == "mul" and same)
-        cut = None
-        if even:
-            parity = EVEN if first in (ODD, SIGNED) else first
-        elif name in _ODD_FUNCTIONS or name == "integer_pow":
-            parity = first
-        elif name in _ADD or name in _KEEP:
-            parity = _sum(parities)
-        elif name in _MULTIPLY:
-            parity = _product(parities)
-        elif name == "select_n":
-            parity = _either_of(parities[1:]) if first in (EVEN, EITHER) else NEITHER
-        elif all(p in (EVEN, EITHER) for p in parities):
-            parity = EVEN if EVEN in parities else EITHER
-        elif name in ("eq", "ne") and ({*parities} == {ODD, EITHER} or same):
-            parity = EVEN
-        elif name in ("max", "min", "clamp"):
-            parity, cut = _bounded(name, into)
-        else:
-            parity = NEITHER
-        return parity, cut
+
+def _elementwise(
+    name: str, equation: JaxprEqn, into: list[Coordinates]
+) -> tuple[str, tuple[str, Number] | None]:
+    """The parity of an elementwise equation's result, and its one-sided bound."""
+    parities = [v.parity for v in into]
+    same = len(into) == 2 and equation.invars[0] is equation.invars[1]
+    even = name in _EVEN_FUNCTIONS or (name == "mul" and same)
+    if name == "integer_pow":
+        even = equation.params["y"] % 2 == 0
+    if even:
+        return EVEN if parities[0] in (ODD, SIGNED) else parities[0], None
+    if name in _ODD_FUNCTIONS or name == "integer_pow":
+        return parities[0], None
+    if name in _ADD or name in _KEEP:
+        return _sum(parities), None
+    if name in _MULTIPLY:
+        return _product(parities), None
+    if name == "select_n":
+        return _either_of(parities[1:]) if parities[0] in (EVEN, EITHER) else NEITHER, None
+    if {*parities} <= {EVEN, EITHER} or (name in ("eq", "ne") and {*parities} == {ODD, EITHER}):
+        return EITHER if {*parities} == {EITHER} else EVEN, None
+    if name in ("eq", "ne") and same:
+        return EVEN, None
+    return _bounded(name, into) if name in ("max", "min", "clamp") else (NEITHER, None)
 
 
 def _sum(parities: Sequence[str]) -> str:
@@ -224,11 +216,7 @@ def _bounded(name: str, into: list[Coordinates]) -> tuple[str, tuple[str, Number
             continue
         if value.parity == ODD:
             return NEITHER, (name, bound.number)
-        if (
-            value.cut is not None
-            and value.cut[0] != name
-            and value.cut[1] == _opposite(bound.number)
-        ):
+        if value.cut == ("min" if name == "max" else "max", _opposite(bound.number)):
             return ODD, None
     return NEITHER, None
 
@@ -277,11 +265,8 @@ def _axes_of(name: str, equation: JaxprEqn, into: list[Coordinates]) -> tuple[Ax
         return tuple(axis if n == m else MIXED if axis else None for axis, n, m in pairs)
     if name == "dot_general":
         (left, right), (left_batch, right_batch) = params["dimension_numbers"]
-        free = [
-            [axis for i, axis in enumerate(v.axes) if i not in (*contracted, *batch)]
-            for v, contracted, batch in zip(
-                into, (left, right), (left_batch, right_batch), strict=True
-            )
-        ]
-        return (*(axes[i] for i in left_batch), *free[0], *free[1])
+        gone = [(*left, *left_batch), (*right, *right_batch)]
+        sides = zip(into, gone, strict=True)
+        free = [axis for v, out in sides for i, axis in enumerate(v.axes) if i not in out]
+        return (*(axes[i] for i in left_batch), *free)
     return None

@@ -127,11 +127,7 @@ def _outputs(equation: JaxprEqn, into: list[Value], reading: Reading) -> list[Va
 
 
 def _loop(
-    body: ClosedJaxpr,
-    constants: list[Value],
-    carry: list[Value],
-    each: list[Value],
-    reading: Reading,
+    body: ClosedJaxpr, constants: list[Value], carry: list[Value], each: list[Value], reading: Any
 ) -> tuple[list[Value], list[Value]]:
     """The carry and the other outputs of a loop, once another turn would change nothing."""
     while True:

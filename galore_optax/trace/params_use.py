@@ -30,11 +30,6 @@ Slopes = Callable[[Sequence[Array], Sequence[Array], Sequence[Array]], list[Arra
 used, to d update / d param for each param, an array with one value; None where it is unused."""
 
 
-def init_uses_params(traced: Traced) -> bool:
-    """Whether `init` makes a state that depends on the params' values."""
-    return any(dependences(traced.init, ["params"] * len(traced.params)))
-
-
 def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
     """The slopes of decoupled weight decay; None if the use of params is something else.
 
@@ -42,42 +37,27 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
         traced: The transformation.
         check: False takes any use of params for decay.
     """
-    if traced.update is None or (check and init_uses_params(traced)):
-        return None
     params, n = traced.params, len(traced.params)
+    if traced.update is None or (check and any(dependences(traced.init, ["params"] * n))):
+        return None
     rest = [*params, *traced.states]
     # Integers and empty leaves have no slope.
-    sloped = [
-        i for i, x in enumerate(params) if jnp.issubdtype(x.dtype, jnp.inexact) and x.size > 0
-    ]
+    sloped = [i for i, x in enumerate(params) if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
     names = ["params" if i in sloped else None for i in range(n)]
     uses = dependences(traced.update, [None] * len(rest) + names)
     if check and any(uses[n:]):
         return None
-    used = [bool(uses[i]) for i in sloped]
-    if not any(used):
+    if not any(uses[i] for i in sloped):
         return lambda updates, state, params: [None] * n
-    call = jaxpr_as_fun(traced.update)
-
-    def slope(rest: Sequence[Array], own: Sequence[Array], tangents: Sequence[Array]) -> Any:
-        def apply(own: Sequence[Array]) -> list[Array]:
-            given = dict(zip(sloped, own, strict=True))
-            others = (jnp.zeros(x.shape, x.dtype) for x in params)
-            made = call(*rest, *(given.get(i, x) for i, x in enumerate(others)))
-            return [made[i] for i in sloped]
-
-        return jax.jvp(apply, (own,), (tangents,))[1]
-
-    floats = [params[i] for i in sloped]
-    slopes = jax.make_jaxpr(slope)(rest, floats, floats)
+    slopes = _derivative(traced.update, rest, params, sloped)
     if check:
-        none, others = [None] * len(floats), [None] * len(rest)
-        on = dependences(slopes, [*others, *(["params"] * len(none)), *(["tangents"] * len(none))])
+        none, others, count = [None] * len(sloped), [None] * len(rest), len(sloped)
+        on = dependences(slopes, [*others, *["params"] * count, *["tangents"] * count])
         # One number for a whole leaf: what has axes may enter the slope through a scalar only.
         arrays = ["arrays" if x.shape else None for x in rest]
         on_arrays = dependences(slopes, [*arrays, *none, *none], through_scalars=False)
         # A use of params without a derivative, as in a sign, is not affine.
-        affine = ["tangents" in names for names in on] == used
+        affine = all(("tangents" in on[k]) == bool(uses[i]) for k, i in enumerate(sloped))
         if any("params" in names for names in on) or any(on_arrays) or not affine:
             return None
     # A decay of zero, such as that of many recipes by default, needs no pass over the weights.
@@ -95,24 +75,39 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
         ones = [jnp.ones_like(params[i]) for i in sloped]
         found: list[Array | None] = [None] * n
         made = jaxpr_as_fun(slopes)(*rest, *zeros, *ones)
-        for i, slope, use, sign in zip(sloped, made, used, signs, strict=True):
-            found[i] = slope if use and sign != ZERO else None
+        for i, slope, sign in zip(sloped, made, signs, strict=True):
+            found[i] = slope if uses[i] and sign != ZERO else None
         return found
 
     return at
 
 
+def _derivative(
+    update: ClosedJaxpr, rest: Sequence[Any], params: Sequence[Any], sloped: Sequence[int]
+) -> ClosedJaxpr:
+    """From the rest of an update's inputs, some params and tangents to the updates' derivatives."""
+
+    def derivative(rest: Sequence[Array], own: Sequence[Array], tangents: Sequence[Array]) -> Any:
+        def apply(own: Sequence[Array]) -> list[Array]:
+            inputs = [jnp.zeros(x.shape, x.dtype) for x in params]
+            for i, x in zip(sloped, own, strict=True):
+                inputs[i] = x
+            made = jaxpr_as_fun(update)(*rest, *inputs)
+            return [made[i] for i in sloped]
+
+        return jax.jvp(apply, (own,), (tangents,))[1]
+
+    floats = [params[i] for i in sloped]
+    return jax.make_jaxpr(derivative)(rest, floats, floats)
+
+
 def remembers_params(traced: Traced, counts: Sequence[bool]) -> bool:
-    """Whether a state holds values of the params.
+    """Whether a state holds values of the params that count.
 
     It does if an array in it depends on the params' values as `init` makes it (DoG, Prodigy,
     schedule-free, MADGRAD), or after one update without depending on the gradient (L-BFGS). An
     average of gradients to which L2 regularization or a trust ratio was applied depends on both,
-    and is a moment. Scalars belong to no basis.
-
-    Args:
-        traced: The transformation. If its update could not be traced, `init` alone decides.
-        counts: For each leaf of the params whether it counts.
+    and is a moment. Scalars belong to no basis. Without a traced update, `init` alone decides.
     """
     names = ["params" if count else None for count in counts]
     if any(_arrays(traced.init, dependences(traced.init, names))):
@@ -128,12 +123,7 @@ def remembers_params(traced: Traced, counts: Sequence[bool]) -> bool:
 
 
 def acts_within_subspace(traced: Traced, counts: Sequence[bool]) -> bool:
-    """Whether params enter the updates elementwise, other than in regularization of the gradient.
-
-    Args:
-        traced: The transformation.
-        counts: For each leaf of the params whether it counts.
-    """
+    """Whether params that count enter updates elementwise, other than in regularization."""
     if traced.update is None:
         return False
     gradient, nothing = [_GRADIENT] * len(counts), [_NOTHING] * len(traced.states)
@@ -179,29 +169,23 @@ class _Use(Reading):
         return _NOTHING if shape_of(var) == () else value
 
     def equation(self, equation: JaxprEqn, into: list[int]) -> int | list[int]:
-        name = equation.primitive.name
+        name, invars = equation.primitive.name, equation.invars
         if name == "optimization_barrier":
             return into
-        if name == "mul" and any(map(is_zero, equation.invars)):
-            return _NOTHING
         known = {*into} - {_NOTHING}
-        if not known:
+        if not known or (name == "mul" and any(map(is_zero, invars))):
             return _NOTHING
         if name == "select_n":
             return self.chosen(into[0], self.join(into[1:]))
         if name in ("add", "add_any", "sub"):
             if known == {_GRADIENT, _PARAMS}:
                 return _GRADIENT
-            # A state is not a gradient: params added to it are used.
-            lone = _NOTHING in into and known == {_PARAMS} and not _zero_or_scalar(equation, into)
-            return _USED if lone else self.join(into)
-        scaled = name in ("mul", "div") and into[-1 if name == "mul" else 1] == _NOTHING
-        scaled |= name == "mul" and into[0] == _NOTHING
+            if known == {_PARAMS} and _NOTHING in into:
+                # A state is not a gradient: params added to it are used.
+                other = invars[into.index(_NOTHING)]
+                return _PARAMS if is_zero(other) or shape_of(other) == () else _USED
+            return self.join(into)
+        scaled = into[1] == _NOTHING if name == "div" else name == "mul" and _NOTHING in into
         if name in _LINEAR or scaled:
             return self.join(into)
         return _USED if known & {_PARAMS, _USED} else _OTHER
-
-
-def _zero_or_scalar(equation: JaxprEqn, into: list[int]) -> bool:
-    other = equation.invars[into.index(_NOTHING)]
-    return is_zero(other) or shape_of(other) == ()

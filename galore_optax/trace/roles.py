@@ -60,8 +60,7 @@ def state_roles(traced: Traced, moving: Collection[tuple[int, int]] | None = Non
     """The role of each leaf of a state, in the order of `jax.tree.leaves`.
 
     Args:
-        traced: The transformation. If its update could not be traced, since it needs arguments that
-            are not known, every leaf is OTHER and may be divided by.
+        traced: The transformation. Without a traced update every leaf is OTHER, and a divisor.
         moving: The params, by index, and their axes whose coordinates change with a basis; None
             for all axes of all params.
 
@@ -123,11 +122,7 @@ def state_roles(traced: Traced, moving: Collection[tuple[int, int]] | None = Non
 
 
 def _role(
-    value: Coordinates,
-    leaf: Any,
-    ndims: list[int],
-    moving: frozenset[tuple[int, int]],
-    unchanged: bool,
+    value: Coordinates, leaf: Any, ndims: list[int], moving: frozenset[Any], unchanged: bool
 ) -> Role:
     """The kind, the param and the axes of a leaf."""
     param = next(iter(value.leaves)) if len(value.leaves) == 1 else None
@@ -145,10 +140,8 @@ def _role(
         shared = unclear and len(value.leaves) > 1
         return Role(param=param, axes=axes, unclear=unclear and not shared, shared=shared)
     repeated = len({*known}) < len(known)
-    clear = not mixed and value.parity not in (SIGNED, NEITHER) and not repeated
-    if not clear:
-        unclear = follows or mixed
-        return Role(param=param, axes=axes, unclear=unclear)
+    if mixed or value.parity in (SIGNED, NEITHER) or repeated:
+        return Role(param=param, axes=axes, unclear=follows or mixed)
     if not follows:
         return Role(param=param, axes=axes)
     if value.parity == ODD:

@@ -20,11 +20,9 @@ class Traced(NamedTuple):
         params: Shapes and dtypes of the leaves of the params.
         states: Those of the leaves of the state.
         init: From the leaves of the params to those of the state as `init` makes it.
-        same: Whether these are the leaves of `states`: `QuantizedArray`s are traced as the arrays
-            that they stand for.
-        update: From the leaves of updates, state and params, in this order, to the leaves of the
-            new updates and the new state; None if the update needs extra arguments that are not
-            known.
+        same: Whether these are the leaves of `states`, which has floats for `QuantizedArray`s.
+        update: From the leaves of updates, state and params to those of the new updates and the new
+            state; None if the update needs extra arguments that are not known.
     """
 
     params: list[jax.ShapeDtypeStruct]
@@ -60,12 +58,12 @@ def trace(
     state: optax.OptState | None = None,
     **extra_args: Any,
 ) -> Traced:
-    """Traces a transformation once.
+    """Traces a transformation once, without using values of params and state.
 
     Args:
         inner: The transformation.
-        params: Its params, arrays or `jax.ShapeDtypeStruct`; their values are not used.
-        state: Its state, in the same manner; None for what `init` makes of the params.
+        params: Its params.
+        state: Its state; None for what `init` makes of the params.
         **extra_args: Those of the update. optax's usual ones (`value`, `grad`, `value_fn`,
             `obj_fn`, `grad_fn`) are made up unless they are given.
     """
