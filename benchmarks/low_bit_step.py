@@ -20,7 +20,7 @@ import optax
 from galore_optax import adamw8bit, galore_adamw, galore_adamw8bit
 from models.llama.axes import dimension_numbers
 from models.llama.config import SIZES, Weight, weight_table
-from train.config.resolve import DEFAULTS
+from train.config.defaults import DEFAULTS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ import optax.contrib
 
 from galore_optax import GaLoreDimensionNumbers, galore
 from models.llama.config import SIZES, weight_table
-from train.config.resolve import DEFAULTS
+from train.config.defaults import DEFAULTS
 
 PARTS = ("ordinary", "refresh", "energy", "memory", "compilations", "int4")
 OURS, SEPARATE = "galore-optax, stacked", "galore-optax, separate"

@@ -21,7 +21,8 @@ from galore_optax import (
 from galore_optax.memory import state_bytes, tree_bytes
 from models.llama.axes import dimension_numbers
 from models.llama.config import SIZES, Weight, weight_table
-from train.config.resolve import DEFAULTS, resolve
+from train.config.defaults import DEFAULTS
+from train.config.resolve import resolve
 from train.config.settings import Pretrain
 from train.config.weights import stored_weights
 

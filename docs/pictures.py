@@ -18,7 +18,7 @@ import optax
 from galore_optax import galore_adafactor, galore_adamw, state_bytes
 from models.llama import SIZES, dimension_numbers
 from models.llama.config import Weight, weight_table
-from train.config.resolve import DEFAULTS
+from train.config.defaults import DEFAULTS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -21,8 +21,7 @@ from galore_optax.projection.dimension_numbers import (
     TuckerDimensionNumbers,
 )
 from galore_optax.projection.schedule import Adaptive, Staggered
-from galore_optax.quantization.array import QuantizedArray
-from galore_optax.quantization.nf4 import quantize_nf4
+from galore_optax.quantization.array import QuantizedArray, quantize_nf4
 from galore_optax.quantization.state import quantize_state
 from galore_optax.quantization.weights import apply_updates, quantize_weights, value_and_grad
 from galore_optax.recipes import (

@@ -1,9 +1,8 @@
 """Takes Flax NNX's Variables off a tree of params, without importing Flax.
 
-`nnx.Optimizer` passes params to `init` within Variables and to `update` without, and stores what
-`init` returns for a Variable as the value of one. That fails where a state has several arrays for
-one param (codes and scales, the matrices of a stack, the bases of two sides), so states are made
-from params without Variables.
+`nnx.Optimizer` passes Variables to `init` only, and stores what `init` returns for one as the value
+of a Variable. That fails where a state has several arrays for one param (codes and scales, the
+matrices of a stack, the bases of two sides), so states are made from params without Variables.
 """
 
 from typing import Any

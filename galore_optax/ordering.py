@@ -1,8 +1,8 @@
 """Ways to make XLA wait: values that it cannot compute, fold or share earlier than wanted.
 
-`jax.lax.optimization_barrier` alone does not do it: XLA's CPU compiler removes barriers before it
-schedules (jaxlib 0.10), and the arrays behind one must all exist at once. So a zero is added that
-depends on another array, and that the compiler cannot prove to be zero.
+`jax.lax.optimization_barrier` does not do it: XLA's CPU compiler removes it before scheduling
+(jaxlib 0.10), and the arrays behind one must all exist at once. So a zero is added that depends on
+another array, and that the compiler cannot prove to be zero.
 """
 
 import jax
@@ -30,8 +30,8 @@ def after_on_cpu(known: PyTree, tree: PyTree) -> PyTree:
     """As `after` on a CPU; elsewhere the tree itself, which may be fused with what uses `known`.
 
     A CPU makes large products side by side otherwise, each on a part of its cores: 1.4 times as
-    long for the matrices of llama-60m (benchmarks/RESULTS.md). A GPU moved a quarter more bytes
-    with it (compiled for an H100: 22.4 GB instead of 18.0 for the matrices of a 1B model).
+    long for llama-60m's matrices (benchmarks/RESULTS.md). A GPU moved a quarter more bytes with it
+    (compiled for an H100: 22.4 GB instead of 18.0 for a 1B model's).
     """
     if any(map(explicit_axes, jax.tree.leaves((known, tree)))):
         return tree

@@ -236,7 +236,8 @@ def gradnorm_lorp_adamw(
         >>> state.bases["w"].b.shape, state.inner[0].mu["w"].b.shape
         ((8, 4), (4, 256))
     """
-    numbers = weight_dimension_numbers or _factors_or_matrices
+    given = weight_dimension_numbers
+    numbers = _factors_or_matrices if given is None else given
     tx = galore_adamw(learning_rate, rank, weight_dimension_numbers=numbers, **options)
     return transformation(_OfFactors(**vars(subspace_parts(tx))))
 

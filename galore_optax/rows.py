@@ -9,11 +9,6 @@ def parts(rows: int, needed: int, shares: int) -> int:
     That is the least number from `needed` to four times `needed` that divides the rows, or else the
     largest below. Where `shares`, the number of devices that the rows may be split over, has a
     common divisor with the rows, so has each part. 16 serves 2, 4 and 8, too.
-
-    Examples:
-        >>> from galore_optax.rows import parts
-        >>> parts(512, 5, shares=8), parts(32, 5, shares=8), parts(5461, 5, shares=8)
-        (8, 4, 1)
     """
     common = math.gcd(rows, shares)
     fitting = [

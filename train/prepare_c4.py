@@ -42,10 +42,8 @@ def main(config: PrepareC4) -> None:
     home = data_dir / "c4" / "en"
     final, unfinished = home / VERSION, home / f"{VERSION}.incomplete"
     if unfinished.exists():
-        raise ValueError(
-            f"{unfinished} was left by a run that was killed, or is being written now: delete it "
-            "and start again"
-        )
+        reason = "was left by a run that was killed, or is being written now"
+        raise ValueError(f"{unfinished} {reason}: delete it and start again")
     # Another version too: TFDS would read the newer of the two.
     if home.is_dir() and (there := sorted(path.name for path in home.iterdir())):
         raise ValueError(

@@ -38,10 +38,9 @@ class Adapter:
 
     @classmethod
     def create(cls, weight: Any, key: PRNGKeyArray, rank: int) -> Self:
-        """Returns an adapter of a weight or a stack of them, with the weight's own product.
+        """Returns an adapter of a matrix or a stack of them, with the weight's own product.
 
-        The key draws `a`; `b` is zero. ValueError if the weight is not a matrix, or the rank does
-        not fit it.
+        The key draws `a`; `b` is zero. ValueError if the rank does not fit the weight.
         """
         return cls(weight, **cls.new_parts(weight, key, rank))
 
@@ -107,8 +106,8 @@ def product(rows: Float[Array, "N in"], weight: Any) -> Float[Array, "N out"]:
     """Returns `rows @ weight`, where the weight may be quantized or an adapter.
 
     The backward pass computes the matrix of a quantized weight or an adapter again, so that only
-    one layer's exists at a time. A step of LLaMA-60M with GradNormLoRP (rank 64, 8 x 256 tokens,
-    products kept) needs 649 MiB this way, and 745 MiB if autodiff keeps the matrices.
+    one layer's exists at a time: 649 MiB instead of 745 MiB for a step of LLaMA-60M with
+    GradNormLoRP (rank 64, 8 x 256 tokens, products kept).
     """
     if is_adapter(weight) or hasattr(weight, "dequantize"):
         return _recomputed_product(rows, weight)
@@ -159,8 +158,7 @@ def split(params: PyTree, *, adapters_only: bool = False) -> tuple[PyTree, Froze
     """Splits params into a trained and a frozen part; `join` is the inverse.
 
     The trained part has None instead of each adapter's base, and with `adapters_only` instead of
-    each leaf that has no adapter. Gradients and an optimizer's state are for that part: `jax.grad`
-    of `lambda trained: loss(join(trained, frozen))`.
+    each leaf that has no adapter. Differentiate `lambda trained: loss(join(trained, frozen))`.
     """
     frozen: Frozen = {}
 

@@ -10,10 +10,9 @@ With ∇W the gradient of the loss with respect to W, and V̂ = V / ‖V‖,
 
 and the gradients of a and b go through GaLore, at a rank below the adapter's. The paper's abstract
 states that the weight matrix is normalised, that low-rank approximations are applied to the weight
-and to the gradient matrices, and that inference costs nothing more. The rest is a reconstruction:
-norms by columns, a trained magnitude, which gradients are projected and to what rank, and, for
-pre-training, restarts as in ReLoRA (arXiv:2307.05695). The published code differs from the paper
-and is not followed.
+and to the gradient matrices, and that inference costs nothing more. The rest is a reconstruction,
+not the published code, which differs from the paper: norms by columns, a trained magnitude, which
+gradients are projected and to what rank, and restarts as in ReLoRA (arXiv:2307.05695).
 """
 
 import dataclasses
@@ -25,13 +24,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax.adapters.base import Adapter, wide
 
-# Far below the norm of any column that matters; its square is far above float32's least number.
-_LEAST_NORM = 1e-6
-
 
 def column_norms(v: Float[Array, "*layers in out"]) -> Float[Array, "*layers out"]:
     """Returns ‖V‖ of each column as √(Σv² + 1e-12), which is differentiable at zero columns."""
-    return jnp.sqrt(jnp.sum(v * v, axis=-2) + _LEAST_NORM**2)
+    # Far below the squared norm of any column that matters, far above float32's least number.
+    return jnp.sqrt(jnp.sum(v * v, axis=-2) + 1e-12)
 
 
 def weight_norm(

@@ -1,8 +1,7 @@
 """LoRA and DoRA. ReLoRA is LoRA with `galore_optax.restart`, QLoRA is LoRA of a quantized base.
 
-Google's qwix (0.1.8) has LoRA and QLoRA for Flax, but creates the factors while it intercepts the
-products of Flax modules. In the `jax.lax.scan` that our layers run in, that raises a
-TraceContextError, and the state it adds to the modules breaks the scan over stacked weights.
+Google's qwix (0.1.8) does not work in our `jax.lax.scan` over layers: it creates factors within the
+products of Flax modules, which raises a TraceContextError, and its state breaks stacked weights.
 """
 
 import dataclasses
@@ -54,8 +53,7 @@ class LoRA(Adapter):
         if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha={alpha}: must be a positive number, such as the rank")
         parts = cls.new_parts(weight, key, rank)
-        scale = 1.0 if alpha is None else alpha / rank
-        return cls(weight, **parts, scale=scale, dropout=dropout)
+        return cls(weight, **parts, scale=1.0 if alpha is None else alpha / rank, dropout=dropout)
 
     def sum(self) -> Float[Array, "*layers in out"]:
         """Returns W₀ + scale · a b, in float32 or wider."""

@@ -1,8 +1,8 @@
 """Restarts of adapters: a sum of low-rank updates of a weight has a high rank.
 
 ReLoRA (arXiv:2307.05695, section 3) merges each adapter into its weight every few thousand steps,
-draws new factors, and drops most of the factors' moments, which belong to the old ones. The
-learning rate then rises from near zero again, which is left to the schedule.
+draws new factors, and drops most of the old ones' moments. The schedule's learning rate then rises
+from near zero again.
 """
 
 from typing import Any

@@ -92,10 +92,7 @@ class Backward:
     def layer(
         self, own: PyTree, i: Array, cotangent: Hidden, over: Callable = over_microbatches
     ) -> Any:
-        """Returns the gradients of layer `i`, with params `own`, and of the hidden states before.
-
-        The function `over` sums over microbatches.
-        """
+        """Returns the gradients of layer `i`, with params `own`, and of the states before it."""
         key = self.model.layers
 
         def pull(kept: Any, b: Batch, c: Hidden) -> tuple[Params, Hidden]:
@@ -114,7 +111,6 @@ class Backward:
             return _vjp(lambda w: self.model.embed({**self.weights, **w}, b), own)[1](c)[0], ()
 
         gradient, _ = over_microbatches(pull, self.batches, cotangent)
-
         whole = {}
         for k in self.weights.keys() - self.early:
             parts = [g[k] for g in (from_head, gradient) if k in g]
@@ -125,8 +121,7 @@ class Backward:
     def norm(self, stack: PyTree, *, summed: bool = True) -> Float[Array, ""]:
         """Returns the gradient's global norm, by a backward pass that keeps no gradient.
 
-        Unless the microbatches' gradients of each layer are `summed`, this is the sum of the
-        microbatches' norms, an upper bound.
+        Without `summed` it is the sum of the microbatches' norms, an upper bound.
         """
         _, from_head, cotangent = self.head()
         layers = jax.tree.leaves(stack)[0].shape[0]

@@ -37,8 +37,7 @@ class PartUpdate:
     ) -> tuple[Params, optax.OptState, optax.Updates]:
         """Returns a part of the params and its state after the update, and the updates.
 
-        Only `galore` reads the extra arguments `layer` and `layers`, a layer's index and the number
-        of layers: it draws and refreshes as for the whole stack.
+        With `layer`, an index, and `layers`, their number, `galore` draws as for the whole stack.
         """
         if self.norm is not None and self.clip_norm is not None:
             norm, most = self.norm, self.clip_norm  # rounded as in optax.clip_by_global_norm
@@ -47,13 +46,9 @@ class PartUpdate:
             )
         parts: Any = subspace_parts(self.tx)
         tx: Any = optax.with_extra_args_support(self.tx)
-        updates, state = (parts.update_projected if projected else tx.update)(
-            {**self.others, **gradient},
-            state,
-            {**self.others, **dequantized(part)},
-            value=self.loss,
-            **layer,
-        )
+        update = parts.update_projected if projected else tx.update
+        gradients, params = {**self.others, **gradient}, {**self.others, **dequantized(part)}
+        updates, state = update(gradients, state, params, value=self.loss, **layer)
         updates = {k: updates[k] for k in part}
         return self.apply(part, updates, self.count, layer.get("layer")), state, updates
 

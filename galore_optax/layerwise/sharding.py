@@ -19,8 +19,7 @@ def layerwise_shardings(
     """Returns the shardings of `optimizer.init(params)`, without allocating anything.
 
     The leaves of `params` are arrays or `jax.ShapeDtypeStruct`s. Their shardings are
-    `NamedSharding`s over one mesh of automatic axes, none of which may split the layers' axis;
-    otherwise a ValueError is raised.
+    `NamedSharding`s over one mesh of automatic axes; ValueError if one splits the layers' axis.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -47,7 +46,6 @@ def layerwise_shardings(
         return optimizer.tx.init({**others, **dequantized(part)})
 
     tx = optax.GradientTransformation(init, optimizer.tx.update)  # pyrefly: ignore
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a part may lack what the whole has
         layers = state_shardings(tx, {key: one}, {key: one_at})

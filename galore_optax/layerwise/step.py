@@ -49,36 +49,33 @@ class Metrics(NamedTuple):
 class Layerwise:
     """A training step that updates each layer as soon as the backward pass has its gradient.
 
-    It takes any transformation that updates each leaf from that leaf's gradient alone. `init` and
-    `update` see one layer's leaves, `(in, out)` of a stack `(layers, in, out)`, so give dimension
-    numbers, masks and labels for those (axes counted from the end fit both). `update` gets the
+    `tx`, with its learning rate, may be any transformation that updates each leaf from that leaf's
+    gradient alone. It sees one layer's leaves, `(in, out)` of a stack `(layers, in, out)`, so give
+    dimension numbers, masks and labels for those (axes counted from the end fit both), and gets the
     extra argument `value`, the loss. A transformation with a random key in its state draws the same
     numbers for each layer; `galore` does not.
 
-    Up to rounding, the result equals the ordinary step's if there each layer's leaves are leaves of
-    their own. `galore` treats its matrices so; for what else is done per leaf (8 bits above a size,
+    Up to rounding, the result equals the ordinary step's if there each layer's leaves are separate.
+    `galore` separates its matrices; for what else is done per leaf (8 bits above a size,
     Adafactor's clipping) use `galore_optax.unstacked` there.
 
-    A loss or gradient that is not finite is never applied. With `clip="exact"` it is known before
-    anything changes, and the whole step is skipped, as by `optax.apply_if_finite`. Otherwise parts
-    from the first such gradient on are not updated; parts nearer to the loss have been, and stay
-    one update ahead, in their learning rate schedule, too. (Tested is the sum of squares in
-    float32, which overflows for elements above 1e19.)
+    A loss or gradient that is not finite (or whose sum of squares overflows float32) is never
+    applied. With `clip="exact"` it is known before anything changes, and the whole step is skipped,
+    as by `optax.apply_if_finite`. Otherwise parts from the first such gradient on are not updated;
+    parts nearer to the loss have been, and stay one update ahead, also in their schedules.
 
     Attributes:
-        tx: The transformation, including its learning rate.
         clip_norm: Gradients are scaled down to this global norm; None leaves them.
         clip: The norm that is compared with it: "exact" (an extra backward pass computes it first)
             or "previous" (the previous step's; the first step computes its own).
         accumulate: Microbatches per step; with more than one, every leaf of a batch has a first
-            axis of them. Losses, and gradients in float32, are summed, layer by layer; the backward
-            pass needs the forward pass of all.
+            axis of them. Losses and gradients, in float32, are summed layer by layer, after the
+            forward passes of all.
         accumulate_in_subspace: Whether the layers' gradients are summed projected; tx must be
             `galore` or a recipe of it. A layer's new basis is found from the first microbatch, and
             the norm for clipping and metrics is the projected sum's (for the first step's clipping
             an upper bound of it).
-        checkpoint: Whether the backward pass computes each layer again from the hidden states
-            before it, instead of keeping what it needs.
+        checkpoint: Whether the backward pass computes layers again, not keeping what it needs.
         apply_updates: From a part of the params, its updates, the steps done so far and the layer
             (None for other parts) to the new part.
 
@@ -152,17 +149,14 @@ class Layerwise:
             warnings.simplefilter("ignore")
             of_layers = jax.vmap(lambda own: of_part({key: own}))(stack)
             of_rest = {k: of_part({k: part}) for k, part in rest.items()}
-        count, norm = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-        return LayerwiseState(count, norm, of_layers, of_rest)
+        return LayerwiseState(
+            jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), of_layers, of_rest
+        )
 
     def step(
         self, params: Params, state: LayerwiseState, batch: Batch
     ) -> tuple[Params, LayerwiseState, Metrics]:
-        """Returns params and state after one update, and metrics.
-
-        Compile it with params and state donated. The batch is what the model's functions take, with
-        a first axis of microbatches if there are several.
-        """
+        """Returns params and state after one update, and metrics; jit it with both donated."""
         stack, rest, layers = self.model.split(params)
         batches = batch if self.accumulate > 1 else jax.tree.map(lambda x: x[None], batch)
         backward = forward(self.model, params, batches, checkpoint=self.checkpoint)
@@ -173,7 +167,6 @@ class Layerwise:
         loss, from_head, cotangent = backward.head()
         others, count = masked(params), jnp.asarray(state.count)
         update = PartUpdate(self.tx, self.apply_updates, others, count, loss, self.clip_norm, norm)
-
         ok = jnp.isfinite(loss) if norm is None else jnp.isfinite(loss) & jnp.isfinite(norm)
         early = {k: from_head[k] for k in backward.early}
         total, ok = self._judged(jnp.zeros((), jnp.float32), ok, early)
@@ -192,9 +185,8 @@ class Layerwise:
 
         grad_norm = norm if self._exact and norm is not None else jnp.sqrt(total)
         finite_norm = jnp.where(jnp.isfinite(grad_norm), grad_norm, state.norm)
-        new_state = LayerwiseState(
-            optax.safe_increment(state.count), finite_norm, layer_states, rest_states | late_states
-        )
+        count, rest_states = optax.safe_increment(state.count), rest_states | late_states
+        new_state = LayerwiseState(count, finite_norm, layer_states, rest_states)
         new_params = {**new_rest, **late_rest, self.model.layers: new_stack}
         return new_params, new_state, Metrics(loss, grad_norm, ok)
 

@@ -1,8 +1,7 @@
 """`unstacked`: shows each layer of a stacked leaf to a transformation as a leaf of its own.
 
-A scanned model stacks its layers in one leaf. Without this, what a transformation does per leaf (a
-threshold on size, Adafactor's clipping, LAMB's trust ratio) is done to the whole stack; an update
-layer by layer (`galore_optax.layerwise.step`) does it to each layer.
+What a transformation does per leaf (a threshold on size, Adafactor's clipping, LAMB's trust ratio)
+is otherwise done to the whole stack; a layer-wise update (`Layerwise`) does it to each layer.
 """
 
 import dataclasses
@@ -19,8 +18,7 @@ from galore_optax.projection.leaf import Projection
 from galore_optax.quantization.array import dequantized
 from galore_optax.transformation import subspace_parts, transformation
 
-ParamAxes = Callable[[Any], Any]
-"""From params to a tree like them: how many of a leaf's last axes form one param, or None."""
+ParamAxes = Callable[[Any], Any]  # described at `unstacked`
 
 
 def unstacked(
@@ -29,16 +27,12 @@ def unstacked(
     """Wraps `tx` so that it gets each layer of a stacked leaf as a leaf of its own.
 
     `galore` needs it only for leaves that it does not project: the matrices of a projected stack
-    are separate leaves to its inner transformation anyway.
+    are separate leaves to its inner transformation anyway. If `tx` has a subspace, so has the
+    result. Its state is that of `tx` for params with a tuple of arrays instead of each stack.
 
-    The state is that of `tx` for params with a tuple of arrays instead of each stack, in the order
-    of its axes.
-
-    Args:
-        tx: The transformation. If it has a subspace (`galore`), so has the result.
-        param_axes: From the params to a tree like them: for each leaf the number of its last axes
-            that form one param; the axes before are those of a stack. None passes a leaf unchanged,
-            as does a number that is not less than the leaf's.
+    `param_axes` makes from the params a tree like them: for each leaf the number of its last axes
+    that form one param; the axes before are those of a stack. None passes a leaf unchanged, as does
+    a number that is not less than the leaf's.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -108,8 +102,7 @@ class _UnstackedInParts(_Unstacked):
     def refresh(
         self, gradient: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
-        apart = self._apart(gradient), state, self._apart(params)
-        return self._parts.refresh(*apart, **extra_args)
+        return self._parts.refresh(self._apart(gradient), state, self._apart(params), **extra_args)
 
     def project(self, gradient: optax.Updates, state: Any) -> optax.Updates:
         return self._parts.project(self._apart(gradient), state)
@@ -117,8 +110,8 @@ class _UnstackedInParts(_Unstacked):
     def update_projected(
         self, projected: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        apart = projected, state, self._apart(params)
-        steps, state = self._parts.update_projected(*apart, **extra_args)
+        params_apart = self._apart(params)
+        steps, state = self._parts.update_projected(projected, state, params_apart, **extra_args)
         return self._together(steps, params), state
 
 

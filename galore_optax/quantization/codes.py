@@ -1,8 +1,7 @@
 """4-bit and 8-bit codes: a block of numbers as small integers, a scale, and perhaps an offset.
 
 A code is a frozen dataclass with `bits`, `encode` and `decode`, which work on whole blocks along
-one axis. Numbers are found by arithmetic instead of by a table: gathers are slow on accelerators'
-and CPUs' vector units.
+one axis. Arithmetic finds the numbers: gathers from a table are slow on vector units.
 """
 
 import dataclasses
@@ -45,13 +44,13 @@ class Code(Protocol):
 class Dynamic:
     """The dynamic code of 8-bit optimizers (Dettmers et al., arXiv:2110.02861, section 1.2).
 
-    Magnitudes lie in seven decades, evenly spaced within each. Decade i has n_i = 2^i of them
-    (2^(i+1) if unsigned); number q of all, n_i <= q < 2 n_i, has the value
+    There are seven decades of magnitudes, i = 0 to 6, each with n_i = 2^i evenly spaced values
+    (2^(i+1) if unsigned). The values of decade i have the numbers q = n_i to 2 n_i - 1 and are
 
-        10^(i - 6) (0.1 + 0.9 (q - n_i + 0.5) / n_i)        for i from 0 to 6
+        10^(i - 6) (0.1 + 0.9 (q - n_i + 0.5) / n_i)
 
-    There are codes for zero and for the block's largest magnitude, too, which is exact: a signed
-    code's scale has the sign of that element. An unsigned code makes negative numbers zero. Codes
+    Two more codes stand for zero and for the element of largest magnitude, which is exact: it is
+    the scale, with its sign in a signed code. An unsigned code makes negative numbers zero. Codes
     equal those of bitsandbytes. Numbers other than zero are never coded as zero: a second moment of
     zero would make the next update explode.
     """
@@ -61,7 +60,7 @@ class Dynamic:
 
     @property
     def _lines(self) -> list[tuple[float, float]]:
-        """For each decade n_i and the distance between its values."""
+        """For each decade the number of its values, n_i, and the step between them."""
         counts = [(i, (1 if self.signed else 2) * 2**i) for i in range(self.bits - 1)]
         return [(n, 0.9 * 10.0 ** (i + 2 - self.bits) / n) for i, n in counts]
 
@@ -70,18 +69,18 @@ class Dynamic:
         return 2 ** (self.bits - 1) - 1 if self.signed else -1
 
     def encode(self, blocks, axis, key):
-        """See `Code.encode`."""
         refuse_key(key)
         scales = _scales(blocks, axis, self.signed)
         # 4 / scale, since the reciprocal of a large normal number is subnormal.
         x = (blocks * (4 / jnp.where(scales == 0, 1, scales))).astype(jnp.float32)
         size = jnp.abs(x) if self.signed else x
-        # Value q of decade n is step (q + 1/2 - 8/9 n), a line in q. Smaller decades' lines are
-        # steeper and cross the next where a decade ends: the own decade's line gives the least q.
+        # In decade i value q is step_i (q + 1/2 - 8/9 n_i). Each decade thus makes q + 1/2 a line
+        # in the magnitude. A decade's line is steeper than the next one's and crosses it where the
+        # decade ends, so the least of the lines is the one of the magnitude's own decade.
         lines = (size * (0.25 / step) + 8 / 9 * n for n, step in self._lines)
         place = functools.reduce(_smaller, lines)
-        # Up to a fifth of a step into a decade, the last value of the one before is nearer. There
-        # q is a power of two, which has no bit in common with q - 1.
+        # In the first fifth of a decade's first step, the last value of the decade before, q - 1,
+        # is nearer. There q is a power of two, and for these alone q & (q - 1) is zero.
         q, before = _whole_part(place), _whole_part(_smaller(place - 0.2, 2.0**self.bits))
         q = jnp.where(q & before, q, before)
         first, last = self._lines[0][0], 2 * self._lines[-1][0]
@@ -94,7 +93,6 @@ class Dynamic:
         return (q + self._zero).astype(jnp.uint8), scales, None
 
     def decode(self, codes, scales, offsets):
-        """See `Code.decode`."""
         q = codes.astype(jnp.int32).astype(jnp.float32) - self._zero
         # A float stores q + 1/2 = m 2^i, 1 <= m < 2, as i, the decade, and m, the place within it.
         bits = _bits(2 * (jnp.abs(q) if self.signed else q) + 1)
@@ -119,7 +117,7 @@ def _ten_to(exponent: Int[Array, "*s"], dtype: Any) -> Float[Array, "*s"]:
 
 
 def _whole_part(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
-    """Returns the integer part of float32 numbers from 1/2 to 512; of x.0 either x or x - 1.
+    """Returns the integer part of float32 numbers from 1/2 to 512; of an integer n, n or n - 1.
 
     Above 2^23 a float's last bit stands for 1, so its lowest bits are the number. A conversion to
     integers takes a CPU longer, because it must treat NaN and overflow.
@@ -134,17 +132,15 @@ def _smaller(a: Any, b: Any) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A code of given values, to the nearest of which numbers are rounded.
+    """A code of 2**bits given values, ascending from -1 or 0 to 1; it rounds to the nearest.
 
-    The 2**bits values ascend from -1 or 0 to 1. If none is negative, numbers other than zero are
-    never coded as zero.
+    If no value is negative, numbers other than zero are never coded as zero.
     """
 
     values: tuple[float, ...]
     bits: int = 4
 
     def encode(self, blocks, axis, key):
-        """See `Code.encode`."""
         refuse_key(key)
         signed = self.values[0] < 0
         scales = _scales(blocks, axis, signed)
@@ -157,24 +153,49 @@ class Table:
         return codes.astype(jnp.uint8), scales, None
 
     def decode(self, codes, scales, offsets):
-        """See `Code.decode`."""
         numbers = codes.astype(jnp.int32)
         bits = [numbers & 2**bit != 0 for bit in reversed(range(self.bits))]
         return _chosen(list(np.array(self.values, scales.dtype)), bits) * scales
+
+
+# QLoRA's appendix E: quantiles of the normal distribution, zero among them.
+_NORMAL_QUANTILES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class NF4(Table):
+    """The 4-bit NormalFloat of QLoRA's frozen weights (arXiv:2305.14314, section 3).
+
+    Blocks are divided by their largest magnitude, as by bitsandbytes.
+    """
+
+    values: tuple[float, ...] = _NORMAL_QUANTILES
+
+    def encode(self, blocks, axis, key):
+        refuse_key(key)
+        scales = jnp.max(jnp.abs(blocks), axis, keepdims=True)
+        x = blocks * (1 / jnp.maximum(scales, jnp.finfo(scales.dtype).tiny))
+        values = np.array(self.values, x.dtype)
+        codes = bisected(lambda middle: x > middle, list((values[:-1] + values[1:]) / 2))
+        return codes.astype(jnp.uint8), scales, None
 
 
 @dataclasses.dataclass(frozen=True)
 class Affine:
     """Evenly spaced values from a block's smallest number to its largest, both of which are exact.
 
-    The offset is the smallest number, not the code of zero, which has to be clamped where all of a
-    block's numbers have one sign (an error in published code). It can round stochastically.
+    The offset is the smallest number. Published code stores the code of zero instead and clamps it,
+    an error where all numbers of a block have one sign. It can round stochastically.
     """
 
     bits: int
 
     def encode(self, blocks, axis, key):
-        """See `Code.encode`."""
         low, high = (f(blocks, axis, keepdims=True) for f in (jnp.min, jnp.max))
         last = 2**self.bits - 1
         scales = _normal((high - low) / last)
@@ -188,23 +209,19 @@ class Affine:
         return codes.astype(jnp.int32).astype(jnp.uint8), scales, low
 
     def decode(self, codes, scales, offsets):
-        """See `Code.decode`."""
         return codes.astype(jnp.int32).astype(scales.dtype) * scales + offsets
 
 
 def bisected(passes: Callable[[Any], Array], numbers: Sequence[Any]) -> Int[Array, "*s"]:
     """Counts for each element how many of 2**n - 1 ascending scalars it passes, by bisection.
 
-    `passes` gets an array with one of the numbers per element.
+    `passes(limits)` compares each element with its own entry of an array of these scalars.
     """
     bits, half = [], (len(numbers) + 1) // 2
     while half:
         bits.append(passes(_chosen(numbers[half - 1 :: 2 * half], bits)))
         half //= 2
-    count = jnp.int32(0)
-    for bit in bits:
-        count = 2 * count + bit.astype(jnp.int32)
-    return count
+    return functools.reduce(lambda n, bit: 2 * n + bit.astype(jnp.int32), bits, jnp.int32(0))
 
 
 def _chosen(values: Sequence[Any], bits: Sequence[Array]) -> Any:
@@ -222,7 +239,7 @@ def _scales(blocks: Blocks, axis: int, signed: bool) -> PerBlock:
 
 
 def _normal(scales: PerBlock) -> PerBlock:
-    """Replaces subnormal numbers by zero, as which a CPU may treat them in a division."""
+    """Replaces subnormal numbers by zero: a CPU may divide by them as if they were zero."""
     return jnp.where(jnp.abs(scales) < jnp.finfo(scales.dtype).tiny, 0, scales)
 
 

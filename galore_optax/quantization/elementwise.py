@@ -1,9 +1,8 @@
 """Runs elementwise updates on a few rows of large arrays at a time.
 
-An update of a low-bit state needs the state as floats, but not all at once: Adam's update of one
-element depends on no other. Where its jaxpr shows that, a few rows of a large array at a time are
-dequantized, updated, quantized and written back in place, so that only their floats are in memory
-(and in a CPU's cache).
+Adam's update of one element depends on no other. Where an update's jaxpr shows that, a few rows of
+a large low-bit array at a time are dequantized, updated, quantized and written back in place, so
+that only their floats are in memory (and in a CPU's cache).
 """
 
 import math
@@ -23,8 +22,7 @@ from galore_optax.sharding import explicit_axes
 # The most elements in a chunk, so that a turn of the loop is worth its start. A CPU takes half as
 # many, whose floats stay in its cache (8-bit Adam takes 10% to 30% longer with all, EPYC, 2 cores).
 CHUNK = 2**20
-# Primitives whose result depends at each index only on the operands there (arrays of its shape, or
-# scalars).
+# Primitives whose result at an index depends only on scalars and on the arrays' elements there.
 _ELEMENTWISE = {
     "abs", "add", "add_any", "and", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos",
     "div", "eq", "erf", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite",
@@ -35,10 +33,9 @@ _ELEMENTWISE = {
 
 
 def chunks(x: Array | QuantizedArray, most: int) -> int:
-    """Returns in how many chunks of up to `most` elements the rows (axis -2) of an array are taken.
+    """Returns into how many chunks of up to `most` elements to cut an array's rows (axis -2).
 
-    That is 1 where they cannot be cut. Up to 16 devices that they are split over have a share of
-    each chunk.
+    1 where they cannot be cut. Up to 16 devices that they are split over share each chunk.
     """
     # Explicit mesh axes are part of the types in a jaxpr, which do not fit chunks.
     explicit = any(map(explicit_axes, jax.tree.leaves(x)))
@@ -53,9 +50,8 @@ def over_chunks(
     """Overwrites a tree of arrays and `QuantizedArray`s, `stored`, chunk by chunk.
 
     `begin` gets a chunk of it, of `read`, which has the same axes, and its number, and returns
-    arrays, which XLA computes once each even if `end` uses them several times. `end` makes the new
-    chunk from these and the shapes of the old. `count` returns the number of chunks that have at
-    most some number of elements.
+    arrays that XLA computes once each, however often `end` uses them to make the new chunk (its
+    second argument is like the old). `count` returns the number of chunks for a largest size.
     """
     many, few = count(CHUNK // 2), count(CHUNK)
     run = partial(_over_chunks, begin, end)
@@ -159,14 +155,11 @@ class _Values(dict[Any, Any]):
 
 
 class _Part(NamedTuple):
-    """Connected elementwise equations on arrays of one shape, and on scalars, in order.
-
-    `inputs` and `outputs` are its variables among the function's arguments and results, by index.
-    """
+    """Connected elementwise equations on arrays of one shape, and on scalars, in order."""
 
     equations: list[Any]
-    inputs: dict[int, Any]
-    outputs: dict[int, Any]
+    inputs: dict[int, Any]  # its variables among the function's arguments, by index
+    outputs: dict[int, Any]  # and among its results
 
     def chunks(self, leaves: Sequence[Any], most: int) -> int:
         quantized = (leaves[j] for j in self.inputs if is_quantized(leaves[j]))
@@ -177,8 +170,7 @@ class _Part(NamedTuple):
         stored, read = {}, {j: leaves[j] for j in self.inputs}
         for k, var in self.outputs.items():
             if is_quantized(leaves[k]) or leaves[k].dtype == var.aval.dtype:
-                stored[k] = leaves[k]
-                read.pop(k, None)
+                stored[k] = read.pop(k, leaves[k])
             else:
                 stored[k] = jnp.zeros(var.aval.shape, var.aval.dtype)
 

@@ -42,14 +42,13 @@ def quantize_state(
     min_size: int = 4096,
     unsigned: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Quantizes each large floating-point array of the state of `inner`.
+    """Quantizes each large floating-point array of the state of `inner`, between updates.
 
-    A number other than zero is never rounded to zero where numbers have no sign, nor in 8 bits
-    where they have one: a second moment of zero would make the next update as large as the first
-    moment over eps. Zeros stay zeros. Two kinds of arrays therefore take more bits, with a warning:
-    8 instead of 4 for an array that the update divides by and that may have a sign (for every
-    signed array, if the update cannot be traced), and floats for one whose difference from another
-    the update takes a root of, such as E[g²] - E[g]².
+    A second moment rounded to zero would make the next update as large as the first moment over
+    eps. So only signed numbers in 4 bits are ever rounded to zero, and two kinds of arrays take
+    more bits, with a warning: 8 instead of 4 for an array that the update divides by and that may
+    have a sign (for every signed array, if the update cannot be traced), and floats for one whose
+    difference from another the update takes a root of, such as E[g²] - E[g]². Zeros stay zeros.
 
     Args:
         inner: The transformation.
@@ -58,9 +57,8 @@ def quantize_state(
         min_size: Arrays of fewer elements stay floats. A stack of layers counts as a whole; with
             `unstacked` around it, each layer by itself.
         unsigned: From the path of an array in the state, such as "[0].nu['w']", to whether it is
-            never negative; negative numbers in it then become zero. All arrays are quantized to
-            `bits`. None reads it from the traced update; an array is signed unless it is shown not
-            to be.
+            never negative; negative numbers in it then become zero, and all arrays take `bits`.
+            None reads it from the traced update; what is not shown to be unsigned is signed.
 
     Returns:
         The transformation. Its state is that of `inner` with `QuantizedArray`s instead of arrays.

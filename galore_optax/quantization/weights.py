@@ -1,8 +1,7 @@
 """Weights stored in 8 bits without a float copy, updated with stochastic rounding.
 
 Q-GaLore (arXiv:2407.08296, sections 3.3 and 3.4). An update is usually smaller than a step of an
-8-bit code. Rounding to the nearest would lose it; rounded stochastically its mean is exact. The
-same holds for weights in bfloat16.
+8-bit code or of bfloat16. Rounding to the nearest loses it; stochastic rounding keeps its mean.
 """
 
 import dataclasses
@@ -42,8 +41,8 @@ def quantize_weights(
             function from a leaf's path (`jax.tree_util.keystr`) and the leaf. None takes every
             floating-point leaf with at least two axes and 4,096 elements.
         bits: 8 or 4.
-        block: Elements that share a scale and an offset, along the last axis (or the one before,
-            if that is longer and the last is shorter than a block).
+        block: Elements that share a scale and an offset. Blocks run along the last axis; if it is
+            shorter than a block and than the axis before, along that one.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -93,8 +92,8 @@ def value_and_grad(
     """`jax.value_and_grad` with respect to params, which may have `QuantizedArray`s.
 
     For a `QuantizedArray` the gradient is an array: the gradient with respect to the dequantized
-    weight, in its dtype. In a product the result of `dequantize()` is kept for the backward pass;
-    `galore_optax.product` dequantizes again instead.
+    weight, in its dtype. A product keeps the dequantized weight for the backward pass;
+    `galore_optax.product` dequantizes it again there.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -115,16 +114,16 @@ def value_and_grad(
 
 
 def sources(params: optax.Params) -> optax.Params:
-    """Replaces each `QuantizedArray` by zeros, which are never read, to differentiate by."""
+    """Returns the arrays to differentiate with respect to: zeros for a `QuantizedArray`."""
 
-    def zeros(x: Any) -> Any:
+    def zeros(x: Any) -> Any:  # never read
         return jnp.zeros(x.shape, x.dtype) if is_quantized(x) else x
 
     return jax.tree.map(zeros, params, is_leaf=is_quantized)
 
 
 def with_sources(params: optax.Params, sources: optax.Params) -> optax.Params:
-    """Returns params whose derivative with respect to their `sources` is the weights' own."""
+    """Returns params that have the weights' values, and whose gradients go to the `sources`."""
 
     def one(x: Any, source: Any) -> Any:
         return _WithSource(x, source) if is_quantized(x) else source
@@ -167,11 +166,9 @@ def apply_updates(
 
     Sums are computed in float32. A `QuantizedArray` or a bfloat16 weight becomes one of the two
     nearest values that it can store, at random such that the mean is the sum; blocks whose updates
-    are all zero stay as they are. Float32 and wider weights are not rounded, float16 to the
-    nearest.
+    are all zero stay as they are. All other weights are updated by `optax.apply_updates`.
 
-    The key must be a new one for each step. None rounds to the nearest, which loses updates below
-    half a step of the code.
+    Each step needs a new key. None rounds to the nearest, which loses updates below half a step.
 
     Examples:
         >>> import jax, jax.numpy as jnp

@@ -14,10 +14,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}); give a directory with a Hugging Face "
-            "checkpoint"
-        ) from error
+        advice = "give a directory with a Hugging Face checkpoint"
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {advice}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

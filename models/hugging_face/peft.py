@@ -15,9 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree
 from safetensors.numpy import save_file
 
+from galore_optax import DoRA, GradNormLoRP, LoRA
 from galore_optax.adapters.base import Adapter, is_adapter
-from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
-from galore_optax.adapters.lora import DoRA, LoRA
 from models.hugging_face.files import open_tensors, read_json, write_json
 from models.hugging_face.llama import MODULES
 
@@ -64,10 +63,8 @@ def load_adapters(params: PyTree, directory: str | os.PathLike[str]) -> PyTree:
         if not fields:
             continue
         if {*fields} != expected:
-            raise ValueError(
-                f"{module.format('N')} has {', '.join(fields)}, but {kind.__name__} has "
-                f"{', '.join(sorted(expected))}"
-            )
+            needed = f"{kind.__name__} has {', '.join(sorted(expected))}"
+            raise ValueError(f"{module.format('N')} has {', '.join(fields)}, but {needed}")
         arrays = {name: jnp.asarray(array, base.dtype) for name, array in fields.items()}
         adapted[path] = kind(base, **arrays, scale=scale, dropout=dropout)
     if tensors:

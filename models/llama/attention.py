@@ -1,6 +1,7 @@
 """Attention over whole sequences: rotary positions, masks, and which implementation computes it.
 
-Letters: B batch, L length, N query heads, G key and value heads, K a head's width.
+Letters: *A no axis or one of microbatches, B batch, L length, N query heads, G key and value heads,
+K a head's width.
 """
 
 import math
@@ -23,14 +24,15 @@ class Sequences(NamedTuple):
     """What every layer needs to know about a batch of whole sequences."""
 
     rotary: Rotary
+    # True where a query (second last axis) may attend to a key (last axis), if that is not later.
+    # None: a query may attend to all keys that are not later.
     mask: Bool[Array, "*A B 1 L L"] | None
-    """Which keys (last axis) a query may see, apart from later ones; None is all."""
 
 
 def sequences_of(
     config: LlamaConfig, positions: Int[Array, "*A B L"], segment_ids: Array | None = None
 ) -> Sequences:
-    """Returns `Sequences` from positions and, where a row has several documents, their numbers."""
+    """Returns the angles and the mask; `segment_ids` number the documents within each row."""
     config.check_length(positions.shape[-1])
     mask = None
     if segment_ids is not None:
@@ -40,8 +42,8 @@ def sequences_of(
 
 def rotary_angles(config: LlamaConfig, positions: Int[Array, "*A B L"]) -> Rotary:
     """Returns float32 cosines and sines of the positions' angles (arXiv:2104.09864, 3.2.2)."""
-    half = jnp.arange(0, config.head_width, 2, dtype=jnp.float32)
-    frequencies = config.rope_theta ** (-half / config.head_width)
+    even = jnp.arange(0, config.head_width, 2, dtype=jnp.float32)
+    frequencies = config.rope_theta ** (-even / config.head_width)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

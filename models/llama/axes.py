@@ -16,8 +16,7 @@ _MATRICES = {"attention", "mlp"}
 def dimension_numbers(params: Params) -> Params:
     """Returns GaLore's `weight_dimension_numbers` for params, or for a part of them.
 
-    They project attention's and the MLP's matrices, of one layer or of the stack. Embedding, norms
-    and head have None: they are trained at full rank, as published.
+    None, for embedding, norms and head, means training at full rank, as published.
     """
     matrix = GaLoreDimensionNumbers(-2, -1)
     return jax.tree.map_with_path(
@@ -61,10 +60,7 @@ def logical_axes(params: Params) -> Params:
 
 
 def smaller_sides(config: LlamaConfig) -> list[int]:
-    """Returns the smaller side of each kind of matrix that GaLore projects.
-
-    Ranks below a matrix's smaller side compress it, so the largest of these compresses none.
-    """
+    """Returns the smaller side of each matrix that GaLore projects; a rank below it compresses."""
     table = weight_table(config)
     weights = jax.tree.leaves_with_path(table, is_leaf=lambda x: isinstance(x, Weight))
     return [min(x.shape[-2:]) for path, x in weights if _names(path) & _MATRICES]

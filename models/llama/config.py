@@ -44,10 +44,8 @@ class LlamaConfig:
                 "be an even integer; change either"
             )
         if self.heads % self.kv_heads:
-            raise ValueError(
-                f"kv_heads={self.kv_heads} must divide heads={self.heads}; "
-                f"kv_heads={self.heads} is ordinary attention"
-            )
+            ordinary = f"kv_heads={self.heads} is ordinary attention"
+            raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}; {ordinary}")
         if self.attention not in (known := get_args(AttentionImplementation)):
             raise ValueError(f"attention={self.attention!r}: must be one of {', '.join(known)}")
         # One spelling of a dtype, so that configurations compare equal and can be hashed.
@@ -65,10 +63,8 @@ class LlamaConfig:
     def check_length(self, length: int) -> None:
         """Raises ValueError if a sequence of `length` tokens is too long."""
         if length > self.max_length:
-            raise ValueError(
-                f"a sequence of {length} tokens: this model takes at most "
-                f"max_length={self.max_length}; shorten it"
-            )
+            most = f"at most max_length={self.max_length}"
+            raise ValueError(f"a sequence of {length} tokens: this model takes {most}; shorten it")
 
 
 SIZES: dict[str, LlamaConfig] = {

@@ -36,18 +36,16 @@ def generate(
     """
     prompt_ids = jnp.asarray(prompt_ids, jnp.int32)
     _check(model.config, prompt_ids, max_new_tokens, temperature, top_k, top_p)
-    graphdef, state = nnx.split(model)
+    graph, state = nnx.split(model)
     divisor = None if temperature == 0 else _positive(temperature)
     nucleus = None if top_p is None else _positive(top_p)
     stop = None if stop_id is None else np.int32(stop_id)
-    return _generate(
-        graphdef, max_new_tokens, top_k, state, prompt_ids, key, divisor, nucleus, stop
-    )
+    return _generate(graph, max_new_tokens, top_k, state, prompt_ids, key, divisor, nucleus, stop)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(graphdef, max_new_tokens, top_k, state, prompt_ids, key, temperature, top_p, stop_id):
-    model = nnx.merge(graphdef, state)
+def _generate(graph, max_new_tokens, top_k, state, prompt_ids, key, temperature, top_p, stop_id):
+    model = nnx.merge(graph, state)
     batch, prompt_length = prompt_ids.shape
     total = prompt_length + max_new_tokens
 
@@ -113,10 +111,8 @@ def _check(config: LlamaConfig, prompt_ids, max_new_tokens, temperature, top_k, 
         if not fits:
             raise ValueError(f"{name}={value}: must be {accepted}")
     if prompt_ids.ndim != 2 or prompt_ids.size == 0:
-        raise ValueError(
-            f"prompt_ids has shape {prompt_ids.shape}: must be (prompts, tokens), with at least "
-            "one token to start from"
-        )
+        needed = "(prompts, tokens), with at least one token to start from"
+        raise ValueError(f"prompt_ids has shape {prompt_ids.shape}: must be {needed}")
     length = prompt_ids.shape[1]
     if length + max_new_tokens > config.max_length:
         raise ValueError(

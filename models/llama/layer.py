@@ -1,7 +1,6 @@
 """One layer of a LLaMA: RMSNorm, attention, SwiGLU; and the embedding that comes before.
 
-Letters: B batch, L length, D width, F MLP width, N query heads, G key and value heads, K a head's
-width.
+Letters: B batch, L length, D width, F MLP width, N query heads, G KV heads, K a head's width.
 """
 
 from collections.abc import Callable
@@ -27,11 +26,9 @@ _KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-def embed(
-    config: LlamaConfig, embedding: Any, token_ids: Int[Array, "*B L"]
-) -> Float[Array, "*B L D"]:
+def embed(config: LlamaConfig, embedding: Any, ids: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
     """Returns the residual stream before the first layer; the embedding may be quantized."""
-    return dequantized(embedding)[token_ids].astype(config.dtype)
+    return dequantized(embedding)[ids].astype(config.dtype)
 
 
 def training_layer(
@@ -60,8 +57,7 @@ def apply_layer(
 ) -> Float[Array, "B L D"]:
     """Adds attention and then the MLP, each of the normalised stream, to the residual stream.
 
-    `params` is one layer's slice of the params under "layers"; `attend` gets rotated queries and
-    keys, and values.
+    `params` are one layer's; `attend` is given the rotated queries and keys, and the values.
     """
 
     def heads(x: Float[Array, "B L NK"]) -> Float[Array, "B L N K"]:

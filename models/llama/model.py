@@ -3,8 +3,7 @@
 Weights are (in, out) matrices, stacked over the layers and run by `jax.lax.scan`, so that compile
 time does not grow with depth and an optimizer sees one leaf per kind of matrix.
 
-Letters: B batch, L length, S cached length, D width, G key and value heads, K a head's width, V
-vocabulary.
+Letters: B batch, L length, S cached length, D width, G KV heads, K a head's width, V vocabulary.
 """
 
 import math
@@ -27,16 +26,11 @@ class KVCache(NamedTuple):
 
     key: Float[Array, "layers B S G K"]
     value: Float[Array, "layers B S G K"]
-    length: Int[Array, ""]
-    """How many of the S positions are filled."""
+    length: Int[Array, ""]  # the number of the S positions that are filled
 
 
 class Llama(nnx.Module):
-    """A LLaMA language model.
-
-    `rngs.params` draws the matrices from normal(0, 0.02), as in Hugging Face's LLaMA; the norms'
-    weights start at one.
-    """
+    """A LLaMA: `rngs.params` draws matrices from normal(0, 0.02), as Hugging Face; norms are 1."""
 
     embedding: nnx.Param
     layers: Params

@@ -1,6 +1,9 @@
 """Imports go one way: from `train` to `models` to `galore_optax`, and from room to room."""
 
+import re
+
 import pytest
+from paths import ROOT
 
 from docs.rooms import violations
 
@@ -67,3 +70,15 @@ def test_a_wrong_import_is_named(tmp_path, file, text, named):
     }
     write(tmp_path, {**files, file: text})
     assert any(line.startswith(named) for line in violations(tmp_path))
+
+
+def test_no_module_asks_the_process_for_its_devices():
+    """How to compute is decided by a mesh's devices; only `train.step.mesh` lists the process'."""
+    asks = re.compile(r"jax\.(devices|device_count|default_backend|local_devices)\(|ContextVar")
+    files = [
+        path
+        for room in ("galore_optax", "models", "train")
+        for path in ROOT.glob(f"{room}/**/*.py")
+    ]
+    found = {str(p.relative_to(ROOT)) for p in files if asks.search(p.read_text())}
+    assert found == {"train/step/mesh.py"}

@@ -19,6 +19,7 @@ from galore_optax import (
     galore_adamw,
     galore_adamw8bit,
     q_galore_adamw8bit,
+    quantize_state,
 )
 
 PUBLISHED = np.load(FIXTURES / "galore_torch.npz")
@@ -558,3 +559,26 @@ def test_a_state_made_outside_of_jit_can_be_donated(gap):
     tx = galore(4, optax.adam(0.01), update_proj_gap=gap)
     buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tx.init(params))]
     assert len({*buffers}) == len(buffers)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_inner_is_traced_at_most_twice_in_a_jitted_update(quantized):
+    calls = {"init": 0, "update": 0}
+    adamw = optax.adamw(0.1, weight_decay=0.1)
+
+    def init(params):
+        calls["init"] += 1
+        return adamw.init(params)
+
+    def update(updates, state, params=None):
+        calls["update"] += 1
+        return adamw.update(updates, state, params)
+
+    inner = optax.GradientTransformation(init, update)
+    tx = galore(4, quantize_state(inner, min_size=1) if quantized else inner)
+    params = {"w": normal(0, 8, 12), "b": normal(1, 12)}
+    state = tx.init(params)
+    assert calls["update"] <= 3
+    calls["update"] = 0
+    jax.jit(tx.update)(params, state, params)
+    assert calls["update"] <= 2

@@ -108,44 +108,35 @@ def _conflicts(c: Resolved) -> Iterator[str]:
     adapter, every, pause = c.adapter, c.restart_every, c.restart_warmup
     quantized = c.weight_bits is not None and adapter is None
     if c.stochastic_rounding and c.dtype == "float32" and not quantized:
-        yield (
-            "--stochastic-rounding: float32 weights need no rounding; leave it out, or choose "
-            "--dtype bfloat16"
-        )
+        advice = "leave it out, or choose --dtype bfloat16"
+        yield f"--stochastic-rounding: float32 weights need no rounding; {advice}"
     if c.gradient_rank is not None and c.rank is not None and c.gradient_rank >= c.rank:
         yield f"--gradient-rank {c.gradient_rank}: expected below --rank {c.rank}, the adapter's"
     if every is not None and c.weight_bits == 4:
-        yield (
-            f"--weight-bits 4 with --adapter {adapter}: 4-bit weights lose what was learnt when "
-            "a restart merges it into them; choose 8, or leave it out"
-        )
+        reason = "4-bit weights lose what was learnt when a restart merges it into them"
+        yield f"--weight-bits 4 with --adapter {adapter}: {reason}; choose 8, or leave it out"
     if every is not None and pause is not None and pause >= every:
         yield f"--restart-warmup {pause}: expected fewer steps than --restart-every {every}"
     if c.warmup_steps >= c.steps:
         yield f"--warmup-steps {c.warmup_steps}: expected fewer than --steps {c.steps}"
     if c.layerwise and adapter is not None:
-        yield (
-            f"--layerwise has no effect with --adapter {adapter}: the gradients of adapters are "
-            "small, and frozen weights have none; leave one of them out"
-        )
+        reason = "the gradients of adapters are small, and frozen weights have none"
+        yield f"--layerwise has no effect with --adapter {adapter}: {reason}; leave one of them out"
     if c.clip != "exact" and not c.layerwise:
         yield f"--clip {c.clip} has an effect with --layerwise only; any other step clips exactly"
     users = [name for name, recipe in OPTIMIZERS.items() if "scale" in recipe.options]
     if c.accumulate_in_subspace and c.optimizer not in users:
-        yield (
-            f"--accumulate-in-subspace: --optimizer {c.optimizer} has no subspace; leave it out or "
-            f"choose one of {', '.join(users)}"
-        )
+        reason = f"--optimizer {c.optimizer} has no subspace"
+        choice = f"leave it out or choose one of {', '.join(users)}"
+        yield f"--accumulate-in-subspace: {reason}; {choice}"
     if c.clip == "exact" and c.layerwise and c.accumulate_in_subspace:
         yield (
             "--clip exact with --layerwise --accumulate-in-subspace: the norm of the projected sum "
             "is not known before the new subspaces are; choose previous, or leave one of them out"
         )
     if c.data == "c4" and c.data_dir is None:
-        yield (
-            "--data c4 needs --data-dir, the folder of the data set: `python -m train.prepare_c4` "
-            "writes one; --data builtin needs none"
-        )
+        advice = "`python -m train.prepare_c4` writes one; --data builtin needs none"
+        yield f"--data c4 needs --data-dir, the folder of the data set: {advice}"
     if c.data == "builtin" and c.data_dir is not None:
         yield "--data-dir has no effect with --data builtin: leave it out, or choose --data c4"
 
@@ -161,7 +152,5 @@ def _sizes(c: Resolved) -> Iterator[str]:
             f"choose at most {max(sides) - 1}, or an --optimizer without rank"
         )
     if c.rank is not None and c.adapter is not None and c.rank > min(sides):
-        yield (
-            f"--rank {c.rank}: an adapter's rank is at most the smaller side of a matrix, "
-            f"{min(sides)} in {c.model}"
-        )
+        most = f"the smaller side of a matrix, {min(sides)} in {c.model}"
+        yield f"--rank {c.rank}: an adapter's rank is at most {most}"

@@ -8,16 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import (
-    Adaptive,
-    adamw8bit,
-    galore_adafactor,
-    galore_adamw,
-    galore_adamw8bit,
-    gradnorm_lorp_adamw,
-    q_galore_adamw8bit,
-    unstacked,
-)
+import galore_optax
 from galore_optax.layerwise.unstacked import ParamAxes
 from models.llama.axes import dimension_numbers, param_axes
 from train.config.settings import Resolved
@@ -27,16 +18,17 @@ class Recipe(NamedTuple):
     """A row of the table."""
 
     make: Callable[..., optax.GradientTransformation]  # from the learning rate and the options
-    # The settings that it uses, with defaults; None: off, or the default is the model's.
+    # The settings that the optimizer uses, with their defaults. None: the default depends on the
+    # model, or the feature is off.
     options: Mapping[str, Any]
-    adapter: str | None = None  # of `train.config.weights.ADAPTERS`, which comes with the name
-    # Which stacked leaves to split into a leaf per layer, for an optimizer that does something per
-    # leaf. GaLore splits the matrices that it projects by itself.
+    adapter: str | None = None  # the key in `train.config.weights.ADAPTERS` that it always uses
+    # Selects the stacked leaves that are split into one leaf per layer, for optimizers that treat
+    # each leaf separately. GaLore itself splits the matrices that it projects.
     stacks: ParamAxes | None = None
 
 
 def _vectors(params: dict[str, Any]) -> Any:
-    """The layers' norms alone: matrices are projected, or large enough to be quantized each."""
+    """Selects the layers' norms: matrices are split by GaLore, or each large enough to quantize."""
     axes = param_axes(params)
     return jax.tree.map(lambda n: n if n == 1 else None, axes, is_leaf=lambda n: n is None)
 
@@ -60,16 +52,16 @@ _LORP = {"gradient_rank": None, **_IN_SUBSPACE, "moment_bits": None}
 _PLAIN = Recipe(optax.adamw, _ADAMW)
 # As published code for language models has it: a given learning rate and a first moment.
 _ADAFACTOR = partial(optax.adafactor, multiply_by_parameter_scale=False, momentum=0.9)
-_GALORE_ADAFACTOR = partial(galore_adafactor, momentum=0.9)
+_GALORE_ADAFACTOR = partial(galore_optax.galore_adafactor, momentum=0.9)
 OPTIMIZERS: Mapping[str, Recipe] = {
     "adamw": _PLAIN,
-    "adamw8bit": Recipe(adamw8bit, {**_ADAMW, "moment_bits": 8}, stacks=_vectors),
+    "adamw8bit": Recipe(galore_optax.adamw8bit, {**_ADAMW, "moment_bits": 8}, stacks=_vectors),
     "adafactor": Recipe(_ADAFACTOR, {"stochastic_rounding": False}, stacks=param_axes),
-    "galore-adamw": Recipe(galore_adamw, _GALORE),
-    "galore-adamw8bit": Recipe(galore_adamw8bit, _GALORE_8BIT, stacks=_vectors),
+    "galore-adamw": Recipe(galore_optax.galore_adamw, _GALORE),
+    "galore-adamw8bit": Recipe(galore_optax.galore_adamw8bit, _GALORE_8BIT, stacks=_vectors),
     "galore-adafactor": Recipe(_GALORE_ADAFACTOR, _GALORE, stacks=_vectors),
-    "q-galore-adamw8bit": Recipe(q_galore_adamw8bit, _Q_GALORE, stacks=_vectors),
-    "gradnorm-lorp-adamw": Recipe(gradnorm_lorp_adamw, _LORP, adapter="gradnorm-lorp"),
+    "q-galore-adamw8bit": Recipe(galore_optax.q_galore_adamw8bit, _Q_GALORE, stacks=_vectors),
+    "gradnorm-lorp-adamw": Recipe(galore_optax.gradnorm_lorp_adamw, _LORP, adapter="gradnorm-lorp"),
     "lora-adamw": _PLAIN._replace(adapter="lora"),
     "relora-adamw": _PLAIN._replace(adapter="relora"),
     "qlora-adamw": _PLAIN._replace(adapter="qlora"),
@@ -98,18 +90,18 @@ def learning_rate_schedule(config: Resolved) -> optax.Schedule:
 
 
 def make_recipe(config: Resolved) -> optax.GradientTransformation:
-    """The named optimizer, without clipping; what it does per leaf it does per layer."""
+    """Makes the named optimizer without clipping; it treats each layer separately, in any step."""
     recipe = OPTIMIZERS[config.optimizer]
     names = [name for name in recipe.options if name not in _OF_WEIGHTS]
     options = {_ARGUMENTS.get(name, name): getattr(config, name) for name in names}
     if "rank" in options:
         if options.pop("adaptive_refresh"):
-            options["update_proj_gap"] = Adaptive(options["update_proj_gap"])
+            options["update_proj_gap"] = galore_optax.Adaptive(options["update_proj_gap"])
         options["seed"] = config.seed
         if recipe.adapter is None:
             options["weight_dimension_numbers"] = dimension_numbers
     tx = recipe.make(learning_rate_schedule(config), **options)
-    return tx if recipe.stacks is None else unstacked(tx, recipe.stacks)
+    return tx if recipe.stacks is None else galore_optax.unstacked(tx, recipe.stacks)
 
 
 def make_optimizer(config: Resolved) -> optax.GradientTransformationExtraArgs:

@@ -6,31 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.config import checks
+from train.config.defaults import DEFAULTS, PAPER
 from train.config.optimizers import OPTIMIZERS
 from train.config.settings import NOT_STORED, Pretrain, Resolved, read_fields
 from train.config.weights import ADAPTERS
-
-# Defaults of the papers' models in general, then what each model has instead. GaLore's and
-# Q-GaLore's rank, gap and learning rate, steps, batch and length are the papers'; AdamW's learning
-# rates and all of `tiny` are ours. `galore`, `q_galore`, `full`: learning rates by family.
-PAPER = dict(
-    update_proj_gap=200, scale=0.25, galore=0.01, q_galore=0.01, full=0.001,
-    batch_size=512, microbatch=None, seq_len=256, dtype="float32", rematerialize=False,
-)  # fmt: skip
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "tiny": dict(
-        rank=32, update_proj_gap=100, galore=0.02, q_galore=0.02, full=0.001,
-        steps=600, batch_size=16, seq_len=128, microbatch=None,
-    ),
-    "llama-60m": dict(rank=128, q_galore=0.015, steps=10_000, microbatch=128),
-    "llama-130m": dict(rank=256, q_galore=0.015, steps=20_000, microbatch=64),
-    "llama-350m": dict(rank=256, steps=60_000, microbatch=32),
-    "llama-1b": dict(rank=512, steps=100_000, microbatch=16, full=0.0005),
-    "llama-7b": dict(
-        rank=1024, update_proj_gap=500, galore=0.005, q_galore=0.004, full=0.0005,
-        steps=150_000, microbatch=16, dtype="bfloat16", rematerialize=True,
-    ),
-}  # fmt: skip
 
 
 def resolve(config: Pretrain) -> Resolved:

@@ -190,9 +190,8 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         fields = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}): give the config.json of a run's folder"
-        ) from None
+        advice = "give the config.json of a run's folder"
+        raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict):

@@ -6,12 +6,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PRNGKeyArray
 
-from galore_optax import quantize_weights
-from galore_optax.adapters.base import Adapter, adapt
-from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
-from galore_optax.adapters.lora import DoRA, LoRA
-from galore_optax.adapters.low_rank import LowRank
-from galore_optax.quantization.nf4 import quantize_nf4
+from galore_optax import DoRA, GradNormLoRP, LoRA, LowRank, adapt, quantize_nf4, quantize_weights
+from galore_optax.adapters.base import Adapter
 from train.config.settings import Pretrain
 
 Params = dict[str, Any]

@@ -79,10 +79,8 @@ class TrainingData:
         )
         if self.workers:
             _mark_flags_as_parsed()
-            groups = groups.mp_prefetch(
-                grain.MultiprocessingOptions(self.workers, _GROUPS_AHEAD),
-                worker_init_fn=_start_worker,
-            )
+            options = grain.MultiprocessingOptions(self.workers, _GROUPS_AHEAD)
+            groups = groups.mp_prefetch(options, worker_init_fn=_start_worker)
         empty = 0
         with closing(iter(groups)) as iterator:
             for tokens, lengths in iterator:
@@ -172,10 +170,7 @@ def _check(
 def prefetch(
     batches: Iterator[tuple[Batch, Position]], put: Callable[[Batch], T], size: int = 2
 ) -> Generator[tuple[T, Position]]:
-    """Runs `put`, e.g. the transfer to the devices, up to `size` batches ahead in a thread.
-
-    Errors are raised when their batch is asked for. Closing it also closes `batches`.
-    """
+    """Runs `put`, such as to the devices, `size` batches ahead in a thread; closes `batches`."""
 
     def produce() -> tuple[T, Position] | None:
         item = next(batches, None)

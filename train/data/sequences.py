@@ -28,6 +28,7 @@ class Position(NamedTuple):
 
 
 START = Position()
+Batches = Iterator[tuple[Batch, Position]]  # each batch with the position after it
 
 
 def packed_batches(
@@ -37,14 +38,13 @@ def packed_batches(
     batch_size: int,
     seq_len: int,
     start: Position = START,
-) -> Iterator[tuple[Batch, Position]]:
+) -> Batches:
     """Rows without padding, filled one after another from the stream of documents.
 
     A document that does not fit goes on in the next row, as a segment of its own. Each token of the
     stream is a target once, except the very first separator. Empty documents are skipped.
 
-    `documents` are the token ids of each, from number `start.documents` on. Gives batches, each
-    with the position after it. If `documents` ends, the last batch is padded.
+    `documents` begin with number `start.documents`; if they end, the last batch is padded.
     """
     size = batch_size * seq_len
     number, taken = start
@@ -101,11 +101,8 @@ def document_batches(
     batch_size: int,
     seq_len: int,
     start: Position = START,
-) -> Iterator[tuple[Batch, Position]]:
-    """One document per row, truncated or padded, as in GaLore's experiments (arXiv 2403.03507).
-
-    Arguments and results: see `packed_batches`.
-    """
+) -> Batches:
+    """One document per row, truncated or padded, as GaLore's paper does; see `packed_batches`."""
     if start.tokens:
         said = "is inside a document: it was saved in packed mode"
         raise ValueError(f"position {tuple(start)} {said}")
@@ -134,10 +131,7 @@ def document_batches(
         yield batch, Position(number)
 
 
-MODES: dict[str, Callable[..., Iterator[tuple[Batch, Position]]]] = {
-    "packed": packed_batches,
-    "document": document_batches,
-}
+MODES: dict[str, Callable[..., Batches]] = {"packed": packed_batches, "document": document_batches}
 
 
 def limit_tokens(batches: Iterable[Batch], max_tokens: int) -> Iterator[Batch]:

@@ -117,10 +117,8 @@ def _builtin_pages() -> list[str]:
             seen.update(new)
             pages.append("\n\n".join(new))
     if len(pages) < 2 * _VALIDATION_EVERY:
-        raise ValueError(
-            f"data='builtin' found no source files of Python's standard library at {library}: "
-            "use data='c4' with a data_dir"
-        )
+        said = f"found no source files of Python's standard library at {library}"
+        raise ValueError(f"data='builtin' {said}: use data='c4' with a data_dir")
     return pages
 
 

@@ -36,10 +36,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer read from a `tokenizer.json`. It can be pickled, for Grain's worker processes.
-
-    No text gives a special token: T5's `<extra_id_0>` is tokenized like any other word.
-    """
+    """A `tokenizer.json`'s tokenizer, which can be pickled; no text gives a special token."""
 
     def __init__(self, path: Path):
         # One thread per process: Grain's workers run in parallel, and `tokenizers` warns of a fork

@@ -1,7 +1,6 @@
 """What a training step will take of a device's memory, found without allocating it."""
 
 import dataclasses
-import math
 import os
 from typing import Any
 
@@ -11,10 +10,9 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import PyTree
 
-from galore_optax import subspace_parts
-from galore_optax.adapters.base import join, split
+from galore_optax import join, split, state_bytes, subspace_parts
 from galore_optax.layerwise.backward import forward
-from galore_optax.memory import state_bytes
+from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.quantization.weights import sources, with_sources
 from train.config.optimizers import make_recipe
@@ -206,8 +204,7 @@ def _activations(config: Resolved, programs: Programs) -> int:
 
 def _bytes(tree: PyTree) -> int:
     """Bytes of a tree's arrays on one device."""
-    arrays = jax.tree.leaves(_on_one_device(tree))
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+    return tree_bytes(_on_one_device(tree))
 
 
 def _on_one_device(tree: PyTree) -> PyTree:

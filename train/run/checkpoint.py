@@ -2,7 +2,7 @@
 
 A checkpoint has `params`, `rest` (the other fields of the train state) and `progress` (JSON: what
 the host knows, and the format's number). Orbax renames it from a temporary name when it is
-complete. Which one is the best is not stored: a run may save a step before it evaluates it.
+complete. Evaluation losses are in metrics.jsonl: a step may be evaluated after it is saved.
 """
 
 import math
@@ -79,7 +79,8 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         """
         self._prune = prune
         with _as_os_error(self.directory):
-            # Resuming has skipped the damaged ones; Orbax saves only at steps beyond its newest.
+            # Orbax refuses steps up to its newest, which may be damaged checkpoints that the run
+            # skipped when it was resumed.
             for damaged in [other for other in self._manager.all_steps() if other >= step]:
                 self._manager.delete(damaged)
             saved = self._manager.save(
@@ -124,7 +125,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
     ) -> Sequence[bool]:
         """Says which checkpoints Orbax keeps."""
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        # If none has been evaluated, the best is the newest.
+        # `_rank` puts the newest first where no step has been evaluated.
         kept = {*steps[-self._keep :], *sorted(steps, key=self._rank)[:1]}
         return [not self._prune or checkpoint.step in kept for checkpoint in checkpoints]
 
@@ -140,10 +141,8 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
             if found := self._read(step, {"params": params, "rest": rest}):
                 return step, found["params"], found["rest"], found["progress"]
         if steps:
-            raise ValueError(
-                f"no checkpoint in {self.directory} can be read: restore one from a copy, or "
-                "start a new run in another folder"
-            )
+            advice = "restore one from a copy, or start a new run in another folder"
+            raise ValueError(f"no checkpoint in {self.directory} can be read: {advice}")
         return None
 
     def restore_params(self, params: Tree) -> tuple[int, Tree]:
@@ -213,7 +212,7 @@ def _check_same(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]
 
 @contextmanager
 def _as_os_error(directory: Path) -> Iterator[None]:
-    """Raises the errors of Orbax and TensorStore when they cannot write as OSError of one line."""
+    """Turns write errors of Orbax and TensorStore into an OSError with a message of one line."""
     try:
         yield
     except Exception as error:

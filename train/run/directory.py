@@ -61,10 +61,8 @@ def _lock(file: TextIO) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(
-            f"--out {out} is in use: another process is training there; wait for its end, or name "
-            "another folder"
-        ) from None
+        reason = "another process is training there; wait for its end, or name another folder"
+        raise ValueError(f"--out {out} is in use: {reason}") from None
     except OSError as error:
         reason, advice = error.strerror, "name a folder on a file system that has locks"
         raise OSError(f"--out {out}: cannot be locked ({reason}); {advice}") from error
@@ -86,10 +84,8 @@ def _check(config: Resolved) -> str | None:
         raise ValueError(f"--out {out} has a run: add --resume to go on, or name another folder")
     different = differences(read_fields(file), to_json(config))
     if different:
-        raise ValueError(
-            f"--out {out} has another run: {', '.join(different)}; give it the same flags "
-            "or name another folder"
-        )
+        advice = "give it the same flags or name another folder"
+        raise ValueError(f"--out {out} has another run: {', '.join(different)}; {advice}")
     _check_writable(out)
     return None
 

@@ -25,10 +25,7 @@ from train.step.state import TrainState
 def report(
     config: Resolved, parts: Parts, state: TrainState, log: Log, tokens: int, peak: tuple[int, str]
 ) -> None:
-    """Writes the plot and the summary, and prints a sample and the table.
-
-    `tokens` is the number of targets trained on, `peak` the most of `peak_memory` in any process.
-    """
+    """Writes plot and summary, prints sample and table; `peak` is that of `peak_memory`."""
     directory = run_directory.directory(config)
     lines = read_metrics(directory)
     last = [line for line in lines if "eval_loss" in line][-1]
@@ -70,9 +67,8 @@ def peak_memory(device: jax.Device) -> tuple[int, str]:
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"], f"peak_bytes_in_use of one {device.device_kind}"
     # Linux counts it in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return peak, "resident memory of the process"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024), "resident memory of the process"
 
 
 def _print_table(name: str, ours: dict[str, int], adamw: dict[str, int]) -> None:

@@ -47,10 +47,7 @@ def load_trained(run: str) -> Trained:
 def sample_text(
     model: Llama, tokenizer: Tokenizer, prompt: str, *, seed: int = 0, stop: bool = False, **how
 ) -> str:
-    """A prompt at the beginning of a document, and its continuation by the model.
-
-    With `stop` the text ends with the document. Other arguments: see `models.llama.generate`.
-    """
+    """A document that begins with the prompt, to its end if `stop`; `how`: see `generate`."""
     # In training, the separator begins each document.
     ids = jnp.asarray([[tokenizer.separator, *tokenizer.encode(prompt)]], jnp.int32)
     stop_id, key = tokenizer.separator if stop else None, jax.random.key(seed)

@@ -69,9 +69,8 @@ class Training:
             run_directory.write_config(config)
             self.metrics = stack.enter_context(closing(MetricsLog(self.directory, self.host.step)))
             self.host.evaluations = evaluation_losses(self.directory)
-            self.checkpoints = stack.enter_context(
-                Checkpoints(self.folder, config.keep, self.log, self.host.evaluations)
-            )
+            checkpoints = Checkpoints(self.folder, config.keep, self.log, self.host.evaluations)
+            self.checkpoints = stack.enter_context(checkpoints)
             if state is None:
                 state = parts.init(jax.random.key(config.seed))
             peak = peak_flops(parts.mesh.devices.flat[0], config.dtype)

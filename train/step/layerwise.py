@@ -9,9 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from galore_optax import apply_updates
-from galore_optax.layerwise.backward import Layered
-from galore_optax.layerwise.step import Layerwise
+from galore_optax import Layered, Layerwise, apply_updates
 from galore_optax.quantization.array import dequantized
 from models.llama.attention import sequences_of
 from models.llama.config import LlamaConfig
@@ -74,10 +72,7 @@ def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
 def with_sequences(
     config: LlamaConfig, mode: str, batch: Batch, tokens: Float[Array, ""]
 ) -> dict[str, Any]:
-    """A batch `(B, L)` or microbatches `(A, B, L)`, with what layers and head need besides.
-
-    `tokens` is the number of targets that count, over all microbatches.
-    """
+    """A batch `(*A, B, L)` and what the model needs besides; `tokens` counts all targets."""
     shape = batch["inputs"].shape
     if mode == "packed":
         sequences = sequences_of(config, batch["positions"], batch["segment_ids"])

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.nn import logsumexp
 from jaxtyping import Array, Float, Int
 
 # Least positions of each row in a chunk. More are not faster, and take more memory.
@@ -42,7 +43,7 @@ def summed_cross_entropy(
     def add(total, chunk):
         x, target, weight = chunk
         logits = _logits(x, head)
-        return total + _weighted(_normalizer(logits) - _chosen(logits, target), weight), None
+        return total + _weighted(logsumexp(logits, axis=-1) - _chosen(logits, target), weight), None
 
     return jax.lax.scan(add, jnp.zeros(()), _chunks(hidden, targets, weights))[0]
 
@@ -56,7 +57,7 @@ def _forward(hidden, head, targets, weights, by_vocabulary):
         total, head_gradient = carry
         x, target, weight = chunk
         logits = _logits(x, matrix)
-        normalizer = _normalizer(logits)
+        normalizer = logsumexp(logits, axis=-1)
         total += _weighted(normalizer - _chosen(logits, target), weight)
         gradient = _gradient(logits, normalizer, target, weight, x.dtype)
         head_gradient += _product(gradient.T, x)
@@ -80,7 +81,7 @@ def _forward_by_vocabulary(hidden, head, targets, weights):
         normalizer, chosen = carry
         start, part = start_and_part
         logits = _logits(x, part)
-        normalizer = jnp.logaddexp(normalizer, _normalizer(logits))
+        normalizer = jnp.logaddexp(normalizer, logsumexp(logits, axis=-1))
         return (normalizer, chosen + _chosen(logits, targets - start)), None
 
     nothing = jnp.zeros(targets.shape)
@@ -127,11 +128,6 @@ def _product(a, b):
 
 def _logits(x, head):
     return _product(x, head.astype(x.dtype).T)
-
-
-def _normalizer(logits):
-    """The logarithm of the softmax's denominator; less `_chosen` it is -log softmax[target]."""
-    return jax.nn.logsumexp(logits, axis=-1)
 
 
 def _chosen(logits, targets):

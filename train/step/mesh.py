@@ -56,9 +56,8 @@ def make_mesh(text: str | None) -> Mesh:
             f"--mesh {text!r} asks for {product} devices, there are {len(devices)}: "
             f"choose sizes whose product is {len(devices)}, such as data={len(devices)}"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 
 
 def available_devices() -> list[jax.Device]:
@@ -142,15 +141,13 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     }
 
 
-def microbatches(
-    batch: Mapping[str, Array], accumulate: int, mesh: Mesh | None
-) -> dict[str, Array]:
-    """Cuts a batch's arrays `(B, L)` into microbatches `(A, B / A, L)`."""
+def microbatches(batch: Mapping[str, Array], count: int, mesh: Mesh | None) -> dict[str, Array]:
+    """Cuts a batch's arrays `(B, L)` into `count` microbatches, to `(A, B / A, L)`."""
 
     def cut(x: Array) -> Array:
         # Row i goes to microbatch i mod A: (B, L) -> (B/A, A, L) -> (A, B/A, L) moves nothing
         # between devices, as each holds a range of rows.
-        x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
         if mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *BATCH)))

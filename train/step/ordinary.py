@@ -12,17 +12,16 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from galore_optax import apply_updates
-from galore_optax.adapters.base import join, split
+from galore_optax import apply_updates, join, split, value_and_grad
 from galore_optax.adapters.lora import with_dropout_keys
 from galore_optax.layerwise.microbatches import over_microbatches, over_microbatches_in_subspace
-from galore_optax.quantization.weights import value_and_grad
 from galore_optax.transformation import SubspaceParts
 from train.step import skipping
 from train.step.loss import summed_cross_entropy
 from train.step.mesh import microbatches
 from train.step.state import Batch, Metrics, Params, TrainState, step_key, step_metrics
 
+# Microbatches, of shape (B / A, L), also have their number as `microbatch`.
 Forward = Callable[[Params, Batch], tuple[Float[Array, "B L D"], Float[Array, "V D"]]]
 
 
@@ -35,10 +34,7 @@ def summed_loss(forward: Forward, params: Params, batch: Batch) -> Float[Array, 
 def loss_and_gradient(
     forward: Forward, params: Params, batch: Batch, accumulate: int = 1, mesh: Mesh | None = None
 ) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
-    """The loss over a batch, its gradient, summed in float32, and the number of targets that count.
-
-    `forward` is given a microbatch `(B / A, L)` with its number as `microbatch`.
-    """
+    """A batch's loss, its gradient, summed in float32, and the number of targets that count."""
     gradients, parts, tokens = _by_microbatch(forward, params, batch, accumulate, mesh)
     gradient, losses = over_microbatches(gradients, parts)
     return jnp.sum(losses), gradient, tokens

@@ -11,12 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
-from galore_optax import subspace_parts
-from galore_optax.adapters.base import split
-from galore_optax.adapters.restart import restart
-from galore_optax.layerwise.sharding import layerwise_shardings
+from galore_optax import layerwise_shardings, restart, split, state_shardings, subspace_parts
 from galore_optax.quantization.array import dequantized
-from galore_optax.sharding import state_shardings
 from models.llama import model as llama
 from models.llama.attention import attention_implementation
 from models.llama.axes import dimension_numbers, logical_axes
@@ -62,8 +58,7 @@ def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
 
 def abstract_params(config: Pretrain, model: LlamaConfig) -> tuple[nnx.GraphDef, Params]:
     """The model without its weights, and their shapes as a run stores them."""
-    abstract = nnx.eval_shape(lambda: llama.Llama(model, rngs=nnx.Rngs(0)))
-    graph, _ = nnx.split(abstract, nnx.Param)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: llama.Llama(model, rngs=nnx.Rngs(0))), nnx.Param)
     return graph, jax.eval_shape(partial(_init_params, config, model), jax.random.key(0))
 
 
@@ -100,8 +95,7 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
     graph, shapes = abstract_params(config, model)
     forward = make_forward(graph, config.sequences)
     params_at, notes = param_shardings(mesh, shapes, logical_axes(shapes))
-    optimizing = _optimizing(config, model, mesh, forward, shapes, params_at)
-    init_optimizer, optimizer_at, step = optimizing
+    init_optimizer, optimizer_at, step = _optimizer(config, model, mesh, forward, shapes, params_at)
     whole, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, BATCH)
     state_at = TrainState(params_at, skipping.shardings(mesh, optimizer_at), whole, whole)  # pyrefly: ignore
 
@@ -138,7 +132,7 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
     )
 
 
-def _optimizing(
+def _optimizer(
     config: Resolved, model: LlamaConfig, mesh: Mesh, forward: Forward, shapes: Params, at: Params
 ) -> tuple[Callable[[Params], Any], Any, Callable[..., Any]]:
     """The optimizer's init, its state's shardings from the params' `at`, and the step."""

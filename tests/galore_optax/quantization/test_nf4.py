@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from paths import FIXTURES
 
-from galore_optax.quantization.array import is_quantized, stored_like
-from galore_optax.quantization.nf4 import NF4, quantize_nf4
+from galore_optax.quantization.array import is_quantized, quantize_nf4, stored_like
+from galore_optax.quantization.codes import NF4
 
 THEIRS = dict(np.load(FIXTURES / "nf4.npz"))
 WEIGHT = jnp.asarray(THEIRS["weight"].T)  # ours is (in, out)

@@ -7,8 +7,9 @@ from typing import get_args
 import pytest
 
 from models.llama.config import SIZES
+from train.config.defaults import DEFAULTS
 from train.config.optimizers import OPTIMIZERS, learning_rate_schedule
-from train.config.resolve import DEFAULTS, load, resolve
+from train.config.resolve import load, resolve
 from train.config.settings import Model, Pretrain, to_json
 from train.run import cli
 
