@@ -8,7 +8,7 @@ of its state are moments, and what it does with params, is read from its traced 
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from galore_optax.projection.leaf import Projection
+from galore_optax.projection.leaf import Plans, Projection
 from galore_optax.projection.moments import (
     MomentsFunction,
     MomentsOf,
@@ -30,8 +30,6 @@ from galore_optax.sharding import first_element
 from galore_optax.trace.params_use import acts_within_subspace, decoupled_decay, remembers_params
 from galore_optax.trace.roles import Role, state_roles
 from galore_optax.trace.traced import Traced, trace
-
-DEFAULT_MOMENTS = "rotate"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,25 +51,17 @@ class Inner:
     @property
     def rule(self) -> str | MomentsFunction:
         """What becomes of moments at a refresh."""
-        return DEFAULT_MOMENTS if self.moments is None else self.moments
+        return "rotate" if self.moments is None else self.moments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InnerCall:
-    """An inner transformation in one call of `galore`; what is asked about it is worked out once.
-
-    Attributes:
-        inner: The transformation.
-        project: Returns its params, the projected ones; only their shapes are used.
-        state: Its state; only its shapes are used.
-        plans: How each leaf is projected.
-        extra_args: Those of the update.
-    """
+    """An inner transformation in one call of `galore`; each question to it is answered once."""
 
     inner: Inner
-    project: Callable[[], optax.Params]
-    state: optax.OptState
-    plans: Sequence[Projection | None]
+    project: Callable[[], optax.Params]  # returns its params; only their shapes are used
+    state: optax.OptState  # only its shapes are used
+    plans: Plans
     extra_args: dict[str, Any]
 
     @functools.cached_property
@@ -106,12 +96,7 @@ class InnerCall:
     def update(
         self, grads: optax.Updates, state: optax.OptState, params: optax.Params | None
     ) -> tuple[optax.Updates, optax.OptState, optax.Params | None]:
-        """The inner's update, with its decoupled weight decay taken out of it.
-
-        Args:
-            grads: The projected gradient.
-            state: The state.
-            params: The projected params; None if they are not known.
+        """The inner's update of projected gradients, without its decoupled weight decay.
 
         Returns:
             The projected updates, the new state, and for each leaf minus the learning rate times
@@ -128,12 +113,7 @@ class InnerCall:
         return *self.inner.tx.update(grads, state, params, **self.extra_args), slopes
 
     def check(self) -> None:
-        """Refuses what cannot run in a subspace, and warns of what acts otherwise than outside.
-
-        Raises:
-            ValueError: If the state remembers params and `moments` does not say what to do, or its
-                moments cannot be told apart.
-        """
+        """Refuses what cannot run in a subspace, and warns of what acts otherwise than outside."""
         rule, decay = self.inner.rule, self.inner.decay
         if rule == "keep" and decay is not None:
             return

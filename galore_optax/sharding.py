@@ -6,9 +6,9 @@ projected, the basis the one that is, and the rank is replicated. Projections an
 under automatic axes: XLA shards their products without gathering a weight or a gradient.
 """
 
-import functools
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -88,29 +88,27 @@ def explain_sharding_errors(
     Its axes stay explicit, as arrays may be that it closes over (`optax.inject_hyperparams`).
     """
 
-    def explained(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return function(*args, **kwargs)
-            except Exception as error:
-                if type(error).__name__ != "ShardingTypeError":  # JAX has no public name for it
-                    raise
-                raise ValueError(
-                    "inner: it has an operation that explicit mesh axes cannot express; give the "
-                    "mesh automatic axes, jax.make_mesh(..., axis_types=(AxisType.Auto,) * n), or "
-                    f"call the update within jax.sharding.auto_axes ({error})"
-                ) from error
+    @contextlib.contextmanager
+    def explained() -> Generator[None]:
+        try:
+            yield
+        except Exception as error:
+            if type(error).__name__ != "ShardingTypeError":  # JAX has no public name for it
+                raise
+            raise ValueError(
+                "inner: it has an operation that explicit mesh axes cannot express; give the mesh "
+                "automatic axes, jax.make_mesh(..., axis_types=(AxisType.Auto,) * n), or call the "
+                f"update within jax.sharding.auto_axes ({error})"
+            ) from error
 
-        return call
-
-    return optax.GradientTransformationExtraArgs(explained(inner.init), explained(inner.update))
+    init, update = explained()(inner.init), explained()(inner.update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def state_shardings(
     tx: optax.GradientTransformation, params: optax.Params, param_shardings: optax.Params
 ) -> optax.OptState:
-    """Returns the shardings of `tx.init(params)`, without allocating anything.
+    """Returns the tree of the shardings of `tx.init(params)`, without allocating anything.
 
     A leaf of the state is sharded along the axes that it shares with a param. The moments of a
     stack that is sharded along its layers are sharded along the side that is not projected instead.
@@ -120,9 +118,6 @@ def state_shardings(
         params: Tree of arrays or of `jax.ShapeDtypeStruct`.
         param_shardings: The same tree of `jax.sharding.NamedSharding` over one mesh, with automatic
             or explicit axes. An axis that they do not divide is not split in the state.
-
-    Returns:
-        A tree like `tx.init(params)` of `NamedSharding` over that mesh.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax

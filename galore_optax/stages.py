@@ -17,7 +17,7 @@ from galore_optax.inner import Inner, InnerCall, decay
 from galore_optax.nnx_variables import without_variables
 from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
-from galore_optax.projection.leaf import Projection, Rank, projections
+from galore_optax.projection.leaf import Plans, Projection, Rank, projections
 from galore_optax.projection.moments import CarryOver, Moment, MomentsOf, reset
 from galore_optax.projection.refresh import Refresh, check_subspace, refresh
 from galore_optax.projection.subspace import SUBSPACES, FindSubspace
@@ -250,9 +250,7 @@ def _stored(bases: Any) -> Any:
     return bases[0] if isinstance(bases, tuple) and len(bases) == 1 else bases
 
 
-def _warn_of_left_out(
-    leaves: Sequence[Any], plans: Sequence[Projection | None], numbers: WeightDimensionNumbers
-) -> None:
+def _warn_of_left_out(leaves: Sequence[Any], plans: Plans, numbers: WeightDimensionNumbers) -> None:
     if leaves and not any(plans):
         warnings.warn(
             "galore projects nothing: none of the params is a matrix; say with "

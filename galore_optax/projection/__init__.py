@@ -1,1 +1,4 @@
-"""galore_optax/projection."""
+"""The subspace of a leaf: which matrices it holds, their bases, refreshes and moments.
+
+Imports `quantization`, `trace` and the foundation.
+"""

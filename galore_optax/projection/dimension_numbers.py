@@ -107,15 +107,7 @@ class LeafView:
 def matrix_views(
     params: optax.Params, numbers: WeightDimensionNumbers
 ) -> list[tuple[str, LeafView | None]]:
-    """Returns path and view of every leaf, in the order of `jax.tree.leaves`; None: unprojected.
-
-    Args:
-        params: Tree of arrays or of `jax.ShapeDtypeStruct`.
-        numbers: As in `galore`.
-
-    Raises:
-        ValueError: If the dimension numbers do not fit the params, or one of these is not an array.
-    """
+    """Returns path and view of every leaf, in the order of `jax.tree.leaves`; None: unprojected."""
     leaves = [(jax.tree_util.keystr(key), x) for key, x in jax.tree.leaves_with_path(params)]
     for path, leaf in leaves:
         if not hasattr(leaf, "shape"):

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -165,6 +165,10 @@ class Projection:
                 sides[mode], spare = sides[mode] + spare, ()
         small = PartitionSpec(*sides)
         return bases, (small,) * self.matrices if batch else small
+
+
+Plans = Sequence[Projection | None]
+"""How each leaf of the params is projected, in the order of `jax.tree.leaves`."""
 
 
 def unfold(matrix: Float[Array, "..."], mode: int) -> Float[Array, "n m"]:

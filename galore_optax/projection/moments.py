@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from galore_optax.projection.leaf import Projection
+from galore_optax.projection.leaf import Plans, Projection
 from galore_optax.quantization.array import dequantized, is_quantized, stored_like
 from galore_optax.sharding import sharded_like
 from galore_optax.trace.roles import FACTOR, FIRST, SECOND, Role
@@ -58,7 +58,7 @@ MomentsOf = dict[int, list[list[Moment]]]
 """For each projected leaf, by index, and each of its matrices the moments."""
 
 
-def small_leaves(plans: Sequence[Projection | None]) -> list[tuple[int, int]]:
+def small_leaves(plans: Plans) -> list[tuple[int, int]]:
     """For each leaf that the inner is given its leaf and its matrix in the params."""
     return [
         (i, j)
@@ -67,17 +67,14 @@ def small_leaves(plans: Sequence[Projection | None]) -> list[tuple[int, int]]:
     ]
 
 
-def moving_axes(plans: Sequence[Projection | None]) -> set[tuple[int, int]]:
+def moving_axes(plans: Plans) -> set[tuple[int, int]]:
     """The axes, of the leaves that the inner is given, whose coordinates are those of a basis."""
     owners = ((k, plans[i]) for k, (i, _) in enumerate(small_leaves(plans)))
     return {(k, mode) for k, plan in owners if plan is not None for mode in plan.modes}
 
 
 def moments_of(
-    roles: Sequence[Role],
-    state: optax.OptState,
-    params: optax.Params,
-    plans: Sequence[Projection | None],
+    roles: Sequence[Role], state: optax.OptState, params: optax.Params, plans: Plans
 ) -> MomentsOf:
     """Where the moments of each matrix lie in the inner's state, a `QuantizedArray` being one leaf.
 
@@ -119,10 +116,7 @@ def _field(path: tuple[Any, ...], param: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def reset(
-    init: Callable[[], optax.OptState],
-    leaves: list[Array],
-    places: MomentsOf,
-    refreshed: Sequence[Bool[Array, " matrices"]],
+    init: Callable[[], Any], leaves: list[Any], places: MomentsOf, refreshed: Sequence[Array]
 ) -> list[Array]:
     """The leaves of the inner's state, as `init` makes them where a matrix was refreshed."""
     if not any(map(any, places.values())):
@@ -198,10 +192,7 @@ class CarryOver:
 
 
 def check_rule(
-    rule: MomentsFunction,
-    leaves: Sequence[Any],
-    places: MomentsOf,
-    plans: Sequence[Projection | None],
+    rule: MomentsFunction, leaves: Sequence[Any], places: MomentsOf, plans: Plans
 ) -> None:
     """Refuses a user's function that does not carry over the moments among the state's leaves."""
     for i, matrices in places.items():

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from galore_optax import checks
-from galore_optax.projection.leaf import Bases, Projection, unfold
+from galore_optax.projection.leaf import Bases, Plans, Projection, unfold
 from galore_optax.projection.moments import CarryOver, transition
 from galore_optax.projection.schedule import Similarity
 from galore_optax.projection.subspace import FindSubspace, refreshed
@@ -54,13 +54,7 @@ class Refresh:
     similarity: Similarity | None
 
     def __call__(
-        self,
-        gradient: Float[Array, "*shape"],
-        bases: Bases,
-        moments: Moments,
-        due: Bool[Array, "*batch"],
-        key: PRNGKeyArray,
-        first: Int[Array, ""],
+        self, gradient: Array, bases: Bases, moments: Moments, due: Array, key: Array, first: Array
     ) -> Refreshed:
         """Of a leaf; see `refresh`."""
         view, number = self.projection.view, self.projection.matrices
@@ -147,25 +141,25 @@ class Refresh:
 # Compiled on its own, since outside of jit every conditional would be compiled anew at every call.
 @partial(jax.jit, static_argnums=0)
 def refresh(
-    how: Refresh, gradient: Any, bases: Bases, moments: Moments, due: Any, key: Any, first: Any
+    how: Refresh,
+    gradient: Float[Array, "*shape"],
+    bases: Bases,
+    moments: Moments,
+    due: Bool[Array, "*batch"],
+    key: PRNGKeyArray,
+    first: Int[Array, ""],
 ) -> Refreshed:
     """Refreshes the matrices of a leaf that are due; costs nothing on other steps.
 
-    Args:
-        how: How.
-        gradient: The leaf's gradient.
-        bases: One for each projected side.
-        moments: For each matrix its moments; `()` if they are not carried over.
-        due: Whether a refresh is due, for each matrix.
-        key: Of the leaf and the step; a matrix's index is folded in.
-        first: The index of the leaf's first matrix; not 0 if other layers are before it.
+    Moments that are not carried over are `()` for each matrix. Into the key of leaf and step, each
+    matrix's index is folded, from `first` on: not 0 if other layers are before.
     """
     none = PartitionSpec()
     out = Refreshed._make((specs(bases), specs(moments), none, none))
     return with_automatic_axes(how, lambda _: out, gradient, bases, moments, due, key, first)
 
 
-def check_subspace(find: FindSubspace, plans: Sequence[Projection | None]) -> None:
+def check_subspace(find: FindSubspace, plans: Plans) -> None:
     """Refuses a user's function that does not find bases of the right shape."""
     for plan in filter(None, plans):
         for mode, rank in zip(plan.modes, plan.ranks, strict=True):

@@ -41,7 +41,6 @@ _OTHER_FUNCTIONS = {
     "shift_left", "shift_right_logical", "shift_right_arithmetic",
 }  # fmt: skip
 _ELEMENTWISE = _ADD | _MULTIPLY | _KEEP | _EVEN_FUNCTIONS | _ODD_FUNCTIONS | _OTHER_FUNCTIONS
-_PASSED = {"optimization_barrier", "sharding_constraint", "reshard"}
 _RANDOM = ("random_", "threefry")
 
 
@@ -68,14 +67,10 @@ class Coordinates:
 
 
 class CoordinatesReading(Reading):
-    """Reads an update for `Coordinates`.
-
-    Args:
-        moving: The gradient's leaves and axes whose coordinates change their signs.
-    """
+    """Reads an update for `Coordinates`."""
 
     def __init__(self, moving: frozenset[tuple[int, int]]):
-        self.moving = moving
+        self.moving = moving  # the gradient's leaves and axes whose coordinates change their signs
 
     def constant(self, value: Any) -> Coordinates:
         axes = tuple(MIXED if n > 1 else None for n in np.shape(value))
@@ -114,7 +109,7 @@ class CoordinatesReading(Reading):
 
     def equation(self, equation: JaxprEqn, into: list[Coordinates]) -> Any:
         name = equation.primitive.name
-        if name in _PASSED:
+        if name in ("sharding_constraint", "reshard"):
             return into
         ndim = len(shape_of(equation.outvars[0]))
         noise = name.startswith(_RANDOM) or (

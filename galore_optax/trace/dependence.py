@@ -62,7 +62,7 @@ def dependences(
     """For each output of a traced function the names of the inputs that it depends on.
 
     Args:
-        traced: What `jax.make_jaxpr` returns.
+        traced: The function.
         inputs: A name for each of its flattened inputs; None for one that does not matter.
         through_scalars: Whether a dependence through a value without axes counts.
         through_choices: Whether it counts that a value decides which of others is taken (by
@@ -83,16 +83,9 @@ def coupled_leaves(
 ) -> tuple[str, str] | None:
     """The paths of two leaves, the first of which is updated by the second's gradient.
 
-    A dependence through a scalar of the state, one or more updates later, counts too. One through
-    an array of the state does not: the array would have to hold something of several leaves.
-
-    Args:
-        tx: The transformation.
-        params: Arrays or `jax.ShapeDtypeStruct`; their values are not used.
-        **extra_args: Passed to the update.
-
-    Returns:
-        None if every leaf is updated by itself.
+    None if every leaf is updated by itself. A dependence through a scalar of the state, one or more
+    updates later, counts too. One through an array of the state does not: the array would have to
+    hold something of several leaves. The values of the params are not used.
 
     Examples:
         >>> import jax.numpy as jnp, optax

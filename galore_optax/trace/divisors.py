@@ -61,7 +61,7 @@ class Divisors(Reading):
         if not value.fresh:
             self.stale |= value.leaves
 
-    def equation(self, equation: JaxprEqn, into: list[Made]) -> Made | list[Made]:
+    def equation(self, equation: JaxprEqn, into: list[Made]) -> Made:
         name = equation.primitive.name
         power = equation.params.get("y", 0) if name == "integer_pow" else 0
         if name == "div":
@@ -70,8 +70,6 @@ class Divisors(Reading):
             self._divide(into[0])
         if name in _ROOTS:
             self.rooted |= into[0].differences
-        if name == "optimization_barrier":
-            return into
         everything = self.join(into[1:] if name == "select_n" else into)
         if name in _OTHER:
             return Made(fresh=everything.fresh)

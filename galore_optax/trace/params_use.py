@@ -33,9 +33,7 @@ used, to d update / d param for each param, an array with one value; None where 
 def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
     """The slopes of decoupled weight decay; None if the use of params is something else.
 
-    Args:
-        traced: The transformation.
-        check: False takes any use of params for decay.
+    Without the check any use of params is taken for decay.
     """
     params, n = traced.params, len(traced.params)
     if traced.update is None or (check and any(dependences(traced.init, ["params"] * n))):
@@ -140,7 +138,7 @@ def _arrays(traced: ClosedJaxpr, marks: Sequence[Any]) -> list[bool]:
 _NOTHING, _GRADIENT, _PARAMS, _OTHER, _USED = range(5)
 _LINEAR = {
     "neg", "convert_element_type", "reduce_precision", "copy", "broadcast_in_dim", "reshape",
-    "squeeze", "transpose", "real", "sharding_constraint", "reshard", "optimization_barrier",
+    "squeeze", "transpose", "real", "sharding_constraint", "reshard",
 }  # fmt: skip
 
 
@@ -167,10 +165,8 @@ class _Use(Reading):
         # Scalars, such as norms, belong to no basis.
         return _NOTHING if shape_of(var) == () else value
 
-    def equation(self, equation: JaxprEqn, into: list[int]) -> int | list[int]:
+    def equation(self, equation: JaxprEqn, into: list[int]) -> int:
         name, invars = equation.primitive.name, equation.invars
-        if name == "optimization_barrier":
-            return into
         known = {*into} - {_NOTHING}
         if not known or (name == "mul" and any(map(is_zero, invars))):
             return _NOTHING

@@ -59,10 +59,8 @@ class Role:
 def state_roles(traced: Traced, moving: Collection[tuple[int, int]] | None = None) -> list[Role]:
     """The role of each leaf of a state, in the order of `jax.tree.leaves`.
 
-    Args:
-        traced: The transformation. Without a traced update every leaf is OTHER, and a divisor.
-        moving: The params, by index, and their axes whose coordinates change with a basis; None
-            for all axes of all params.
+    Without a traced update every leaf is OTHER, and a divisor. `moving` are the params, by index,
+    and their axes whose coordinates change with a basis; None for all axes of all params.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax

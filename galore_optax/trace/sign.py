@@ -44,10 +44,8 @@ class Sign(Reading):
     def join(self, values: Sequence[int]) -> int:
         return max(values, default=ZERO)
 
-    def equation(self, equation: JaxprEqn, into: list[int]) -> int | list[int]:
+    def equation(self, equation: JaxprEqn, into: list[int]) -> int:
         name, invars = equation.primitive.name, equation.invars
-        if name == "optimization_barrier":
-            return into
         largest = max(into, default=UNKNOWN)
         if name == "select_n":
             return max(into[1:])

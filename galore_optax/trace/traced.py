@@ -60,12 +60,8 @@ def trace(
 ) -> Traced:
     """Traces a transformation once, without using values of params and state.
 
-    Args:
-        inner: The transformation.
-        params: Its params.
-        state: Its state; None for what `init` makes of the params.
-        **extra_args: Those of the update. optax's usual ones (`value`, `grad`, `value_fn`,
-            `obj_fn`, `grad_fn`) are made up unless they are given.
+    The state is by default what `init` makes. The update's usual extra arguments (`value`, `grad`,
+    `value_fn`, `obj_fn`, `grad_fn`) are made up unless they are given.
     """
     # Without shardings, which some updates cannot be traced with, and which change nothing here.
     params = _without_shardings(params)
