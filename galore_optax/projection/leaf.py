@@ -30,7 +30,7 @@ Rank = int | float | Callable[[str, tuple[int, ...]], int | float]
 """A number of dimensions, a fraction of the smaller side, or a function of path and shape."""
 
 Bases = tuple[Float[Array, "*batch n r"] | QuantizedArray, ...]
-"""Of one leaf, for each side that is projected."""
+"""The bases of one leaf, one for each projected side."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Projection:
 
         return with_automatic_axes(back, lambda _: specs(like), bases, small)
 
-    # A projection is one einsum over the leaf's own axes, followed by its ranks: merging axes of a
-    # leaf into those of a matrix would gather the leaf if they are sharded.
+    # A projection is one einsum, whose axes are the leaf's own and then the ranks. Merging a leaf's
+    # axes into the two of a matrix instead would gather the leaf if they are sharded.
 
     def _rank_axis(self, mode: int) -> int:
         return len(self.view.shape) + self.modes.index(mode)
@@ -112,7 +112,7 @@ class Projection:
     def random_bases(
         self, leaf: Float[Array, "..."], key: PRNGKeyArray, bits: int | None = None
     ) -> Bases:
-        """Random orthonormal bases in the leaf's dtype or `bits`, sharded as the leaf's axes.
+        """Random orthonormal bases, in the leaf's dtype or in `bits`, sharded like the leaf.
 
         Their columns are coordinate vectors, drawn without repetition: orthonormal in any dtype and
         code, and made without a factorization. The matrices of a stack start with the same basis,
@@ -142,8 +142,8 @@ class Projection:
     ) -> tuple[tuple[PartitionSpec, ...], Any]:
         """Shardings of the bases and of the projected matrices, from those of the leaf's axes.
 
-        A rank is replicated. A stack is projected to separate arrays, so that the mesh axes which
-        split the stack split the side that is not projected, if they divide it.
+        A rank is replicated. A projected stack is a tuple of arrays: the mesh axes that split the
+        stack split the unprojected side of each array instead, if they divide it.
         """
         split_by = axis_specs(leaf)
         batch = [split_by[axis] for axis in self.view.batch_axes]
@@ -151,9 +151,9 @@ class Projection:
         for axes in self.view.modes:
             if split := [axis for axis in axes[1:] if split_by[axis]]:
                 warnings.warn(
-                    f"the leaf at {self.path} is split along axis {split[0]}, which dimension "
-                    f"numbers merge behind axis {axes[0]}: a refresh gathers it along that axis; "
-                    f"split axis {axes[0]} instead, or name the split axis first",
+                    f"the leaf at {self.path} is split along axis {split[0]}, but its dimension "
+                    f"numbers list axis {axes[0]} first: a refresh gathers it along axis "
+                    f"{split[0]}; split axis {axes[0]} instead, or list the split axis first",
                     stacklevel=2,
                 )
         bases = tuple(PartitionSpec(*batch, sides[mode], None) for mode in self.modes)
@@ -174,8 +174,8 @@ Plans = Sequence[Projection | None]
 def unfold(matrix: Float[Array, "..."], mode: int) -> Float[Array, "n m"]:
     """A matrix or tensor with one axis first and all others merged behind it.
 
-    The longest of the others goes first, since a merged axis stays sharded as the first of its
-    parts only, and a short axis is hardly ever sharded. No subspace depends on their order.
+    The longest of the others goes first: a merged axis keeps the sharding of its first part only,
+    and a long axis is the most likely to be sharded. No subspace depends on their order.
     """
     others = [axis for axis in range(matrix.ndim) if axis != mode]
     others.sort(key=lambda axis: -matrix.shape[axis])

@@ -6,12 +6,12 @@ with the first beside it,
 
     v ← (Q∘Q) (v - m²) + (Q m)²
 
-since v - m² is a variance, whose covariances are taken as zero, and m² is turned as m is. Of m² no
-more than v is counted, so that no second moment becomes negative. A second moment without a first
-becomes (Q∘Q) v, and so do the factors of one along the rank (Adafactor, SM3). A new direction that
-the old basis did not cover has no variance then. That is harmless where the update adds the present
-gradient's square before it divides (Adam); where it divides by v as it was before (ACProp, ADOPT),
-the share that was not covered counts with the mean over the directions that were.
+v - m² is a variance; its covariances are taken as zero. Where m² exceeds v, v takes its place, so
+that no second moment becomes negative. A second moment without a first becomes (Q∘Q) v. A factored
+second moment (Adafactor, SM3) has a factor along the rank, which becomes (Q∘Q) times it, and one
+along the other axis, which is kept. A new direction outside the old subspace thus has variance 0.
+That is harmless if the update adds the gradient's square before it divides (Adam). If it divides by
+v of the step before (ACProp, ADOPT), the share outside counts with the mean variance inside.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from galore_optax.trace.roles import FACTOR, FIRST, SECOND, Role
 
 Turn = Callable[..., Array]
 MomentsFunction = Callable[[str, Array, Turn], Array]
-"""From a moment's name in the inner's state, the moment, and `turn(x, squared=False)`, which
-changes the basis of x by Q (or Q∘Q), to the moment in the new basis."""
+"""Returns the moment in the new basis. Arguments: its name in the inner's state, the moment, and a
+function `turn(x, squared=False)` that multiplies x by Q, or by Q∘Q."""
 
 RULES = ("rotate", "keep", "reset")
 
@@ -59,7 +59,7 @@ MomentsOf = dict[int, list[list[Moment]]]
 
 
 def small_leaves(plans: Plans) -> list[tuple[int, int]]:
-    """For each leaf that the inner is given its leaf and its matrix in the params."""
+    """(leaf of the params, matrix of that leaf) for each leaf that the inner is given."""
     return [
         (i, j)
         for i, plan in enumerate(plans)
@@ -68,7 +68,7 @@ def small_leaves(plans: Plans) -> list[tuple[int, int]]:
 
 
 def moving_axes(plans: Plans) -> set[tuple[int, int]]:
-    """The axes, of the leaves that the inner is given, whose coordinates are those of a basis."""
+    """(leaf that the inner is given, axis) for each axis whose coordinates belong to a basis."""
     owners = ((k, plans[i]) for k, (i, _) in enumerate(small_leaves(plans)))
     return {(k, mode) for k, plan in owners if plan is not None for mode in plan.modes}
 
@@ -108,7 +108,7 @@ def moments_of(
 
 
 def _field(path: tuple[Any, ...], param: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The path of the field that holds a tree like the params, from that of one of its leaves."""
+    """The path of a field that contains a tree like the params, from the path of a leaf in it."""
     for end in range(len(path) - len(param), -1, -1):
         if path[end : end + len(param)] == param:
             return path[:end]
@@ -121,8 +121,8 @@ def reset(
     """The leaves of the inner's state, as `init` makes them where a matrix was refreshed."""
     if not any(map(any, places.values())):
         return leaves
-    # No conditional: zeros are chosen in the pass that updates a moment, and one conditional for
-    # all matrices would let each of them depend on the gradients of the others.
+    # `where` instead of a conditional: it is fused with the update of the moment, and a conditional
+    # for all matrices would make each of them wait for all gradients.
     fresh = sharded_like(jax.tree.leaves(init(), is_leaf=is_quantized), leaves)
     new = list(leaves)
     for matrices, happened in zip(places.values(), refreshed, strict=True):

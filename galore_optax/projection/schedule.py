@@ -35,7 +35,7 @@ class Staggered:
     No step then carries the refreshes of all matrices; the first refresh is every matrix's at once.
 
     Attributes:
-        gap: Steps from one refresh of a matrix to the next, or a function of the step to them.
+        gap: Steps between two refreshes of a matrix, or a function from the step to that number.
 
     Examples:
         >>> import optax
@@ -61,7 +61,7 @@ def overlap(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Array, 
 def first_cosine(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Array, ""]:
     """The cosine between the two first vectors, -1 to 1: the published measure.
 
-    Meaningful for singular vectors in order, `subspace="svd"`; even their signs are arbitrary.
+    It needs singular vectors in order, `subspace="svd"`, and depends on their arbitrary signs.
     """
     a, b = old[:, 0], new[:, 0]
     return a @ b / jnp.maximum(jnp.linalg.norm(a) * jnp.linalg.norm(b), 1e-30)
@@ -160,11 +160,11 @@ def next_timing(
     refreshed, count = jnp.concatenate(happened), jnp.asarray(state.count)
     adaptation, steps = state.adaptation, _gap_at(gap, count)
     if isinstance(gap.gap if isinstance(gap, Adaptive) else gap, Staggered):
-        # From half a gap to one and a half after the first refresh, then a gap for each.
+        # The second refresh comes half a gap to one and a half gaps after the first.
         own = jnp.ceil(steps * _phases([x.size for x in happened], layer, layers)).astype(jnp.int32)
         steps = jnp.where(state.refreshes == 0, own, steps)
     if isinstance(gap, Adaptive):
-        # The first basis took the place of a random one.
+        # The first basis replaced a random one: their similarity means nothing.
         comparable = refreshed & (state.refreshes > 0)
         adaptation = _adapted(gap, adaptation, comparable, jnp.concatenate(similarities))
         steps = jnp.minimum(steps, _LAST // adaptation.factor) * adaptation.factor
@@ -191,7 +191,7 @@ def _adapted(rule: Adaptive, state: Any, counts: Any, similarities: Any) -> Adap
 
 
 def _phases(matrices: Sequence[int], layer: ArrayLike, layers: int) -> Float[Array, " matrices"]:
-    """A matrix's place among all, leaf by leaf and in each the layers, from 0.5 to 1.5."""
+    """Numbers from 0.5 to 1.5, evenly spread over all matrices of all leaves and layers."""
     total = sum(matrices) * layers
     places = (np.arange(total) + 0.5) / total + 0.5
     leaves = np.split(places, np.cumsum(matrices)[:-1] * layers)

@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 Gradient, Basis = Float[Array, "n m"], Float[Array, "n r"]
 FindSubspace = Callable[[Gradient, Basis, PRNGKeyArray], Basis]
-"""From a gradient, the present basis and a key to a new basis of the same shape."""
+"""From a gradient in float32 or wider, whose largest magnitude is 1, the present basis and a key to
+a new orthonormal basis of the same shape, or one that is not finite if there is none."""
 
-# Shifted Cholesky QR: the first shift keeps the Gram matrix of columns of any condition positive
-# definite in float32, the later passes, less and less shifted, remove what it left.
+# Shifted Cholesky QR. The first shift keeps the Gram matrix positive definite in float32, whatever
+# the columns' condition; later passes with smaller shifts make the columns orthonormal.
 _SHIFT, _SHIFT_DECAY, _PASSES = 1e-6, 1 / 30, 3
 _NOISE = 1e-6  # relative; gives a basis of full rank to a gradient that lacks it
 
@@ -38,14 +39,14 @@ def orthonormalize(y: Basis, passes: int = _PASSES) -> Basis:
     for i in range(passes):
         shift = _in(y.dtype, _SHIFT) * rank**0.5 * _SHIFT_DECAY**i
         gram = q.T @ q + shift * identity
-        # The inverse of a small triangle and a product, since a triangular solve of the large
-        # matrix would gather it where it is sharded.
+        # The small triangle is inverted: a triangular solve of the large matrix would gather it if
+        # it is sharded.
         q = q @ jax.lax.platform_dependent(gram, cpu=_factor_inverse, default=_lapack_inverse).T
     return q
 
 
 def _in(dtype: Any, of_float32: float) -> float:
-    """A number as small, relative to the dtype's resolution, as `of_float32` is in float32."""
+    """Scales a constant for float32 by the ratio of the dtype's resolution to float32's."""
     return of_float32 * float(jnp.finfo(dtype).eps / jnp.finfo(jnp.float32).eps)
 
 
@@ -56,7 +57,7 @@ def _lapack_inverse(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
 
 
 def _factor_inverse(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """The same by products, and factors of at most 128 x 128.
+    """The inverse of the Cholesky factor, by blocks of at most 128 x 128 and products of blocks.
 
     Larger calls of a CPU's LAPACK (OpenBLAS) run on threads of its own, which keep the cores busy
     after they are done: XLA's work beside them took twice as long (benchmarks/RESULTS.md).
@@ -125,7 +126,7 @@ def randomized(
 
 
 def by_energy(basis: Basis, gradient: Gradient) -> Basis:
-    """The same subspace, its columns turned to keep as much energy as they can one by one."""
+    """A basis of the same subspace whose first columns keep the most energy."""
     small = basis.T @ gradient
     _, turn = jnp.linalg.eigh(small @ small.T)
     return basis @ turn[:, ::-1]
@@ -166,6 +167,7 @@ def _with_noise(sketch: Basis, noise: Basis) -> Basis:
     return sketch + _in(sketch.dtype, _NOISE) * largest / sketch.shape[0] ** 0.5 * noise
 
 
+# Another method needs an entry here; it is a name of `galore(subspace=)` then.
 SUBSPACES = {"randomized": randomized, "svd": svd, "power": power, "random": random}
 
 
@@ -182,7 +184,7 @@ def refreshed(
     largest = jnp.max(jnp.abs(gradient)).astype(wide)
 
     def search() -> tuple[Basis, Array]:
-        unit = gradient.astype(wide) / largest  # here, so that nothing wide is made elsewhere
+        unit = gradient.astype(wide) / largest  # within the branch that needs it
         found = find(unit, basis.astype(wide), key)
         usable = jnp.all(jnp.isfinite(found))
         return jnp.where(usable, found.astype(basis.dtype), basis), usable

@@ -4,11 +4,11 @@ Inside GaLore these are projected weights PᵀW. Three uses matter:
 
 - *Decoupled weight decay*: an update that is affine in the params, with a slope that is one number
   for a whole leaf, and a state that never sees the params' values. It must reach all of W.
-- *Remembered params* (L-BFGS, Prodigy): values of PᵀW in the state, in the basis of their day. When
-  the basis changes, PᵀW jumps, far more than training moves it.
-- Anything else elementwise acts within the subspace only, such as decay masked by the sign of the
-  update. Harmless are regularization that is added to the gradient, which is projected as the
-  gradient is, and scalars such as a norm.
+- *Remembered params* (L-BFGS, Prodigy): values of PᵀW in the state, in the basis of the step when
+  they were stored. When the basis changes, PᵀW changes far more than by a step of training.
+- Any other elementwise use acts within the subspace only, such as decay masked by the sign of the
+  update. Two uses are harmless: regularization that is added to the gradient (it is projected like
+  the gradient), and scalars such as a norm.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,14 +26,14 @@ from galore_optax.trace.sign import UNKNOWN, ZERO, Sign
 from galore_optax.trace.traced import Traced
 
 Slopes = Callable[[Sequence[Array], Sequence[Array], Sequence[Array]], list[Array | None]]
-"""From the leaves of updates, state (without `QuantizedArray`s) and params, whose values are not
-used, to d update / d param for each param, an array with one value; None where it is unused."""
+"""Returns d update / d param for each param: an array with one value, None if it is zero.
+Arguments: the leaves of updates, of the state (without `QuantizedArray`s) and of the params."""
 
 
 def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
     """The slopes of decoupled weight decay; None if the use of params is something else.
 
-    Without the check any use of params is taken for decay.
+    Without the check, any use of params is assumed to be decay.
     """
     params, n = traced.params, len(traced.params)
     if traced.update is None or (check and any(dependences(traced.init, ["params"] * n))):
@@ -51,7 +51,7 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
     if check:
         none, others, count = [None] * len(sloped), [None] * len(rest), len(sloped)
         on = dependences(slopes, [*others, *["params"] * count, *["tangents"] * count])
-        # One number for a whole leaf: what has axes may enter the slope through a scalar only.
+        # A slope is one number for a whole leaf if arrays enter it through scalars only.
         arrays = ["arrays" if x.shape else None for x in rest]
         on_arrays = dependences(slopes, [*arrays, *none, *none], through_scalars=False)
         # A use of params without a derivative, as in a sign, is not affine.
@@ -64,7 +64,7 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
     def at(
         updates: Sequence[Array], state: Sequence[Array], params: Sequence[Array]
     ) -> list[Array | None]:
-        # Traced for updates in the params' dtypes, which they may not have.
+        # Traced with updates in the params' dtypes; here they may have another.
         inputs = zip([*updates, *state], slopes.in_avals, strict=False)
         rest = [
             jnp.zeros_like(x, a.dtype) if check and x.ndim else x.astype(a.dtype) for x, a in inputs
@@ -114,7 +114,8 @@ def remembers_params(traced: Traced, counts: Sequence[bool]) -> bool:
         return False
     states, nothing = [None] * len(traced.states), [None] * len(counts)
     on_params = dependences(traced.update, [*nothing, *states, *names])
-    # Its bare values: a step that is skipped for its gradient still keeps the params of the others.
+    # Through values only: if a step is skipped because of its gradient, what it keeps depends on
+    # the gradient by a choice, and is a remembered param nevertheless.
     on_updates = dependences(traced.update, [*names, *states, *nothing], through_choices=False)
     kept = [bool(p) and not u for p, u in zip(on_params, on_updates, strict=True)]
     return any(_arrays(traced.update, kept)[len(counts) :])
@@ -176,7 +177,7 @@ class _Use(Reading):
             if known == {_GRADIENT, _PARAMS}:
                 return _GRADIENT
             if known == {_PARAMS} and _NOTHING in into:
-                # A state is not a gradient: params added to it are used.
+                # Params added to an array of the state are not regularization.
                 other = invars[into.index(_NOTHING)]
                 return _PARAMS if is_zero(other) or shape_of(other) == () else _USED
             return self.join(into)

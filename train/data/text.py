@@ -37,7 +37,7 @@ def load_text(name: str, split: str, data_dir: str | Path | None = None) -> Sequ
         return C4Text(Path(data_dir), split)
     if data_dir is not None:
         raise ValueError(f"data_dir={str(data_dir)!r} is not used by data='builtin': leave it out")
-    return _builtin_documents()[split]
+    return builtin_documents()[split]
 
 
 class C4Text(Sequence[str]):
@@ -78,18 +78,18 @@ class C4Text(Sequence[str]):
 
 
 @cache
-def _builtin_documents() -> dict[str, list[str]]:
+def builtin_documents() -> dict[str, list[str]]:
     """The documents of each split; each page is in one split only."""
     pages = _builtin_pages()
     # The same paragraph may be on two pages: it belongs to the first one's split.
     splits: dict[str, str] = {}
     for number, page in enumerate(pages):
-        for document in _documents_of(page):
+        for document in documents_of(page):
             splits.setdefault(document, SPLITS[number % _VALIDATION_EVERY == 0])
     return {s: [document for document, split in splits.items() if split == s] for s in SPLITS}
 
 
-def _documents_of(page: str) -> Iterator[str]:
+def documents_of(page: str) -> Iterator[str]:
     """Cuts a page between paragraphs; a document exceeds the limit only if one paragraph does."""
     document = ""
     for paragraph in re.split(r"\n{2,}", page):

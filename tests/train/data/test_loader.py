@@ -58,7 +58,7 @@ def read_order(data, documents):
 
 def test_builtin_text_is_pythons_documentation_and_needs_no_import():
     before = set(sys.modules)
-    text._builtin_documents.cache_clear()
+    text.builtin_documents.cache_clear()
     train, validation = load_text("builtin", "train"), load_text("builtin", "validation")
     assert not {"antigravity", "this", "turtle"} & (set(sys.modules) - before)
     assert 1.5e6 < sum(map(len, train)) < 3e6
@@ -70,7 +70,7 @@ def test_builtin_text_is_pythons_documentation_and_needs_no_import():
     assert subprocess.check_output.__doc__.split("\n")[0] in everything
 
 
-def test_builtin_documents_are_too_short_to_fill_a_batch_of_tiny():
+def testbuiltin_documents_are_too_short_to_fill_a_batch_of_tiny():
     # Of the bytes, a few are in paragraphs that alone are longer than a document is to be.
     lengths = np.sort([len(document) for document in load_text("builtin", "train")])
     assert lengths[lengths > 16 * 128].sum() < 0.05 * lengths.sum()
@@ -78,7 +78,7 @@ def test_builtin_documents_are_too_short_to_fill_a_batch_of_tiny():
 
 def test_a_page_is_cut_between_paragraphs_and_nothing_of_it_is_lost():
     paragraphs = ["a" * 300, "b" * 300, "c" * 200, "d" * 600, "e"]
-    documents = list(text._documents_of("\n\n".join(paragraphs)))
+    documents = list(text.documents_of("\n\n".join(paragraphs)))
     assert documents == [paragraphs[0], "\n\n".join(paragraphs[1:3]), *paragraphs[3:]]
 
 
