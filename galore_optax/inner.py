@@ -27,6 +27,7 @@ from galore_optax.projection.moments import (
 )
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.sharding import first_element
+from galore_optax.trace.elementwise import is_elementwise
 from galore_optax.trace.params_use import acts_within_subspace, decoupled_decay, remembers_params
 from galore_optax.trace.roles import Role, state_roles
 from galore_optax.trace.traced import Traced, trace
@@ -41,12 +42,14 @@ class Inner:
         moments: What becomes of its moments at a refresh: galore's argument of that name.
         decay: Whether its use of params is decoupled weight decay; None finds out.
         roles: Of the leaves of its state: a pure function of the shapes, kept from call to call.
+        elementwise: Whether its update of stacks is elementwise, the same.
     """
 
     tx: optax.GradientTransformationExtraArgs
     moments: str | MomentsFunction | None
     decay: bool | None
     roles: dict[Any, list[Role]] = dataclasses.field(default_factory=dict)
+    elementwise: dict[Any, bool] = dataclasses.field(default_factory=dict)
 
     @property
     def rule(self) -> str | MomentsFunction:
@@ -60,7 +63,7 @@ class InnerCall:
 
     inner: Inner
     project: Callable[[], optax.Params]  # returns its params; only their shapes are used
-    state: optax.OptState  # only its shapes are used
+    given: optax.OptState | None  # the state, only for its shapes; None: as `init` makes it
     plans: Plans
     extra_args: dict[str, Any]
 
@@ -68,6 +71,13 @@ class InnerCall:
     def params(self) -> optax.Params:
         """The shapes of the projected params."""
         return jax.eval_shape(self.project)
+
+    @functools.cached_property
+    def state(self) -> optax.OptState:
+        """The shapes of the state."""
+        if self.given is not None:
+            return self.given
+        return jax.eval_shape(self.inner.tx.init, self.params)
 
     @functools.cached_property
     def traced(self) -> Traced:
@@ -88,6 +98,16 @@ class InnerCall:
                 )
             self.inner.roles[shapes] = state_roles(self.traced, moving_axes(self.plans))
         return self.inner.roles[shapes]
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the update of all leaves that are stacks is elementwise."""
+        leaves, tree = jax.tree.flatten(self.params)
+        shapes = tree, tuple((x.shape, x.dtype) for x in leaves)
+        if shapes not in self.inner.elementwise:
+            stacks = [i for i, plan in enumerate(self.plans) if plan is not None and plan.together]
+            self.inner.elementwise[shapes] = is_elementwise(self.traced, stacks)
+        return self.inner.elementwise[shapes]
 
     def moments(self) -> MomentsOf:
         """Where the moments of each matrix lie in the state."""
@@ -158,6 +178,23 @@ class InnerCall:
             check_rule(rule, [leaf for _, leaf in pairs], self.moments(), self.plans)
 
 
+def with_stacks(plans: Plans, call: Callable[[Plans], InnerCall]) -> InnerCall:
+    """The call that gives stacks of matrices to the inner as single arrays, if it is elementwise.
+
+    One kernel of a GPU then updates a whole stack. To another inner matrices are separate leaves.
+    """
+    stacks = [plan is not None and bool(plan.view.batch_axes) for plan in plans]
+    if not any(stacks):
+        return call(plans)
+    together = call(
+        [
+            dataclasses.replace(plan, together=True) if plan is not None and stack else plan
+            for plan, stack in zip(plans, stacks, strict=True)
+        ]
+    )
+    return together if together.elementwise else call(plans)
+
+
 def decay(
     slope: Any, plan: Projection | None, leaf: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"] | None:
@@ -165,7 +202,7 @@ def decay(
     slopes = jax.tree.leaves(slope, is_leaf=lambda x: x is None)
     if all(s is None for s in slopes):
         return None
-    batch = () if plan is None else plan.view.batch_axes
+    batch = () if plan is None or plan.together else plan.view.batch_axes
     factors = jnp.stack([jnp.zeros([], leaf.dtype) if s is None else s for s in slopes])
     return factors.reshape([n if i in batch else 1 for i, n in enumerate(leaf.shape)]) * leaf
 

@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from galore_optax import keys, ordering
-from galore_optax.inner import Inner, InnerCall, decay
+from galore_optax.inner import Inner, InnerCall, decay, with_stacks
 from galore_optax.nnx_variables import without_variables
 from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
@@ -86,11 +87,15 @@ class GaLore:
                 leaves[i] = jnp.zeros(leaves[i].shape, leaves[i].dtype)
             if plan is not None:
                 bases[i] = plan.random_bases(leaves[i], key, self.bits)
-                leaves[i] = plan.into(bases[i], leaves[i])
-        small = tree.unflatten(leaves)
-        inner_state = self.inner.tx.init(small)
+
+        def call(plans: Plans) -> InnerCall:
+            small = partial(_project, tree, plans, bases, leaves)
+            return InnerCall(self.inner, small, None, plans, {})
+
+        inner = with_stacks(plans, call)
+        inner_state = self.inner.tx.init(inner.project())
         if any(plans):
-            InnerCall(self.inner, lambda: small, inner_state, plans, {}).check()
+            inner.check()
         matrices = sum(plan.matrices for plan in plans if plan is not None)
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
@@ -152,10 +157,14 @@ class _Call:
         tree = self.tree.unflatten(like)
         plans = projections(tree, galore.numbers, galore.rank, galore.side)
         left_out = [isinstance(b, optax.MaskedNode) for b in self.tree.flatten_up_to(state.bases)]
-        self.plans = [None if out else plan for out, plan in zip(left_out, plans, strict=True)]
-        self.inner = InnerCall(
-            galore.inner, lambda: self.project(like, state), state.inner, self.plans, extra_args
-        )
+        plans = [None if out else plan for out, plan in zip(left_out, plans, strict=True)]
+
+        def call(plans: Plans) -> InnerCall:
+            small = partial(_project, self.tree, plans, self.bases(state), like)
+            return InnerCall(galore.inner, small, state.inner, plans, extra_args)
+
+        self.inner = with_stacks(plans, call)
+        self.plans = self.inner.plans
 
     def bases(self, state: GaLoreState) -> list[Any]:
         """The bases of each leaf, in a tuple."""
@@ -164,8 +173,7 @@ class _Call:
 
     def project(self, leaves: Sequence[Array], state: GaLoreState) -> optax.Params:
         """R of each projected leaf, and the other leaves as they are."""
-        triples = zip(self.plans, self.bases(state), leaves, strict=True)
-        return self.tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
+        return _project(self.tree, self.plans, self.bases(state), leaves)
 
     def refresh(self, grads: Sequence[Array], state: GaLoreState) -> GaLoreState:
         """The state with new bases, moments and times of refreshes where refreshes are due."""
@@ -180,7 +188,7 @@ class _Call:
         key = jax.random.fold_in(jax.random.key(self.galore.seed), count)
         happened, similarities = [], []
         for (i, plan), now in zip(projected, due, strict=True):
-            carried = [[]] * plan.matrices if rule in ("keep", "reset") else places[i]
+            carried: list[list[Moment]] = [[]] if rule in ("keep", "reset") else places[i]
             made = refresh(
                 self._how(plan, carried[0]),
                 grads[i],
@@ -243,6 +251,12 @@ class _Call:
             count=optax.safe_increment(state.count),
             inner=sharded_like(inner_state, state.inner),
         )
+
+
+def _project(tree: Any, plans: Plans, bases: Sequence[Any], leaves: Sequence[Any]) -> optax.Params:
+    """R of each projected leaf, and the other leaves as they are."""
+    triples = zip(plans, bases, leaves, strict=True)
+    return tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
 
 
 def _stored(bases: Any) -> Any:

@@ -19,7 +19,7 @@ from galore_optax.keys import for_path
 from galore_optax.ordering import codes_after
 from galore_optax.projection.dimension_numbers import GaLoreDimensionNumbers
 from galore_optax.quantization.array import QuantizedArray, dequantized, is_quantized, stored_like
-from galore_optax.quantization.codes import Affine
+from galore_optax.quantization.codes import Affine, elements, random_bits
 
 Frozen = dict[str, Any]  # frozen weights by path, as `split` returns them
 
@@ -72,7 +72,8 @@ class Adapter:
         """Returns an adapter with the merged weight as base, stored as the old base is."""
         new, rounding = jax.random.split(key)
         affine = is_quantized(self.base) and isinstance(self.base.code, Affine)
-        base = stored_like(self.merged(), self.base, rounding if affine else None)
+        random = random_bits(rounding, elements(self.base.shape)) if affine else None
+        base = stored_like(self.merged(), self.base, random)
         return dataclasses.replace(self, base=base, **self.new_parts(base, new, self.a.shape[-1]))
 
 

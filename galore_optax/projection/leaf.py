@@ -49,11 +49,17 @@ class Projection:
     modes: tuple[int, ...]
     ranks: tuple[int, ...]
     path: str = dataclasses.field(compare=False)
+    together: bool = False
 
     @property
     def matrices(self) -> int:
         """How many matrices the leaf holds."""
         return math.prod(self.view.batch_shape)
+
+    @property
+    def batch_ndim(self) -> int:
+        """How many axes an array that the inner is given has before those of a matrix."""
+        return len(self.view.batch_shape) if self.together else 0
 
     @property
     def small_shape(self) -> tuple[int, ...]:
@@ -62,17 +68,17 @@ class Projection:
         return tuple(ranks.get(mode, size) for mode, size in enumerate(self.view.sizes))
 
     def into(self, bases: Bases, leaf: Float[Array, "*shape"]) -> Any:
-        """R = PᵀG `(r, out)` or GP `(in, r)`; a tuple of arrays for a stack of matrices.
+        """R = PᵀG `(r, out)` or GP `(in, r)`; of a stack `(*batch, r, out)`, or a tuple of arrays.
 
-        Inner transformations keep statistics per leaf (Adafactor's clipping, LAMB's trust ratio, a
-        threshold on size), which must be those of one matrix.
+        Inner transformations that are not elementwise keep statistics per leaf (Adafactor's
+        clipping, LAMB's trust ratio), which must be those of one matrix.
         """
 
         def project(bases: Bases, leaf: Array) -> Any:
             operands = self._operands(bases, leaf.dtype)
             small = jnp.einsum(leaf, list(range(leaf.ndim)), *operands, self._small_axes())
-            small = small.reshape(-1, *self.small_shape)
-            return tuple(small) if self.view.batch_axes else small[0]
+            small = small.reshape(*self.view.batch_shape, *self.small_shape)
+            return tuple(small.reshape(-1, *self.small_shape)) if self._separate else small
 
         return with_automatic_axes(project, lambda mesh: self._specs(mesh, leaf)[1], bases, leaf)
 
@@ -80,13 +86,17 @@ class Projection:
         """P N or N Pᵀ from what `into` gives, in the shape of the leaf, sharded as `like` is."""
 
         def back(bases: Bases, small: Any) -> Array:
-            small = jnp.stack(small) if self.view.batch_axes else small
+            small = jnp.stack(small) if self._separate else small
             axes, sizes = self._small_axes(), self.view.shape + self.ranks
             small = small.reshape([sizes[axis] for axis in axes])
             operands = self._operands(bases, small.dtype)
             return jnp.einsum(small, axes, *operands, list(range(len(self.view.shape))))
 
         return with_automatic_axes(back, lambda _: specs(like), bases, small)
+
+    @property
+    def _separate(self) -> bool:
+        return bool(self.view.batch_axes) and not self.together
 
     # A projection is one einsum, whose axes are the leaf's own and then the ranks. Merging a leaf's
     # axes into the two of a matrix instead would gather the leaf if they are sharded.
@@ -157,14 +167,15 @@ class Projection:
                     stacklevel=2,
                 )
         bases = tuple(PartitionSpec(*batch, sides[mode], None) for mode in self.modes)
-        spare = sum(batch, ())
+        spare = () if self.together else sum(batch, ())
         for mode, size in enumerate(self.small_shape):
             if mode in self.modes:
                 sides[mode] = ()
             elif size % math.prod(mesh.shape[name] for name in sides[mode] + spare) == 0:
                 sides[mode], spare = sides[mode] + spare, ()
-        small = PartitionSpec(*sides)
-        return bases, (small,) * self.matrices if batch else small
+        if self._separate:
+            return bases, (PartitionSpec(*sides),) * self.matrices
+        return bases, PartitionSpec(*batch, *sides)
 
 
 Plans = Sequence[Projection | None]

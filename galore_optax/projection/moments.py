@@ -15,14 +15,16 @@ v of the step before (ACProp, ADOPT), the share outside counts with the mean var
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from galore_optax.projection.leaf import Plans, Projection
 from galore_optax.quantization.array import dequantized, is_quantized, stored_like
@@ -55,7 +57,7 @@ class Moment:
 
 
 MomentsOf = dict[int, list[list[Moment]]]
-"""For each projected leaf, by index, and each of its matrices the moments."""
+"""For each projected leaf, by index, the moments of all its matrices together, or of each."""
 
 
 def small_leaves(plans: Plans) -> list[tuple[int, int]]:
@@ -63,14 +65,16 @@ def small_leaves(plans: Plans) -> list[tuple[int, int]]:
     return [
         (i, j)
         for i, plan in enumerate(plans)
-        for j in range(1 if plan is None or not plan.view.batch_axes else plan.matrices)
+        for j in range(1 if plan is None or plan.together else plan.matrices)
     ]
 
 
 def moving_axes(plans: Plans) -> set[tuple[int, int]]:
     """(leaf that the inner is given, axis) for each axis whose coordinates belong to a basis."""
     owners = ((k, plans[i]) for k, (i, _) in enumerate(small_leaves(plans)))
-    return {(k, mode) for k, plan in owners if plan is not None for mode in plan.modes}
+    return {
+        (k, mode + plan.batch_ndim) for k, plan in owners if plan is not None for mode in plan.modes
+    }
 
 
 def moments_of(
@@ -83,7 +87,9 @@ def moments_of(
     owners = small_leaves(plans)
     param_paths = [path for path, _ in jax.tree.leaves_with_path(params)]
     found: MomentsOf = {
-        i: [[] for _ in range(plan.matrices)] for i, plan in enumerate(plans) if plan is not None
+        i: [[] for _ in range(1 if plan.together else plan.matrices)]
+        for i, plan in enumerate(plans)
+        if plan is not None
     }
     containers: dict[int, tuple[Any, ...]] = {}
     leaves = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
@@ -98,13 +104,21 @@ def moments_of(
             beside = (
                 k
                 for k, other in enumerate(own)
-                if other.role.kind == FIRST and other.role.axes == role.axes
+                if other.role.kind == FIRST
+                if other.role.axes == _of_one_matrix(role, plans[i]).axes
                 if containers[other.position] == field[:-1]
             )
             first = next(beside, None)
         name = jax.tree_util.keystr(field[-1:], simple=True) if field else ""
-        own.append(Moment(name, role, first, position))
+        own.append(Moment(name, _of_one_matrix(role, plans[i]), first, position))
     return found
+
+
+def _of_one_matrix(role: Role, plan: Projection | None) -> Role:
+    """The role of one matrix of a stack's moment."""
+    batch = 0 if plan is None else plan.batch_ndim
+    axes = tuple(None if axis is None else axis - batch for axis in role.axes[batch:])
+    return dataclasses.replace(role, axes=axes)
 
 
 def _field(path: tuple[Any, ...], param: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -126,10 +140,17 @@ def reset(
     fresh = sharded_like(jax.tree.leaves(init(), is_leaf=is_quantized), leaves)
     new = list(leaves)
     for matrices, happened in zip(places.values(), refreshed, strict=True):
-        for matrix, found in zip(matrices, happened, strict=True):
+        for matrix, found in zip(matrices, jnp.split(happened, len(matrices)), strict=True):
             for i in [moment.position for moment in matrix]:
-                new[i] = jax.tree.map(partial(jnp.where, found), fresh[i], leaves[i])
+                new[i] = jax.tree.map(partial(_where, found), fresh[i], leaves[i])
     return new
+
+
+def _where(found: Bool[Array, " matrices"], fresh: Array, old: Array) -> Array:
+    """The fresh array of each matrix that is marked, of a stack of them or of one."""
+    batch = next(k for k in range(old.ndim + 1) if math.prod(old.shape[:k]) == len(found))
+    marks = found.reshape(*old.shape[:batch], *[1] * (old.ndim - batch))
+    return jnp.where(marks if batch else found[0], fresh, old)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +222,8 @@ def check_rule(
             continue
         turns = [jax.ShapeDtypeStruct((rank, rank), jnp.float32) for rank in plan.ranks]
         own = tuple(leaves[moment.position] for moment in matrices[0])
+        one = itemgetter((0,) * plan.batch_ndim)
+        own = jax.eval_shape(partial(jax.tree.map, one), own)
         try:
             jax.eval_shape(CarryOver(plan, rule, tuple(matrices[0])), turns, own)
         except Exception as error:

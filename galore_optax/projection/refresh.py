@@ -7,10 +7,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
@@ -23,9 +25,7 @@ from galore_optax.quantization.array import dequantized, stored_like
 from galore_optax.sharding import specs, with_automatic_axes
 
 Moments = tuple[tuple[Any, ...], ...]
-"""For each matrix its moments in the inner's state."""
-Change = tuple[tuple[Float[Array, "r r"], ...], Float[Array, ""]]
-"""The transitions from old bases to new ones, if moments are carried over, and their similarity."""
+"""The moments of all matrices together, or of each, in the inner's state."""
 
 
 class Refreshed(NamedTuple):
@@ -60,36 +60,32 @@ class Refresh:
         view, number = self.projection.view, self.projection.matrices
 
         def single() -> Refreshed:
-            matrix = view.to_stack(gradient)
-            new, (turns, similar), found = self._matrix(matrix, bases, due, key, first)
-            carried = self._carried(turns, found, moments[0])
+            state = bases, moments[0]
+            (new, carried), found, similar = self._matrix(
+                view.to_stack(gradient), state, due, key, first
+            )
             return Refreshed(new, (carried,), found[None], similar[None])
 
         def stack() -> Refreshed:
             gradients, shape = view.to_stack(gradient), view.batch_shape
+            stacks = bases, self._stacked(moments)
 
-            def body(i: Array, state: Any) -> Any:
-                # Transitions are kept, not the old bases, so that new ones can take their place.
+            def body(i: Array, carry: Any) -> Any:
                 own = partial(_matrix_of, i=i, batch_shape=shape)
-                stacks, changes, found = state
-                # The gradient is read beside the condition: with the collectives that send a matrix
-                # of a sharded stack in it, devices waited forever (jaxlib 0.10, CPU).
+                stacks, found, similar = carry
+                # All is read beside the condition: with the collectives that send a matrix of a
+                # sharded stack in it, devices waited forever (jaxlib 0.10, CPU).
                 mine = own(gradients), jax.tree.map(own, stacks), own(due)
-                new, change, happened = self._matrix(*mine, key, first + i)
+                new, happened, similarity = self._matrix(*mine, key, first + i)
                 at = jnp.unravel_index(i, shape)
                 stacks = jax.tree.map(lambda b, x: b.at[at].set(x), stacks, new)
-                changes = jax.tree.map(lambda c, x: c.at[i].set(x), changes, change)
-                return stacks, changes, found.at[i].set(happened)
+                return stacks, found.at[i].set(happened), similar.at[i].set(similarity)
 
-            none = self._no_change(jax.tree.map(lambda b: b[(0,) * len(shape)], bases))
-            changes = jax.tree.map(lambda c: jnp.zeros((number, *c.shape), c.dtype), none)
-            start = bases, changes, jnp.zeros(number, bool)
-            new, (turns, similar), found = jax.lax.fori_loop(0, number, body, start)
-            carried = (
-                self._carried(tuple(turn[i] for turn in turns), found[i], own)
-                for i, own in enumerate(moments)
+            none = jnp.zeros(number, jnp.float32)
+            (new, carried), found, similar = jax.lax.fori_loop(
+                0, number, body, (stacks, none > 0, none)
             )
-            return Refreshed(new, tuple(carried), found, similar)
+            return Refreshed(new, self._unstacked(carried, len(moments)), found, similar)
 
         def stay() -> Refreshed:
             none = jnp.zeros(number, jnp.float32)
@@ -98,11 +94,12 @@ class Refresh:
         return jax.lax.cond(jnp.any(due), stack if view.batch_axes else single, stay)
 
     def _matrix(
-        self, gradient: Float[Array, "*sizes"], bases: Bases, due: Array, key: Array, index: Array
-    ) -> tuple[Bases, Change, Array]:
-        """Of one matrix the new bases, what they are to the old, and whether they are new."""
+        self, gradient: Float[Array, "*sizes"], state: Any, due: Array, key: Array, index: Array
+    ) -> tuple[Any, Array, Array]:
+        """Of one matrix new bases and moments, whether they are new, and the similarity."""
 
-        def search() -> tuple[Bases, Change, Array]:
+        def search() -> tuple[Any, Array, Array]:
+            bases, moments = state
             own, old = jax.random.fold_in(key, index), dequantized(bases)
             pairs = [
                 refreshed(self.find, unfold(gradient, mode), basis, jax.random.fold_in(own, mode))
@@ -111,31 +108,43 @@ class Refresh:
             found = jnp.all(jnp.array([ok for _, ok in pairs]))
             new = tuple(stored_like(p[0], basis) for p, basis in zip(pairs, bases, strict=True))
             new = jax.tree.map(partial(jnp.where, found), new, bases)
-            return new, self._change(old, dequantized(new)), found
+            change = list(zip(old, dequantized(new), strict=True))
+            return (new, self._carried(change, found, moments)), found, self._similarity(change)
 
-        def stay() -> tuple[Bases, Change, Array]:
-            return bases, self._no_change(bases), jnp.array(False)
+        def stay() -> tuple[Any, Array, Array]:
+            return state, jnp.array(False), jnp.float32(0)
 
         # Not under `vmap`, which would make it a select, and compute every basis at every step.
         return jax.lax.cond(due, search, stay)
 
-    def _change(self, old: Sequence[Any], new: Sequence[Any]) -> Change:
-        pairs = list(zip(old, new, strict=True))
-        turns = () if self.carry_over is None else tuple(transition(a, b) for a, b in pairs)
+    def _similarity(self, change: Sequence[tuple[Array, Array]]) -> Float[Array, ""]:
         if self.similarity is None:
-            return turns, jnp.zeros((), jnp.float32)
-        wide = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in pairs]
-        return turns, jnp.mean(jnp.array([self.similarity(a, b) for a, b in wide], jnp.float32))
+            return jnp.float32(0)
+        wide = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in change]
+        return jnp.mean(jnp.array([self.similarity(a, b) for a, b in wide], jnp.float32))
 
-    def _no_change(self, bases: Bases) -> Change:
-        floats = jax.eval_shape(dequantized, bases)
-        return jax.tree.map(jnp.zeros_like, jax.eval_shape(self._change, floats, floats))
-
-    def _carried(self, turns: Any, found: Array, moments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _carried(
+        self, change: Sequence[tuple[Array, Array]], found: Array, moments: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
         carry_over = self.carry_over
         if carry_over is None:
             return moments
+        turns = [transition(old, new) for old, new in change]
         return jax.lax.cond(found, lambda: carry_over(turns, moments), lambda: moments)
+
+    def _stacked(self, moments: Moments) -> tuple[Any, ...]:
+        """The moments of all matrices, with the axes of the stack first."""
+        if self.projection.together:
+            return moments[0]
+        shape = self.projection.view.batch_shape
+        return jax.tree.map(lambda *xs: jnp.stack(xs).reshape(*shape, *xs[0].shape), *moments)
+
+    def _unstacked(self, moments: tuple[Any, ...], count: int) -> Moments:
+        """The inverse of `_stacked`."""
+        if self.projection.together or not moments:
+            return (moments,) * count
+        shape = self.projection.view.batch_shape
+        return tuple(jax.tree.map(itemgetter(i), moments) for i in np.ndindex(*shape))
 
 
 # Compiled on its own, since outside of jit every conditional would be compiled anew at every call.
@@ -151,7 +160,7 @@ def refresh(
 ) -> Refreshed:
     """Refreshes the matrices of a leaf that are due; costs nothing on other steps.
 
-    Moments that are not carried over are `()` for each matrix. Into the key of leaf and step, each
+    Moments that are not carried over are `((),)`. Into the key of leaf and step, each
     matrix's index is folded, from `first` on: not 0 if other layers are before.
     """
     none = PartitionSpec()

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8, UInt32
 
-from galore_optax.quantization.codes import NF4, Affine, Code, Dynamic
+from galore_optax.quantization.codes import NF4, Affine, Code, Dynamic, elements, random_bits
 from galore_optax.sharding import axis_specs, specs, with_automatic_axes
 
 
@@ -99,7 +99,8 @@ def quantize(
         # (benchmarks/block_axes.py), which is worth storing more scales.
         longest = max(range(x.ndim), key=lambda i: (x.shape[i], i))
         axis = -1 if 2 * x.shape[-1] >= block else longest
-    return _quantized(x, key, code, block, axis % x.ndim - x.ndim)
+    random = None if key is None else random_bits(key, elements(x.shape))
+    return _quantized(x, random, code, block, axis % x.ndim - x.ndim)
 
 
 def quantize_nf4(
@@ -125,14 +126,13 @@ def quantize_nf4(
 
 # Compiled as a whole, since a state is usually made outside of jit.
 @partial(jax.jit, static_argnames=("code", "block", "axis"))
-def _quantized(
-    x: Array, key: PRNGKeyArray | None, code: Code, block: int, axis: int
-) -> QuantizedArray:
+def _quantized(x: Array, random: Array | None, code: Code, block: int, axis: int) -> QuantizedArray:
     length = -(-x.shape[axis] * code.bits // 8)
 
-    def encoded(x: Array, key: PRNGKeyArray | None) -> Any:
+    def encoded(x: Array, random: Array | None) -> Any:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        codes, *rest = code.encode(_blocks(wide, axis, block), axis, key)
+        parts = [None if y is None else _blocks(y, axis, block) for y in (wide, random)]
+        codes, *rest = code.encode(parts[0], axis, parts[1])
         codes = _packed(codes, axis) if code.bits == 4 else codes
         codes = _merged(codes, axis, length)
         return codes, *(None if part is None else jnp.squeeze(part, axis) for part in rest)
@@ -147,7 +147,7 @@ def _quantized(
         scales = split(-(-x.shape[axis] // block))
         return split(length), scales, scales if isinstance(code, Affine) else None
 
-    codes, scales, offsets = with_automatic_axes(encoded, out_specs, x, key)
+    codes, scales, offsets = with_automatic_axes(encoded, out_specs, x, random)
     odd = code.bits == 4 and x.shape[axis] % 2 == 1
     return QuantizedArray(codes, scales, offsets, code, block, axis, jnp.dtype(x.dtype), odd)
 
@@ -165,11 +165,11 @@ def _dequantized(q: QuantizedArray, dtype: Any) -> Array:
     return with_automatic_axes(decoded, lambda _: specs(q.codes), q.codes, scales, q.offsets)
 
 
-def stored_like(x: Float[Array, "..."], like: Any, key: PRNGKeyArray | None = None) -> Any:
+def stored_like(x: Float[Array, "*s"], like: Any, random: UInt32[Array, "*s"] | None = None) -> Any:
     """Quantizes an array as `like` is, or returns it unchanged if `like` is not quantized."""
     if not isinstance(like, QuantizedArray):
         return x
-    stored = quantize(x, like.code, block=like.block, axis=like.axis, key=key)
+    stored = _quantized(x, random, like.code, like.block, like.axis)
     scales = stored_like(stored.scales, like.scales)
     return dataclasses.replace(stored, scales=scales, dtype=like.dtype)
 
@@ -189,17 +189,19 @@ def dequantized(tree: Any) -> Any:
 
 
 def added(
-    x: QuantizedArray, update: Float[Array, "..."], key: PRNGKeyArray | None
+    x: QuantizedArray, update: Float[Array, "*s"], random: UInt32[Array, "*s"] | None
 ) -> QuantizedArray:
-    """Returns `x + update`, summed in float32 and quantized as `x` is, with `quantize`'s key.
+    """Returns `x + update`, summed in float32 and quantized as `x` is, rounded with random bits.
 
-    Blocks where all of the update is zero stay bit for bit.
+    Blocks whose sums are the old numbers stay bit for bit.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    new = stored_like(x.dequantize(wide) + update.astype(wide), x, key)
+    floats = x.dequantize(wide)
+    total = floats + update.astype(wide)
+    new = stored_like(total, x, random)
 
-    def kept(update: Array, new: QuantizedArray, old: QuantizedArray) -> QuantizedArray:
-        blocks = _blocks(update != 0, x.axis, x.block)
+    def kept(differs: Array, new: QuantizedArray, old: QuantizedArray) -> QuantizedArray:
+        blocks = _blocks(differs, x.axis, x.block)
         touched = jnp.any(blocks, x.axis, keepdims=True)
         elements = _merged(jnp.broadcast_to(touched, blocks.shape), x.axis, x.shape[x.axis])
         if x.code.bits == 4:  # both codes of a byte are in one block
@@ -209,7 +211,7 @@ def added(
             lambda a, b: jnp.where(elements if a is new.codes else block, a, b), new, old
         )
 
-    return with_automatic_axes(kept, lambda _: specs(x), update, new, x)
+    return with_automatic_axes(kept, lambda _: specs(x), total != floats, new, x)
 
 
 def _blocks(x: Array, axis: int, block: int) -> Array:
@@ -236,7 +238,7 @@ def _packed(codes: Array, axis: int) -> Array:
     # does not vectorize it.
     at = codes.ndim + axis
     if codes.shape[at] % 2:
-        codes = jnp.pad(codes, [(0, int(i == at)) for i in range(codes.ndim)])
+        codes = jnp.pad(codes, [(0, int(i == at)) for i in range(codes.ndim)], mode="edge")
     pairs = codes.reshape(*codes.shape[:at], -1, 2, *codes.shape[at + 1 :])
     places = jnp.array([1, 16], codes.dtype).reshape(2, *[1] * (-axis - 1))
     return jnp.sum(pairs * places, axis=axis, dtype=codes.dtype)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8, UInt16
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8, UInt32
 
 Blocks = Float[Array, "*blocks"]
 PerBlock = Float[Array, "*scales"]  # blocks' shape, with length 1 along their axis
@@ -27,11 +27,11 @@ class Code(Protocol):
         """Bits per code, 4 or 8."""
 
     def encode(
-        self, blocks: Blocks, axis: int, key: PRNGKeyArray | None
+        self, blocks: Blocks, axis: int, random: UInt32[Array, "*blocks"] | None
     ) -> tuple[UInt8[Array, "*blocks"], PerBlock, PerBlock | None]:
         """Returns codes, scales and offsets (or None) of float32 or float64 blocks along an axis.
 
-        A key rounds stochastically, without bias; None rounds to the nearest.
+        Random numbers round stochastically, without bias; None rounds to the nearest.
         """
 
     def decode(
@@ -68,8 +68,8 @@ class Dynamic:
     def _zero(self) -> int:
         return 2 ** (self.bits - 1) - 1 if self.signed else -1
 
-    def encode(self, blocks, axis, key):
-        refuse_key(key)
+    def encode(self, blocks, axis, random):
+        refuse_random(random)
         scales = _scales(blocks, axis, self.signed)
         # 4 / scale, since the reciprocal of a large normal number is subnormal.
         x = (blocks * (4 / jnp.where(scales == 0, 1, scales))).astype(jnp.float32)
@@ -140,8 +140,8 @@ class Table:
     values: tuple[float, ...]
     bits: int = 4
 
-    def encode(self, blocks, axis, key):
-        refuse_key(key)
+    def encode(self, blocks, axis, random):
+        refuse_random(random)
         signed = self.values[0] < 0
         scales = _scales(blocks, axis, signed)
         x = blocks / jnp.where(scales == 0, 1, scales)
@@ -176,8 +176,8 @@ class NF4(Table):
 
     values: tuple[float, ...] = _NORMAL_QUANTILES
 
-    def encode(self, blocks, axis, key):
-        refuse_key(key)
+    def encode(self, blocks, axis, random):
+        refuse_random(random)
         scales = jnp.max(jnp.abs(blocks), axis, keepdims=True)
         x = blocks * (1 / jnp.maximum(scales, jnp.finfo(scales.dtype).tiny))
         values = np.array(self.values, x.dtype)
@@ -195,14 +195,14 @@ class Affine:
 
     bits: int
 
-    def encode(self, blocks, axis, key):
+    def encode(self, blocks, axis, random):
         low, high = (f(blocks, axis, keepdims=True) for f in (jnp.min, jnp.max))
         last = 2**self.bits - 1
         scales = _normal((high - low) / last)
         x = (blocks - low) / jnp.where(scales == 0, 1, scales)
         up: Any = 0.5  # the fraction from which a number is rounded up
-        if key is not None:
-            up = (random_bits(key, x.shape).astype(x.dtype) + 0.5) / 2**16
+        if random is not None:
+            up = ((random >> 16).astype(jnp.int32).astype(x.dtype) + 0.5) / 2**16
         # Not floor(x + ...): from 128 on, float32 would round the sum up.
         whole = jnp.floor(x)
         codes = jnp.clip(whole + (x - whole >= up), 0, last)
@@ -243,15 +243,48 @@ def _normal(scales: PerBlock) -> PerBlock:
     return jnp.where(jnp.abs(scales) < jnp.finfo(scales.dtype).tiny, 0, scales)
 
 
-def random_bits(key: PRNGKeyArray, shape: tuple[int, ...]) -> UInt16[Array, "*shape"]:
-    """Returns 16 random bits per element; two elements of a row share 32 bits of the generator."""
-    rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
-    pairs = jax.random.bits(key, (rows, -(-columns // 2)), jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(rows, 2 * pairs.shape[1])
-    return bits[:, :columns].reshape(shape)
+def random_bits(key: PRNGKeyArray, elements: UInt32[Array, "*s"]) -> UInt32[Array, "*s"]:
+    """Returns 32 random bits for each element of an array, from the elements' numbers in it.
+
+    They depend on nothing else: not on how the array is cut into chunks, tiles or shards.
+    """
+    return hashed(jax.random.bits(key, (2,)), elements)
 
 
-def refuse_key(key: PRNGKeyArray | None) -> None:
-    """Raises ValueError if there is a key."""
-    if key is not None:
+def hashed(seed: Sequence[Any] | Array, elements: UInt32[Array, "*s"]) -> UInt32[Array, "*s"]:
+    """Returns 32 bits that look random, from two words of seed and numbers.
+
+    Two rounds of Wellons' "lowbias32" hash (https://nullprogram.com/blog/2018/07/31/): a sixth of
+    the operations of JAX's Threefry, which rounding does not need, and the same in a GPU's kernel.
+    """
+    x = elements
+    for word in (seed[0], seed[1]):
+        x = x ^ word
+        x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+        x = x ^ (x >> 16)
+    return x
+
+
+def elements(shape: tuple[int, ...], strides: Sequence[int] = ()) -> UInt32[Array, "*shape"]:
+    """Returns the number of each element of an array, modulo 2**32, in row-major order.
+
+    Or with other strides, of which each axis has one.
+    """
+    strides = strides or row_major(shape)
+    number = jnp.zeros(shape, jnp.uint32)
+    for axis, stride in enumerate(strides):
+        each = np.uint32(stride % 2**32)
+        number += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * each
+    return number
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the strides of an array's axes, in elements."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def refuse_random(random: Any) -> None:
+    """Raises ValueError if there are random numbers."""
+    if random is not None:
         raise ValueError("key: only affine codes round stochastically; leave it out")

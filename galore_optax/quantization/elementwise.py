@@ -8,27 +8,30 @@ that only their floats are in memory (and in a CPU's cache).
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jaxtyping import Array, Int
 
 from galore_optax.quantization.array import QuantizedArray, dequantized, is_quantized, stored_like
+from galore_optax.quantization.codes import elements, row_major
+from galore_optax.quantization.kernel import fits, in_one_kernel
 from galore_optax.rows import parts
 from galore_optax.sharding import explicit_axes
+from galore_optax.trace.elementwise import Part, arrays, body_of, elementwise_parts
 
 # The most elements in a chunk, so that a turn of the loop is worth its start. A CPU takes half as
 # many, whose floats stay in its cache (8-bit Adam takes 10% to 30% longer with all, EPYC, 2 cores).
 CHUNK = 2**20
-# Primitives whose result at an index depends only on scalars and on the arrays' elements there.
-_ELEMENTWISE = {
-    "abs", "add", "add_any", "and", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos",
-    "div", "eq", "erf", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite",
-    "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
-    "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "sign", "sin", "sqrt",
-    "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+# Pallas lacks these for Triton, and has no more than these for 16-bit floats.
+_NOT_IN_TRITON = {"copy", "erf", "reduce_precision", "round"}
+_SIMPLE = {
+    "abs", "add", "add_any", "broadcast_in_dim", "convert_element_type", "div", "eq", "ge", "gt",
+    "integer_pow", "le", "lt", "max", "min", "mul", "ne", "neg", "select_n", "square",
+    "stop_gradient", "sub",
 }  # fmt: skip
 
 
@@ -45,25 +48,39 @@ def chunks(x: Array | QuantizedArray, most: int) -> int:
 
 
 def over_chunks(
-    begin: Callable, stored: Any, read: Any, count: Callable, end: Callable = lambda new, _: new
-) -> Any:
-    """Overwrites a tree of arrays and `QuantizedArray`s, `stored`, chunk by chunk.
+    begin: Callable,
+    stored: dict[int, Any],
+    read: dict[int, Any],
+    count: Callable,
+    end: Callable = lambda new, _: new,
+    kernel: Callable[[Any, Any], Any] | None = None,
+) -> dict[int, Any]:
+    """Overwrites arrays and `QuantizedArray`s of one shape, `stored`, chunk by chunk.
 
-    `begin` gets a chunk of it, of `read`, which has the same axes, and its number, and returns
-    arrays that XLA computes once each, however often `end` uses them to make the new chunk (its
-    second argument is like the old). `count` returns the number of chunks for a largest size.
+    Args:
+        begin: Gets a chunk of `stored`, of `read` and of the elements' numbers, and returns arrays
+            that XLA computes once each, however often `end` uses them.
+        stored: The arrays to overwrite.
+        read: Other arrays of that shape.
+        count: Returns the number of chunks for a largest size.
+        end: Makes the new chunk of what `begin` returned; its second argument is like the old one.
+        kernel: Makes the same of `stored` and `read` in one kernel, on an NVIDIA GPU.
     """
     many, few = count(CHUNK // 2), count(CHUNK)
     run = partial(_over_chunks, begin, end)
-    if many == few:
+    # XLA makes one kernel of what does not reduce over blocks.
+    whole = not any(map(is_quantized, stored.values()))
+    cuda = kernel or partial(run, 1 if whole else few)
+    if many == few and kernel is None and not (whole and few > 1):
         return run(few, stored, read)
     cpu, default = partial(run, many), partial(run, few)
-    return jax.lax.platform_dependent(stored, read, cpu=cpu, default=default)
+    return jax.lax.platform_dependent(stored, read, cpu=cpu, cuda=cuda, default=default)
 
 
 def _over_chunks(begin: Callable, end: Callable, count: int, stored: Any, read: Any) -> Any:
+    shape = next(iter(stored.values())).shape
     if count == 1:
-        return end(begin(stored, read, jnp.int32(0)), stored)
+        return end(begin(stored, read, elements(shape)), stored)
     leaves = jax.tree.leaves((stored, read), is_leaf=is_quantized)
     per_row = {x.shape[-1] / x.block for x in leaves if is_quantized(x)}
     # Whole blocks in a row, where all quantized arrays agree.
@@ -76,6 +93,15 @@ def _over_chunks(begin: Callable, end: Callable, count: int, stored: Any, read: 
         groups = math.gcd(rows // count, 64)
         each = groups, count, rows // (groups * count)
         return x.reshape(*x.shape[:-2], *each, blocks, columns // blocks)
+
+    of_chunk = list(jax.eval_shape(cut, jax.ShapeDtypeStruct(shape, bool)).shape)
+    strides = list(row_major(tuple(of_chunk)))
+    of_chunk.pop(-4)
+    stride = strides.pop(-4)
+
+    def start(stored: Any, i: Int[Array, ""] | int) -> Any:
+        first = jnp.uint32(i) * np.uint32(stride % 2**32)
+        return begin(take(stored, i), take(read, i), first + elements(tuple(of_chunk), strides))
 
     def take(tree: Any, i: Int[Array, ""] | int) -> Any:
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, -4, False), tree)
@@ -91,14 +117,13 @@ def _over_chunks(begin: Callable, end: Callable, count: int, stored: Any, read: 
         # (otherwise XLA copies the whole arrays in each turn).
         stored, floats = carry
         stored = put(stored, end(floats, like), i - 1)
-        following = jnp.minimum(i, count - 1)
-        return stored, begin(take(stored, following), take(read, following), following)
+        return stored, start(stored, jnp.minimum(i, count - 1))
 
     shapes = jax.tree.map(jnp.shape, stored)
     stored, read = jax.tree.map(cut, (stored, read))
     like = jax.eval_shape(lambda: take(stored, 0))
-    first = begin(take(stored, 0), take(read, 0), jnp.int32(0))
-    new, _ = jax.lax.fori_loop(1, count + 1, turn, (stored, first))
+    carry = stored, start(stored, 0)
+    new, _ = jax.lax.fori_loop(1, count + 1, turn, carry)
     return jax.tree.map(lambda x, shape: x.reshape(shape), new, shapes)
 
 
@@ -118,12 +143,16 @@ def updated(
         others = others_tree.unflatten(leaves[len(own) :])
         return tree.flatten_up_to(update(*tree.unflatten(leaves[: len(own)]), *others))
 
-    if not any(is_quantized(x) and chunks(x, CHUNK // 2) > 1 for x in own):
+    if not any(is_quantized(x) and (chunks(x, CHUNK // 2) > 1 or fits([x])) for x in own):
         new = flat(dequantized(leaves))
         return tree.unflatten(stored_like(x, y) for x, y in zip(new, own, strict=True))
     whole = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
     traced = jax.make_jaxpr(flat)(whole)
-    parts = [part for part in _parts(traced.jaxpr) if part.chunks(leaves, CHUNK // 2) > 1]
+    parts = [
+        part
+        for part in map(_Part._make, elementwise_parts(traced.jaxpr))
+        if part.chunks(leaves, CHUNK // 2) > 1 or part.fits_a_kernel(leaves)
+    ]
     known = _outside(traced, parts, leaves)
     made = {k: x for part in parts for k, x in part.run(known, leaves).items()}
     outputs = enumerate(zip(traced.jaxpr.outvars, own, strict=True))
@@ -142,7 +171,7 @@ class _Values(dict[Any, Any]):
         """Evaluates elementwise equations on arrays of another shape than they were traced for."""
         for equation in equations:
             values = [self.of(atom) for atom in equation.invars]
-            if (body := _body(equation)) is not None:
+            if (body := body_of(equation)) is not None:
                 inside = _Values(zip(body.jaxpr.invars, values, strict=True))
                 inside.update(zip(body.jaxpr.constvars, body.consts, strict=True))
                 inside.evaluate(body.jaxpr.eqns, shape)
@@ -154,16 +183,17 @@ class _Values(dict[Any, Any]):
             self.update(zip(equation.outvars, results, strict=True))
 
 
-class _Part(NamedTuple):
-    """Connected elementwise equations on arrays of one shape, and on scalars, in order."""
-
-    equations: list[Any]
-    inputs: dict[int, Any]  # its variables among the function's arguments, by index
-    outputs: dict[int, Any]  # and among its results
+class _Part(Part):
+    """A part that is computed chunk by chunk, or in a kernel."""
 
     def chunks(self, leaves: Sequence[Any], most: int) -> int:
         quantized = (leaves[j] for j in self.inputs if is_quantized(leaves[j]))
         return min((chunks(x, most) for x in quantized), default=1)
+
+    def fits_a_kernel(self, leaves: Sequence[Any]) -> bool:
+        """Whether a GPU's kernel can compute it."""
+        own = [leaves[i] for i in self.inputs.keys() | self.outputs.keys()]
+        return fits(own) and all(map(_in_triton, self.equations))
 
     def run(self, known: _Values, leaves: Sequence[Any]) -> dict[int, Any]:
         """Returns the results by index, computed chunk by chunk."""
@@ -174,44 +204,25 @@ class _Part(NamedTuple):
             else:
                 stored[k] = jnp.zeros(var.aval.shape, var.aval.dtype)
 
-        def begin(stored: dict[int, Any], read: dict[int, Any], _: Any) -> dict[int, Any]:
-            floats = dequantized(stored | read)
-            values = _Values(known | {var: floats[j] for j, var in self.inputs.items()})
+        scalars = [v for v in known if any(v in e.invars for e in self.equations)]
+
+        def new(floats: dict[int, Any], numbers: Sequence[Any]) -> dict[int, Any]:
+            values = _Values(zip(scalars, numbers, strict=True))
+            values.update({var: floats[j] for j, var in self.inputs.items()})
             values.evaluate(self.equations, next(iter(floats.values())).shape)
             return {k: values.of(var) for k, var in self.outputs.items()}
+
+        def begin(stored: dict[int, Any], read: dict[int, Any], _: Any) -> dict[int, Any]:
+            return new(dequantized(stored | read), [known[v] for v in scalars])
 
         def end(floats: dict[int, Any], like: dict[int, Any]) -> dict[int, Any]:
             return {k: stored_like(x, like[k]) for k, x in floats.items()}
 
-        return over_chunks(begin, stored, read, partial(self.chunks, leaves), end)
+        def kernel(stored: dict[int, Any], read: dict[int, Any]) -> dict[int, Any]:
+            return in_one_kernel(new, stored, read, [known[v] for v in scalars])
 
-
-def _parts(jaxpr: Jaxpr) -> list[_Part]:
-    """Finds the connected groups of equations that are elementwise."""
-    group: dict[Any, int] = {}  # by variable
-    variables: dict[int, list[Any]] = {}  # by group
-    equations: dict[int, list[int]] = {}
-    other = set()
-    for number, equation in enumerate(jaxpr.eqns):
-        arrays = _arrays((*equation.invars, *equation.outvars))
-        if not arrays:
-            continue
-        joined = {group[v] for v in arrays if v in group}
-        variables[number] = [v for g in joined for v in variables.pop(g)] + arrays
-        equations[number] = [e for g in joined for e in equations.pop(g)] + [number]
-        group.update(dict.fromkeys(variables[number], number))
-        if joined & other or not _is_elementwise(equation):
-            other.add(number)
-    other |= {group.get(v) for v in _arrays(jaxpr.constvars)}
-
-    def of(atoms: Sequence[Any], number: int) -> dict[int, Any]:
-        return {i: v for i, v in enumerate(atoms) if _arrays([v]) and group.get(v) == number}
-
-    return [
-        _Part([jaxpr.eqns[i] for i in sorted(own)], of(jaxpr.invars, g), of(jaxpr.outvars, g))
-        for g, own in equations.items()
-        if g not in other
-    ]
+        fitting = kernel if self.fits_a_kernel(leaves) else None
+        return over_chunks(begin, stored, read, partial(self.chunks, leaves), end, fitting)
 
 
 def _outside(traced: ClosedJaxpr, parts: Sequence[_Part], leaves: Sequence[Any]) -> _Values:
@@ -221,7 +232,7 @@ def _outside(traced: ClosedJaxpr, parts: Sequence[_Part], leaves: Sequence[Any])
     inputs = {j for part in parts for j in part.inputs}
     outputs = {k for part in parts for k in part.outputs}
     atoms = [atom for k, atom in enumerate(jaxpr.outvars) if k not in outputs]
-    atoms += [v for equation in inside for v in equation.invars if not _arrays([v])]
+    atoms += [v for equation in inside for v in equation.invars if not arrays([v])]
     needed = list(dict.fromkeys(v for v in atoms if not isinstance(v, Literal)))
     numbers = set(map(id, inside))
     rest = [equation for equation in jaxpr.eqns if id(equation) not in numbers]
@@ -231,23 +242,10 @@ def _outside(traced: ClosedJaxpr, parts: Sequence[_Part], leaves: Sequence[Any])
     return _Values(zip(needed, values, strict=True))
 
 
-def _is_elementwise(equation: Any) -> bool:
-    """Whether an equation works element by element, on arrays of one shape and scalars."""
-    shapes = {v.aval.shape for v in _arrays((*equation.invars, *equation.outvars))}
-    if len(shapes) != 1 or not all(v.aval.shape for v in equation.outvars):
-        return False
-    if (body := _body(equation)) is not None:
-        inside = (e for e in body.jaxpr.eqns if _arrays((*e.invars, *e.outvars)))
-        return not _arrays(body.jaxpr.constvars) and all(map(_is_elementwise, inside))
+def _in_triton(equation: Any) -> bool:
+    """Whether Pallas has an elementwise equation in its Triton dialect."""
+    if (body := body_of(equation)) is not None:
+        return all(map(_in_triton, body.jaxpr.eqns))
+    wide = all(v.aval.dtype.itemsize != 2 for v in (*equation.invars, *equation.outvars))
     name = equation.primitive.name
-    return name in _ELEMENTWISE or (name == "broadcast_in_dim" and not _arrays(equation.invars))
-
-
-def _body(equation: Any) -> ClosedJaxpr | None:
-    """Returns the jitted function that an equation calls, if it does."""
-    return equation.params["jaxpr"] if equation.primitive.name in ("jit", "pjit") else None
-
-
-def _arrays(atoms: Sequence[Any]) -> list[Any]:
-    """Returns the variables that have axes."""
-    return [v for v in atoms if not isinstance(v, Literal) and v.aval.shape]
+    return name in _SIMPLE or (wide and name not in _NOT_IN_TRITON)

@@ -6,7 +6,6 @@ Li et al., arXiv:2309.01507), and floats within a step.
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -121,11 +120,18 @@ def quantize_state(
                 _warn(paths[i], "in 8 bits: the update may divide by it, and it may have a sign")
             signed_code, unsigned_code, block = CODES[8 if careful else bits]
             code = unsigned_code if role.nonnegative else signed_code
-            leaves[i] = quantize(opaque(leaves[i]), code, block=block)
+            # In float32 within a step: a second moment in bfloat16 cannot decay, as 0.1% of it is
+            # less than half of its last bit.
+            wide = jnp.promote_types(leaves[i].dtype, jnp.float32)
+            leaves[i] = quantize(opaque(leaves[i].astype(wide)), code, block=block)
         return tree.unflatten(leaves)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        return updated(partial(inner.update, **extra_args), updates, state, params)
+        def own(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+            new, state = inner.update(updates, state, params, **extra_args)
+            return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
+
+        return updated(own, updates, state, params)
 
     # optax's types say that a state is any tree, not which one.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]

@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from galore_optax import checks
 from galore_optax.keys import for_path
 from galore_optax.quantization.array import QuantizedArray, added, is_quantized, quantize
-from galore_optax.quantization.codes import Affine, random_bits
+from galore_optax.quantization.codes import Affine, hashed
 from galore_optax.quantization.elementwise import chunks, over_chunks
+from galore_optax.quantization.kernel import fits, in_one_kernel
 from galore_optax.sharding import specs, with_automatic_axes
 
 
@@ -199,24 +200,31 @@ def apply_updates(
 
 def _summed(param: Any, update: Float[Array, "*shape"], key: PRNGKeyArray | None) -> Any:
     """Returns the sum in the param's dtype or code, computed a few rows at a time."""
+    seed = None if key is None else jax.random.bits(key, (2,))
 
-    def summed(param: Any, update: Array, number: Array) -> Any:
-        own = None if key is None else jax.random.fold_in(key, number)
-        if is_quantized(param):
-            return added(param, update, own)
-        return _bfloat16(param.astype(jnp.float32) + update.astype(jnp.float32), own)
+    def begin(stored: Any, read: Any, elements: Array) -> Any:
+        random = None if seed is None else hashed(seed, elements)
+        if is_quantized(stored[0]):
+            return {0: added(stored[0], read[1], random)}
+        return {0: _bfloat16(stored[0].astype(jnp.float32) + read[1].astype(jnp.float32), random)}
 
-    return over_chunks(summed, param, update, partial(chunks, param))
+    def summed(floats: Any, _: Any) -> dict[int, Array]:
+        return {0: floats[0] + floats[1].astype(floats[0].dtype)}
+
+    def kernel(stored: Any, read: Any) -> Any:
+        return in_one_kernel(summed, stored, read, seed=seed, keep=True)
+
+    fitting = kernel if fits([param]) else None
+    return over_chunks(begin, {0: param}, {1: update}, partial(chunks, param), kernel=fitting)[0]
 
 
-def _bfloat16(x: Float[Array, "*shape"], key: Any) -> Float[Array, "*shape"]:
+def _bfloat16(x: Float[Array, "*shape"], random: Any) -> Float[Array, "*shape"]:
     """Rounds float32 stochastically to bfloat16, which is its upper half."""
 
-    def rounded(x: Array, key: PRNGKeyArray) -> Array:
+    def rounded(x: Array, random: Array) -> Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        up = random_bits(key, x.shape).astype(jnp.uint32)
-        upper = ((bits + up) >> 16).astype(jnp.uint16)
+        upper = ((bits + (random >> 16)) >> 16).astype(jnp.uint16)
         near = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
         return jnp.where(jnp.isfinite(x), near, x.astype(jnp.bfloat16))
 
-    return with_automatic_axes(rounded, lambda _: specs(x), x, key)
+    return with_automatic_axes(rounded, lambda _: specs(x), x, random)

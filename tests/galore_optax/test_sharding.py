@@ -183,8 +183,14 @@ def test_the_state_keeps_the_axes_that_it_shares_with_the_params():
     assert bases["tall"].spec == P(None, None)  # projected on the output
     assert moments["tall"].spec == P(("data", "fsdp"), None)
     assert bases["layers"].spec == P("fsdp", None, None)
-    # Moments of a layer have no axis of layers: its part of the mesh splits the other side.
-    assert {m.spec for m in moments["layers"]} == {P(None, ("data", "fsdp"))}
+    assert moments["layers"].spec == P("fsdp", None, "data")
+    # Of an inner that gets each layer by itself the moments have no axis of layers: its part of the
+    # mesh splits the other side.
+    lamb = galore(
+        4, optax.lamb(1e-3), weight_dimension_numbers={n: LEAVES[n].numbers for n in LEAVES}
+    )
+    of_each = state_shardings(lamb, tree(0, tuple(LEAVES)), shardings).inner[0].mu["layers"]
+    assert {m.spec for m in of_each} == {P(None, ("data", "fsdp"))}
     assert bases["heads"].spec == P("data", None)
     assert moments["heads"].spec == P(None, "fsdp")
     assert [b.spec for b in bases["kernel"]] == [P("data", None), P("fsdp", None)]

@@ -87,7 +87,7 @@ def test_chunks_are_smaller_on_a_cpu_and_larger_in_a_program_for_another_platfor
     tx = quantize_state(optax.adam(0.01))
     params = {"w": jax.ShapeDtypeStruct((4096, 1024), jnp.float32)}
     traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params))
-    for platform, rows in {"cpu": 8, "cuda": 4}.items():
+    for platform, rows in {"cpu": 8, "rocm": 4}.items():
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert f"tensor<64x{rows}x{64 // rows}x4x256xui8>" in text  # groups, chunks, rows, blocks
 

@@ -17,7 +17,7 @@ from galore_optax import (
 )
 from galore_optax.adapters.base import product
 from galore_optax.quantization.array import dequantized, is_quantized
-from galore_optax.quantization.codes import random_bits
+from galore_optax.quantization.codes import elements, random_bits
 from galore_optax.quantization.weights import value_and_grad
 from models.llama.config import LlamaConfig
 from models.llama.model import Llama
@@ -168,9 +168,14 @@ def test_the_mean_of_rounded_sums_is_the_sum(dtype):
 
 def test_random_bits_have_any_shape_and_no_pattern():
     for shape in [(), (1,), (5,), (3, 7), (2, 3, 5), (0, 4)]:
-        bits = random_bits(jax.random.key(0), shape)
-        assert (bits.shape, bits.dtype) == (shape, jnp.uint16)
-    drawn = np.asarray(random_bits(jax.random.key(0), (64, 1001)), np.float64) / 2**16
+        bits = random_bits(jax.random.key(0), elements(shape))
+        assert (bits.shape, bits.dtype) == (shape, jnp.uint32)
+    bits = random_bits(jax.random.key(0), elements((64, 1001)))
+    other = random_bits(jax.random.key(1), elements((64, 1001)))
+    assert abs(np.corrcoef(np.ravel(bits), np.ravel(other))[0, 1]) < 0.02
+    for bit in range(32):
+        assert np.mean((np.asarray(bits) >> bit) & 1) == pytest.approx(0.5, abs=0.01)
+    drawn = np.asarray(bits, np.float64) / 2**32
     # 64,000 numbers: means and correlations deviate by 0.004 or less.
     assert drawn.mean() == pytest.approx(0.5, abs=0.01)
     for shifted in (drawn[:, 1:], drawn[:, 2:], np.roll(drawn, 1, axis=0)):
