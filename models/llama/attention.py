@@ -97,7 +97,10 @@ def attention_implementation(
     cuDNN's flash attention takes 16-bit floats, heads up to 128 wide in multiples of 8, NVIDIA GPUs
     from compute capability 8.0 and, where documents are masked, an even length in tokens.
     """
-    gpu = "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
+    version = device.client.platform_version
+    gpu = "cuda" in version and float(device.compute_capability) >= 8.0
+    # A device that is only compiled for has no capability; `train.memory.cards` refuses older ones.
+    gpu |= device.client.runtime_type == "compile_only_runtime" and "NVIDIA" in version
     floats = config.dtype in (jnp.bfloat16, jnp.float16)
     heads = config.head_width in range(8, 129, 8)
     return "cudnn" if gpu and floats and heads and length % 2 == 0 else "xla"
