@@ -85,6 +85,8 @@ def planned(
     """
     programs = programs_of(config, card)
     if card is None and config.dtype == "bfloat16" and _on_a_cpu(programs):
+        if dump is not None:
+            raise ValueError("--dump with an estimate, in bfloat16 on a CPU: name a GPU with --gpu")
         return estimate(config, programs), {}
     try:
         compiled = compiled_step(programs)

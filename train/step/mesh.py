@@ -94,6 +94,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def heads_sharding(mesh: Mesh, kv_heads: int) -> NamedSharding | None:
+    """The sharding of queries, keys and values (batch, length, heads, head); None on one device."""
+    if mesh.size == 1:
+        return None
+    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(*BATCH, None, heads))
+
+
 def batch_shards(mesh: Mesh) -> int:
     """The number of parts into which a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
