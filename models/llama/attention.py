@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from galore_optax import rows
@@ -74,6 +75,12 @@ def causal_attention(
             query, key, value, mask=mask, is_causal=True, implementation=config.attention
         )
 
+    if config.heads_at is not None:
+        at = config.heads_at
+        query, key, value = jax.lax.with_sharding_constraint((query, key, value), at)
+        if mask is not None:
+            whole = at.update(spec=PartitionSpec(at.spec[0]))
+            mask = jax.lax.with_sharding_constraint(mask, whole)
     arrays = query, key, value, mask
     batch, length, heads, _ = query.shape
     weight_bytes = 4 * batch * heads * length**2 if config.attention == "xla" else 0
@@ -97,7 +104,12 @@ def attention_implementation(
     cuDNN's flash attention takes 16-bit floats, heads up to 128 wide in multiples of 8, NVIDIA GPUs
     from compute capability 8.0 and, where documents are masked, an even length in tokens.
     """
-    gpu = "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
+    version = device.client.platform_version
+    if device.client.runtime_type == "compile_only_runtime":
+        # Such a device tells no capability; `train.memory.cards` refuses those below 8.0.
+        gpu = "NVIDIA" in version
+    else:
+        gpu = "cuda" in version and float(device.compute_capability) >= 8.0
     floats = config.dtype in (jnp.bfloat16, jnp.float16)
     heads = config.head_width in range(8, 129, 8)
     return "cudnn" if gpu and floats and heads and length % 2 == 0 else "xla"

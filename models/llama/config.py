@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import DTypeLike
 
 Params = dict[str, Any]
@@ -32,6 +33,9 @@ class LlamaConfig:
     rematerialize: bool = False  # compute activations within a layer again in the backward pass
     attention: AttentionImplementation = "xla"  # over whole sequences
     batch_shards: int = 1  # devices that a batch is split over
+    # How queries, keys and values (batch, length, heads, head) are split over devices; cuDNN's
+    # attention refuses them if they are split in different ways. None: as XLA chooses.
+    heads_at: NamedSharding | None = None
 
     def __post_init__(self):
         sizes = "vocab_size width mlp_width layers heads kv_heads max_length batch_shards"

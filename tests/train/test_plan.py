@@ -8,7 +8,10 @@ from small_run import ADAMW, NO_SUBSPACE, small
 from train import plan as plan_module
 from train.config.optimizers import OPTIMIZERS
 from train.config.resolve import resolve
+from train.memory import cards
+from train.memory.cards import can_compile, find_card
 from train.memory.plan import CONTEXT, MemoryPlan, plan
+from train.memory.program import count
 from train.plan import Plan, load_plan, main, programs_of
 from train.pretrain import main as pretrain
 from train.run import training
@@ -50,12 +53,15 @@ def test_accumulating_keeps_the_activations_of_a_microbatch_and_a_gradient_in_fl
     assert parts.gradients == 2 * whole.gradients
 
 
-def test_bfloat16_is_planned_in_two_bytes_though_a_cpu_computes_in_four():
+def test_without_a_gpu_bfloat16_is_estimated_in_two_bytes_with_temporaries_of_four(capsys):
     sizes = {"batch_size": 16, "seq_len": 64, "layerwise": True, "rematerialize": True}
-    wide, half = (planned(dtype=dtype, **sizes) for dtype in ("float32", "bfloat16"))
-    assert half.weights == wide.weights / 2
-    assert half.activations == wide.activations / 2
-    assert half.temporaries < wide.temporaries  # where it computes in float32 in any case
+    wide, half = (output(capsys, dtype=dtype, **sizes) for dtype in ("float32", "bfloat16"))
+    assert half["estimate"]
+    assert not wide["estimate"]
+    assert half["compiled_for"] == wide["compiled_for"] == "cpu"
+    assert half["weight_bytes"] == wide["weight_bytes"] / 2
+    assert half["activation_bytes"] == wide["activation_bytes"] / 2
+    assert half["temporary_bytes"] == wide["temporary_bytes"]
 
 
 def test_a_mesh_splits_what_a_device_holds():
@@ -66,8 +72,9 @@ def test_a_mesh_splits_what_a_device_holds():
 
 
 def output(capsys, **settings):
+    plan_only = {name: settings.pop(name) for name in ("gpu", "dump") if name in settings}
     own = small("unused", **settings)
-    assert main(Plan(**vars(own), **{"json": True})) == 0
+    assert main(Plan(**vars(own), **plan_only, json=True)) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -101,13 +108,14 @@ def test_several_optimizers_stand_side_by_side_in_a_table_and_a_picture(capsys, 
 def test_a_card_gets_a_command_with_the_largest_batch_that_fits(
     optimizer, each, batch, capsys, monkeypatch
 ):
-    def pretended(config, programs):  # one that grows with the batch, by more for larger ones
+    def pretended(config, card):  # one that grows with the batch, by more for larger ones
         rows = config.batch_size
         first = 200_000 if config.optimizer == optimizer else 2**30
         states = {"projections": 0, "moments": 0, "counters": 0}
-        return MemoryPlan(0, states, 0, 0, 0, 0, first + each * rows + 1000 * (rows > 8))
+        return MemoryPlan(0, states, 0, 0, 0, 0, first + each * rows + 1000 * (rows > 8)), {}
 
-    monkeypatch.setattr(plan_module, "plan", pretended)
+    monkeypatch.setattr(plan_module, "can_compile", lambda: False)
+    monkeypatch.setattr(plan_module, "planned", pretended)
     monkeypatch.setattr(plan_module, "stored", lambda programs: (0, {}))
     room = 200_000 + each * batch + 1000 + 500
     card = (room + CONTEXT) / 2**30
@@ -128,6 +136,12 @@ def test_a_card_gets_a_command_with_the_largest_batch_that_fits(
         (["--card", "-1"], "--card -1: expected the size"),
         (["--card", "12", "--optimizer", "adamw"], "--optimizer with --card"),
         (["--card", "12", "--plot", "x.png"], "leave out --compare and --plot"),
+        (["--card", "142"], "--card 142: no card is as large"),
+        (["--gpu", "rtx-1"], "--gpu 'rtx-1': expected one of rtx-3060-12gb"),
+        (["--dump", "x", "--compare", "adamw"], "--dump writes one program"),
+        (["--dump", "README.md"], "--dump 'README.md' is there already"),
+        (["--dump", "nowhere/x"], "--dump 'nowhere/x': there is no folder 'nowhere'"),
+        (["--dump", "x", "--dtype", "bfloat16"], "--dump with an estimate"),
         (["--compare", "sgd"], "--optimizer 'sgd': choose one of"),
         (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3 with --accumulate 2"),
     ],
@@ -150,3 +164,58 @@ def test_a_run_says_its_plan_and_is_refused_where_it_will_not_fit(tmp_path, caps
         pretrain(small(tmp_path / "run"))
     assert "at its peak" in capsys.readouterr().out
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+needs_wheels = pytest.mark.skipif(not can_compile(), reason="the extra gpu-target is not installed")
+DONE = ("kernels", "bytes_moved", "products_flops", "floor_seconds", "collectives")
+
+
+@needs_wheels
+def test_a_plan_for_a_card_says_what_its_program_does_and_writes_it(capsys, tmp_path):
+    file = tmp_path / "step.txt"
+    found = output(capsys, gpu="rtx-4090", dump=str(file), dtype="bfloat16", **ADAMW)
+    assert found["compiled_for"] == "NVIDIA GeForce RTX 4090"
+    assert not found["estimate"]
+    text = file.read_text()
+    card = find_card("rtx-4090")
+    again = count(text, card.bandwidth, card.peak_flops("bfloat16")).as_json()
+    assert {name: found[name] for name in DONE} == {name: again[name] for name in DONE}
+    assert found["collectives"] == {}
+    assert "__cudnn$fmha" in text  # chosen by the card, not by this CPU
+
+
+@needs_wheels
+def test_a_mesh_of_cards_sends_something_and_attends_with_cudnn(capsys, tmp_path):
+    file = tmp_path / "step.txt"
+    settings = {"dtype": "bfloat16", "mesh": "data=2,fsdp=2", **ADAMW}
+    found = output(capsys, gpu="h100", dump=str(file), **settings)
+    assert found["collectives"]["all-gather"]["bytes"] > 0
+    assert "__cudnn$fmha" in file.read_text()
+
+
+@needs_wheels
+def test_a_card_of_unknown_speed_has_no_floor(capsys, tmp_path):
+    file = tmp_path / "mine.txtpb"
+    file.write_text(find_card("rtx-4090").target.replace("RTX 4090", "RTX 9999"))
+    found = output(capsys, gpu=str(file), **ADAMW)
+    assert found["floor_seconds"] is None
+    assert found["kernels"] > 0
+
+
+@needs_wheels
+def test_a_target_that_xla_refuses_is_wrong_use(capsys, tmp_path):
+    file = tmp_path / "mine.txtpb"
+    file.write_text(find_card("rtx-4090").target + "colour: 3\n")
+    assert words("--gpu", str(file)) == 2
+    error = capsys.readouterr().err
+    assert "XLA refuses the target of NVIDIA GeForce RTX 4090" in error
+    assert error.count("\n") == 1
+
+
+def test_a_card_without_the_wheels_is_wrong_use(capsys, monkeypatch):
+    monkeypatch.setattr(cards, "_is_installed", lambda module: False)
+    assert words("--gpu", "rtx-4090") == 2
+    assert capsys.readouterr().err == (
+        "error: compiling for NVIDIA GeForce RTX 4090 needs NVIDIA's compiler: "
+        "install the extra gpu-target (Linux on x86-64): pip install -e '.[train,gpu-target]'\n"
+    )

@@ -5,7 +5,6 @@ import os
 from typing import Any
 
 import jax
-import jax.extend.backend
 import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import PyTree
@@ -20,25 +19,14 @@ from train.config.settings import Resolved
 from train.step import layerwise
 from train.step.mesh import batch_shards
 from train.step.ordinary import summed_loss
-from train.step.programs import Programs, abstract_params, make_forward
+from train.step.programs import Programs, abstract_params, make_forward, make_programs
 
 # Bytes of a card that a program cannot use: the CUDA context's.
 CONTEXT = 0.6 * 2**30
-CARDS = (8, 12, 16, 24, 40, 80, 141)  # GiB
+SIZES = (8, 10, 12, 16, 24, 40, 48, 80, 141)  # of cards, GiB
 # On a CPU freed memory stays in the arenas that glibc has for each thread: a step of llama-130m had
 # 3.37 to 3.48 GB resident, and 3.07 with one arena (MALLOC_ARENA_MAX=1).
 _ARENAS = 100_000_000
-
-# XLA's CPU compiler computes bfloat16 in float32, and keeps the converted arrays in memory (for
-# llama-7b ten times what a GPU takes). So a program in bfloat16 is planned in float16, which with
-# these options stays as it is and is ordered by memory, as by the GPU's compiler.
-_AS_ON_A_GPU: dict[str, Any] = {
-    "xla_cpu_strict_dot_conv_math": True,
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    "xla_cpu_copy_insertion_use_region_analysis": True,
-    "xla_disable_hlo_passes": "tree_reduction_rewriter",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +40,13 @@ class MemoryPlan:
     temporaries: int  # all else: within a layer, updates, a new basis, a CPU allocator's arenas
     batch: int
     peak: int  # the sum, from the compiled step and the allocator
+    device: str = ""  # the kind that the step was compiled for
+    estimate: bool = False  # whether that is another kind than the one that will run it
 
     def parts(self) -> dict[str, int]:
         """The summands by name."""
-        rest = {k: v for k, v in vars(self).items() if k not in ("weights", "states", "peak")}
-        return {"weights": self.weights, **self.states, **rest}
+        rest = ("gradients", "activations", "temporaries", "batch")
+        return {"weights": self.weights, **self.states, **{k: getattr(self, k) for k in rest}}
 
     def fits(self, card: float) -> bool:
         """Whether a card of this many GiB is enough."""
@@ -73,7 +63,9 @@ class MemoryPlan:
             "temporary_bytes": self.temporaries,
             "batch_bytes": self.batch,
             "peak_bytes": self.peak,
-            "cards_gib": [card for card in CARDS if self.fits(card)],
+            "cards_gib": [size for size in SIZES if self.fits(size)],
+            "compiled_for": self.device,
+            "estimate": self.estimate,
         }
 
 
@@ -84,19 +76,16 @@ def stored(programs: Programs) -> tuple[int, dict[str, int]]:
 
 
 def plan(config: Resolved, programs: Programs, memory: Any = None) -> MemoryPlan:
-    """The memory that the training step will take.
+    """The memory that the training step will take of a device of the mesh.
 
-    `memory` is the compiled step's own analysis; None compiles the step here, on a CPU as a GPU
-    would run it if it is in bfloat16 on one device.
+    `memory` is the compiled step's own analysis; None compiles the step here.
     """
-    on_a_cpu = programs.mesh.devices.flat[0].platform == "cpu"
+    device = programs.mesh.devices.flat[0]
     if memory is None:
-        as_on_a_gpu = on_a_cpu and config.dtype == "bfloat16" and programs.mesh.size == 1
-        on_a_cpu &= not as_on_a_gpu
-        memory = _memory(programs, as_on_a_gpu)
+        memory = compiled_step(programs).memory_analysis()
     given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     peak = given + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    if on_a_cpu:
+    if device.platform == "cpu":
         peak += min(_ARENAS, temporary)
     weights, states = stored(programs)
     batch = _bytes(programs.batch)
@@ -105,7 +94,38 @@ def plan(config: Resolved, programs: Programs, memory: Any = None) -> MemoryPlan
     gradients = min(_gradients(config, programs), rest)
     activations = min(_activations(config, programs), rest - gradients)
     temporaries = rest - gradients - activations
-    return MemoryPlan(weights, states, gradients, activations, temporaries, batch, peak)
+    kind = device.device_kind
+    return MemoryPlan(weights, states, gradients, activations, temporaries, batch, peak, kind)
+
+
+def estimate(config: Resolved, programs: Programs) -> MemoryPlan:
+    """The memory that a step in bfloat16 would take of a GPU, by the compiler for this CPU.
+
+    That compiler computes bfloat16 in float32 and keeps the converted arrays, many times what a GPU
+    takes. So temporaries are those of the step in float32, all else is as stored.
+    """
+    model = dataclasses.replace(programs.model, dtype="float32", param_dtype="float32")
+    wide = dataclasses.replace(config, dtype="float32")
+    temporaries = plan(wide, make_programs(wide, model, programs.mesh)).temporaries
+    weights, states = stored(programs)
+    gradients, activations = _gradients(config, programs), _activations(config, programs)
+    batch = _bytes(programs.batch)
+    return MemoryPlan(
+        weights,
+        states,
+        gradients,
+        activations,
+        temporaries,
+        batch,
+        peak=weights + sum(states.values()) + gradients + activations + temporaries + batch,
+        device=programs.mesh.devices.flat[0].device_kind,
+        estimate=True,
+    )
+
+
+def compiled_step(programs: Programs) -> jax.stages.Compiled:
+    """The training step, compiled for the devices of its mesh."""
+    return programs.train_step.lower(programs.abstract, programs.batch).compile()
 
 
 def device_memory(device: jax.Device) -> int:
@@ -114,20 +134,6 @@ def device_memory(device: jax.Device) -> int:
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _memory(programs: Programs, as_on_a_gpu: bool) -> Any:
-    """The compiled step's memory analysis."""
-    lowered = programs.train_step.lower(programs.abstract, programs.batch)
-    if not as_on_a_gpu:
-        return lowered.compile().memory_analysis()
-    backend = jax.extend.backend.get_backend("cpu")
-    options = jax.extend.backend.get_compile_options(
-        num_replicas=1, num_partitions=1, env_options_overrides=_AS_ON_A_GPU
-    )
-    devices = tuple(programs.mesh.devices.flat)
-    text = lowered.as_text().replace("bf16", "f16")
-    return backend.compile_and_load(text, devices, options).get_compiled_memory_stats()
 
 
 def _gradients(config: Resolved, programs: Programs) -> int:

@@ -1,38 +1,8 @@
 """What a run prints while it trains: a progress bar, and a line for each logged step."""
 
 import datetime
-import re
 import time
 from typing import Any
-
-import jax
-
-# Peak FLOP/s of a device, by a part of its `device_kind`, for operands in bfloat16 and in float32,
-# which JAX multiplies as TF32 on NVIDIA's and as bfloat16 on Google's devices by default.
-# Manufacturers' figures, dense.
-PEAK_FLOPS: dict[str, dict[str, float]] = {
-    "H200": {"bfloat16": 989e12, "float32": 494e12},
-    "H100 PCIe": {"bfloat16": 756e12, "float32": 378e12},
-    "H100": {"bfloat16": 989e12, "float32": 494e12},
-    "A100": {"bfloat16": 312e12, "float32": 156e12},
-    "L40S": {"bfloat16": 362e12, "float32": 183e12},
-    "L4": {"bfloat16": 121e12, "float32": 60e12},
-    "A10": {"bfloat16": 125e12, "float32": 62.5e12},
-    "RTX 4090": {"bfloat16": 165e12, "float32": 82.6e12},
-    "RTX 3090": {"bfloat16": 71e12, "float32": 35.6e12},
-    "TPU v4": {"bfloat16": 275e12, "float32": 275e12},
-    "TPU v5 lite": {"bfloat16": 197e12, "float32": 197e12},
-    "TPU v5p": {"bfloat16": 459e12, "float32": 459e12},
-    "TPU v6 lite": {"bfloat16": 918e12, "float32": 918e12},
-}
-
-
-def peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """A device's peak FLOP/s, or None if unknown."""
-    name = device.device_kind
-    kinds = [kind for kind in PEAK_FLOPS if re.search(rf"\b{kind}\b", name)]
-    slower = re.search(r"Laptop|NVL", name)  # variants under the same names
-    return PEAK_FLOPS[kinds[0]][dtype] if kinds and not slower else None
 
 
 class Progress:

@@ -14,12 +14,13 @@ from models.llama.config import flops_per_token
 from train.config.settings import Resolved
 from train.data.loader import prefetch
 from train.data.sequences import START, Position
+from train.memory.cards import peak_flops
 from train.memory.plan import device_memory, plan
 from train.run import directory as run_directory
 from train.run.assemble import Log, Parts
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import MetricsLog, evaluation_losses
-from train.run.progress import Progress, peak_flops
+from train.run.progress import Progress
 from train.run.report import peak_memory, report
 from train.run.signals import StopRequest
 from train.step.mesh import put_batch
@@ -73,7 +74,7 @@ class Training:
             self.checkpoints = stack.enter_context(checkpoints)
             if state is None:
                 state = parts.init(jax.random.key(config.seed))
-            peak = peak_flops(parts.mesh.devices.flat[0], config.dtype)
+            peak = peak_flops(parts.mesh.devices.flat[0].device_kind, config.dtype)
             at_peak = peak and peak * parts.mesh.size / flops_per_token(parts.model, config.seq_len)
             self.progress = Progress(self.host.step, config.steps, at_peak)
             stack.enter_context(self.progress.bar)

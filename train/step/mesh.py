@@ -4,6 +4,8 @@ Three mesh axes: `data` splits the batch alone; `fsdp` splits the batch and the 
 model's width); `tensor` splits the weights' other axis. XLA inserts the communication.
 """
 
+import ctypes
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -46,9 +48,12 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(text: str | None) -> Mesh:
-    """The mesh of `--mesh`, such as `data=2,fsdp=4` over all devices; None: the first alone."""
-    sizes, devices = parse_mesh(text), available_devices()
+def make_mesh(text: str | None, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of `--mesh`, such as `data=2,fsdp=4` over all devices; None: the first alone.
+
+    `devices` are others than those of this process, which a program is to be compiled for.
+    """
+    sizes, devices = parse_mesh(text), available_devices() if devices is None else devices
     devices = devices[:1] if text is None else devices
     product = math.prod(sizes.values())
     if product != len(devices):
@@ -63,6 +68,12 @@ def make_mesh(text: str | None) -> Mesh:
 def available_devices() -> list[jax.Device]:
     """`jax.devices()`; raises ValueError if the platform that JAX was told to use has none."""
     try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        # JAX's plugin for NVIDIA GPUs, installed to compile for them, would print a traceback
+        # because there is no driver; JAX then goes on without it.
+        logging.getLogger("jax._src.xla_bridge").addFilter(_is_not_about_cuda)
+    try:
         return jax.devices()
     # JAX asserts where the environment names a platform whose plugin is not installed.
     except (RuntimeError, AssertionError) as error:
@@ -74,9 +85,21 @@ def available_devices() -> list[jax.Device]:
         ) from error
 
 
+def _is_not_about_cuda(record: logging.LogRecord) -> bool:
+    return "jax_plugins.xla_cuda" not in record.getMessage()
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that each device has a copy of."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def heads_sharding(mesh: Mesh, kv_heads: int) -> NamedSharding | None:
+    """The sharding of queries, keys and values (batch, length, heads, head); None on one device."""
+    if mesh.size == 1:
+        return None
+    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(*BATCH, None, heads))
 
 
 def batch_shards(mesh: Mesh) -> int:

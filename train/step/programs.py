@@ -22,7 +22,14 @@ from train.config.settings import Pretrain, Resolved
 from train.config.weights import ADAPTERS, stored_weights
 from train.data.tokenizer import Tokenizer
 from train.step import layerwise, skipping
-from train.step.mesh import BATCH, abstract_batch, batch_shards, check_batch, param_shardings
+from train.step.mesh import (
+    BATCH,
+    abstract_batch,
+    batch_shards,
+    check_batch,
+    heads_sharding,
+    param_shardings,
+)
 from train.step.ordinary import Forward, summed_loss, train_step, train_step_in_subspace
 from train.step.state import Params, TrainState, step_key
 
@@ -91,7 +98,12 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
     """What a run computes with, checked against the mesh; nothing is compiled or allocated yet."""
     check_batch(config.batch_size, config.accumulate, mesh)
     attention = attention_implementation(model, mesh.devices.flat[0], config.seq_len)
-    model = dataclasses.replace(model, attention=attention, batch_shards=batch_shards(mesh))
+    model = dataclasses.replace(
+        model,
+        attention=attention,
+        batch_shards=batch_shards(mesh),
+        heads_at=heads_sharding(mesh, model.kv_heads),
+    )
     graph, shapes = abstract_params(config, model)
     forward = make_forward(graph, config.sequences)
     params_at, notes = param_shardings(mesh, shapes, logical_axes(shapes))

@@ -31,6 +31,7 @@ def test_cpu_attention_is_xlas():
 def test_cudnn_is_chosen_where_it_can_run(device, changes, length, name):
     class Client:
         platform_version = "PJRT C API\ncuda 12090"
+        runtime_type = "tfrt"
 
     class Device:
         client = Client
@@ -38,6 +39,21 @@ def test_cudnn_is_chosen_where_it_can_run(device, changes, length, name):
 
     config = dataclasses.replace(SIZES["llama-60m"], **changes)
     assert attention_implementation(config, Device, length) == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("NVIDIA H100 80GB HBM3", "cudnn"), ("AMD Instinct MI300X", "xla")]
+)
+def test_a_device_that_is_only_compiled_for_is_known_by_its_kind(kind, name):
+    class Client:
+        platform_version = f"PJRT C API\n{kind}"
+        runtime_type = "compile_only_runtime"
+
+    class Device:
+        client = Client
+
+    bfloat16 = dataclasses.replace(SIZES["llama-60m"], dtype="bfloat16")
+    assert attention_implementation(bfloat16, Device, 256) == name
 
 
 @pytest.mark.parametrize(("shards", "parts"), [(1, 4), (8, 2), (16, None)])
