@@ -47,6 +47,25 @@ def codes_after(known: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: after(known, x) if x.dtype == jnp.uint8 else x, tree)
 
 
+def kept_in_place(tree: PyTree) -> PyTree:
+    """Returns equal arrays, of which XLA believes that they were overwritten in place.
+
+    For a conditional's branch that returns what it was given. XLA would copy that to other memory
+    (the bases and moments of a 1B model, 2 GB, at every step without a refresh); an update in place
+    of one element makes it use the arguments' memory for the results.
+    """
+
+    def kept(x: Array) -> Array:
+        if not x.size or explicit_axes(x):
+            return x
+        start = (0,) * x.ndim
+        first = jax.lax.slice(x, start, (1,) * x.ndim)
+        zero = jax.lax.optimization_barrier(jnp.zeros((), x.dtype))
+        return jax.lax.dynamic_update_slice(x, first + zero, start)
+
+    return jax.tree.map(kept, tree)
+
+
 def opaque(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns the same numbers, whose values XLA does not know while it compiles.
 

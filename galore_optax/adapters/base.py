@@ -20,6 +20,8 @@ from galore_optax.ordering import codes_after
 from galore_optax.projection.dimension_numbers import GaLoreDimensionNumbers
 from galore_optax.quantization.array import QuantizedArray, dequantized, is_quantized, stored_like
 from galore_optax.quantization.codes import Affine, elements, random_bits
+from galore_optax.quantization.product import fits_product, quantized_product
+from galore_optax.quantization.weights import array_of
 
 Frozen = dict[str, Any]  # frozen weights by path, as `split` returns them
 
@@ -121,14 +123,27 @@ def _product(rows: Float[Array, "N in"], weight: Any) -> Float[Array, "N out"]:
     return rows @ dequantized(weight).astype(rows.dtype)
 
 
+# Not jax.checkpoint: an outer one whose policy keeps all products would keep a @ b too.
+@jax.custom_vjp
+def _recomputed_product(rows: Float[Array, "N in"], weight: Any) -> Float[Array, "N out"]:
+    array = array_of(weight)
+    return quantized_product(rows, array) if fits_product(rows, array) else _product(rows, weight)
+
+
+def _forward(rows: Array, weight: Any) -> tuple[Array, tuple[Array, Any]]:
+    return _recomputed_product(rows, weight), (rows, weight)
+
+
 def _backward(kept: tuple[Array, Any], cotangent: Array) -> tuple[Any, ...]:
     rows, weight = kept
-    return jax.vjp(_product, rows, codes_after(cotangent, weight))[1](cotangent)
+    array = array_of(weight)
+    if not fits_product(rows, array):
+        return jax.vjp(_product, rows, codes_after(cotangent, weight))[1](cotangent)
+    (of_weight,) = jax.vjp(functools.partial(_product, rows), weight)[1](cotangent)
+    return quantized_product(cotangent, array, transposed=True), of_weight
 
 
-# Not jax.checkpoint: an outer one whose policy keeps all products would keep a @ b too.
-_recomputed_product = jax.custom_vjp(_product)
-_recomputed_product.defvjp(lambda *args: (_product(*args), args), _backward)
+_recomputed_product.defvjp(_forward, _backward)
 
 
 def adapt(

@@ -39,16 +39,21 @@ class PartUpdate:
 
         With `layer`, an index, and `layers`, their number, `galore` draws as for the whole stack.
         """
+        parts: Any = subspace_parts(self.tx)
+        tx: Any = optax.with_extra_args_support(self.tx)
+        gradient, params = {**self.others, **gradient}, {**self.others, **dequantized(part)}
+        extra = {"value": self.loss, **layer}
+        if parts is not None and not projected:
+            # What is projected is clipped, instead of another pass over the gradient.
+            state = parts.refresh(gradient, state, params, **extra)
+            gradient = parts.project(gradient, state)
         if self.norm is not None and self.clip_norm is not None:
             norm, most = self.norm, self.clip_norm  # rounded as in optax.clip_by_global_norm
             gradient = jax.tree.map(
                 lambda g: jnp.where(norm < most, g, g / norm.astype(g.dtype) * most), gradient
             )
-        parts: Any = subspace_parts(self.tx)
-        tx: Any = optax.with_extra_args_support(self.tx)
-        update = parts.update_projected if projected else tx.update
-        gradients, params = {**self.others, **gradient}, {**self.others, **dequantized(part)}
-        updates, state = update(gradients, state, params, value=self.loss, **layer)
+        update = tx.update if parts is None else parts.update_projected
+        updates, state = update(gradient, state, params, **extra)
         updates = {k: updates[k] for k in part}
         return self.apply(part, updates, self.count, layer.get("layer")), state, updates
 

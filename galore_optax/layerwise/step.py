@@ -232,9 +232,15 @@ class Layerwise:
         else:
             gradient, cotangent = backward.layer(own, i, cotangent)
         total, ok = self._judged(total, ok, gradient)
-        part, new_state, _ = update({key: own}, own_state, gradient, projected=projected, **layer)
-        above = jax.tree.map(partial(jnp.where, ok), (part[key], new_state), (own, own_state))
-        return stacks, above, cotangent, total, ok
+
+        # A loop of one turn or none: a selection would read and write all of the old and the new.
+        def once(_: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            part, own_state = carry
+            part, own_state, _ = update(part, own_state, gradient, projected=projected, **layer)
+            return part, own_state
+
+        part, own_state = jax.lax.fori_loop(0, ok.astype(jnp.int32), once, ({key: own}, own_state))
+        return stacks, (part[key], own_state), cotangent, total, ok
 
 
 def _written(stacks: Any, i: Array | int, one: Any) -> Any:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from galore_optax import checks
+from galore_optax.ordering import kept_in_place
 from galore_optax.projection.leaf import Bases, Plans, Projection, unfold
 from galore_optax.projection.moments import CarryOver, transition
 from galore_optax.projection.schedule import Similarity
@@ -60,9 +61,8 @@ class Refresh:
         view, number = self.projection.view, self.projection.matrices
 
         def single() -> Refreshed:
-            state = bases, moments[0]
-            (new, carried), found, similar = self._matrix(
-                view.to_stack(gradient), state, due, key, first
+            (new, carried), found, similar = self._search(
+                view.to_stack(gradient), bases, moments[0], jax.random.fold_in(key, first)
             )
             return Refreshed(new, (carried,), found[None], similar[None])
 
@@ -89,33 +89,35 @@ class Refresh:
 
         def stay() -> Refreshed:
             none = jnp.zeros(number, jnp.float32)
-            return Refreshed(bases, moments, none > 0, none)
+            return Refreshed(*kept_in_place((bases, moments)), none > 0, none)
 
         return jax.lax.cond(jnp.any(due), stack if view.batch_axes else single, stay)
 
     def _matrix(
         self, gradient: Float[Array, "*sizes"], state: Any, due: Array, key: Array, index: Array
     ) -> tuple[Any, Array, Array]:
-        """Of one matrix new bases and moments, whether they are new, and the similarity."""
+        """As `_search` if it is due."""
 
         def search() -> tuple[Any, Array, Array]:
-            bases, moments = state
-            own, old = jax.random.fold_in(key, index), dequantized(bases)
-            pairs = [
-                refreshed(self.find, unfold(gradient, mode), basis, jax.random.fold_in(own, mode))
-                for mode, basis in zip(self.projection.modes, old, strict=True)
-            ]
-            found = jnp.all(jnp.array([ok for _, ok in pairs]))
-            new = tuple(stored_like(p[0], basis) for p, basis in zip(pairs, bases, strict=True))
-            new = jax.tree.map(partial(jnp.where, found), new, bases)
-            change = list(zip(old, dequantized(new), strict=True))
-            return (new, self._carried(change, found, moments)), found, self._similarity(change)
-
-        def stay() -> tuple[Any, Array, Array]:
-            return state, jnp.array(False), jnp.float32(0)
+            return self._search(gradient, *state, jax.random.fold_in(key, index))
 
         # Not under `vmap`, which would make it a select, and compute every basis at every step.
-        return jax.lax.cond(due, search, stay)
+        return jax.lax.cond(due, search, lambda: (state, jnp.array(False), jnp.float32(0)))
+
+    def _search(
+        self, gradient: Float[Array, "*sizes"], bases: Bases, moments: tuple[Any, ...], key: Array
+    ) -> tuple[Any, Array, Array]:
+        """Of one matrix new bases and moments, whether they are new, and the similarity."""
+        old = dequantized(bases)
+        pairs = [
+            refreshed(self.find, unfold(gradient, mode), basis, jax.random.fold_in(key, mode))
+            for mode, basis in zip(self.projection.modes, old, strict=True)
+        ]
+        found = jnp.all(jnp.array([ok for _, ok in pairs]))
+        new = tuple(stored_like(p[0], basis) for p, basis in zip(pairs, bases, strict=True))
+        new = jax.tree.map(partial(jnp.where, found), new, bases)
+        change = list(zip(old, dequantized(new), strict=True))
+        return (new, self._carried(change, found, moments)), found, self._similarity(change)
 
     def _similarity(self, change: Sequence[tuple[Array, Array]]) -> Float[Array, ""]:
         if self.similarity is None:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jaxtyping import Array, Int
 
+from galore_optax.lowering import on_one_gpu
 from galore_optax.quantization.array import QuantizedArray, dequantized, is_quantized, stored_like
 from galore_optax.quantization.codes import elements, row_major
 from galore_optax.quantization.kernel import fits, in_one_kernel
@@ -67,14 +68,19 @@ def over_chunks(
         kernel: Makes the same of `stored` and `read` in one kernel, on an NVIDIA GPU.
     """
     many, few = count(CHUNK // 2), count(CHUNK)
-    run = partial(_over_chunks, begin, end)
-    # XLA makes one kernel of what does not reduce over blocks.
-    whole = not any(map(is_quantized, stored.values()))
-    cuda = kernel or partial(run, 1 if whole else few)
-    if many == few and kernel is None and not (whole and few > 1):
-        return run(few, stored, read)
-    cpu, default = partial(run, many), partial(run, few)
-    return jax.lax.platform_dependent(stored, read, cpu=cpu, cuda=cuda, default=default)
+
+    def chunked(stored: Any, read: Any) -> Any:
+        run = partial(_over_chunks, begin, end)
+        if many == few:
+            return run(few, stored, read)
+        cpu, default = partial(run, many), partial(run, few)
+        return jax.lax.platform_dependent(stored, read, cpu=cpu, default=default)
+
+    if kernel is None and few > 1 and not any(map(is_quantized, stored.values())):
+        kernel = partial(_over_chunks, begin, end, 1)  # XLA makes one kernel of it
+    if kernel is None:
+        return chunked(stored, read)
+    return on_one_gpu(kernel, chunked, stored, read)
 
 
 def _over_chunks(begin: Callable, end: Callable, count: int, stored: Any, read: Any) -> Any:

@@ -152,6 +152,11 @@ class _WithSource:
         return _value_of(self.array, self.source)
 
 
+def array_of(weight: Any) -> Any:
+    """Returns the `QuantizedArray` of one that has a source; anything else itself."""
+    return weight.array if isinstance(weight, _WithSource) else weight
+
+
 @jax.custom_vjp
 def _value_of(array: QuantizedArray, source: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return array.dequantize()
