@@ -219,6 +219,10 @@ def devices(card: Card, count: int) -> list[jax.Device]:
     if not os.environ.get("JAX_PLATFORMS"):
         # Leaves a GPU that is there to others, and the plugin accepts that none is there.
         jax.config.update("jax_platforms", "cpu")
+    # XLA warns where a program takes more than a share of the card; the plan says what it takes.
+    # The plugin reads this when it is loaded; JAX has set it to "1" unless a user did otherwise.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     try:
         topology = topologies.get_topology_desc(
             "", platform="cuda", target_config=card.target, topology=f"1x1x{count}"

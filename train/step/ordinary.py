@@ -71,10 +71,13 @@ def train_step(
     trained, of_trained, updated = _trainable(forward, stochastic_rounding, state)
     loss, gradient, tokens = loss_and_gradient(of_trained, trained, batch, accumulate, mesh)
     finite, inner = skipping.all_finite(loss, gradient), state.optimizer.inner_state
-    unchanged = optax.tree.zeros_like(gradient), inner
-    updates, after = jax.lax.cond(
-        finite, lambda: tx.update(gradient, inner, trained), lambda: unchanged
-    )
+
+    def update() -> tuple[optax.Updates, optax.OptState]:
+        return tx.update(gradient, inner, trained)
+
+    # Adafactor's updates of a gradient in bfloat16 are in float32.
+    unchanged = optax.tree.zeros_like(jax.eval_shape(update)[0]), inner
+    updates, after = jax.lax.cond(finite, update, lambda: unchanged)
     optimizer = skipping.counted(state.optimizer, finite, after)
     metrics = step_metrics(schedule, state, optimizer, loss, optax.tree.norm(gradient), tokens)
     return updated(updates, optimizer), metrics
