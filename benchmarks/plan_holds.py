@@ -83,7 +83,7 @@ def main(config: PlanHolds) -> None:
                 resolved = resolve(settings)
                 programs = programs_of(resolved)
                 step = programs.train_step.lower(programs.abstract, programs.batch).compile()
-                planned = plan(resolved, programs, step.memory_analysis()).peak
+                planned = plan(resolved, programs, [step]).peak
                 abstract = programs.abstract._replace(key=jax.ShapeDtypeStruct((), jnp.int32))  # pyrefly: ignore
                 leaves, tree = jax.tree.flatten((abstract, programs.batch))
                 with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ from galore_optax.recipes import (
 )
 from galore_optax.sharding import state_shardings
 from galore_optax.stages import GaLoreState
-from galore_optax.transformation import subspace_parts
+from galore_optax.transformation import subspace_parts, without_refresh
 
 __version__ = "0.1.0"
 
@@ -74,4 +74,5 @@ __all__ = [
     "subspace_parts",
     "unstacked",
     "value_and_grad",
+    "without_refresh",
 ]

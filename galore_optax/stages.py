@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from galore_optax import keys, ordering
 from galore_optax.inner import Inner, InnerCall, decay, with_stacks
@@ -113,6 +113,12 @@ class GaLore:
         return call.finish(call.project(grads, state), state, grads)
 
     # The same in parts: `galore_optax.transformation.SubspaceParts`.
+
+    def is_due(self, state: GaLoreState) -> Bool[Array, ""]:
+        """Whether a refresh is due."""
+        if not jax.tree.leaves(state.bases):
+            return jnp.array(False)
+        return jnp.any(state.count >= state.next_refresh)
 
     def refresh(
         self, gradient: Any, state: GaLoreState, params: Any = None, **extra_args: Any

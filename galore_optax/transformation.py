@@ -40,6 +40,9 @@ class SubspaceParts(Protocol):
         >>> params = optax.apply_updates(params, updates)
     """
 
+    def is_due(self, state: Any) -> Any:
+        """Whether a refresh of any matrix is due, a boolean scalar."""
+
     def refresh(
         self, gradient: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
@@ -57,6 +60,57 @@ class SubspaceParts(Protocol):
 def transformation(owner: Any) -> optax.GradientTransformationExtraArgs:
     """A plain optax transformation of an object's methods `init` and `update`."""
     return optax.GradientTransformationExtraArgs(owner.init, owner.update)
+
+
+def without_refresh(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`galore` or a recipe of it, for steps in which no refresh is due, with the same state.
+
+    A program for such steps has no conditionals, and a GPU overwrites the state without copying it.
+    A refresh that is due stays due.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from galore_optax import galore, subspace_parts, without_refresh
+        >>> params = grads = {"w": jnp.ones((64, 256))}
+        >>> tx = galore(8, inner=optax.adamw(1e-2), update_proj_gap=200)
+        >>> state = tx.init(params)
+        >>> bool(subspace_parts(tx).is_due(state))
+        True
+        >>> updates, state = tx.update(grads, state, params)
+        >>> bool(subspace_parts(tx).is_due(state))
+        False
+        >>> updates, state = without_refresh(tx).update(grads, state, params)
+    """
+    parts = subspace_parts(tx)
+    if parts is None:
+        raise ValueError(
+            f"tx={tx!r} has no subspace: give galore(...), or a recipe such as galore_adamw(...)"
+        )
+    return transformation(WithoutRefresh(tx, parts))
+
+
+class WithoutRefresh:
+    """The transformation, with `SubspaceParts`."""
+
+    def __init__(self, tx: optax.GradientTransformation, parts: SubspaceParts):
+        self.init, self._parts = tx.init, parts
+        self.project, self.update_projected = parts.project, parts.update_projected
+
+    def update(
+        self, updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        """The update of the parts."""
+        if params is None:
+            raise ValueError("params: they are needed for an update without a refresh; give them")
+        return self.update_projected(self.project(updates, state), state, params, **extra_args)
+
+    def is_due(self, state: Any) -> Any:
+        """Whether a refresh is due, which is not made here."""
+        return self._parts.is_due(state)
+
+    def refresh(self, gradient: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        """The state as it is."""
+        return state
 
 
 def subspace_parts(tx: optax.GradientTransformation) -> SubspaceParts | None:

@@ -13,7 +13,7 @@ from train.config.resolve import load, resolve
 from train.config.settings import Pretrain, Resolved, flag
 from train.data.tokenizer import load_tokenizer
 from train.memory.cards import EXTRA, Card, can_compile, card_of_size, devices, find_card
-from train.memory.plan import CONTEXT, SIZES, MemoryPlan, compiled_step, estimate, plan, stored
+from train.memory.plan import CONTEXT, SIZES, MemoryPlan, compiled_steps, estimate, plan, stored
 from train.memory.program import count
 from train.run.cli import run
 from train.run.plots import plot_plan
@@ -89,14 +89,15 @@ def planned(
             raise ValueError("--dump with an estimate, in bfloat16 on a CPU: name a GPU with --gpu")
         return estimate(config, programs), {}
     try:
-        compiled = compiled_step(programs)
+        compiled = compiled_steps(programs)
     except RuntimeError as error:
         if card is None:
             raise
         raise ValueError(
             f"the step cannot be compiled for {card.kind}: {error}; {EXTRA}"
         ) from error
-    one, text = plan(config, programs, compiled.memory_analysis()), compiled.as_text() or ""
+    # What most steps run: without a refresh.
+    one, text = plan(config, programs, compiled), compiled[-1].as_text() or ""
     if dump is not None:
         with open(dump, "x") as file:
             file.write(text)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from galore_optax.layerwise.microbatches import over_microbatches
@@ -77,13 +78,16 @@ class Backward:
         """Keys of the weights whose gradients are complete after the head's backward pass."""
         return self.in_head - self.in_embed
 
-    def head(self) -> tuple[Float[Array, ""], Params, Hidden]:
-        """Returns the loss, and the gradients of what the head uses and of the hidden states."""
+    def head(self, factor: ArrayLike = 1.0) -> tuple[Float[Array, ""], Params, Hidden]:
+        """Returns the loss, and the gradients of what the head uses and of the hidden states.
+
+        The gradients are those of the loss times the factor.
+        """
 
         def pull(h: Hidden, b: Batch) -> tuple[tuple[Array, Params], Hidden]:
             own = {k: self.weights[k] for k in self.in_head}
             loss, back = _vjp(lambda w, h: self.model.head({**self.weights, **w}, h, b), own, h)
-            gradient, cotangent = back(jnp.ones_like(loss))
+            gradient, cotangent = back(jnp.asarray(factor, loss.dtype))
             return (loss, gradient), cotangent
 
         (loss, gradient), cotangent = over_microbatches(pull, self.last, self.batches)

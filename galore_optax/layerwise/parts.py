@@ -29,33 +29,24 @@ class PartUpdate:
     others: Params  # all params, masked out
     count: Int[Array, ""]  # steps done so far
     loss: Float[Array, ""]  # given to the transformation as `value`
-    clip_norm: float | None
-    norm: Float[Array, ""] | None  # the global norm; None without clipping
 
-    def __call__(
+    def updates(
         self, part: Params, state: Any, gradient: Params, *, projected: bool = False, **layer: Any
-    ) -> tuple[Params, optax.OptState, optax.Updates]:
-        """Returns a part of the params and its state after the update, and the updates.
+    ) -> tuple[optax.Updates, optax.OptState]:
+        """Returns the updates of a part of the params, and its new state.
 
         With `layer`, an index, and `layers`, their number, `galore` draws as for the whole stack.
         """
         parts: Any = subspace_parts(self.tx)
         tx: Any = optax.with_extra_args_support(self.tx)
-        gradient, params = {**self.others, **gradient}, {**self.others, **dequantized(part)}
-        extra = {"value": self.loss, **layer}
-        if parts is not None and not projected:
-            # What is projected is clipped, instead of another pass over the gradient.
-            state = parts.refresh(gradient, state, params, **extra)
-            gradient = parts.project(gradient, state)
-        if self.norm is not None and self.clip_norm is not None:
-            norm, most = self.norm, self.clip_norm  # rounded as in optax.clip_by_global_norm
-            gradient = jax.tree.map(
-                lambda g: jnp.where(norm < most, g, g / norm.astype(g.dtype) * most), gradient
-            )
-        update = tx.update if parts is None else parts.update_projected
-        updates, state = update(gradient, state, params, **extra)
-        updates = {k: updates[k] for k in part}
-        return self.apply(part, updates, self.count, layer.get("layer")), state, updates
+        update = parts.update_projected if projected else tx.update
+        gradients, params = {**self.others, **gradient}, {**self.others, **dequantized(part)}
+        updates, state = update(gradients, state, params, value=self.loss, **layer)
+        return {k: updates[k] for k in part}, state
+
+    def applied(self, part: Params, updates: optax.Updates, layer: Any = None) -> Params:
+        """Returns a part of the params, of the layer with that index, after its update."""
+        return self.apply(part, updates, self.count, layer)
 
     def each(
         self, parts: Params, states: dict[str, Any], gradients: Params, ok: Bool[Array, ""]
@@ -66,8 +57,9 @@ class PartUpdate:
         # A loop of one turn or none, not a conditional: XLA then makes an update's copies here, not
         # at the beginning of the step. Updates take the gradient's memory.
         def once(_: Array, own: tuple[Params, Any, Params]) -> tuple[Params, Any, Params]:
-            part, state, updates = self(*own)
-            return part, state, jax.tree.map(lambda u, g: u.astype(g.dtype), updates, own[2])
+            updates, state = self.updates(*own)
+            updates = jax.tree.map(lambda u, g: u.astype(g.dtype), updates, own[2])
+            return self.applied(own[0], updates), state, updates
 
         for k, gradient in gradients.items():
             own = {k: parts[k]}, states[k], {k: gradient}

@@ -23,7 +23,7 @@ from galore_optax.layerwise.parts import PartUpdate, masked
 from galore_optax.ordering import after, codes_after
 from galore_optax.quantization.array import dequantized
 from galore_optax.trace.dependence import coupled_leaves
-from galore_optax.transformation import subspace_parts
+from galore_optax.transformation import WithoutRefresh, subspace_parts
 
 CLIPS = ("exact", "previous")
 
@@ -164,26 +164,32 @@ class Layerwise:
         if norm is not None:  # quantized weights are dequantized for one pass, then for the other
             weights = codes_after(norm, backward.weights)
             backward = dataclasses.replace(backward, weights=weights)
-        loss, from_head, cotangent = backward.head()
+        # The loss's cotangent is scaled, and with it all gradients, without a pass over them.
+        factor = jnp.float32(1)
+        if norm is not None and self.clip_norm is not None:
+            factor = jnp.minimum(1.0, self.clip_norm / norm)
+        loss, from_head, cotangent = backward.head(factor)
         others, count = masked(params), jnp.asarray(state.count)
-        update = PartUpdate(self.tx, self.apply_updates, others, count, loss, self.clip_norm, norm)
+        update = PartUpdate(self.tx, self.apply_updates, others, count, loss)
         ok = jnp.isfinite(loss) if norm is None else jnp.isfinite(loss) & jnp.isfinite(norm)
         early = {k: from_head[k] for k in backward.early}
         total, ok = self._judged(jnp.zeros((), jnp.float32), ok, early)
         new_rest, rest_states = update.each(rest, state.rest, early, ok)
         # The layers wait for that, so that its gradients are freed before.
         top = after((new_rest, cotangent), jnp.int32(layers - 1))
-        stacks = stack, state.layers
-        carry = stacks, at(stacks, top), cotangent, total, ok
-        turn = partial(self._turn, backward, update, layers)
+        stacks, key = (stack, state.layers), self.model.layers
+        changes = _changes(update, stacks, key, layers)
+        own = _Layers(update, key, layers, self.accumulate_in_subspace, changes)
+        carry = stacks, own.layer(*at(stacks, top)), cotangent, total, ok
+        turn = partial(self._turn, backward, own)
         stacks, last, cotangent, total, ok = jax.lax.fori_loop(0, layers, turn, carry)
-        new_stack, layer_states = _written(stacks, 0, last)
+        new_stack, layer_states = own.written(stacks, 0, last)
 
         late = backward.embed(cotangent, from_head)
         total, ok = self._judged(total, ok, late)
         late_rest, late_states = update.each(rest, state.rest, late, ok)
 
-        grad_norm = norm if self._exact and norm is not None else jnp.sqrt(total)
+        grad_norm = norm if self._exact and norm is not None else jnp.sqrt(total) / factor
         finite_norm = jnp.where(jnp.isfinite(grad_norm), grad_norm, state.norm)
         count, rest_states = optax.safe_increment(state.count), rest_states | late_states
         new_state = LayerwiseState(count, finite_norm, layer_states, rest_states)
@@ -214,37 +220,98 @@ class Layerwise:
         total += squares(gradient)
         return total, ok & jnp.isfinite(total)
 
-    def _turn(
-        self, backward: Backward, update: PartUpdate, layers: int, turns: Array, carry: Any
-    ) -> Any:
+    def _turn(self, backward: Backward, layers: "_Layers", turns: Array, carry: Any) -> Any:
         """Computes one layer's gradient and update."""
         stacks, above, cotangent, total, ok = carry
-        key, i = self.model.layers, layers - 1 - turns
+        i = layers.count - 1 - turns
         # A layer is written at the beginning of the next turn, before anything is read. If one turn
         # reads a stack and then writes it, XLA copies it in every turn (measured with 16 layers,
         # 86 MiB of params: Adam takes 237 MiB of temporaries then, 25 MiB so).
-        stacks = _written(stacks, jnp.minimum(i + 1, layers - 1), above)
-        own, own_state = at(stacks, i)
-        layer, projected = {"layer": i, "layers": layers}, self.accumulate_in_subspace
-        if projected:
-            over = partial(update.summed, {key: own}, own_state, layer)
-            gradient, own_state, cotangent = backward.layer(own, i, cotangent, over)
+        stacks = layers.written(stacks, jnp.minimum(i + 1, layers.count - 1), above)
+        own, state = at(stacks, i)
+        if layers.projected:
+            over = partial(layers.summed, own, state, i)
+            gradient, state, cotangent = backward.layer(own, i, cotangent, over)
         else:
             gradient, cotangent = backward.layer(own, i, cotangent)
         total, ok = self._judged(total, ok, gradient)
-
-        # A loop of one turn or none: a selection would read and write all of the old and the new.
-        def once(_: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            part, own_state = carry
-            part, own_state, _ = update(part, own_state, gradient, projected=projected, **layer)
-            return part, own_state
-
-        part, own_state = jax.lax.fori_loop(0, ok.astype(jnp.int32), once, ({key: own}, own_state))
-        return stacks, (part[key], own_state), cotangent, total, ok
+        return stacks, layers.updated(own, state, gradient, i, ok), cotangent, total, ok
 
 
-def _written(stacks: Any, i: Array | int, one: Any) -> Any:
-    """Returns stacked layers with layer `i` replaced."""
-    return jax.tree.map(
-        lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0), stacks, one
-    )
+class _Layer(NamedTuple):
+    """A layer before its update, or after it and before it is written."""
+
+    params: Any
+    state: list[Any]  # the leaves that an update changes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """The updates of stacked layers."""
+
+    update: PartUpdate
+    key: str  # of the layers among the params
+    count: int
+    projected: bool  # whether gradients are projected already
+    changes: list[bool]  # for each leaf of a layer's state whether an update changes it
+
+    def layer(self, params: Any, state: Any) -> _Layer:
+        """A layer with the leaves of its state that an update changes."""
+        leaves = zip(jax.tree.leaves(state), self.changes, strict=True)
+        return _Layer(params, [x for x, changes in leaves if changes])
+
+    def updated(self, own: Any, state: Any, gradient: Any, i: Array, ok: Array) -> _Layer:
+        """A layer after its update, if `ok`."""
+
+        # A loop of one turn or none: a selection would read and write all of the old and the new,
+        # and a conditional would copy the old.
+        def once(_: Array, old: _Layer) -> _Layer:
+            part = {self.key: old.params}
+            before = self._whole(state, old.state)
+            updates, after = self.update.updates(
+                part, before, gradient, projected=self.projected, **self._of(i)
+            )
+            return self.layer(self.update.applied(part, updates, i)[self.key], after)
+
+        return jax.lax.fori_loop(0, ok.astype(jnp.int32), once, self.layer(own, state))
+
+    def written(self, stacks: Any, i: Array | int, one: _Layer) -> Any:
+        """The stacks with layer `i` replaced."""
+
+        def put(x: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
+
+        params, states = stacks
+        changing = map(put, self.layer(params, states).state, one.state)
+        return jax.tree.map(put, params, one.params), self._whole(states, list(changing))
+
+    def _whole(self, state: Any, changing: list[Any]) -> Any:
+        """A state with other leaves where an update changes it."""
+        leaves, tree = jax.tree.flatten(state)
+        new = iter(changing)
+        pairs = zip(leaves, self.changes, strict=True)
+        return tree.unflatten([next(new) if changes else x for x, changes in pairs])
+
+    def summed(self, own: Any, state: Any, i: Array, pull: Callable, *batches: Any) -> Any:
+        """The sum of microbatches' projected gradients, see `PartUpdate.summed`."""
+        return self.update.summed({self.key: own}, state, self._of(i), pull, *batches)
+
+    def _of(self, i: Array) -> dict[str, Any]:
+        return {"layer": i, "layers": self.count}
+
+
+def _changes(update: PartUpdate, stacks: Any, key: str, layers: int) -> list[bool]:
+    """For each leaf of a layer's state whether an update changes it."""
+    found = [True] * len(jax.tree.leaves(stacks[1]))
+    if not isinstance(subspace_parts(update.tx), WithoutRefresh):
+        return found
+
+    def traced(stacks: Any, i: Array) -> None:
+        own, state = at(stacks, i)
+        gradient = {key: dequantized(own)}
+        _, new = update.updates({key: own}, state, gradient, layer=i, layers=layers)
+        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True)
+        found[:] = [old is not new for old, new in pairs]
+
+    jax.eval_shape(traced, stacks, jnp.int32(0))
+    return found

@@ -99,6 +99,9 @@ class _UnstackedInParts(_Unstacked):
     def _parts(self) -> Any:
         return subspace_parts(self.tx)
 
+    def is_due(self, state: Any) -> Any:
+        return self._parts.is_due(state)
+
     def refresh(
         self, gradient: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:

@@ -247,6 +247,13 @@ def _packed(codes: Array, axis: int) -> Array:
 def _unpacked(codes: Array, axis: int) -> Array:
     """The inverse of `_packed`; from an odd number of codes it returns one more."""
     at = codes.ndim + axis
-    wide = codes.astype(jnp.uint16)
-    pairs = jax.lax.bitcast_convert_type((wide | wide << 4) & 0x0F0F, jnp.uint8)
+
+    def on_cpu(codes: Array) -> Array:  # vectorized; a GPU would make two kernels of it
+        wide = codes.astype(jnp.uint16)
+        return jax.lax.bitcast_convert_type((wide | wide << 4) & 0x0F0F, jnp.uint8)
+
+    def shifted(codes: Array) -> Array:
+        return codes[..., None] >> jnp.array([0, 4], jnp.uint8) & 15
+
+    pairs = jax.lax.platform_dependent(codes, cpu=on_cpu, default=shifted)
     return jnp.moveaxis(pairs, -1, axis).reshape(*codes.shape[:at], -1, *codes.shape[at + 1 :])

@@ -251,14 +251,16 @@ def random_bits(key: PRNGKeyArray, elements: UInt32[Array, "*s"]) -> UInt32[Arra
     return hashed(jax.random.bits(key, (2,)), elements)
 
 
-def hashed(seed: Sequence[Any] | Array, elements: UInt32[Array, "*s"]) -> UInt32[Array, "*s"]:
-    """Returns 32 bits that look random, from two words of seed and numbers.
+def hashed(
+    seed: Sequence[Any] | Array, elements: UInt32[Array, "*s"], leaf: int = 0
+) -> UInt32[Array, "*s"]:
+    """Returns 32 bits that look random, from two words of seed, elements' numbers and a leaf's.
 
     Two rounds of Wellons' "lowbias32" hash (https://nullprogram.com/blog/2018/07/31/): a sixth of
     the operations of JAX's Threefry, which rounding does not need, and the same in a GPU's kernel.
     """
     x = elements
-    for word in (seed[0], seed[1]):
+    for word in (seed[0] ^ np.uint32(leaf), seed[1]):
         x = x ^ word
         x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
         x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)

@@ -48,6 +48,7 @@ def in_one_kernel(
     scalars: Sequence[Any] = (),
     seed: UInt32[Array, "2"] | None = None,
     *,
+    leaf: int = 0,
     keep: bool = False,
     interpret: bool = False,
 ) -> dict[int, Any]:
@@ -62,6 +63,7 @@ def in_one_kernel(
         read: Other leaves that it gets.
         scalars: Numbers that it gets.
         seed: Codes are rounded stochastically with it; None rounds to the nearest.
+        leaf: A number of the leaf, so that leaves with one seed have other random numbers.
         keep: Whether a block whose numbers all stay the same keeps its codes bit for bit.
         interpret: Runs on a CPU what a GPU would run.
     """
@@ -88,7 +90,11 @@ def in_one_kernel(
         old_and_others = old | others
         floats = {k: at.load(x, old_and_others[k]) for k, x in (stored | read).items()}
         values = [ref[0].astype(x.dtype) for ref, x in zip(given, numbers, strict=True)]
-        bits = None if seed is None else hashed((seed[0], seed[1]), at.element.astype(jnp.uint32))
+        bits = (
+            None
+            if seed is None
+            else hashed((seed[0], seed[1]), at.element.astype(jnp.uint32), leaf)
+        )
         for k, x in compute(floats, values).items():
             at.store(stored[k], new[k], x, bits, floats[k] if keep else None)
 

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax import checks
-from galore_optax.keys import for_path
+from galore_optax.keys import number_of
 from galore_optax.quantization.array import QuantizedArray, added, is_quantized, quantize
 from galore_optax.quantization.codes import Affine, hashed
 from galore_optax.quantization.elementwise import chunks, over_chunks
@@ -190,25 +190,25 @@ def apply_updates(
     if not (key is None or hasattr(key, "dtype")):
         raise ValueError(f"key={key!r} must be a key, such as jax.random.key(0), or None")
 
+    seed = None if key is None else jax.random.bits(key, (2,))
+
     def new(path: Any, param: Any, update: Any) -> Any:
         if is_quantized(update):
             raise ValueError(
                 f"updates: the one at {jax.tree_util.keystr(path)} is a QuantizedArray; give arrays"
             )
-        own = None if key is None else for_path(key, path)
-        if is_quantized(param) or (own is not None and param.dtype == jnp.bfloat16):
-            return _summed(param, update, own)
+        if is_quantized(param) or (seed is not None and param.dtype == jnp.bfloat16):
+            return _summed(param, update, seed, number_of(path))
         return optax.apply_updates(param, update)
 
     return jax.tree.map_with_path(new, params, updates, is_leaf=is_quantized)
 
 
-def _summed(param: Any, update: Float[Array, "*shape"], key: PRNGKeyArray | None) -> Any:
+def _summed(param: Any, update: Float[Array, "*shape"], seed: Array | None, leaf: int) -> Any:
     """Returns the sum in the param's dtype or code, computed a few rows at a time."""
-    seed = None if key is None else jax.random.bits(key, (2,))
 
     def begin(stored: Any, read: Any, elements: Array) -> Any:
-        random = None if seed is None else hashed(seed, elements)
+        random = None if seed is None else hashed(seed, elements, leaf)
         if is_quantized(stored[0]):
             return {0: added(stored[0], read[1], random)}
         return {0: _bfloat16(stored[0].astype(jnp.float32) + read[1].astype(jnp.float32), random)}
@@ -217,7 +217,7 @@ def _summed(param: Any, update: Float[Array, "*shape"], key: PRNGKeyArray | None
         return {0: floats[0] + floats[1].astype(floats[0].dtype)}
 
     def kernel(stored: Any, read: Any) -> Any:
-        return in_one_kernel(summed, stored, read, seed=seed, keep=True)
+        return in_one_kernel(summed, stored, read, seed=seed, leaf=leaf, keep=True)
 
     fitting = kernel if fits([param]) else None
     return over_chunks(begin, {0: param}, {1: update}, partial(chunks, param), kernel=fitting)[0]

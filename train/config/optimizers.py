@@ -89,8 +89,11 @@ def learning_rate_schedule(config: Resolved) -> optax.Schedule:
     return restarted
 
 
-def make_recipe(config: Resolved) -> optax.GradientTransformation:
-    """Makes the named optimizer without clipping; it treats each layer separately, in any step."""
+def make_recipe(config: Resolved, refreshes: bool = True) -> optax.GradientTransformation:
+    """Makes the named optimizer without clipping; it treats each layer separately, in any step.
+
+    Without `refreshes` it is for steps in which no subspace is refreshed.
+    """
     recipe = OPTIMIZERS[config.optimizer]
     names = [name for name in recipe.options if name not in _OF_WEIGHTS]
     options = {_ARGUMENTS.get(name, name): getattr(config, name) for name in names}
@@ -101,9 +104,13 @@ def make_recipe(config: Resolved) -> optax.GradientTransformation:
         if recipe.adapter is None:
             options["weight_dimension_numbers"] = dimension_numbers
     tx = recipe.make(learning_rate_schedule(config), **options)
-    return tx if recipe.stacks is None else galore_optax.unstacked(tx, recipe.stacks)
+    tx = tx if recipe.stacks is None else galore_optax.unstacked(tx, recipe.stacks)
+    return tx if refreshes else galore_optax.without_refresh(tx)
 
 
-def make_optimizer(config: Resolved) -> optax.GradientTransformationExtraArgs:
-    """The named optimizer of gradients clipped by their global norm."""
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), make_recipe(config))
+def make_optimizer(
+    config: Resolved, refreshes: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """The named optimizer of gradients clipped by their global norm; see `make_recipe`."""
+    recipe = make_recipe(config, refreshes)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), recipe)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -75,18 +76,16 @@ def stored(programs: Programs) -> tuple[int, dict[str, int]]:
     return _bytes(programs.abstract.params), states
 
 
-def plan(config: Resolved, programs: Programs, memory: Any = None) -> MemoryPlan:
+def plan(
+    config: Resolved, programs: Programs, compiled: Sequence[jax.stages.Compiled] | None = None
+) -> MemoryPlan:
     """The memory that the training step will take of a device of the mesh.
 
-    `memory` is the compiled step's own analysis; None compiles the step here.
+    `compiled` are its programs, of which the largest counts; None compiles them here.
     """
     device = programs.mesh.devices.flat[0]
-    if memory is None:
-        memory = compiled_step(programs).memory_analysis()
-    given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    peak = given + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    if device.platform == "cpu":
-        peak += min(_ARENAS, temporary)
+    compiled = compiled_steps(programs) if compiled is None else compiled
+    peak = max(map(_peak, compiled, [device] * len(compiled)))
     weights, states = stored(programs)
     batch = _bytes(programs.batch)
     rest = max(0, peak - weights - sum(states.values()) - batch)
@@ -96,6 +95,15 @@ def plan(config: Resolved, programs: Programs, memory: Any = None) -> MemoryPlan
     temporaries = rest - gradients - activations
     kind = device.device_kind
     return MemoryPlan(weights, states, gradients, activations, temporaries, batch, peak, kind)
+
+
+def _peak(compiled: jax.stages.Compiled, device: jax.Device) -> int:
+    """Bytes of a device that a program takes, arguments and results included."""
+    memory: Any = compiled.memory_analysis()
+    temporary = memory.temp_size_in_bytes
+    peak = memory.argument_size_in_bytes + temporary
+    peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return peak + (min(_ARENAS, temporary) if device.platform == "cpu" else 0)
 
 
 def estimate(config: Resolved, programs: Programs) -> MemoryPlan:
@@ -123,9 +131,11 @@ def estimate(config: Resolved, programs: Programs) -> MemoryPlan:
     )
 
 
-def compiled_step(programs: Programs) -> jax.stages.Compiled:
-    """The training step, compiled for the devices of its mesh."""
-    return programs.train_step.lower(programs.abstract, programs.batch).compile()
+def compiled_steps(programs: Programs) -> list[jax.stages.Compiled]:
+    """The training step, compiled for the devices of its mesh, and the one without a refresh."""
+    steps = [programs.train_step, programs.step_without_refresh]
+    shapes = programs.abstract, programs.batch
+    return [step.lower(*shapes).compile() for step in steps if step is not None]
 
 
 def device_memory(device: jax.Device) -> int:

@@ -15,7 +15,7 @@ from train.config.settings import Resolved
 from train.data.loader import prefetch
 from train.data.sequences import START, Position
 from train.memory.cards import peak_flops
-from train.memory.plan import device_memory, plan
+from train.memory.plan import compiled_steps, device_memory, plan
 from train.run import directory as run_directory
 from train.run.assemble import Log, Parts
 from train.run.checkpoint import Checkpoints
@@ -23,6 +23,7 @@ from train.run.metrics import MetricsLog, evaluation_losses
 from train.run.progress import Progress
 from train.run.report import peak_memory, report
 from train.run.signals import StopRequest
+from train.step.choice import Steps
 from train.step.mesh import put_batch
 from train.step.skipping import skipping
 from train.step.state import TrainState
@@ -98,9 +99,9 @@ class Training:
     def compile(self) -> Callable[..., Any]:
         """Compiles the step, prints the memory that it will take; OSError if a device has less."""
         start, parts = time.perf_counter(), self.parts
-        compiled = parts.train_step.lower(parts.abstract, parts.batch).compile()
+        compiled = compiled_steps(parts)
         self.log(f"compiled the step in {time.perf_counter() - start:.1f} s")
-        planned = plan(self.config, parts, compiled.memory_analysis())
+        planned = plan(self.config, parts, compiled)
         sizes = ", ".join(f"{name} {size / 1e9:,.3f}" for name, size in planned.parts().items())
         self.log(f"memory of one device, GB: {sizes}; at its peak {planned.peak / 1e9:,.3f}")
         available = device_memory(parts.mesh.devices.flat[0])
@@ -110,7 +111,7 @@ class Training:
                 f"{LESS_MEMORY}; `python -m train.plan --model {self.config.model} --card GIB` "
                 "finds what fits"
             )
-        return compiled
+        return Steps(*compiled) if len(compiled) > 1 else compiled[0]
 
     def _restore(self) -> TrainState | None:
         """The newest checkpoint's state, and what the host knew; None for a new run."""

@@ -22,8 +22,10 @@ from train.step.mesh import BATCH, microbatches
 from train.step.state import Batch, Metrics, Params, TrainState, step_key, step_metrics
 
 
-def make_optimizer(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Layerwise:
-    """The named optimizer of a run, applied layer by layer."""
+def make_optimizer(
+    config: Resolved, model: LlamaConfig, mesh: Mesh, refreshes: bool = True
+) -> Layerwise:
+    """The named optimizer of a run, applied layer by layer; see `make_recipe`."""
     rounding = jax.random.key(config.seed) if config.stochastic_rounding else None
 
     def rounded(part: Params, updates: Any, count: Int[Array, ""], layer: Array | None) -> Any:
@@ -34,7 +36,7 @@ def make_optimizer(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Layerwis
 
     return Layerwise(
         layered_llama(model, mesh),
-        make_recipe(config),
+        make_recipe(config, refreshes),
         clip_norm=config.clip_norm,
         clip=config.clip,
         accumulate=config.accumulate,

@@ -25,7 +25,7 @@ from train.config.resolve import resolve
 from train.config.settings import Pretrain
 from train.config.weights import ADAPTERS, stored_weights
 from train.memory.cards import Card, can_compile, devices, find_card
-from train.memory.plan import compiled_step
+from train.memory.plan import compiled_steps
 from train.memory.program import count
 from train.plan import programs_of
 
@@ -76,7 +76,7 @@ def program(card_name: str, case: str) -> str:
     """The text of a case's program for a card."""
     card = find_card(card_name)
     if case in MESHES:
-        return compiled_step(programs_of(settings(**MESHES[case]), card)).as_text() or ""
+        return compiled_steps(programs_of(settings(**MESHES[case]), card))[-1].as_text() or ""
     return step_of_a_stack(card, settings(**STEPS[case]))
 
 
