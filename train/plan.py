@@ -94,7 +94,7 @@ def planned(
         if card is None:
             raise
         raise ValueError(
-            f"the step cannot be compiled for {card.kind}: {error}; {EXTRA}"
+            f"the step cannot be compiled for {card.kind}: {str(error)[:300]}; {EXTRA}"
         ) from error
     one, text = plan(config, programs, compiled.memory_analysis()), compiled.as_text() or ""
     if dump is not None:
