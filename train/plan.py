@@ -94,7 +94,7 @@ def planned(
         if card is None:
             raise
         raise ValueError(
-            f"the step cannot be compiled for {card.kind}: {error}; {EXTRA}"
+            f"the step cannot be compiled for {card.kind}: {str(error)[:300]}; {EXTRA}"
         ) from error
     # What most steps run: without a refresh.
     one, text = plan(config, programs, compiled), compiled[-1].as_text() or ""
