@@ -55,15 +55,15 @@ class PartUpdate:
         new, new_states = {}, {}
 
         # A loop of one turn or none, not a conditional: XLA then makes an update's copies here, not
-        # at the beginning of the step. Updates take the gradient's memory.
-        def once(_: Array, own: tuple[Params, Any, Params]) -> tuple[Params, Any, Params]:
-            updates, state = self.updates(*own)
-            updates = jax.tree.map(lambda u, g: u.astype(g.dtype), updates, own[2])
-            return self.applied(own[0], updates), state, updates
-
+        # at the beginning of the step.
         for k, gradient in gradients.items():
-            own = {k: parts[k]}, states[k], {k: gradient}
-            part, new_states[k], _ = jax.lax.fori_loop(0, ok.astype(jnp.int32), once, own)
+
+            def once(_: Array, own: tuple[Params, Any]) -> tuple[Params, Any]:
+                updates, state = self.updates(*own, {k: gradient})  # noqa: B023
+                return self.applied(own[0], updates), state
+
+            own = {k: parts[k]}, states[k]
+            part, new_states[k] = jax.lax.fori_loop(0, ok.astype(jnp.int32), once, own)
             new |= part
         return new, new_states
 
