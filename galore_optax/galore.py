@@ -46,13 +46,15 @@ def galore(
     not projected go to `inner` as they are, at full size and without the scale.
 
     `inner` may be any transformation, with its learning rate in it. It is given R as the gradient
-    and the projected weights PᵀW as params; the matrices of a stacked leaf are separate leaves to
-    it. Decoupled weight decay nevertheless reaches the whole matrix, at learning rate times decay
-    and without the scale. A use of params *is* decoupled decay if the state of `inner` does not
-    depend on the params' values, and the derivative of its update with respect to them depends on
-    nothing but scalars: `inner` is then evaluated at params zero, and the derivative times W is
-    added. Any other elementwise use (decay within a trust ratio, decay masked by the sign of the
-    update) acts within the subspace only, with a warning.
+    and the projected weights PᵀW as params. A stack of matrices is one array to an `inner` that is
+    elementwise (Adam); to any other (Adafactor, LAMB) its matrices are separate leaves.
+
+    Decoupled weight decay nevertheless reaches the whole matrix, at learning rate times decay and
+    without the scale. A use of params *is* decoupled decay if the state of `inner` does not depend
+    on the params' values, and the derivative of its update with respect to them depends on nothing
+    but scalars: `inner` is then evaluated at params zero, and the derivative times W is added. Any
+    other elementwise use (decay within a trust ratio, decay masked by the sign of the update) acts
+    within the subspace only, with a warning.
 
     For one layer of a stack at a time (`Layerwise`) the update takes the extra arguments `layer`
     and `layers`, which layer of how many: random numbers and refreshes are those of the stack.

@@ -110,8 +110,9 @@ def state_shardings(
 ) -> optax.OptState:
     """Returns the tree of the shardings of `tx.init(params)`, without allocating anything.
 
-    A leaf of the state is sharded along the axes that it shares with a param. The moments of a
-    stack that is sharded along its layers are sharded along the side that is not projected instead.
+    A leaf of the state is sharded along the axes that it shares with a param. Where `galore` gives
+    the layers of a stack to its inner one by one, moments of a stack that is sharded along its
+    layers are sharded along the side that is not projected instead.
 
     Args:
         tx: Any transformation.

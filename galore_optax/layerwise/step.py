@@ -56,8 +56,8 @@ class Layerwise:
     numbers for each layer; `galore` does not.
 
     Up to rounding, the result equals the ordinary step's if there each layer's leaves are separate.
-    `galore` separates its matrices; for what else is done per leaf (8 bits above a size,
-    Adafactor's clipping) use `galore_optax.unstacked` there.
+    For what is done per leaf (8 bits above a size, Adafactor's clipping) use
+    `galore_optax.unstacked` there; `galore` needs it for 8 bits above a size alone.
 
     A loss or gradient that is not finite (or whose sum of squares overflows float32) is never
     applied. With `clip="exact"` it is known before anything changes, and the whole step is skipped,

@@ -27,8 +27,9 @@ def unstacked(
     """Wraps `tx` so that it gets each layer of a stacked leaf as a leaf of its own.
 
     `galore` needs it only for leaves that it does not project: the matrices of a projected stack
-    are separate leaves to its inner transformation anyway. If `tx` has a subspace, so has the
-    result. Its state is that of `tx` for params with a tuple of arrays instead of each stack.
+    are separate leaves to its inner transformation anyway, unless that is elementwise. If `tx` has
+    a subspace, so has the result. Its state is that of `tx` for params with a tuple of arrays
+    instead of each stack.
 
     `param_axes` makes from the params a tree like them: for each leaf the number of its last axes
     that form one param; the axes before are those of a stack. None passes a leaf unchanged, as does

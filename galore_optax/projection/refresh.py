@@ -89,7 +89,8 @@ class Refresh:
 
         def stay() -> Refreshed:
             none = jnp.zeros(number, jnp.float32)
-            return Refreshed(*kept_in_place((bases, moments)), none > 0, none)
+            kept, carried = kept_in_place((bases, moments))
+            return Refreshed(kept, carried, none > 0, none)
 
         return jax.lax.cond(jnp.any(due), stack if view.batch_axes else single, stay)
 
@@ -99,7 +100,8 @@ class Refresh:
         """As `_search` if it is due."""
 
         def search() -> tuple[Any, Array, Array]:
-            return self._search(gradient, *state, jax.random.fold_in(key, index))
+            bases, moments = state
+            return self._search(gradient, bases, moments, jax.random.fold_in(key, index))
 
         # Not under `vmap`, which would make it a select, and compute every basis at every step.
         return jax.lax.cond(due, search, lambda: (state, jnp.array(False), jnp.float32(0)))

@@ -131,8 +131,8 @@ def _quantized(x: Array, random: Array | None, code: Code, block: int, axis: int
 
     def encoded(x: Array, random: Array | None) -> Any:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        parts = [None if y is None else _blocks(y, axis, block) for y in (wide, random)]
-        codes, *rest = code.encode(parts[0], axis, parts[1])
+        bits = None if random is None else _blocks(random, axis, block)
+        codes, *rest = code.encode(_blocks(wide, axis, block), axis, bits)
         codes = _packed(codes, axis) if code.bits == 4 else codes
         codes = _merged(codes, axis, length)
         return codes, *(None if part is None else jnp.squeeze(part, axis) for part in rest)

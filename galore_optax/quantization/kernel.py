@@ -119,13 +119,13 @@ class _Tile(NamedTuple):
     columns: int
 
     @property
-    def index(self) -> Int[Array, " size"]:
+    def inside(self) -> Int[Array, " size"]:
         return jnp.minimum(self.start + jnp.arange(self.size), self.columns - 1)
 
     @property
     def element(self) -> Int[Array, " size"]:
         """Numbers of the elements in the whole array."""
-        return self.row * self.columns + self.index
+        return self.row * self.columns + self.inside
 
     def _blocks(self, like: QuantizedArray) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
         """Numbers of the blocks' scales in the whole array, and which of the blocks are there."""
@@ -151,8 +151,8 @@ class _Tile(NamedTuple):
         if like.code.bits == 8:
             return triton.load(ref.at[self.element])
         bytes_of_row = like.codes.shape[-1]
-        pair = triton.load(ref.at[self.row * bytes_of_row + self.index // 2]).astype(jnp.int32)
-        return ((pair >> (4 * (self.index % 2))) & 15).astype(jnp.uint8)
+        pair = triton.load(ref.at[self.row * bytes_of_row + self.inside // 2]).astype(jnp.int32)
+        return ((pair >> (4 * (self.inside % 2))) & 15).astype(jnp.uint8)
 
     def store(self, like: Any, ref: Any, x: Array, bits: Any, old: Array | None) -> None:
         """Writes new floats (size,)."""

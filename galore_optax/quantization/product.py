@@ -108,6 +108,5 @@ def _decoded(like: QuantizedArray, ref: Any, row: Array, column: Array) -> Array
         pair = triton.load(ref.codes.at[row * like.codes.shape[1] + column // 2])
         codes = ((pair.astype(jnp.int32) >> (4 * (column % 2))) & 15).astype(jnp.uint8)
     at = row * like.scales.shape[1] + jnp.min(column) // like.block
-    parts = (ref.scales, ref.offsets if like.offsets is not None else None)
-    scales, offsets = (None if part is None else triton.load(part.at[at]) for part in parts)
-    return like.code.decode(codes, scales, offsets)
+    offsets = None if like.offsets is None else triton.load(ref.offsets.at[at])
+    return like.code.decode(codes, triton.load(ref.scales.at[at]), offsets)
