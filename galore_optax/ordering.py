@@ -5,9 +5,12 @@
 another array, and that the compiler cannot prove to be zero.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from galore_optax.sharding import explicit_axes
 
@@ -45,6 +48,15 @@ def codes_after(known: PyTree, tree: PyTree) -> PyTree:
     that the forward pass has done the same, and keeps the floats in between.
     """
     return jax.tree.map(lambda x: after(known, x) if x.dtype == jnp.uint8 else x, tree)
+
+
+def once_if(ok: Bool[Array, ""], function: Callable[..., Any], *old: Any) -> Any:
+    """Returns `function(*old)`, trees like `old`, if `ok`, and otherwise `old`.
+
+    A loop of one turn or none, which overwrites in place. A selection would read and write all of
+    the old and the new, and a conditional would copy the old, or make copies before the step.
+    """
+    return jax.lax.fori_loop(0, ok.astype(jnp.int32), lambda _, own: function(*own), old)
 
 
 def kept_in_place(tree: PyTree) -> PyTree:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from galore_optax.layerwise.backward import Params
 from galore_optax.layerwise.microbatches import over_microbatches_in_subspace
+from galore_optax.ordering import once_if
 from galore_optax.quantization.array import dequantized
 from galore_optax.transformation import subspace_parts
 
@@ -54,16 +54,13 @@ class PartUpdate:
         """Updates each entry of `parts` that has a gradient, by itself, if `ok`."""
         new, new_states = {}, {}
 
-        # A loop of one turn or none, not a conditional: XLA then makes an update's copies here, not
-        # at the beginning of the step.
         for k, gradient in gradients.items():
 
-            def once(_: Array, own: tuple[Params, Any]) -> tuple[Params, Any]:
-                updates, state = self.updates(*own, {k: gradient})  # noqa: B023
-                return self.applied(own[0], updates), state
+            def update(part: Params, state: Any, gradient: Any = {k: gradient}) -> tuple[Any, Any]:  # noqa: B006
+                updates, state = self.updates(part, state, gradient)
+                return self.applied(part, updates), state
 
-            own = {k: parts[k]}, states[k]
-            part, new_states[k] = jax.lax.fori_loop(0, ok.astype(jnp.int32), once, own)
+            part, new_states[k] = once_if(ok, update, {k: parts[k]}, states[k])
             new |= part
         return new, new_states
 

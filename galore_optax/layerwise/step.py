@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from galore_optax.layerwise.backward import Backward, Batch, Layered, Params, at, forward, squares
 from galore_optax.layerwise.parts import PartUpdate, masked
-from galore_optax.ordering import after, codes_after
+from galore_optax.ordering import after, codes_after, once_if
 from galore_optax.quantization.array import dequantized
 from galore_optax.trace.dependence import coupled_leaves
 from galore_optax.transformation import WithoutRefresh, subspace_parts
@@ -263,17 +263,14 @@ class _Layers:
     def updated(self, own: Any, state: Any, gradient: Any, i: Array, ok: Array) -> _Layer:
         """A layer after its update, if `ok`."""
 
-        # A loop of one turn or none: a selection would read and write all of the old and the new,
-        # and a conditional would copy the old.
-        def once(_: Array, old: _Layer) -> _Layer:
-            part = {self.key: old.params}
-            before = self._whole(state, old.state)
+        def update(params: Any, changing: list[Any]) -> _Layer:
+            part, before = {self.key: params}, self._whole(state, changing)
             updates, after = self.update.updates(
                 part, before, gradient, projected=self.projected, **self._of(i)
             )
             return self.layer(self.update.applied(part, updates, i)[self.key], after)
 
-        return jax.lax.fori_loop(0, ok.astype(jnp.int32), once, self.layer(own, state))
+        return _Layer(*once_if(ok, lambda *old: tuple(update(*old)), *self.layer(own, state)))
 
     def written(self, stacks: Any, i: Array | int, one: _Layer) -> Any:
         """The stacks with layer `i` replaced."""

@@ -21,9 +21,14 @@ Attend = Callable[[Array, Array, Array], Array]
 
 # Attention's products, and the outputs of the linear layers: an adapter's output is the sum of
 # several products of its size, which need not be kept.
-_KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names("product")
 )
+
+
+def _keep_products(primitive: Any, *args: Any, **params: Any) -> Any:
+    """Keeps products, and what cuDNN's attention makes of products."""
+    return "dot_product_attention_fwd" in primitive.name or _PRODUCTS(primitive, *args, **params)
 
 
 def embed(config: LlamaConfig, embedding: Any, ids: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
@@ -45,10 +50,9 @@ def training_layer(
     # XLA never merges a loop's body with its recomputation, so no barrier is needed.
     if config.rematerialize:
         layer = jax.checkpoint(layer, prevent_cse=False)
-    elif config.attention == "xla":
+    else:
         # Norms, rotations and softmax take less time to compute again than to write and read.
-        # Not with cuDNN: its attention is not a plain product, and would run twice.
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=_KEEP_PRODUCTS)
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=_keep_products)
     return layer(params, hidden)
 
 

@@ -5,6 +5,7 @@ Letters: A microbatches, B batch, L length, D width, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 from galore_optax import apply_updates, join, split, value_and_grad
 from galore_optax.adapters.lora import with_dropout_keys
 from galore_optax.layerwise.microbatches import over_microbatches, over_microbatches_in_subspace
+from galore_optax.ordering import once_if
 from galore_optax.transformation import SubspaceParts
 from train.step import skipping
 from train.step.loss import summed_cross_entropy
@@ -68,19 +70,18 @@ def train_step(
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """One update. A loss or gradient that is not finite changes neither params nor moments."""
-    trained, of_trained, updated = _trainable(forward, stochastic_rounding, state)
+    trained, of_trained, applied, updated = _trainable(forward, stochastic_rounding, state)
     loss, gradient, tokens = loss_and_gradient(of_trained, trained, batch, accumulate, mesh)
-    finite, inner = skipping.all_finite(loss, gradient), state.optimizer.inner_state
+    finite = skipping.all_finite(loss, gradient)
 
-    def update() -> tuple[optax.Updates, optax.OptState]:
-        return tx.update(gradient, inner, trained)
+    def update(trained: Params, inner: Any) -> tuple[Params, Any]:
+        updates, inner = tx.update(gradient, inner, trained)
+        return applied(trained, updates), inner
 
-    # Adafactor's updates of a gradient in bfloat16 are in float32.
-    unchanged = optax.tree.zeros_like(jax.eval_shape(update)[0]), inner
-    updates, after = jax.lax.cond(finite, update, lambda: unchanged)
-    optimizer = skipping.counted(state.optimizer, finite, after)
+    new, inner = once_if(finite, update, trained, state.optimizer.inner_state)
+    optimizer = skipping.counted(state.optimizer, finite, inner)
     metrics = step_metrics(schedule, state, optimizer, loss, optax.tree.norm(gradient), tokens)
-    return updated(updates, optimizer), metrics
+    return updated(new, optimizer), metrics
 
 
 def train_step_in_subspace(
@@ -99,29 +100,28 @@ def train_step_in_subspace(
     The optimizer's state is that of `train_step`. If the sum is not finite, a basis that the first
     microbatch has refreshed stays, with the moments carried over, and nothing else changes.
     """
-    trained, of_trained, updated = _trainable(forward, stochastic_rounding, state)
+    trained, of_trained, applied, updated = _trainable(forward, stochastic_rounding, state)
     clipping, own = state.optimizer.inner_state
     gradients, parts, tokens = _by_microbatch(of_trained, trained, batch, accumulate, mesh)
     gradient, own, losses = over_microbatches_in_subspace(recipe, own, trained, gradients, parts)
     loss, norm = jnp.sum(losses), optax.tree.norm(gradient)
     clipped, clipping = optax.clip_by_global_norm(clip_norm).update(gradient, clipping)
 
-    def update() -> tuple[optax.Updates, optax.OptState]:
-        updates, after = recipe.update_projected(clipped, own, trained)
-        return updates, (clipping, after)
+    def update(trained: Params, own: Any) -> tuple[Params, Any]:
+        updates, own = recipe.update_projected(clipped, own, trained)
+        return applied(trained, updates), own
 
-    unchanged = optax.tree.zeros_like(jax.eval_shape(update)[0]), (clipping, own)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, inner = jax.lax.cond(finite, update, lambda: unchanged)
-    optimizer = skipping.counted(state.optimizer, finite, inner)
+    new, own = once_if(finite, update, trained, own)
+    optimizer = skipping.counted(state.optimizer, finite, (clipping, own))
     metrics = step_metrics(schedule, state, optimizer, loss, norm, tokens)
-    return updated(updates, optimizer), metrics
+    return updated(new, optimizer), metrics
 
 
 def _trainable(
     forward: Forward, stochastic_rounding: bool, state: TrainState
-) -> tuple[Params, Forward, Callable[..., TrainState]]:
-    """The trained params, the model as a function of them, and the state after their updates."""
+) -> tuple[Params, Forward, Callable[..., Params], Callable[..., TrainState]]:
+    """The trained params, the model as a function of them, their update, and the state after it."""
     trained, frozen = split(state.params)
     rounding, dropout = (step_key(state.key, state.step, use) for use in range(2))
 
@@ -129,8 +129,10 @@ def _trainable(
         own = jax.random.fold_in(dropout, batch["microbatch"])
         return forward(with_dropout_keys(join(trained, frozen), own), batch)
 
-    def updated(updates: optax.Updates, optimizer: optax.ApplyIfFiniteState) -> TrainState:
-        new = apply_updates(trained, updates, rounding if stochastic_rounding else None)
+    def applied(trained: Params, updates: optax.Updates) -> Params:
+        return apply_updates(trained, updates, rounding if stochastic_rounding else None)
+
+    def updated(new: Params, optimizer: optax.ApplyIfFiniteState) -> TrainState:
         return TrainState(join(new, frozen), optimizer, state.step + 1, state.key)  # pyrefly: ignore
 
-    return trained, of_trained, updated
+    return trained, of_trained, applied, updated
