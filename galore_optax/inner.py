@@ -27,7 +27,7 @@ from galore_optax.projection.moments import (
 )
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.sharding import first_element
-from galore_optax.trace.elementwise import is_elementwise
+from galore_optax.trace.elementwise import is_elementwise, same_equations
 from galore_optax.trace.params_use import acts_within_subspace, decoupled_decay, remembers_params
 from galore_optax.trace.roles import Role, state_roles
 from galore_optax.trace.traced import Traced, trace
@@ -82,8 +82,7 @@ class InnerCall:
     @functools.cached_property
     def traced(self) -> Traced:
         """The traced functions; a quantized state counts as floats."""
-        floats = jax.eval_shape(dequantized, self.state)
-        return trace(self.inner.tx, self.params, floats, **self.extra_args)
+        return self._trace(self.params, self.state)
 
     @functools.cached_property
     def roles(self) -> list[Role]:
@@ -101,13 +100,30 @@ class InnerCall:
 
     @property
     def elementwise(self) -> bool:
-        """Whether the update of all leaves that are stacks is elementwise."""
+        """Whether a stack of matrices is updated element by element, as each of them would be.
+
+        An inner that looks at the number of axes (Muon) may do something else with a stack.
+        """
         leaves, tree = jax.tree.flatten(self.params)
         shapes = tree, tuple((x.shape, x.dtype) for x in leaves)
         if shapes not in self.inner.elementwise:
-            stacks = [i for i, plan in enumerate(self.plans) if plan is not None and plan.together]
-            self.inner.elementwise[shapes] = is_elementwise(self.traced, stacks)
+            stacks = [k for k, plan in enumerate(self.plans) if plan is not None and plan.together]
+            for k in stacks:
+                leaves[k] = leaves[k].update(shape=leaves[k].shape[self.plans[k].batch_ndim :])
+            try:
+                one = self._trace(tree.unflatten(leaves), None)
+                found = is_elementwise(self.traced, stacks) and is_elementwise(one, stacks)
+                found = found and same_equations(self.traced, one)
+            except Exception:  # of an inner that takes no stacks; it gets matrices then
+                found = False
+            self.inner.elementwise[shapes] = found
         return self.inner.elementwise[shapes]
+
+    def _trace(self, params: optax.Params, state: optax.OptState | None) -> Traced:
+        if state is None:
+            state = jax.eval_shape(self.inner.tx.init, params)
+        floats = jax.eval_shape(dequantized, state)
+        return trace(self.inner.tx, params, floats, **self.extra_args)
 
     def moments(self) -> MomentsOf:
         """Where the moments of each matrix lie in the state."""

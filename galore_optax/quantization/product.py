@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from galore_optax.lowering import on_one_gpu
 from galore_optax.ordering import codes_after
 from galore_optax.quantization.array import QuantizedArray, is_quantized
+from galore_optax.sharding import explicit_axes
 
 # The most rows: of these the arithmetic takes about as long as the dequantized matrix's bytes.
 FEW = 512
@@ -25,6 +26,8 @@ _ROWS, _INNER, _COLUMNS = 64, 64, 128  # of a tile
 
 def fits_product(rows: Array, weight: Any) -> bool:
     """Whether the kernel takes rows and a weight."""
+    if any(map(explicit_axes, jax.tree.leaves((rows, weight)))):
+        return False
     return (
         is_quantized(weight)
         and not is_quantized(weight.scales)

@@ -50,6 +50,20 @@ def is_elementwise(traced: Traced, leaves: Collection[int]) -> bool:
     return not any(group.get(v) in other for v in arrays(atoms))
 
 
+def same_equations(one: Traced, other: Traced) -> bool:
+    """Whether two updates have the same equations, whatever the shapes."""
+
+    def names(jaxpr: Jaxpr) -> list[Any]:
+        return [
+            equation.primitive.name if (body := body_of(equation)) is None else names(body.jaxpr)
+            for equation in jaxpr.eqns
+        ]
+
+    if one.update is None or other.update is None:
+        return False
+    return names(one.update.jaxpr) == names(other.update.jaxpr)
+
+
 def _groups(jaxpr: Jaxpr) -> tuple[dict[Any, int], dict[int, list[int]], set[int | None]]:
     """Each array's group, the groups' equations by number, and the groups that are others."""
     group: dict[Any, int] = {}  # by variable

@@ -582,3 +582,40 @@ def test_the_inner_is_traced_at_most_twice_in_a_jitted_update(quantized):
     calls["update"] = 0
     jax.jit(tx.update)(params, state, params)
     assert calls["update"] <= 2
+
+
+BY_NDIM = optax.masked(
+    optax.add_decayed_weights(0.1), lambda params: jax.tree.map(lambda x: x.ndim == 2, params)
+)
+OF_STACKS = {
+    "adamw": (optax.adamw(0.1), True),
+    "8 bits": (quantize_state(optax.adam(0.1), min_size=1), True),
+    "adafactor": (optax.adafactor(0.1), False),
+    "lamb": (optax.lamb(0.1), False),
+    "muon": (optax.contrib.muon(0.1), False),  # which is Adam for arrays of three axes
+    "decay of matrices": (optax.chain(optax.scale_by_adam(), BY_NDIM), False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:galore")
+@pytest.mark.parametrize("name", OF_STACKS)
+def test_a_stack_is_updated_as_its_matrices_are_and_together_where_the_inner_allows_it(name):
+    inner, together = OF_STACKS[name]
+    stack = {"w": normal(0, 3, 16, 24)}
+    each = {"w": tuple(stack["w"])}
+    made = {}
+    for key, params, numbers in (
+        ("stack", stack, GaLoreDimensionNumbers(-2, -1)), ("each", each, None)
+    ):  # fmt: skip
+        tx = galore(4, inner, subspace="svd", weight_dimension_numbers=numbers, moments="keep")
+        state = tx.init(params)
+        if key == "stack":
+            shapes = {x.shape[:-2] for x in jax.tree.leaves(state.inner) if jnp.ndim(x) > 1}
+            assert (shapes == {(3,)}) == together
+        for seed in range(3):
+            gradient = {"w": normal(seed, 3, 16, 24)}
+            if key == "each":
+                gradient = {"w": tuple(gradient["w"])}
+            updates, state = tx.update(gradient, state, params)
+        made[key] = updates["w"]
+    np.testing.assert_allclose(made["stack"], jnp.stack(made["each"]), rtol=1e-4, atol=1e-6)
