@@ -130,7 +130,8 @@ def _trainable(
         return forward(with_dropout_keys(join(trained, frozen), own), batch)
 
     def applied(trained: Params, updates: optax.Updates) -> Params:
-        return apply_updates(trained, updates, rounding if stochastic_rounding else None)
+        key = rounding if stochastic_rounding else None
+        return apply_updates(trained, updates, key)  # pyrefly: ignore[bad-return]
 
     def updated(new: Params, optimizer: optax.ApplyIfFiniteState) -> TrainState:
         return TrainState(join(new, frozen), optimizer, state.step + 1, state.key)  # pyrefly: ignore
