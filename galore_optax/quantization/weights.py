@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 from galore_optax import checks
-from galore_optax.keys import for_path
+from galore_optax.keys import number_of
 from galore_optax.quantization.array import QuantizedArray, added, is_quantized, quantize
 from galore_optax.quantization.codes import Affine, hashed
 from galore_optax.quantization.elementwise import chunks, over_chunks
@@ -190,22 +190,24 @@ def apply_updates(
     if not (key is None or hasattr(key, "dtype")):
         raise ValueError(f"key={key!r} must be a key, such as jax.random.key(0), or None")
 
+    # One for all leaves: a GPU starts several kernels for a key of each.
+    seed = None if key is None else jax.random.bits(key, (2,))
+
     def new(path: Any, param: Any, update: Any) -> Any:
         if is_quantized(update):
             raise ValueError(
                 f"updates: the one at {jax.tree_util.keystr(path)} is a QuantizedArray; give arrays"
             )
-        own = None if key is None else for_path(key, path)
-        if is_quantized(param) or (own is not None and param.dtype == jnp.bfloat16):
+        if is_quantized(param) or (seed is not None and param.dtype == jnp.bfloat16):
+            own = None if seed is None else seed ^ np.array([0, number_of(path)], np.uint32)
             return _summed(param, update, own)
         return optax.apply_updates(param, update)
 
     return jax.tree.map_with_path(new, params, updates, is_leaf=is_quantized)
 
 
-def _summed(param: Any, update: Float[Array, "*shape"], key: PRNGKeyArray | None) -> Any:
+def _summed(param: Any, update: Float[Array, "*shape"], seed: UInt32[Array, "2"] | None) -> Any:
     """Returns the sum in the param's dtype or code, computed a few rows at a time."""
-    seed = None if key is None else jax.random.bits(key, (2,))
 
     def begin(stored: Any, read: Any, elements: Array) -> Any:
         random = None if seed is None else hashed(seed, elements)
