@@ -22,7 +22,7 @@ from galore_optax.projection.dimension_numbers import (
 )
 from galore_optax.projection.schedule import Adaptive, Staggered
 from galore_optax.quantization.array import QuantizedArray, quantize_nf4
-from galore_optax.quantization.state import quantize_state
+from galore_optax.quantization.state import cast_state, quantize_state
 from galore_optax.quantization.weights import apply_updates, quantize_weights, value_and_grad
 from galore_optax.recipes import (
     adamw8bit,
@@ -54,6 +54,7 @@ __all__ = [
     "adamw8bit",
     "adapt",
     "apply_updates",
+    "cast_state",
     "galore",
     "galore_adafactor",
     "galore_adamw",

@@ -98,6 +98,16 @@ def gives(
         )
 
 
+def float_dtype(value: Any, name: str) -> None:
+    """A dtype of floating-point numbers, or a name of one."""
+    try:
+        fits = value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name}={value!r} is not a float type; give one, such as jnp.float32")
+
+
 def choice(value: Any, name: str, accepted: tuple[Any, ...]) -> None:
     """One of a few accepted values, and of the same type."""
     static(value, name)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.typing import DTypeLike
 
 from galore_optax import checks
 from galore_optax.adapters.base import factor_dimension_numbers, is_adapter
@@ -17,7 +18,7 @@ from galore_optax.projection.dimension_numbers import (
 )
 from galore_optax.projection.leaf import Rank, projections
 from galore_optax.projection.schedule import Adaptive
-from galore_optax.quantization.state import quantize_state
+from galore_optax.quantization.state import cast_state, quantize_state
 from galore_optax.stages import GaLore
 from galore_optax.transformation import subspace_parts, transformation
 
@@ -49,6 +50,7 @@ def galore_adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     bits: int | None = None,
+    state_dtype: DTypeLike | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore with AdamW: the recipe of the paper's pre-training runs.
@@ -67,6 +69,9 @@ def galore_adamw(
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, of the whole matrix and without the scale.
         bits: Stores the moments in 8 or 4 bits (`quantize_state`); None as floats.
+        state_dtype: Dtype in which moments that are floats are stored and computed (`cast_state`);
+            None takes the params'. With bfloat16 params give jnp.float32: second moments in
+            bfloat16 cannot decay.
         **options: The other arguments of `galore`.
 
     References:
@@ -89,7 +94,7 @@ def galore_adamw(
         >>> updates, state = tx.update(grads, tx.init(params), params)
         >>> params = galore_optax.apply_updates(params, updates, jax.random.key(0))
     """
-    inner = _adamw(learning_rate, b1, b2, eps, weight_decay, bits)
+    inner = _adamw(learning_rate, b1, b2, eps, weight_decay, bits, state_dtype)
     return galore(rank, inner, **options)
 
 
@@ -145,6 +150,7 @@ def galore_adafactor(
     clipping_threshold: float | None = 1.0,
     min_dim_size_to_factor: int = 1,
     weight_decay: float = 0.0,
+    state_dtype: DTypeLike | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore with Adafactor at a given learning rate (no scaling by the parameter's size).
@@ -159,6 +165,7 @@ def galore_adafactor(
         min_dim_size_to_factor: Leaves whose second-largest axis is smaller keep a whole second
             moment. 1 factors every matrix, as published.
         weight_decay: Decoupled weight decay, times the learning rate, of the whole matrix.
+        state_dtype: As in `galore_adamw`.
         **options: The other arguments of `galore`.
 
     References:
@@ -195,7 +202,8 @@ def galore_adafactor(
         steps.append(optax.add_decayed_weights(lambda count: -weight_decay * learning_rate(count)))
     else:
         steps.append(optax.add_decayed_weights(-weight_decay * learning_rate))
-    return galore(rank, optax.chain(*steps), **options)
+    inner = optax.chain(*steps)
+    return galore(rank, inner if state_dtype is None else cast_state(inner, state_dtype), **options)
 
 
 @_with_options_of(galore_adamw)
@@ -263,7 +271,13 @@ class _OfFactors(GaLore):
 
 
 def _adamw(
-    learning_rate: Any, b1: Any, b2: Any, eps: Any, weight_decay: Any, bits: int | None
+    learning_rate: Any,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    weight_decay: Any,
+    bits: int | None,
+    state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
     checks.number(b1, "b1", least=0, below=1, such_as=0.9)
@@ -271,7 +285,14 @@ def _adamw(
     checks.number(eps, "eps", least=0, such_as=1e-8)
     checks.number(weight_decay, "weight_decay", least=0, such_as=0.1)
     adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return adamw if bits is None else quantize_state(adamw, bits)
+    if bits is not None and state_dtype is not None:
+        raise ValueError(
+            f"state_dtype={state_dtype!r} with bits={bits}: moments in {bits} bits are computed in "
+            "float32; leave one of them out"
+        )
+    if bits is not None:
+        return quantize_state(adamw, bits)
+    return adamw if state_dtype is None else cast_state(adamw, state_dtype)
 
 
 def _factors_or_matrices(params: optax.Params) -> optax.Params:

@@ -51,9 +51,10 @@ class Adapter:
         """Returns trained fields that leave a weight unchanged, by name."""
         check_rank(weight, rank)
         *layers, rows, columns = weight.shape
-        # Uniform within ±1/√in, as in PEFT.
-        a = jax.random.uniform(key, (*layers, rows, rank), weight.dtype, -1, 1) / rows**0.5
-        return {"a": a, "b": jnp.zeros((*layers, rank, columns), weight.dtype)}
+        # Uniform within ±1/√in, as in PEFT; in float32, since bfloat16 takes 7 random bits.
+        wide = jnp.promote_types(weight.dtype, jnp.float32)
+        a = jax.random.uniform(key, (*layers, rows, rank), wide, -1, 1) / rows**0.5
+        return {"a": a.astype(weight.dtype), "b": jnp.zeros((*layers, rank, columns), weight.dtype)}
 
     def matrix(self) -> Float[Array, "*layers in out"]:
         """Returns the merged weight, in the dtype of the base."""

@@ -1,22 +1,25 @@
-"""`quantize_state`: any optax transformation with the large arrays of its state quantized.
+"""How the state of any optax transformation is stored: in another dtype, or quantized.
 
-They are codes between two steps (8-bit optimizers, Dettmers et al., arXiv:2110.02861; 4-bit ones,
-Li et al., arXiv:2309.01507), and floats within a step.
+`cast_state` stores and computes it in a dtype of its own. With `quantize_state` its large arrays
+are codes between two steps (8-bit optimizers, Dettmers et al., arXiv:2110.02861; 4-bit ones,
+Li et al., arXiv:2309.01507), and float32 within a step.
 """
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from galore_optax import checks
 from galore_optax.nnx_variables import without_variables
 from galore_optax.ordering import opaque
-from galore_optax.quantization.array import is_quantized, quantize
+from galore_optax.quantization.array import dequantized, is_quantized, quantize
 from galore_optax.quantization.codes import Code, Dynamic, Table
 from galore_optax.quantization.elementwise import updated
 from galore_optax.trace.roles import Role, state_roles
@@ -32,6 +35,51 @@ CODES: dict[int, tuple[Code, Code, int]] = {
     8: (Dynamic(signed=True), Dynamic(signed=False), 256),
     4: (Table((*(-x for x in _SQUARES[-2:0:-1]), *_SQUARES)), Table((0.0, *_POWERS)), 128),
 }
+
+
+def cast_state(
+    inner: optax.GradientTransformation, dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Stores and computes the state of `inner` in a dtype of its own.
+
+    `inner` is given params and gradients in that dtype; its updates are returned in the gradients'.
+    Without it, optax's moments have the dtype of the params. In bfloat16 a second moment hardly
+    ever decreases: 0.1% of it is less than half of its last bit.
+
+    Args:
+        inner: The transformation.
+        dtype: A float type; None takes float32, or float64 for params that are float64. An array
+            whose dtype `inner` chooses by itself keeps that.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> from galore_optax import cast_state, galore
+        >>> tx = galore(16, cast_state(optax.adamw(0.01)))
+        >>> state = tx.init({"w": jnp.ones((64, 256), jnp.bfloat16)})
+        >>> state.inner[0].nu["w"].dtype.name, state.bases["w"].dtype.name
+        ('float32', 'bfloat16')
+    """
+    if dtype is not None:
+        checks.float_dtype(dtype, "dtype")
+    inner = optax.with_extra_args_support(_transformation(inner))
+
+    def cast(tree: Any) -> Any:
+        def one(x: Any) -> Any:
+            own = jnp.result_type(x)
+            wanted = dtype or jnp.promote_types(own, jnp.float32)
+            return x.astype(wanted) if jnp.issubdtype(own, jnp.floating) else x
+
+        return jax.tree.map(one, dequantized(tree))
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(cast(without_variables(params)))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        new, state = inner.update(cast(updates), state, cast(params), **extra_args)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
+
+    # optax's types say that a state is any tree, not which one.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
 def quantize_state(
@@ -81,12 +129,7 @@ def quantize_state(
             f"unsigned={unsigned!r} is not a function; give one from an array's path to whether it "
             "is never negative, or None"
         )
-    if not isinstance(inner, optax.GradientTransformation):
-        raise ValueError(
-            f"inner={inner!r} is not an optax.GradientTransformation; give one, such as "
-            "optax.adam(1e-3)"
-        )
-    inner = optax.with_extra_args_support(inner)
+    inner = cast_state(inner)
 
     def large(leaf: Any) -> bool:
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -120,21 +163,23 @@ def quantize_state(
                 _warn(paths[i], "in 8 bits: the update may divide by it, and it may have a sign")
             signed_code, unsigned_code, block = CODES[8 if careful else bits]
             code = unsigned_code if role.nonnegative else signed_code
-            # In float32 within a step: a second moment in bfloat16 cannot decay, as 0.1% of it is
-            # less than half of its last bit.
-            wide = jnp.promote_types(leaves[i].dtype, jnp.float32)
-            leaves[i] = quantize(opaque(leaves[i].astype(wide)), code, block=block)
+            leaves[i] = quantize(opaque(leaves[i]), code, block=block)
         return tree.unflatten(leaves)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        def own(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-            new, state = inner.update(updates, state, params, **extra_args)
-            return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
-
-        return updated(own, updates, state, params)
+        return updated(partial(inner.update, **extra_args), updates, state, params)
 
     # optax's types say that a state is any tree, not which one.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
+
+
+def _transformation(inner: Any) -> optax.GradientTransformation:
+    if not isinstance(inner, optax.GradientTransformation):
+        raise ValueError(
+            f"inner={inner!r} is not an optax.GradientTransformation; give one, such as "
+            "optax.adam(1e-3)"
+        )
+    return inner
 
 
 def _warn(path: str, how: str) -> None:

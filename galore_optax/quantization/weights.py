@@ -190,6 +190,7 @@ def apply_updates(
     if not (key is None or hasattr(key, "dtype")):
         raise ValueError(f"key={key!r} must be a key, such as jax.random.key(0), or None")
 
+    # One for all leaves: a GPU starts several kernels for a key of each.
     seed = None if key is None else jax.random.bits(key, (2,))
 
     def new(path: Any, param: Any, update: Any) -> Any:

@@ -141,7 +141,9 @@ def init_params(
         rows = (shape[0] // parts, *shape[1:])
 
         def normal(key: PRNGKeyArray) -> Array:
-            return 0.02 * jax.random.normal(key, rows, config.param_dtype)
+            # In float32: JAX makes a bfloat16 normal number from 7 random bits.
+            wide = jnp.promote_types(config.param_dtype, jnp.float32)
+            return (0.02 * jax.random.normal(key, rows, wide)).astype(config.param_dtype)
 
         return jax.lax.map(normal, jax.random.split(key, parts)).reshape(shape)
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from small_run import LOW_BIT, losses, run_killed, small, train
+from small_run import LOW_BIT, losses, run_killed, small, train, unfinished
 
 from train.config.resolve import resolve
 from train.generate import Generate
@@ -40,6 +40,16 @@ def test_a_killed_run_with_everything_in_few_bits_repeats_itself_bit_for_bit(fin
     assert run_killed({"out": str(out), **Q_GALORE}, "metrics", 11, "SIGKILL").returncode == -9
     assert main(small(out, resume=True, **Q_GALORE)) == 0
     assert losses(out) == losses(finished)
+
+
+def test_a_resumed_run_in_bfloat16_repeats_the_uninterrupted_one_bit_for_bit(tmp_path):
+    settings = {"dtype": "bfloat16", "steps": 6, "save_every": 3, "eval_every": 6}
+    assert main(small(tmp_path / "whole", **settings)) == 0
+    again = unfinished(tmp_path / "whole", tmp_path, "6")
+    assert main(small(again, resume=True, **settings)) == 0
+    assert losses(again) == losses(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"another run: --state-dtype float32 \(now bfloat16\)"):
+        main(small(again, resume=True, **settings, state_dtype="bfloat16"))
 
 
 def test_text_is_sampled_from_quantized_weights(finished, capsys):

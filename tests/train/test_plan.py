@@ -10,7 +10,7 @@ from train.config.optimizers import OPTIMIZERS
 from train.config.resolve import resolve
 from train.memory import cards
 from train.memory.cards import can_compile, find_card
-from train.memory.plan import CONTEXT, MemoryPlan, plan
+from train.memory.plan import CONTEXT, MemoryPlan, plan, stored
 from train.memory.program import count
 from train.plan import Plan, load_plan, main, programs_of
 from train.pretrain import main as pretrain
@@ -62,6 +62,30 @@ def test_without_a_gpu_bfloat16_is_estimated_in_two_bytes_with_temporaries_of_fo
     assert half["weight_bytes"] == wide["weight_bytes"] / 2
     assert half["activation_bytes"] == wide["activation_bytes"] / 2
     assert half["temporary_bytes"] == wide["temporary_bytes"]
+
+
+@pytest.mark.parametrize(
+    "optimizer", [n for n, r in OPTIMIZERS.items() if "state_dtype" in r.options]
+)
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_moments_of_bfloat16_weights_take_four_bytes_and_as_published_two(optimizer, layerwise):
+    options = OPTIMIZERS[optimizer].options
+    if layerwise and OPTIMIZERS[optimizer].adapter:
+        pytest.skip("no layer-wise step")
+    own = {} if "rank" in options else NO_SUBSPACE
+    if OPTIMIZERS[optimizer].adapter is not None:
+        own = {"rank": 4, "update_proj_gap": 3 if "update_proj_gap" in options else None}
+
+    def states(**dtypes):
+        settings = small("unused", optimizer=optimizer, layerwise=layerwise, **own, **dtypes)
+        return stored(programs_of(resolve(settings)))
+
+    weights, default = states(dtype="bfloat16")
+    same, published = states(dtype="bfloat16", state_dtype="bfloat16")
+    wide, wide_states = states(dtype="bfloat16", weight_dtype="float32")
+    assert weights == same < wide
+    assert default["moments"] == 2 * published["moments"] == wide_states["moments"]
+    assert 2 * default["projections"] == 2 * published["projections"] == wide_states["projections"]
 
 
 def test_a_mesh_splits_what_a_device_holds():

@@ -107,9 +107,12 @@ def _conflicts(c: Resolved) -> Iterator[str]:
     """An error for each pair of settings that contradict each other."""
     adapter, every, pause = c.adapter, c.restart_every, c.restart_warmup
     quantized = c.weight_bits is not None and adapter is None
-    if c.stochastic_rounding and c.dtype == "float32" and not quantized:
-        advice = "leave it out, or choose --dtype bfloat16"
+    if c.stochastic_rounding and c.weight_dtype == "float32" and not quantized:
+        advice = "leave it out, or choose --weight-dtype bfloat16"
         yield f"--stochastic-rounding: float32 weights need no rounding; {advice}"
+    if c.state_dtype is not None and c.moment_bits is not None:
+        reason = f"moments have {c.moment_bits} bits, by --moment-bits"
+        yield f"--state-dtype {c.state_dtype} has no effect: {reason}; leave one of them out"
     if c.gradient_rank is not None and c.rank is not None and c.gradient_rank >= c.rank:
         yield f"--gradient-rank {c.gradient_rank}: expected below --rank {c.rank}, the adapter's"
     if every is not None and c.weight_bits == 4:

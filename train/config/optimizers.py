@@ -27,6 +27,15 @@ class Recipe(NamedTuple):
     stacks: ParamAxes | None = None
 
 
+def _cast(make: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
+    """A function like `make` that takes the `state_dtype`, too, as GaLore's recipes do."""
+
+    def made(learning_rate: Any, state_dtype: Any, **options: Any) -> Any:
+        return galore_optax.cast_state(make(learning_rate, **options), state_dtype)
+
+    return made
+
+
 def _vectors(params: dict[str, Any]) -> Any:
     """Selects the layers' norms: matrices are split by GaLore, or each large enough to quantize."""
     axes = param_axes(params)
@@ -37,29 +46,39 @@ def _vectors(params: dict[str, Any]) -> Any:
 _ARGUMENTS = {"moment_bits": "bits", "gradient_rank": "rank"}
 _OF_WEIGHTS = ("weight_bits", "embedding_bits", "stochastic_rounding")
 
-_ADAMW = {"weight_decay": 0.0, "stochastic_rounding": False}
+# `train.config.resolve` has these defaults: they depend on the dtype of the weights.
+_FLOATS = {"state_dtype": None}
+_ADAMW = {"weight_decay": 0.0, "stochastic_rounding": None}
 _IN_SUBSPACE = {
     "update_proj_gap": None, "scale": None, "side": "smaller", "projection_bits": None,
     "adaptive_refresh": False, **_ADAMW,
 }  # fmt: skip
 _GALORE = {"rank": None, **_IN_SUBSPACE}
 _GALORE_8BIT = {**_GALORE, "moment_bits": 8}
+_GALORE_FLOATS = {**_GALORE, **_FLOATS}
 _Q_GALORE = {
     **_GALORE_8BIT, "projection_bits": 4, "adaptive_refresh": True, "weight_bits": 8,
     "embedding_bits": None, "stochastic_rounding": True,
 }  # fmt: skip
-_LORP = {"gradient_rank": None, **_IN_SUBSPACE, "moment_bits": None}
-_PLAIN = Recipe(optax.adamw, _ADAMW)
+_LORP = {"gradient_rank": None, **_IN_SUBSPACE, "moment_bits": None, **_FLOATS}
+_PLAIN = Recipe(_cast(optax.adamw), {**_ADAMW, **_FLOATS})
 # As published code for language models has it: a given learning rate and a first moment.
-_ADAFACTOR = partial(optax.adafactor, multiply_by_parameter_scale=False, momentum=0.9)
+_ADAFACTOR = partial(
+    optax.adafactor,
+    multiply_by_parameter_scale=False,
+    momentum=0.9,
+    dtype_momentum=None,  # pyrefly: ignore[bad-argument-type] (the state's)
+)
 _GALORE_ADAFACTOR = partial(galore_optax.galore_adafactor, momentum=0.9)
 OPTIMIZERS: Mapping[str, Recipe] = {
     "adamw": _PLAIN,
     "adamw8bit": Recipe(galore_optax.adamw8bit, {**_ADAMW, "moment_bits": 8}, stacks=_vectors),
-    "adafactor": Recipe(_ADAFACTOR, {"stochastic_rounding": False}, stacks=param_axes),
-    "galore-adamw": Recipe(galore_optax.galore_adamw, _GALORE),
+    "adafactor": Recipe(
+        _cast(_ADAFACTOR), {"stochastic_rounding": None, **_FLOATS}, stacks=param_axes
+    ),
+    "galore-adamw": Recipe(galore_optax.galore_adamw, _GALORE_FLOATS),
     "galore-adamw8bit": Recipe(galore_optax.galore_adamw8bit, _GALORE_8BIT, stacks=_vectors),
-    "galore-adafactor": Recipe(_GALORE_ADAFACTOR, _GALORE, stacks=_vectors),
+    "galore-adafactor": Recipe(_GALORE_ADAFACTOR, _GALORE_FLOATS, stacks=_vectors),
     "q-galore-adamw8bit": Recipe(galore_optax.q_galore_adamw8bit, _Q_GALORE, stacks=_vectors),
     "gradnorm-lorp-adamw": Recipe(galore_optax.gradnorm_lorp_adamw, _LORP, adapter="gradnorm-lorp"),
     "lora-adamw": _PLAIN._replace(adapter="lora"),

@@ -35,7 +35,9 @@ def resolve(config: Pretrain) -> Resolved:
     most = min(int(defaults["microbatch"] or batch), batch)
     parts = (batch // n for n in range(most, 0, -1) if batch % n == 0)
     eval_every = config.eval_every or max(1, steps // 10)
-    others = {
+    weight_dtype = config.weight_dtype or config.dtype
+    others: dict[str, Any] = {
+        "weight_dtype": weight_dtype,
         "accumulate": next(parts, 1),
         "warmup_steps": steps // 10,
         "clip": "previous" if config.layerwise and config.accumulate_in_subspace else "exact",
@@ -45,6 +47,11 @@ def resolve(config: Pretrain) -> Resolved:
         "eval_tokens": 10_000_000 if config.data == "c4" else None,
         "out": _default_out(config),
     }
+    if "stochastic_rounding" in options:
+        others["stochastic_rounding"] = weight_dtype == "bfloat16"
+    if "state_dtype" in options and config.moment_bits is None:
+        whole = config.optimizer == "adamw" and adapter is None and weight_dtype == "bfloat16"
+        others["state_dtype"] = defaults["adamw_state"] if whole else "float32"
     if "gradient_rank" in options:
         others["gradient_rank"] = max(1, (config.rank or 0) // 4)
     if "restart_every" in options:

@@ -86,7 +86,8 @@ class Pretrain:
     --dtype."""
     stochastic_rounding: bool | None = None
     """Round new weights that have fewer bits than float32 up or down at random, so that no update
-    is lost on average. Default: only with q-galore-adamw8bit."""
+    is lost on average. Default: with bfloat16 weights and with q-galore-adamw8bit. False, as
+    published: to the nearest, which loses changes below a 512th of a bfloat16 weight."""
     learning_rate: float | None = None
     """Peak learning rate. Default: the paper's for GaLore (tiny: 0.02), 0.001 or 0.0005 for the
     others."""
@@ -111,9 +112,13 @@ class Pretrain:
     seq_len: int | None = None
     """Tokens per sequence. Default: the paper's 256; 128 for tiny."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of weights, optimizer state and computation. In bfloat16 a change below a 512th of a
-    weight is lost, and AdamW's second moments hardly ever fall. Default: float32; bfloat16 for
-    llama-7b."""
+    """Dtype of the computation, and by default of weights, gradients and GaLore's bases. Default:
+    float32; bfloat16 for llama-7b."""
+    weight_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of weights, gradients and GaLore's bases. Default: --dtype."""
+    state_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of moments that are not quantized. In bfloat16, as published with bfloat16 weights,
+    second moments hardly ever fall. Default: float32; bfloat16 for llama-7b with adamw."""
     rematerialize: bool | None = None
     """Recompute activations in the backward pass instead of storing them. Default: only for
     llama-7b."""
@@ -167,6 +172,7 @@ class Resolved(Pretrain):
     accumulate: int
     seq_len: int
     dtype: Literal["float32", "bfloat16"]
+    weight_dtype: Literal["float32", "bfloat16"]
     rematerialize: bool
     eval_every: int
     save_every: int

@@ -113,7 +113,7 @@ def estimate(config: Resolved, programs: Programs) -> MemoryPlan:
     takes. So temporaries are those of the step in float32, all else is as stored.
     """
     model = dataclasses.replace(programs.model, dtype="float32", param_dtype="float32")
-    wide = dataclasses.replace(config, dtype="float32")
+    wide = dataclasses.replace(config, dtype="float32", weight_dtype="float32")
     temporaries = plan(wide, make_programs(wide, model, programs.mesh)).temporaries
     weights, states = stored(programs)
     gradients, activations = _gradients(config, programs), _activations(config, programs)
@@ -157,7 +157,7 @@ def _gradients(config: Resolved, programs: Programs) -> int:
         ]
         # Microbatches' are summed in float32.
         summed = 4 * _share_summed(config, {name: trained[name]}) if config.accumulate > 1 else 0
-        return int(sum(numbers) * (jnp.dtype(config.dtype).itemsize + summed))
+        return int(sum(numbers) * (jnp.dtype(config.weight_dtype).itemsize + summed))
 
     if not config.layerwise:
         return sum(map(size, trained))

@@ -8,6 +8,7 @@ import jax
 import optax
 from flax import nnx
 
+from galore_optax import cast_state
 from galore_optax.adapters.base import merge, split
 from galore_optax.memory import state_bytes, tree_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
@@ -32,7 +33,8 @@ def report(
     ours = state_bytes(parts.abstract.optimizer.inner_state)
     trained, _ = split(parts.abstract.params)
     whole = jax.eval_shape(lambda params: dequantized(merge(params)), parts.abstract.params)
-    adamw = state_bytes(jax.eval_shape(optax.adamw(1e-3).init, whole))
+    plain = cast_state(optax.adamw(1e-3), config.state_dtype or config.weight_dtype)
+    adamw = state_bytes(jax.eval_shape(plain.init, whole))
     summary = {
         "eval_loss": last["eval_loss"],
         "eval_perplexity": last["eval_perplexity"],

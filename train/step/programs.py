@@ -66,7 +66,7 @@ def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
         size,
         vocab_size=size.vocab_size if fits else tokenizer.vocab_size,
         dtype=config.dtype or "float32",
-        param_dtype=config.dtype or "float32",
+        param_dtype=config.weight_dtype or config.dtype or "float32",
         rematerialize=bool(config.rematerialize),
     )
 

@@ -1,4 +1,4 @@
-"""`quantize_state`: any optimizer with its moments in few bits, beside the one with floats."""
+"""Any optimizer with its moments in another dtype or in few bits, beside the one with floats."""
 
 import functools
 import re
@@ -15,7 +15,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from paths import FIXTURES
 
-from galore_optax import GaLoreDimensionNumbers, QuantizedArray, galore, quantize_state
+from galore_optax import (
+    GaLoreDimensionNumbers,
+    QuantizedArray,
+    cast_state,
+    galore,
+    galore_adafactor,
+    galore_adamw,
+    quantize_state,
+)
 from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.sharding import state_shardings
@@ -43,6 +51,70 @@ def run(tx, params, grads):
 
 def quantized_leaves(state):
     return [x for x in jax.tree.leaves(state, is_leaf=is_quantized) if is_quantized(x)]
+
+
+# `cast_state`.
+
+
+def in_bfloat16(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+
+
+def in_float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def test_a_second_moment_of_bfloat16_params_decays_in_float32_only():
+    params = in_bfloat16({"w": jnp.ones((4, 8)), "b": jnp.ones(3)})
+    grads = [jax.tree.map(jnp.ones_like, params)] + 1500 * [jax.tree.map(jnp.zeros_like, params)]
+    _, lost = run(optax.adam(1e-3), params, grads)
+    _, kept = run(cast_state(optax.adam(1e-3)), params, grads)
+    _, wide = run(optax.adam(1e-3), in_float32(params), in_float32(grads))
+    jax.tree.map(np.testing.assert_array_equal, kept, wide)
+    np.testing.assert_allclose(kept[0].nu["w"], 0.001 * 0.999**1500, rtol=1e-4)
+    assert (lost[0].nu["w"] > 0.00099).all()
+    _, low = run(quantize_state(optax.adam(1e-3)), params, grads)  # too small to be quantized
+    jax.tree.map(np.testing.assert_array_equal, low, wide)
+
+
+@pytest.mark.parametrize("recipe", [galore_adamw, galore_adafactor])
+def test_galores_moments_in_float32_follow_those_of_float32_params(recipe):
+    """Stacks, moments carried over at refreshes, and decay of whole matrices."""
+    params = in_bfloat16({"w": normal(0, 3, 24, 40), "b": normal(1, 5)})
+    grads = [in_bfloat16({"w": normal(i, 3, 24, 40), "b": normal(i, 5)}) for i in range(5)]
+    numbers = {"w": GaLoreDimensionNumbers(1, 2), "b": None}
+    options = dict(rank=4, update_proj_gap=2, weight_decay=0.5, weight_dimension_numbers=numbers)
+    tx = recipe(0.1, **options, state_dtype=jnp.float32)
+    got, state = run(tx, params, grads)
+    exact, wide = run(recipe(0.1, **options), in_float32(params), in_float32(grads))
+    assert jax.tree.structure(state) == jax.tree.structure(wide)
+    assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(state.bases)} == {jnp.dtype(jnp.bfloat16)}
+    for x, y in zip(jax.tree.leaves(state.inner), jax.tree.leaves(wide.inner), strict=True):
+        assert x.dtype == y.dtype
+        assert np.linalg.norm(x - y) <= 0.03 * np.linalg.norm(y)
+    for name, x in in_float32(got).items():
+        assert off(x, exact[name]) < 0.05 * off(params[name], exact[name])
+    without = run(recipe(0.1, **options), params, grads)[1]
+    assert tree_bytes(without.inner) < 0.6 * tree_bytes(state.inner)
+
+
+def test_a_state_may_have_less_precision_than_its_params_and_no_params():
+    tx = cast_state(optax.adam(0.1), jnp.bfloat16)
+    params = {"w": normal(0, 4, 8)}
+    state = tx.init(params)
+    assert state[0].mu["w"].dtype == jnp.bfloat16
+    assert tx.update(params, state)[0]["w"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, "x", 3])
+def test_a_dtype_that_is_no_float_is_refused(dtype):
+    with pytest.raises(ValueError, match=r"dtype=.* is not a float type; give one, such as jnp"):
+        cast_state(optax.adam(0.1), dtype)
+    with pytest.raises(ValueError, match=r"is not an optax.GradientTransformation"):
+        cast_state(optax.adam)  # pyrefly: ignore
+    with pytest.raises(ValueError, match=r"state_dtype=.* with bits=8: .* leave one of them out"):
+        galore_adamw(0.1, 4, bits=8, state_dtype=jnp.float32)
 
 
 # bitsandbytes.

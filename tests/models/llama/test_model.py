@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from models.llama.config import LlamaConfig
-from models.llama.model import Llama
+from models.llama.model import Llama, init_params
 
 SMALL = LlamaConfig(
     vocab_size=50, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, max_length=32
@@ -136,6 +136,12 @@ def test_bfloat16_is_close_to_float32():
     assert rounded.dtype == jnp.float32
     # BF16 keeps 8 bits: relative errors of up to 0.4% in each of some 20 steps in a row.
     assert 0 < np.std(rounded - exact) < 0.02 * np.std(exact)
+
+
+def test_bfloat16_weights_are_drawn_as_those_of_float32_and_rounded():
+    low = dataclasses.replace(SMALL, param_dtype="bfloat16")
+    drawn, exact = (init_params(config, jax.random.key(0)) for config in (low, SMALL))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(x.dtype)), drawn, exact)
 
 
 def test_float32_weights_may_compute_in_bfloat16():

@@ -83,6 +83,31 @@ def test_warm_up_never_has_a_learning_rate_of_zero_and_none_is_possible():
     assert float(rate(10)) == pytest.approx(0.1)
 
 
+def test_bfloat16_has_float32_moments_and_weights_rounded_at_random_unless_told():
+    def dtypes(**settings):
+        c = resolve(Pretrain(**settings))
+        return c.dtype, c.weight_dtype, c.state_dtype, c.stochastic_rounding
+
+    low, wide = "bfloat16", "float32"
+    assert dtypes() == (wide, wide, wide, False)
+    assert dtypes(dtype=low) == (low, low, wide, True)
+    assert dtypes(model="llama-7b") == (low, low, wide, True)
+    adamw = {"optimizer": "adamw", "model": "llama-7b"}
+    assert dtypes(**adamw) == (low, low, low, True)
+    assert dtypes(**adamw, dtype=wide) == (wide, wide, wide, False)
+    assert dtypes(**adamw, adapter="lora") == (low, low, wide, True)
+    assert dtypes(optimizer="adamw", dtype=low) == (low, low, wide, True)
+    assert dtypes(dtype=low, weight_dtype=wide) == (low, wide, wide, False)
+    published = {"dtype": low, "state_dtype": low, "stochastic_rounding": False}
+    assert dtypes(**published) == (low, low, low, False)
+    eight = {"optimizer": "galore-adamw8bit", "dtype": low}
+    assert dtypes(**eight) == (low, low, None, True)
+    lorp = {"optimizer": "gradnorm-lorp-adamw", "dtype": low}
+    assert dtypes(**lorp) == (low, low, wide, True)
+    assert dtypes(**lorp, moment_bits=8) == (low, low, None, True)
+    assert dtypes(optimizer="q-galore-adamw8bit") == (wide, wide, None, True)
+
+
 def test_an_adapter_comes_with_the_optimizers_name_or_by_itself():
     found = {
         name: resolve(Pretrain(optimizer=name)).adapter  # pyrefly: ignore
@@ -198,6 +223,16 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--adapter-pattern [ --optimizer lora-adamw", "--adapter-pattern [: unterminated"),
         ("--alpha 0 --optimizer lora-adamw", "--alpha 0.0: expected a positive"),
         ("--weight-bits 4 --optimizer relora-adamw", "4-bit weights lose what was learnt"),
+        ("--state-dtype float32 --optimizer adamw8bit", "--state-dtype float32 has no effect"),
+        (
+            "--state-dtype float32 --moment-bits 8 --optimizer gradnorm-lorp-adamw",
+            "--state-dtype float32 has no effect: moments have 8 bits, by --moment-bits; leave one",
+        ),
+        (
+            "--stochastic-rounding True --dtype bfloat16 --weight-dtype float32",
+            "float32 weights need no rounding; leave it out, or choose --weight-dtype bfloat16",
+        ),
+        ("--state-dtype float16", "bfloat16"),
         ("--weight-bits 3 --optimizer qlora-adamw", "--weight-bits 3: choose 4 or 8"),
         (
             "--restart-every 10 --restart-warmup 10 --optimizer relora-adamw",

@@ -91,6 +91,21 @@ def test_quantized_weights_are_rounded_at_random():
         assert 0 < np.mean(np.asarray(old) != np.asarray(new)) < 0.02
 
 
+@pytest.mark.parametrize("layerwise", [False, True], ids=["ordinary", "layerwise"])
+def test_small_updates_of_bfloat16_weights_are_kept_on_average_or_lost_as_published(layerwise):
+    # An update of 1e-5 is at most a sixth of the distance between two weights above 0.008.
+    settings = dict(dtype="bfloat16", layerwise=layerwise, learning_rate=1e-5, warmup_steps=0)
+
+    def changed(**rounding):
+        _, first, last, _ = trained(1, **settings, **rounding, **ADAMW)
+        pairs = zip(jax.tree.leaves(first.params), jax.tree.leaves(last.params), strict=True)
+        large = [(x, y, np.abs(np.asarray(x, np.float32)) > 0.008) for x, y in pairs]
+        return np.mean(np.concatenate([np.asarray(x != y)[where] for x, y, where in large]))
+
+    assert changed(stochastic_rounding=False) == 0
+    assert 0.02 < changed() < 1 / 6
+
+
 def test_microbatches_summed_in_the_subspace_give_the_ordinary_steps_losses_on_a_mesh_too():
     # The bases come from the first of two microbatches; nothing is clipped, since by layers that
     # would be by another norm.
