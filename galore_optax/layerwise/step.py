@@ -180,7 +180,7 @@ class Layerwise:
         stacks, key = (stack, state.layers), self.model.layers
         changes = _changes(update, stacks, key, layers)
         own = _Layers(update, key, layers, self.accumulate_in_subspace, changes)
-        carry = stacks, own.layer(*at(stacks, top)), cotangent, total, ok
+        carry = stacks, own.as_it_is(*at(stacks, top)), cotangent, total, ok
         turn = partial(self._turn, backward, own)
         stacks, last, cotangent, total, ok = jax.lax.fori_loop(0, layers, turn, carry)
         new_stack, layer_states = own.written(stacks, 0, last)
@@ -239,10 +239,12 @@ class Layerwise:
 
 
 class _Layer(NamedTuple):
-    """A layer before its update, or after it and before it is written."""
+    """A layer that is to be written."""
 
     params: Any
+    updates: Any  # that are still to be applied, if `ok`; None if they are
     state: list[Any]  # the leaves that an update changes
+    ok: Bool[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,22 +257,38 @@ class _Layers:
     projected: bool  # whether gradients are projected already
     changes: list[bool]  # for each leaf of a layer's state whether an update changes it
 
-    def layer(self, params: Any, state: Any) -> _Layer:
-        """A layer with the leaves of its state that an update changes."""
-        leaves = zip(jax.tree.leaves(state), self.changes, strict=True)
-        return _Layer(params, [x for x, changes in leaves if changes])
+    def as_it_is(self, own: Any, state: Any) -> _Layer:
+        """A layer without an update."""
+        updates = jax.tree.map(jnp.zeros_like, own) if self._late(own) else None
+        return _Layer(own, updates, self._changing(state), jnp.array(False))
 
     def updated(self, own: Any, state: Any, gradient: Any, i: Array, ok: Array) -> _Layer:
         """A layer after its update, if `ok`."""
+        changing = self._changing(state)
 
-        def update(params: Any, changing: list[Any]) -> _Layer:
-            part, before = {self.key: params}, self._whole(state, changing)
+        def update(gradient: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
+            part, before = {self.key: own}, self._whole(state, changing)
             updates, after = self.update.updates(
                 part, before, gradient, projected=self.projected, **self._of(i)
             )
-            return self.layer(self.update.applied(part, updates, i)[self.key], after)
+            return updates, self._changing(after)
 
-        return _Layer(*once_if(ok, lambda *old: tuple(update(*old)), *self.layer(own, state)))
+        def late(gradient: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
+            updates, changing = update(gradient, changing)
+            cast = jax.tree.map(
+                lambda u, g: u.astype(g.dtype), updates[self.key], gradient[self.key]
+            )
+            return {self.key: cast}, changing
+
+        def at_once(params: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
+            updates, changing = update(gradient, changing)
+            return self.update.applied({self.key: params}, updates, i)[self.key], changing
+
+        if self._late(own) and not self.projected:
+            updates, changing = once_if(ok, late, gradient, changing)
+            return _Layer(own, updates[self.key], changing, ok)
+        params, changing = once_if(ok, at_once, own, changing)
+        return _Layer(params, None, changing, ok)
 
     def written(self, stacks: Any, i: Array | int, one: _Layer) -> Any:
         """The stacks with layer `i` replaced."""
@@ -279,8 +297,24 @@ class _Layers:
             return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
 
         params, states = stacks
-        changing = map(put, self.layer(params, states).state, one.state)
-        return jax.tree.map(put, params, one.params), self._whole(states, list(changing))
+        new = one.params
+        if one.updates is not None:
+            new = self.update.applied({self.key: new}, {self.key: one.updates}, i)[self.key]
+            new = jax.tree.map(partial(jnp.where, one.ok), new, one.params)
+        changing = map(put, self._changing(states), one.state)
+        return jax.tree.map(put, params, new), self._whole(states, list(changing))
+
+    def _late(self, own: Any) -> bool:
+        """Whether updates are applied where a layer is written.
+
+        Rounding bfloat16 at random is then one pass of a GPU with the writing. What else is added
+        to weights is part of the product that projects an update back, or of a kernel.
+        """
+        return all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(own))
+
+    def _changing(self, state: Any) -> list[Any]:
+        leaves = zip(jax.tree.leaves(state), self.changes, strict=True)
+        return [x for x, changes in leaves if changes]
 
     def _whole(self, state: Any, changing: list[Any]) -> Any:
         """A state with other leaves where an update changes it."""
