@@ -275,10 +275,7 @@ class _Layers:
 
         def late(gradient: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
             updates, changing = update(gradient, changing)
-            cast = jax.tree.map(
-                lambda u, g: u.astype(g.dtype), updates[self.key], gradient[self.key]
-            )
-            return {self.key: cast}, changing
+            return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, gradient), changing
 
         def at_once(params: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
             updates, changing = update(gradient, changing)
@@ -310,7 +307,7 @@ class _Layers:
         Rounding bfloat16 at random is then one pass of a GPU with the writing. What else is added
         to weights is part of the product that projects an update back, or of a kernel.
         """
-        return all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(own))
+        return not self.projected and all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(own))
 
     def _changing(self, state: Any) -> list[Any]:
         leaves = zip(jax.tree.leaves(state), self.changes, strict=True)
