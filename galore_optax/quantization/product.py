@@ -81,8 +81,8 @@ def kernel_product(
             x = jnp.where((summed < length)[None, :], x, jnp.zeros((), x.dtype))
             if transposed:
                 w = _decoded(weight, matrix, column, summed).astype(x.dtype)
-                return total + pl.dot(x, w, trans_b=True)
-            return total + pl.dot(x, _decoded(weight, matrix, summed, column).astype(x.dtype))
+                return total + triton.dot(x, w, trans_b=True)
+            return total + triton.dot(x, _decoded(weight, matrix, summed, column).astype(x.dtype))
 
         zeros = jnp.zeros(tile, jnp.float32)
         total = jax.lax.fori_loop(0, pl.cdiv(length, step), add, zeros)

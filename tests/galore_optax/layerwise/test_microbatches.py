@@ -271,4 +271,4 @@ def test_the_sum_takes_the_subspaces_share_of_the_memory():
         return optax.apply_updates(params, updates), state
 
     saved = count * rows * columns * 4 * (1 - rank / rows)
-    assert temporaries(whole) - temporaries(in_subspace) > 0.95 * saved
+    assert temporaries(whole) - temporaries(in_subspace) > 0.9 * saved

@@ -1,15 +1,20 @@
 """What the GPU's kernel computes, interpreted, is what XLA computes: codes equal bit for bit."""
 
+import contextlib
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from galore_optax import apply_updates, quantize_state, quantize_weights
+from galore_optax import apply_updates, product, quantize_state, quantize_weights, value_and_grad
 from galore_optax.quantization import elementwise, weights
-from galore_optax.quantization.array import dequantized, is_quantized
+from galore_optax.quantization.array import dequantized, is_quantized, quantize
+from galore_optax.quantization.codes import Affine
 from galore_optax.quantization.kernel import in_one_kernel
+from galore_optax.quantization.product import fits_product, kernel_product
 
 RNG = np.random.default_rng(0)
 # Rows of whole blocks, with a shorter last block, of less than a block, and of an odd length.
@@ -29,13 +34,17 @@ def on_a_gpu(monkeypatch):
         kernels.append(args)
         return in_one_kernel(*args, **kwargs, interpret=True)
 
-    def as_cuda(*args, cuda, **_):
-        return cuda(*args)
-
+    monkeypatch.setattr(elementwise, "on_one_gpu", lambda kernel, _, *args: kernel(*args))
     for module in (elementwise, weights):
         monkeypatch.setattr(module, "in_one_kernel", counted)
-    monkeypatch.setattr(jax.lax, "platform_dependent", as_cuda)
     return kernels
+
+
+@contextlib.contextmanager
+def on_a_cpu(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(elementwise, "on_one_gpu", lambda _, otherwise, *args: otherwise(*args))
+        yield
 
 
 def same(got, expected):
@@ -67,8 +76,7 @@ def test_a_state_is_updated_in_one_kernel_for_each_leaf(name, bits, on_a_gpu, mo
         del on_a_gpu[:]
         got = tx.update(gradient, state, params)
         assert len(on_a_gpu) == len(SHAPES)
-        with monkeypatch.context() as of_cpu:
-            of_cpu.setattr(jax.lax, "platform_dependent", lambda *args, cpu, **_: cpu(*args))
+        with on_a_cpu(monkeypatch):
             expected = tx.update(gradient, state, params)
         same(got, expected)
         state = got[1]
@@ -106,8 +114,7 @@ def test_weights_are_added_to_and_rounded_in_one_kernel(bits, key, on_a_gpu, mon
     updates["blocks"] = updates["blocks"].at[0].set(0)
     got = apply_updates(params, updates, key)
     kernels = len(on_a_gpu)
-    with monkeypatch.context() as of_cpu:
-        of_cpu.setattr(jax.lax, "platform_dependent", lambda *args, cpu, **_: cpu(*args))
+    with on_a_cpu(monkeypatch):
         expected = apply_updates(params, updates, key)
     same(got, expected)
     assert kernels == sum(x.axis == -1 for x in jax.tree.leaves(params, is_leaf=is_quantized))
@@ -121,3 +128,36 @@ def test_it_is_one_custom_call_in_a_program_for_an_nvidia_gpu():
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 1
     assert "stablehlo.while" not in text
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_product_with_codes_is_that_with_the_matrix(bits, transposed):
+    matrix = jnp.asarray(RNG.standard_normal((200, 700)), jnp.bfloat16)
+    weight = quantize(matrix, Affine(bits))
+    rows = jnp.asarray(RNG.standard_normal((50, 700 if transposed else 200)), jnp.bfloat16)
+    assert fits_product(rows, weight)
+    got = kernel_product(rows, weight, transposed=transposed, interpret=True)
+    wide = weight.dequantize(jnp.float32).astype(jnp.bfloat16).astype(jnp.float32)
+    expected = rows.astype(jnp.float32) @ (wide.T if transposed else wide)
+    np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=0.01, atol=0.3)
+    off = np.linalg.norm(got.astype(jnp.float32) - expected) / np.linalg.norm(expected)
+    assert off < 0.004  # one rounding to bfloat16
+
+
+def test_a_product_of_few_rows_has_the_gradients_of_the_matrix():
+    weight = quantize(jnp.asarray(RNG.standard_normal((128, 256)), jnp.bfloat16), Affine(8))
+    rows = jnp.asarray(RNG.standard_normal((32, 128)), jnp.bfloat16)
+
+    def loss(params, times):
+        made = times(params["rows"], params["w"])
+        return jnp.sum(jnp.square(made.astype(jnp.float32)))
+
+    params = {"rows": rows, "w": weight}
+    _, got = value_and_grad(partial(loss, times=product))(params)
+    _, expected = value_and_grad(
+        partial(loss, times=lambda rows, weight: rows @ weight.dequantize())
+    )(params)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)
