@@ -108,8 +108,9 @@ class InnerCall:
         shapes = tree, tuple((x.shape, x.dtype) for x in leaves)
         if shapes not in self.inner.elementwise:
             stacks = [k for k, plan in enumerate(self.plans) if plan is not None and plan.together]
-            for k in stacks:
-                leaves[k] = leaves[k].update(shape=leaves[k].shape[self.plans[k].batch_ndim :])
+            for k, leaf in enumerate(leaves):
+                batch = self.plans[k].batch_ndim if k in stacks else 0
+                leaves[k] = jax.ShapeDtypeStruct(leaf.shape[batch:], leaf.dtype)
             try:
                 one = self._trace(tree.unflatten(leaves), None)
                 found = is_elementwise(self.traced, stacks) and is_elementwise(one, stacks)
