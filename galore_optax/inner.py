@@ -107,10 +107,10 @@ class InnerCall:
         leaves, tree = jax.tree.flatten(self.params)
         shapes = tree, tuple((x.shape, x.dtype) for x in leaves)
         if shapes not in self.inner.elementwise:
-            stacks = [k for k, plan in enumerate(self.plans) if plan is not None and plan.together]
+            plans = enumerate(self.plans)
+            stacks = {k: plan.batch_ndim for k, plan in plans if plan is not None and plan.together}
             for k, leaf in enumerate(leaves):
-                batch = self.plans[k].batch_ndim if k in stacks else 0
-                leaves[k] = jax.ShapeDtypeStruct(leaf.shape[batch:], leaf.dtype)
+                leaves[k] = jax.ShapeDtypeStruct(leaf.shape[stacks.get(k, 0) :], leaf.dtype)
             try:
                 one = self._trace(tree.unflatten(leaves), None)
                 found = is_elementwise(self.traced, stacks) and is_elementwise(one, stacks)
