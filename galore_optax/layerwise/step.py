@@ -266,19 +266,19 @@ class _Layers:
         """A layer after its update, if `ok`."""
         changing = self._changing(state)
 
-        def update(gradient: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
-            part, before = {self.key: own}, self._whole(state, changing)
+        def update(params: Any, gradient: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
+            part, before = {self.key: params}, self._whole(state, changing)
             updates, after = self.update.updates(
                 part, before, gradient, projected=self.projected, **self._of(i)
             )
             return updates, self._changing(after)
 
         def late(gradient: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
-            updates, changing = update(gradient, changing)
+            updates, changing = update(own, gradient, changing)
             return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, gradient), changing
 
         def at_once(params: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
-            updates, changing = update(gradient, changing)
+            updates, changing = update(params, gradient, changing)
             return self.update.applied({self.key: params}, updates, i)[self.key], changing
 
         if self._late(own) and not self.projected:
