@@ -152,9 +152,11 @@ class _Call:
         *,
         layer: ArrayLike = 0,
         layers: int = 1,
+        allowed: ArrayLike = True,
         **extra_args: Any,
     ):
         self.galore, self.layer, self.layers = galore, layer, layers
+        self.allowed = allowed  # whether a refresh that is due may be made
         like, self.tree = jax.tree.flatten(updates)
         self.weights = None
         if params is not None:
@@ -190,7 +192,8 @@ class _Call:
         inner_leaves, inner_tree = jax.tree.flatten(state.inner, is_leaf=is_quantized)
         places: MomentsOf = {} if rule == "keep" else self.inner.moments()
         matrices = [plan.matrices for _, plan in projected]
-        due = jnp.split(count >= state.next_refresh, np.cumsum(matrices)[:-1])
+        due = (count >= state.next_refresh) & self.allowed
+        due = jnp.split(due, np.cumsum(matrices)[:-1])
         key = jax.random.fold_in(jax.random.key(self.galore.seed), count)
         happened, similarities = [], []
         for (i, plan), now in zip(projected, due, strict=True):

@@ -46,7 +46,10 @@ class SubspaceParts(Protocol):
     def refresh(
         self, gradient: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
-        """The state with new bases where they are due; needs params only if moments are reset."""
+        """The state with new bases where they are due; needs params only if moments are reset.
+
+        With the extra argument `allowed`, a boolean scalar that is false, nothing is refreshed.
+        """
 
     def project(self, gradient: optax.Updates, state: Any) -> optax.Updates:
         """The projected gradient: R at a projected leaf, a tuple of them for a stack."""
@@ -86,10 +89,10 @@ def without_refresh(tx: optax.GradientTransformation) -> optax.GradientTransform
         raise ValueError(
             f"tx={tx!r} has no subspace: give galore(...), or a recipe such as galore_adamw(...)"
         )
-    return transformation(WithoutRefresh(tx, parts))
+    return transformation(_WithoutRefresh(tx, parts))
 
 
-class WithoutRefresh:
+class _WithoutRefresh:
     """The transformation, with `SubspaceParts`."""
 
     def __init__(self, tx: optax.GradientTransformation, parts: SubspaceParts):
@@ -111,6 +114,12 @@ class WithoutRefresh:
     def refresh(self, gradient: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         """The state as it is."""
         return state
+
+
+def refreshes(tx: optax.GradientTransformation) -> bool:
+    """Whether `tx` has a subspace, and refreshes it."""
+    parts = subspace_parts(tx)
+    return parts is not None and not isinstance(parts, _WithoutRefresh)
 
 
 def subspace_parts(tx: optax.GradientTransformation) -> SubspaceParts | None:

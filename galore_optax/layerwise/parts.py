@@ -44,6 +44,15 @@ class PartUpdate:
         updates, state = update(gradients, state, params, value=self.loss, **layer)
         return {k: updates[k] for k in part}, state
 
+    def projected(
+        self, part: Params, state: Any, gradient: Params, ok: Bool[Array, ""], **layer: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        """Returns a part's projected gradient, in a subspace that is refreshed if due and `ok`."""
+        parts: Any = subspace_parts(self.tx)
+        gradients, params = {**self.others, **gradient}, {**self.others, **dequantized(part)}
+        state = parts.refresh(gradients, state, params, value=self.loss, allowed=ok, **layer)
+        return parts.project(gradients, state), state
+
     def applied(self, part: Params, updates: optax.Updates, layer: Any = None) -> Params:
         """Returns a part of the params, of the layer with that index, after its update."""
         return self.apply(part, updates, self.count, layer)
