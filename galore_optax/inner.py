@@ -8,7 +8,7 @@ of its state are moments, and what it does with params, is read from its traced 
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -112,13 +112,32 @@ class InnerCall:
             for k, leaf in enumerate(leaves):
                 leaves[k] = jax.ShapeDtypeStruct(leaf.shape[stacks.get(k, 0) :], leaf.dtype)
             try:
-                one = self._trace(tree.unflatten(leaves), None)
-                found = is_elementwise(self.traced, stacks) and is_elementwise(one, stacks)
-                found = found and same_equations(self.traced, one)
+                found = self._fits_the_state() and is_elementwise(self.traced, stacks)
+                # `init` has answered the rest where the state has arrays of a stack's shape.
+                if found and not self._of_stacks(stacks):
+                    one = self._trace(tree.unflatten(leaves), None)
+                    found = is_elementwise(one, stacks) and same_equations(self.traced, one)
             except Exception:  # of an inner that takes no stacks; it gets matrices then
                 found = False
             self.inner.elementwise[shapes] = found
         return self.inner.elementwise[shapes]
+
+    def _fits_the_state(self) -> bool:
+        """Whether a given state is as `init` makes it for these params."""
+        if self.given is None:
+            return True
+        made = jax.eval_shape(self.inner.tx.init, self.params)
+        return jax.tree.structure(made) == jax.tree.structure(self.given)
+
+    def _of_stacks(self, stacks: Collection[int]) -> bool:
+        """Whether a given state has arrays of the shape of a stack of matrices."""
+        if self.given is None:
+            return False
+        params = jax.tree.leaves(self.params)
+        shapes = {params[k].shape for k in stacks}
+        return any(
+            jnp.shape(x) in shapes for x in jax.tree.leaves(self.given, is_leaf=is_quantized)
+        )
 
     def _trace(self, params: optax.Params, state: optax.OptState | None) -> Traced:
         if state is None:

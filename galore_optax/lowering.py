@@ -23,27 +23,24 @@ def on_one_gpu(kernel: Callable[..., Any], otherwise: Callable[..., Any], *args:
 
 
 def _on_one_device(one: Callable[..., Any], several: Callable[..., Any], *args: Any) -> Any:
-    leaves = jax.tree.leaves(args)
     (first, out), (second, _) = (
         jax.make_jaxpr(f, return_shape=True)(*args) for f in (one, several)
     )
+    count = len(first.consts)
     # What the functions close over is an argument, too.
     consts = [*first.consts, *second.consts]
 
-    def of(jaxpr: Any, consts: slice) -> Callable[..., Any]:
-        def call(*leaves: Any) -> Any:
-            own = leaves[: len(first.consts) + len(second.consts)][consts]
-            rest = leaves[len(first.consts) + len(second.consts) :]
-            return jaxpr_as_fun(jaxpr.replace(consts=own))(*rest)
+    def of_first(*leaves: Any) -> Any:
+        return jaxpr_as_fun(first.replace(consts=leaves[:count]))(*leaves[len(consts) :])
 
-        return call
+    def of_second(*leaves: Any) -> Any:
+        own = leaves[count : len(consts)]
+        return jaxpr_as_fun(second.replace(consts=own))(*leaves[len(consts) :])
 
-    split = len(first.consts)
-    functions = {
-        "one": of(first, slice(0, split)),
-        "several": of(second, slice(split, None)),
-    }
-    return jax.tree.structure(out).unflatten(_one_device.bind(*consts, *leaves, **functions))
+    leaves = [*consts, *jax.tree.leaves(args)]
+    return jax.tree.structure(out).unflatten(
+        _one_device.bind(*leaves, one=of_first, several=of_second)
+    )
 
 
 _one_device = Primitive("one_device")

@@ -27,12 +27,15 @@ from galore_optax.trace.elementwise import Part, arrays, body_of, elementwise_pa
 # The most elements in a chunk, so that a turn of the loop is worth its start. A CPU takes half as
 # many, whose floats stay in its cache (8-bit Adam takes 10% to 30% longer with all, EPYC, 2 cores).
 CHUNK = 2**20
-# Pallas lacks these for Triton, and has no more than these for 16-bit floats.
-_NOT_IN_TRITON = {"copy", "erf", "reduce_precision", "round"}
+# What Pallas has for Triton: for all floats, and for those of at least 32 bits.
 _SIMPLE = {
     "abs", "add", "add_any", "broadcast_in_dim", "convert_element_type", "div", "eq", "ge", "gt",
     "integer_pow", "le", "lt", "max", "min", "mul", "ne", "neg", "select_n", "square",
     "stop_gradient", "sub",
+}  # fmt: skip
+_WIDE = {
+    "and", "ceil", "clamp", "cos", "exp", "exp2", "expm1", "floor", "is_finite", "log", "log1p",
+    "logistic", "not", "or", "pow", "rsqrt", "sign", "sin", "sqrt", "tan", "tanh", "xor",
 }  # fmt: skip
 
 
@@ -254,4 +257,4 @@ def _in_triton(equation: Any) -> bool:
         return all(map(_in_triton, body.jaxpr.eqns))
     wide = all(v.aval.dtype.itemsize != 2 for v in (*equation.invars, *equation.outvars))
     name = equation.primitive.name
-    return name in _SIMPLE or (wide and name not in _NOT_IN_TRITON)
+    return name in _SIMPLE or (wide and name in _WIDE)

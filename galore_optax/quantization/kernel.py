@@ -35,7 +35,11 @@ def fits(leaves: Sequence[Any]) -> bool:
     blocks = all(
         x.axis == -1 and not is_quantized(x.scales) and x.block in _POWERS for x in quantized
     )
-    return bool(quantized) and blocks and all(0 < x.size < 2**31 for x in leaves)
+    return (
+        bool(quantized)
+        and blocks
+        and all(0 < x.size < 2**31 and x.dtype.itemsize <= 4 for x in leaves)
+    )
 
 
 _POWERS = [2**i for i in range(1, _TILE.bit_length())]
@@ -110,6 +114,15 @@ def in_one_kernel(
     return out_tree.unflatten(x.reshape(like.shape) for x, like in zip(made, outputs, strict=True))
 
 
+def load_codes(like: QuantizedArray, ref: Any, row: Array, column: Array) -> Array:
+    """The codes of an array's elements in those rows and columns, one for each."""
+    length = like.codes.shape[-1]
+    if like.code.bits == 8:
+        return triton.load(ref.at[row * length + column])
+    pair = triton.load(ref.at[row * length + column // 2]).astype(jnp.int32)
+    return ((pair >> (4 * (column % 2))) & 15).astype(jnp.uint8)
+
+
 class _Tile(NamedTuple):
     """The elements of a row that one program has; past the row's end its last element, again."""
 
@@ -140,19 +153,12 @@ class _Tile(NamedTuple):
         at, there = self._blocks(like)
         last = (self.row + 1) * like.scales.shape[-1] - 1
         at = jnp.where(there, at, last)
-        codes = self._codes(like, ref.codes).reshape(-1, like.block)
+        codes = load_codes(like, ref.codes, self.row, self.inside).reshape(-1, like.block)
         scales = triton.load(ref.scales.at[at]).reshape(-1, 1)
         offsets = None
         if like.offsets is not None:
             offsets = triton.load(ref.offsets.at[at]).reshape(-1, 1)
         return like.code.decode(codes, scales, offsets).reshape(-1)
-
-    def _codes(self, like: QuantizedArray, ref: Any) -> Array:
-        if like.code.bits == 8:
-            return triton.load(ref.at[self.element])
-        bytes_of_row = like.codes.shape[-1]
-        pair = triton.load(ref.at[self.row * bytes_of_row + self.inside // 2]).astype(jnp.int32)
-        return ((pair >> (4 * (self.inside % 2))) & 15).astype(jnp.uint8)
 
     def store(self, like: Any, ref: Any, x: Array, bits: Any, old: Array | None) -> None:
         """Writes new floats (size,)."""

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from galore_optax.lowering import on_one_gpu
 from galore_optax.ordering import codes_after
 from galore_optax.quantization.array import QuantizedArray, is_quantized
+from galore_optax.quantization.kernel import load_codes
 from galore_optax.sharding import explicit_axes
 
 # The most rows: of these the arithmetic takes about as long as the dequantized matrix's bytes.
@@ -105,11 +106,7 @@ def _decoded(like: QuantizedArray, ref: Any, row: Array, column: Array) -> Array
     """Part of a matrix in floats, of which consecutive columns are in one block."""
     row = jnp.minimum(row, like.shape[0] - 1)[:, None]
     column = jnp.minimum(column, like.shape[1] - 1)[None, :]
-    if like.code.bits == 8:
-        codes = triton.load(ref.codes.at[row * like.shape[1] + column])
-    else:
-        pair = triton.load(ref.codes.at[row * like.codes.shape[1] + column // 2])
-        codes = ((pair.astype(jnp.int32) >> (4 * (column % 2))) & 15).astype(jnp.uint8)
+    codes = load_codes(like, ref.codes, row, column)
     at = row * like.scales.shape[1] + jnp.min(column) // like.block
     offsets = None if like.offsets is None else triton.load(ref.offsets.at[at])
     return like.code.decode(codes, triton.load(ref.scales.at[at]), offsets)
