@@ -1,6 +1,7 @@
 """The stages of `galore`'s update: refresh what is due, project, run the inner, project back."""
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.leaf import Plans, Projection, Rank, projections
 from galore_optax.projection.moments import CarryOver, Moment, MomentsOf, reset
-from galore_optax.projection.refresh import Refresh, check_subspace, refresh
+from galore_optax.projection.refresh import Leaf, Refresh, Refreshed, check_subspace, refresh
 from galore_optax.projection.subspace import SUBSPACES, FindSubspace
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.sharding import sharded_like
@@ -195,25 +196,33 @@ class _Call:
         due = (count >= state.next_refresh) & self.allowed
         due = jnp.split(due, np.cumsum(matrices)[:-1])
         key = jax.random.fold_in(jax.random.key(self.galore.seed), count)
-        happened, similarities = [], []
+        carried: MomentsOf = (
+            {i: [[]] for i, _ in projected} if rule in ("keep", "reset") else places
+        )
+        groups: dict[Any, dict[int, Leaf]] = {}
         for (i, plan), now in zip(projected, due, strict=True):
-            carried: list[list[Moment]] = [[]] if rule in ("keep", "reset") else places[i]
-            made = refresh(
-                self._how(plan, carried[0]),
+            leaf = Leaf(
                 grads[i],
                 bases[i],
-                tuple(tuple(inner_leaves[moment.position] for moment in own) for own in carried),
+                tuple(tuple(inner_leaves[moment.position] for moment in own) for own in carried[i]),
                 # A tensor without an axis above the rank has nothing to refresh.
                 now.reshape(plan.view.batch_shape) & bool(plan.modes),
                 keys.for_path(key, plan.path),
-                jnp.asarray(self.layer, jnp.int32) * plan.matrices,
             )
-            bases[i] = made.bases
-            happened.append(made.happened)
-            similarities.append(made.similarities)
-            for own, values in zip(carried, made.moments, strict=True):
+            same = self._how(plan, carried[i][0]), _without_numbers(plan.path), _types(leaf)
+            groups.setdefault(same, {})[i] = leaf
+        first = jnp.asarray(self.layer, jnp.int32)
+        made: dict[int, Refreshed] = {}
+        for (how, _, _), leaves in groups.items():
+            new = refresh(how, list(leaves.values()), first * how.projection.matrices)
+            made |= zip(leaves, new, strict=True)
+        for i, leaf in made.items():
+            bases[i] = leaf.bases
+            for own, values in zip(carried[i], leaf.moments, strict=True):
                 for moment, value in zip(own, values, strict=True):
                     inner_leaves[moment.position] = value
+        happened = [made[i].happened for i, _ in projected]
+        similarities = [made[i].similarities for i, _ in projected]
         timing = schedule.next_timing(
             self.galore.gap, state, happened, similarities, self.layer, self.layers
         )
@@ -266,6 +275,19 @@ def _project(tree: Any, plans: Plans, bases: Sequence[Any], leaves: Sequence[Any
     """R of each projected leaf, and the other leaves as they are."""
     triples = zip(plans, bases, leaves, strict=True)
     return tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
+
+
+def _without_numbers(path: str) -> str:
+    """The path without the numbers of layers.
+
+    Leaves of equal shape and of one path but for numbers are sharded alike, also on automatic axes.
+    """
+    return re.sub(r"\d+", "", path)
+
+
+def _types(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple(map(jax.typeof, leaves))
 
 
 def _stored(bases: Any) -> Any:
