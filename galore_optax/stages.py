@@ -110,7 +110,7 @@ class GaLore:
     ) -> tuple[optax.Updates, GaLoreState]:
         """All stages."""
         call, grads = _Call(self, updates, state, params, **extra_args), jax.tree.leaves(updates)
-        state = call.refresh(grads, state)
+        state = call.refresh(grads, state, in_groups=True)
         return call.finish(call.project(grads, state), state, grads)
 
     # The same in parts: `galore_optax.transformation.SubspaceParts`.
@@ -184,8 +184,15 @@ class _Call:
         """R of each projected leaf, and the other leaves as they are."""
         return _project(self.tree, self.plans, self.bases(state), leaves)
 
-    def refresh(self, grads: Sequence[Array], state: GaLoreState) -> GaLoreState:
-        """The state with new bases, moments and times of refreshes where refreshes are due."""
+    def refresh(
+        self, grads: Sequence[Array], state: GaLoreState, in_groups: bool = False
+    ) -> GaLoreState:
+        """The state with new bases, moments and times of refreshes where refreshes are due.
+
+        In groups, leaves of equal shape and of one path but for numbers (layers of a list) share
+        one compiled refresh. The gradients of a group are then in memory at once, which summing
+        projected microbatches is to avoid.
+        """
         projected = [(i, plan) for i, plan in enumerate(self.plans) if plan is not None]
         if not projected:
             return state
@@ -207,14 +214,16 @@ class _Call:
                 tuple(tuple(inner_leaves[moment.position] for moment in own) for own in carried[i]),
                 # A tensor without an axis above the rank has nothing to refresh.
                 now.reshape(plan.view.batch_shape) & bool(plan.modes),
-                keys.for_path(key, plan.path),
+                jnp.uint32(keys.number_of(plan.path)),
             )
-            same = self._how(plan, carried[i][0]), _without_numbers(plan.path), _types(leaf)
+            # Automatic axes are not in a type. Those of one path but for numbers are sharded alike.
+            name = re.sub(r"\d+", "", plan.path) if in_groups else plan.path
+            same = self._how(plan, carried[i][0]), name, _types(leaf)
             groups.setdefault(same, {})[i] = leaf
         first = jnp.asarray(self.layer, jnp.int32)
         made: dict[int, Refreshed] = {}
         for (how, _, _), leaves in groups.items():
-            new = refresh(how, list(leaves.values()), first * how.projection.matrices)
+            new = refresh(how, list(leaves.values()), key, first * how.projection.matrices)
             made |= zip(leaves, new, strict=True)
         for i, leaf in made.items():
             bases[i] = leaf.bases
@@ -275,14 +284,6 @@ def _project(tree: Any, plans: Plans, bases: Sequence[Any], leaves: Sequence[Any
     """R of each projected leaf, and the other leaves as they are."""
     triples = zip(plans, bases, leaves, strict=True)
     return tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
-
-
-def _without_numbers(path: str) -> str:
-    """The path without the numbers of layers.
-
-    Leaves of equal shape and of one path but for numbers are sharded alike, also on automatic axes.
-    """
-    return re.sub(r"\d+", "", path)
 
 
 def _types(tree: Any) -> Any:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt32
 
 from galore_optax import checks
 from galore_optax.ordering import kept_in_place
@@ -32,13 +32,13 @@ Moments = tuple[tuple[Any, ...], ...]
 
 
 class Leaf(NamedTuple):
-    """A leaf before its refresh, with the key of leaf and step."""
+    """A leaf before its refresh."""
 
     gradient: Float[Array, "*shape"]
     bases: Bases
     moments: Moments  # ((),) if they are not carried over
     due: Bool[Array, "*batch"]
-    key: PRNGKeyArray
+    path: UInt32[Array, ""]  # its number
 
 
 class Refreshed(NamedTuple):
@@ -66,13 +66,13 @@ class Refresh:
     carry_over: CarryOver | None
     similarity: Similarity | None
 
-    def __call__(self, leaves: Sequence[Leaf], first: Array) -> list[Refreshed]:
+    def __call__(self, leaves: Sequence[Leaf], key: Array, first: Array) -> list[Refreshed]:
         """Of each leaf; see `refresh`.
 
         A loop: XLA took six minutes to compile the refreshes of 224 leaves one after the other.
         """
         if len(leaves) == 1:
-            return [self._leaf(leaves[0], first)]
+            return [self._leaf(leaves[0], key, first)]
         gradients = [partial(jnp.asarray, leaf.gradient) for leaf in leaves]
 
         def loop() -> list[Refreshed]:
@@ -82,7 +82,9 @@ class Refresh:
             def body(i: Array, made: Refreshed) -> Refreshed:
                 parts = made.bases, made.moments, *stacks[2:]
                 leaf = Leaf(jax.lax.switch(i, gradients), *jax.tree.map(itemgetter(i), parts))
-                return jax.tree.map(lambda xs, x: xs.at[i].set(x), made, self._leaf(leaf, first))
+                return jax.tree.map(
+                    lambda xs, x: xs.at[i].set(x), made, self._leaf(leaf, key, first)
+                )
 
             none = jnp.zeros((len(leaves), self.projection.matrices), jnp.float32)
             start = Refreshed(stacks[0], stacks[1], none > 0, none)
@@ -94,8 +96,9 @@ class Refresh:
             functools.reduce(operator.or_, due), loop, lambda: [self._stay(leaf) for leaf in leaves]
         )
 
-    def _leaf(self, leaf: Leaf, first: Array) -> Refreshed:
-        gradient, bases, moments, due, key = leaf
+    def _leaf(self, leaf: Leaf, key: Array, first: Array) -> Refreshed:
+        gradient, bases, moments, due, path = leaf
+        key = jax.random.fold_in(key, path)
         view, number = self.projection.view, self.projection.matrices
 
         def single() -> Refreshed:
@@ -192,15 +195,17 @@ class Refresh:
 
 # Compiled on its own, since outside of jit every conditional would be compiled anew at every call.
 @partial(jax.jit, static_argnums=0)
-def refresh(how: Refresh, leaves: Sequence[Leaf], first: Int[Array, ""]) -> list[Refreshed]:
+def refresh(
+    how: Refresh, leaves: Sequence[Leaf], key: PRNGKeyArray, first: Int[Array, ""]
+) -> list[Refreshed]:
     """Refreshes the matrices that are due, of leaves of equal shape; costs nothing on other steps.
 
-    Into the key of leaf and step, each matrix's index is folded, from `first` on: not 0 if other
-    layers are before.
+    Into the key of the step, the number of a leaf's path and the index of each matrix are folded.
+    Indices start at `first`, which is not 0 if other layers are before.
     """
     none = PartitionSpec()
     out = [Refreshed._make((specs(leaf.bases), specs(leaf.moments), none, none)) for leaf in leaves]
-    return with_automatic_axes(how, lambda _: out, leaves, first)
+    return with_automatic_axes(how, lambda _: out, leaves, key, first)
 
 
 def check_subspace(find: FindSubspace, plans: Plans) -> None:
