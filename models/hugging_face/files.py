@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; ValueError if there is none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(), object_pairs_hook=_without_duplicates)
     except OSError as error:
         advice = "give a directory with a Hugging Face checkpoint"
         raise ValueError(f"{path} cannot be read ({error.strerror}); {advice}") from error
@@ -20,6 +20,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must contain a JSON object")
+    return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
     return content
 
 
