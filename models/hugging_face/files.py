@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 
@@ -37,9 +39,27 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def tensor_names(path: Path) -> set[str]:
+    """Returns the names of the tensors in a safetensors file; ValueError if it is none."""
+    with _open_tensors(path) as file:
+        return {*file.keys()}
+
+
+def read_tensor(path: Path, name: str) -> Shaped[np.ndarray, "..."]:
+    """Reads a tensor of floats; ValueError if it has another dtype, as quantized weights have."""
+    with _open_tensors(path) as file:
+        dtype = file.get_slice(name).get_dtype()
+        # Integers and 8-bit floats are quantized, and mean nothing without their scales.
+        if dtype not in ("F16", "BF16", "F32", "F64"):
+            raise ValueError(
+                f"{name} in {path} has dtype {dtype}, only F16, BF16, F32 and F64 are supported; "
+                "convert the checkpoint, or load another"
+            )
+        return file.get_tensor(name)
+
+
 @contextlib.contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """Opens a safetensors file to read NumPy arrays; ValueError if that is not possible."""
+def _open_tensors(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; the weights must be stored as safetensors")
     try:

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import DTypeLike, Shaped
 from safetensors.numpy import save_file
 
-from models.hugging_face.files import open_tensors, read_json, write_json
+from models.hugging_face.files import read_json, read_tensor, tensor_names, write_json
 from models.hugging_face.llama_config import from_theirs, to_theirs
 from models.llama.config import LlamaConfig, weight_table
 from models.llama.model import Llama
@@ -84,7 +84,7 @@ def load_llama(
             )
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:
-        tensor = _read_tensor(files, sources[name])
+        tensor = read_tensor(files[sources[name]], sources[name])
         if tensor.shape != places[name].shape:
             raise ValueError(
                 f"{name} has shape {tensor.shape}, but config.json says {places[name].shape}"
@@ -92,7 +92,7 @@ def load_llama(
         return tensor
 
     for name in frequencies:
-        _check_frequencies(name, _read_tensor(files, name), config)
+        _check_frequencies(name, read_tensor(files[name], name), config)
     if tied and _HEAD in files and not np.array_equal(read(_HEAD), read(_EMBEDDING)):
         raise ValueError(
             f"config.json says tie_word_embeddings=True, but {files[_HEAD]} has a {_HEAD} that is "
@@ -173,8 +173,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         )
     files: dict[str, Path] = {}
     for path in paths:
-        with open_tensors(path) as file:
-            names = {*file.keys()}
+        names = tensor_names(path)
         if expected is not None:
             listed = {name for name, file in expected.items() if directory / file == path}
             for name in sorted(names ^ listed):
@@ -183,18 +182,6 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
                 raise ValueError(f"{name} {where}, but {index} {says}; copy the checkpoint again")
         files |= dict.fromkeys(names, path)
     return files
-
-
-def _read_tensor(files: dict[str, Path], name: str) -> Shaped[np.ndarray, "..."]:
-    with open_tensors(files[name]) as file:
-        kind = file.get_slice(name).get_dtype()
-        # Integers and 8-bit floats are quantized, and mean nothing without their scales.
-        if kind not in ("F16", "BF16", "F32", "F64"):
-            raise ValueError(
-                f"{name} in {files[name]} has dtype {kind}, only F16, BF16, F32 and F64 are "
-                "supported; convert the checkpoint, or load another"
-            )
-        return file.get_tensor(name)
 
 
 def _frequency_names(config: LlamaConfig) -> set[str]:
