@@ -34,6 +34,9 @@ class Pretrain:
     """Folder of the data set; `python -m train.prepare_c4` writes one."""
     tokenizer: str = "bytes"
     """`bytes`, or the path of a tokenizer.json."""
+    end_token: str | None = None
+    """Token of the tokenizer.json that ends a document, such as </s>. Default: the one that it and
+    the files beside it name, else its one special token with a common name."""
     sequences: Literal["packed", "document"] = "packed"
     """`packed`: no padding, no attention across documents. `document`: one document per row,
     truncated or padded, as published."""

@@ -3,8 +3,8 @@
 `separator` is the id of the token between two documents; `vocab_size` is above all ids of texts.
 """
 
+import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +12,20 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-# Names of the token that ends a document, in common vocabularies.
-END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]", "[EOS]")
+from train.data.separator import find_separator, forms, gives, spell_out
 
 
-def load_tokenizer(name: str | Path) -> "Tokenizer":
-    """The tokenizer "bytes", or that of a `tokenizer.json`; ValueError if it cannot be used."""
-    return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name))
+def load_tokenizer(name: str | Path, end_token: str | None = None) -> "Tokenizer":
+    """The tokenizer "bytes", or that of a `tokenizer.json`; ValueError if it cannot be used.
+
+    `end_token` is the name of the token that ends a document, which otherwise the files say.
+    """
+    if name != "bytes":
+        return FileTokenizer(Path(name), end_token)
+    if end_token is not None:
+        advice = "leave it out, or give a tokenizer.json"
+        raise ValueError(f"--end-token {end_token} has no effect with --tokenizer bytes: {advice}")
+    return ByteTokenizer()
 
 
 class ByteTokenizer:
@@ -38,13 +45,13 @@ class ByteTokenizer:
 class FileTokenizer:
     """A `tokenizer.json`'s tokenizer, which can be pickled; no text gives a special token."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, end_token: str | None = None):
         # One thread per process: Grain's workers run in parallel, and `tokenizers` warns of a fork
         # after its threads have started.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import tokenizers
 
-        self.path = path
+        self.path, self._end_token = path, end_token
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises plain Exception
@@ -54,29 +61,38 @@ class FileTokenizer:
             ) from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        vocabulary = tokenizer.get_vocab()
-        found = [vocabulary[token] for token in END_TOKENS if token in vocabulary]
-        if not found:
-            needed = f"one of {' '.join(END_TOKENS)} is needed"
-            raise ValueError(f"tokenizer={str(path)!r} has no token that ends a document: {needed}")
-        self.separator: int = found[0]
+        self.separator = find_separator(tokenizer, path, end_token)
+        self._name = str(tokenizer.id_to_token(self.separator))
+        tokenizer.add_special_tokens([self._name])
         added = tokenizer.get_added_tokens_decoder().items()
         special = {i: token.content for i, token in added if token.special}
-        with self._errors_named():
-            _spell_out_special_tokens(tokenizer, special)
-        ordinary = [i for i in vocabulary.values() if i not in special]
-        self.vocab_size: int = 1 + max([self.separator, *ordinary])
+        spell_out(tokenizer, special)
+        if gives(tokenizer, self.separator, *forms(self._name)):
+            raise ValueError(self._reached("a text with its name or an unknown character in it"))
+        model = json.loads(tokenizer.to_str())["model"]
+        unknown = model.get("unk_id", tokenizer.token_to_id(model.get("unk_token") or ""))
+        ordinary = [i for i in tokenizer.get_vocab().values() if i not in special]
+        self.vocab_size: int = 1 + max([self.separator, unknown or 0, *ordinary])
         self._tokenizer = tokenizer
 
     def __reduce__(self):
         # Pickled by path: a pickled `tokenizers.Tokenizer` forgets encode_special_tokens.
-        return FileTokenizer, (self.path,)
+        return FileTokenizer, (self.path, self._end_token)
 
     def encode(self, text: str) -> Int[np.ndarray, " length"]:
-        """Token ids of a text; raises ValueError if the vocabulary has none for a part of it."""
+        """Token ids of a text; ValueError if the vocabulary has none for a part of it."""
         text = text.encode("utf-8", errors="replace").decode("utf-8")
         with self._errors_named():
-            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            ids = np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        if self.separator in ids:
+            raise ValueError(self._reached(f"the text {text[:60]!r}..."))
+        return ids
+
+    def _reached(self, text: str) -> str:
+        return (
+            f"tokenizer={str(self.path)!r}: {text} gives {self._name}, the token that ends a "
+            "document; name another with --end-token"
+        )
 
     def decode(self, ids: Int[np.ndarray, " length"]) -> str:
         """The text of the ids, without special tokens."""
@@ -95,22 +111,3 @@ class FileTokenizer:
 
 
 Tokenizer = ByteTokenizer | FileTokenizer
-
-
-def _spell_out_special_tokens(tokenizer, special: dict[int, str]) -> None:
-    """Changes `tokenizer` so that the names of special tokens in a text are text."""
-    tokenizer.encode_special_tokens = True
-    # A Unigram or word vocabulary that lists its special tokens (T5's does) still finds them,
-    # unless their first character is split off before.
-    endings: dict[str, list[str]] = {}
-    for i, name in special.items():
-        if len(name) > 1 and i in tokenizer.encode(name, add_special_tokens=False).ids:
-            endings.setdefault(name[0], []).append(re.escape(name[1:]))
-    if not endings:
-        return
-    from tokenizers import Regex, pre_tokenizers
-
-    first = "|".join(f"{re.escape(c)}(?={'|'.join(rest)})" for c, rest in endings.items())
-    split = pre_tokenizers.Split(Regex(first), "isolated")
-    own = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*own, split])

@@ -35,7 +35,7 @@ def assemble(config: Resolved, log: Log) -> Parts:
     check_batch(config.batch_size, config.accumulate, mesh)  # before the data are read
     _log_devices(config, mesh, log)
 
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, config.end_token)
     model = model_config(config, tokenizer)
     prompt = 1 + len(tokenizer.encode(config.prompt))
     if prompt >= model.max_length:

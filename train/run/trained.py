@@ -35,7 +35,8 @@ def load_trained(run: str) -> Trained:
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"--run {folder} has no checkpoint yet")
     settings = load(folder / "config.json")
-    tokenizer, place = load_tokenizer(settings.tokenizer), replicated(make_mesh(None))
+    tokenizer = load_tokenizer(settings.tokenizer, settings.end_token)
+    place = replicated(make_mesh(None))
     graph, shapes = abstract_params(settings, model_config(settings, tokenizer))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     evaluations = evaluation_losses(folder)
