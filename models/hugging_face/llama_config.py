@@ -24,7 +24,7 @@ _READ = {*_SIZES, *_ROPE, "model_type", "head_dim"}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Keys that could change the function, with the values that do not; a null is as no key.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "architectures": (["LlamaForCausalLM"], ["LLaMAForCausalLM"]),
+    "architectures": ([], ["LlamaForCausalLM"], ["LLaMAForCausalLM"]),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),

@@ -46,16 +46,18 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "layers_pattern": ("layers", ["layers"], []),
     **dict.fromkeys(("use_rslora", "use_dora"), (False, True)),
-    **dict.fromkeys(("lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora"), _OFF),
+    **dict.fromkeys(("lora_bias", "fan_in_fan_out", "use_qalora", "ensure_weight_tying"), _OFF),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save"), _OFF),
-    **dict.fromkeys(("layer_replication", "target_parameters", "ensure_weight_tying"), _OFF),
-    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config", "velora_config"), _OFF),
+    **dict.fromkeys(("layer_replication", "target_parameters"), _OFF),
+    # An empty object turns these on.
+    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config", "velora_config"), ()),
+    **dict.fromkeys(("use_bdlora", "megatron_config"), ()),
     **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens"), ()),
 }
 # Names, and settings of a training or of what is refused above.
 _NO_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
-    "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "merge_weights",
+    "loftq_config", "lora_ga_config", "megatron_core", "merge_weights",
     "peft_version", "qalora_group_size", "revision",
 }  # fmt: skip
 
