@@ -189,9 +189,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def to_json(config: Resolved) -> dict[str, Any]:
+def to_json(config: Pretrain) -> dict[str, Any]:
     """The content of config.json."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_STORED}
+
+
+def lasting(config: Pretrain) -> dict[str, Any]:
+    """The settings that a resumed run may not change."""
+    return {k: v for k, v in to_json(config).items() if k not in MAY_CHANGE}
 
 
 def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:

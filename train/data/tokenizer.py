@@ -1,12 +1,14 @@
 """From text to token ids and back: plain bytes, or any `tokenizer.json`.
 
-`separator` is the id of the token between two documents; `vocab_size` is above all ids of texts.
+`separator` is the id of the token between two documents; `vocab_size` is above all ids of texts;
+`content` differs between tokenizers that give other ids.
 """
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ def load_tokenizer(name: str | Path, end_token: str | None = None) -> "Tokenizer
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255; 256 separates documents."""
 
-    vocab_size, separator = 257, 256
+    vocab_size, separator, content = 257, 256, "bytes"
 
     def encode(self, text: str) -> Int[np.ndarray, " length"]:
         """Token ids of a text. Lone surrogates, which UTF-8 lacks, become '?'."""
@@ -73,6 +75,7 @@ class FileTokenizer:
         unknown = model.get("unk_id", tokenizer.token_to_id(model.get("unk_token") or ""))
         ordinary = [i for i in tokenizer.get_vocab().values() if i not in special]
         self.vocab_size: int = 1 + max([self.separator, unknown or 0, *ordinary])
+        self.content = f"{sha256(path.read_bytes()).hexdigest()[:16]}, {self._name}"
         self._tokenizer = tokenizer
 
     def __reduce__(self):

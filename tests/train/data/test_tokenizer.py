@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_file import write_tokenizer
 
 from train.data.text import load_text
 from train.data.tokenizer import load_tokenizer
@@ -15,35 +16,6 @@ from train.data.tokenizer import load_tokenizer
 @pytest.fixture(scope="module")
 def t5_file(shared_data):
     return shared_data / "tokenizers" / "t5_tokenizer.json"
-
-
-def write_tokenizer(path, vocabulary, special=(), ordinary=(), **settings):
-    """A word-level tokenizer.json, whose vocabulary lists the special tokens too."""
-    added = [
-        {
-            "id": vocabulary[name],
-            "content": name,
-            "special": name in special,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-        for name in (*special, *ordinary)
-    ]
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-    }
-    path.write_text(json.dumps(content | settings))
-    return path
 
 
 @settings(deadline=None)
