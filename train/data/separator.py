@@ -1,4 +1,4 @@
-"""Which token of a `tokenizer.json` ends a document, and that no text can give it."""
+"""Which token of a `tokenizer.json` ends a document, and that its name in a text is text."""
 
 import json
 import re
@@ -106,7 +106,7 @@ def spell_out(tokenizer: Any, special: dict[int, str]) -> None:
     # unless their first character is split off before.
     endings: dict[str, list[str]] = {}
     for i, name in special.items():
-        if len(name) > 1 and gives(tokenizer, i, name):
+        if len(name) > 1 and _gives(tokenizer, i, name):
             endings.setdefault(name[0], []).append(re.escape(name[1:]))
     if not endings:
         return
@@ -118,19 +118,13 @@ def spell_out(tokenizer: Any, special: dict[int, str]) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*own, split])
 
 
-def gives(tokenizer: Any, token: int, *names: str) -> bool:
-    """Whether a text with one of the names in it gives a token."""
+def _gives(tokenizer: Any, token: int, name: str) -> bool:
+    """Whether a text with a token's name in it gives the token."""
     around = [(a, b) for a in ("", " ", "a", "\n", "a ", ">") for b in ("", "a", " a")]
-    for text in (f"{a}{name}{b}" for name in names for a, b in around):
+    for text in (f"{a}{name}{b}" for a, b in around):
         try:
             if token in tokenizer.encode(text, add_special_tokens=False).ids:
                 return True
         except Exception:  # no vocabulary for a part of the text: see `FileTokenizer.encode`
             continue
     return False
-
-
-def forms(name: str) -> set[str]:
-    """Texts that a normalizer or the unknown token could turn into a token of this name."""
-    wide = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in name)  # by NFKC
-    return {name, name.lower(), name.upper(), wide, "\U0010fffd", *name}

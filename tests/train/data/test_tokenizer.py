@@ -252,22 +252,32 @@ def test_merges_that_make_an_end_of_a_document_do_not_end_one(tmp_path, end_toke
 def test_an_end_of_a_document_that_a_text_can_give_is_refused(tmp_path):
     unknown = {"type": "WordLevel", "vocab": WORDS, "unk_token": "</s>"}
     path = write_tokenizer(tmp_path / "unknown.json", WORDS, ["</s>"], model=unknown)
-    with pytest.raises(ValueError, match=r"unknown character in it gives </s>.*--end-token"):
+    with pytest.raises(ValueError, match=r"each unknown character gives </s>.*--end-token"):
         load_tokenizer(path)
     replace = {"type": "Replace", "pattern": {"String": "%%"}, "content": "z"}
     words = {"<unk>": 0, "z": 1, "a": 2}
     path = write_tokenizer(tmp_path / "one.json", words, normalizer=replace)
-    with pytest.raises(ValueError, match=r"gives z, the token that ends"):
-        load_tokenizer(path, "z")  # one character cannot be split
+    with pytest.raises(ValueError, match=r"'%+' in a text gives z, the token that ends"):
+        load_tokenizer(path, "z").encode("a %%")  # one character cannot be cut
 
 
-def test_a_text_that_gives_the_end_of_a_document_after_all_is_refused(tmp_path):
-    """What was not foreseen when the tokenizer was loaded is found in the texts themselves."""
-    path = write_tokenizer(tmp_path / "tokenizer.json", WORDS, ["</s>"])
+def test_characters_that_are_left_out_do_not_make_an_end_of_a_document(tmp_path):
+    model = {"type": "BPE", "vocab": MERGED, "merges": [["<", "/"], ["s", ">"], ["</", "s>"]]}
+    path = write_tokenizer(
+        tmp_path / "tokenizer.json", MERGED, ["</s>"], model=model, pre_tokenizer=None
+    )
     tokenizer = load_tokenizer(path)
-    tokenizer.separator = WORDS["a"]
-    with pytest.raises(ValueError, match=r"the text '<unk> a'\.\.\. gives </s>.*--end-token"):
-        tokenizer.encode("<unk> a")
+    ids = tokenizer.encode("a<\u200b/\u200bs>b<?/s>")
+    assert [tokenizer._tokenizer.id_to_token(i) for i in ids] == [
+        "a",
+        "<",
+        "/",
+        "s>",
+        "b",
+        "<",
+        "/",
+        "s>",
+    ]
 
 
 def test_the_unknown_token_counts_to_the_vocabulary(tmp_path):
