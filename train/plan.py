@@ -70,7 +70,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 def programs_of(config: Resolved, card: Card | None = None) -> Programs:
     """What a run computes with, without its data; for a card, or this machine's devices."""
-    model = model_config(config, load_tokenizer(config.tokenizer))
+    model = model_config(config, load_tokenizer(config.tokenizer, config.end_token))
     number = math.prod(parse_mesh(config.mesh).values())
     there = None if card is None else devices(card, number)
     return make_programs(config, model, make_mesh(config.mesh, there))

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; ValueError if there is none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(), object_pairs_hook=_without_duplicates)
     except OSError as error:
         advice = "give a directory with a Hugging Face checkpoint"
         raise ValueError(f"{path} cannot be read ({error.strerror}); {advice}") from error
@@ -23,14 +25,41 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return content
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes an object as JSON."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def tensor_names(path: Path) -> set[str]:
+    """Returns the names of the tensors in a safetensors file; ValueError if it is none."""
+    with _open_tensors(path) as file:
+        return {*file.keys()}
+
+
+def read_tensor(path: Path, name: str) -> Shaped[np.ndarray, "..."]:
+    """Reads a tensor of floats; ValueError if it has another dtype, as quantized weights have."""
+    with _open_tensors(path) as file:
+        dtype = file.get_slice(name).get_dtype()
+        # Integers and 8-bit floats are quantized, and mean nothing without their scales.
+        if dtype not in ("F16", "BF16", "F32", "F64"):
+            raise ValueError(
+                f"{name} in {path} has dtype {dtype}, only F16, BF16, F32 and F64 are supported; "
+                "convert the checkpoint, or load another"
+            )
+        return file.get_tensor(name)
+
+
 @contextlib.contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """Opens a safetensors file to read NumPy arrays; ValueError if that is not possible."""
+def _open_tensors(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; the weights must be stored as safetensors")
     try:

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import DTypeLike, Shaped
 from safetensors.numpy import save_file
 
-from models.hugging_face.files import open_tensors, read_json, write_json
+from models.hugging_face.files import read_json, read_tensor, tensor_names, write_json
 from models.hugging_face.llama_config import from_theirs, to_theirs
 from models.llama.config import LlamaConfig, weight_table
 from models.llama.model import Llama
@@ -64,18 +64,19 @@ def load_llama(
     `dtype`; `overrides` are further fields of `LlamaConfig`, such as `rematerialize=True`.
 
     ValueError if there is no checkpoint, if it is damaged, quantized or of another architecture, or
-    if the tensors do not match config.json.
+    if the files contradict each other or have a tensor or a setting that is not understood.
     """
     directory = Path(directory)
     theirs = read_json(directory / "config.json")
     config = from_theirs(theirs, {"dtype": dtype, "param_dtype": dtype, **overrides})
     files, places = _tensor_files(directory), _places(config)
-    tied = bool(theirs.get("tie_word_embeddings", False))
-    # Old checkpoints have the rotary frequencies, which follow from the configuration. A tied head
-    # may be absent, or a copy.
-    present = {name for name in files if not name.endswith("rotary_emb.inv_freq")}
-    present |= {_HEAD} if tied else set()
-    for what, names in (("missing", {*places} - present), ("unexpected", present - {*places})):
+    tied = bool(theirs.get("tie_word_embeddings"))
+    frequencies = _frequency_names(config) & files.keys()
+    # A tied head may be absent, or a copy.
+    sources = {name: _EMBEDDING if tied and name not in files else name for name in places}
+    present = files.keys() | ({_HEAD} if tied else set())
+    unexpected = present - places.keys() - frequencies
+    for what, names in (("missing", {*sources.values()} - present), ("unexpected", unexpected)):
         if names:
             some = ", ".join(sorted(names)[:3] + ["..."] * (len(names) > 3))
             raise ValueError(
@@ -83,15 +84,20 @@ def load_llama(
             )
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:
-        source = _EMBEDDING if tied and name == _HEAD else name
-        with open_tensors(files[source]) as file:
-            tensor = file.get_tensor(source)
+        tensor = read_tensor(files[sources[name]], sources[name])
         if tensor.shape != places[name].shape:
             raise ValueError(
                 f"{name} has shape {tensor.shape}, but config.json says {places[name].shape}"
             )
         return tensor
 
+    for name in frequencies:
+        _check_frequencies(name, read_tensor(files[name], name), config)
+    if tied and _HEAD in files and not np.array_equal(read(_HEAD), read(_EMBEDDING)):
+        raise ValueError(
+            f"config.json says tie_word_embeddings=True, but {files[_HEAD]} has a {_HEAD} that is "
+            "not the embedding; say false there if it is the head, or delete the tensor"
+        )
     params: dict[Any, Any] = flatten_dict(weight_table(config))
     # One stack at a time, so that the host never has a second copy of the model.
     for path, names in groupby(places, lambda name: places[name].path):
@@ -117,7 +123,8 @@ def save_llama(
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: must be at least 1, such as 5e9")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if present := sorted([*directory.glob("config.json"), *directory.glob("*.safetensors*")]):
+    stored = ("config.json", "adapter_config.json", "*.safetensors*")
+    if present := sorted(path for name in stored for path in directory.glob(name)):
         raise ValueError(
             f"directory={directory} already has a model in it ({present[0].name}); nothing was "
             "written, choose another directory"
@@ -148,18 +155,51 @@ def save_llama(
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Returns the file of each tensor, by the tensor's name."""
-    paths = [directory / "model.safetensors"]
-    if (index := directory / _INDEX).exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
+    """Returns the file of each tensor, by the tensor's name; no other weights may lie beside."""
+    single, index = directory / "model.safetensors", directory / _INDEX
+    expected = None
+    if index.exists():
+        expected = read_json(index).get("weight_map")
+        if not isinstance(expected, dict) or not all(isinstance(x, str) for x in expected.values()):
             raise ValueError(f"{index} has no weight_map that names the file of each tensor")
-        paths = sorted({directory / name for name in names.values()})
-    files = {}
+    paths = [single] if expected is None else sorted({directory / x for x in expected.values()})
+    # transformers reads the single file and not the index, and an adapter's base and not the model.
+    others = {single, *directory.glob("model-*.safetensors"), directory / "adapter_config.json"}
+    if beside := sorted(path for path in others - {*paths} if path.exists()):
+        read = paths[0].name if expected is None else index.name
+        raise ValueError(
+            f"{directory} has {read} and {beside[0].name}, which does not belong to it; move the "
+            "wrong one away"
+        )
+    files: dict[str, Path] = {}
     for path in paths:
-        with open_tensors(path) as file:
-            files |= dict.fromkeys(file.keys(), path)
+        names = tensor_names(path)
+        if expected is not None:
+            listed = {name for name, file in expected.items() if directory / file == path}
+            for name in sorted(names ^ listed):
+                where = f"is in {path.name}" if name in names else f"is not in {path.name}"
+                says = f"says {expected[name]}" if name in expected else "has no such tensor"
+                raise ValueError(f"{name} {where}, but {index} {says}; copy the checkpoint again")
+        files |= dict.fromkeys(names, path)
     return files
+
+
+def _frequency_names(config: LlamaConfig) -> set[str]:
+    """Returns names of rotary frequencies, which old checkpoints have."""
+    layers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config.layers)}
+    return layers | {"model.rotary_emb.inv_freq"}
+
+
+def _check_frequencies(name: str, found: Shaped[np.ndarray, "..."], config: LlamaConfig) -> None:
+    """Raises ValueError unless rotary frequencies are those of the configuration."""
+    width = config.head_width
+    expected = config.rope_theta ** -(np.arange(0, width, 2) / width)
+    # Half-precision floats may store them.
+    if found.shape != expected.shape or not np.allclose(found.astype(float), expected, 0.01, 1e-7):
+        raise ValueError(
+            f"{name} has other frequencies than rope_theta={config.rope_theta} in config.json; "
+            "correct config.json, or delete the tensor"
+        )
 
 
 def _places(config: LlamaConfig) -> dict[str, _Place]:

@@ -1,5 +1,6 @@
 """config.json of a Hugging Face LLaMA, to and from `LlamaConfig`."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,40 +18,80 @@ _SIZES = {
     "max_position_embeddings": "max_length",
     "rms_norm_eps": "norm_eps",
 }
+# Keys with their own rules below.
+_ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
+_READ = {*_SIZES, *_ROPE, "model_type", "head_dim"}
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Keys that could change the function, with the values that do not; a null is as no key.
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "architectures": ([], ["LlamaForCausalLM"], ["LLaMAForCausalLM"]),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0.0,),
+    "tie_word_embeddings": (False, True),
+    "quantization_config": (),
+    "auto_map": ({},),  # code of its own
+    "pruned_heads": ({},),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "is_decoder": (False, True),
+    "add_cross_attention": (False,),
+    "chunk_size_feed_forward": (0,),
+    # Of SmolLM.
+    "is_llama_config": (True,),
+    "rope_interleaved": (False,),
+    "dtype": _DTYPES,
+    "torch_dtype": _DTYPES,
+}
+# Keys of transformers 4 and 5 that leave the logits as they are: of training, generation, labels,
+# the tokenizer and the library itself.
+_NO_EFFECT = {
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "_commit_hash", "_flash_attn_2_enabled", "_name_or_path", "attn_implementation",
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing",
+    "id2label", "initializer_range", "label2id", "length_penalty", "max_length",
+    "max_sequence_length", "min_length", "model_max_length", "name_or_path", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp",
+    "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
+    "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache", "use_flash_attention",
+}  # fmt: skip
 
 
 def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaConfig:
-    """Returns the configuration in a config.json; ValueError if it is not one of our LLaMAs."""
-    # Transformers 5 puts theta and type into rope_parameters; before, theta stood at top level and
-    # rope_scaling was null or a scaling.
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"config.json: rope parameters {rope!r} are not supported, only an object")
-    partial = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0))
-    for name, found, accepted in (
-        ("model_type", theirs.get("model_type"), "llama"),
-        ("hidden_act", theirs.get("hidden_act", "silu"), "silu"),
-        ("attention_bias", theirs.get("attention_bias", False), False),
-        ("mlp_bias", theirs.get("mlp_bias", False), False),
-        ("rope type", rope.get("rope_type", rope.get("type", "default")), "default"),
-        ("partial_rotary_factor", partial, 1.0),
-        ("quantization_config", theirs.get("quantization_config"), None),
-    ):
-        if found != accepted:
-            raise ValueError(
-                f"config.json: {name}={found!r} is not supported, only {accepted!r}; convert the "
-                "checkpoint, or load another"
-            )
+    """Returns the configuration in a config.json; ValueError if it is not one of our LLaMAs.
+
+    That is also so if it has a key that is not known here, or two keys that contradict each other.
+    """
+    _check("model_type", theirs.get("model_type"), ("llama",))
+    theirs = {k: v for k, v in theirs.items() if v is not None or k == "rope_theta"}
+    for name in _ACCEPTED.keys() & theirs.keys():
+        _check(name, theirs[name], _ACCEPTED[name])
+    if unknown := sorted({*theirs} - _READ - {*_ACCEPTED} - _NO_EFFECT):
+        raise ValueError(
+            f"config.json: {unknown[0]}={theirs[unknown[0]]!r} is not known here and could change "
+            "what the model computes; delete it if it does not, or load another checkpoint"
+        )
+    _check_agreement({x: theirs[x] for x in ("dtype", "torch_dtype") if x in theirs})
 
     sizes: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
     sizes["num_key_value_heads"] = theirs.get("num_attention_heads")
-    sizes |= {name: theirs[name] for name in _SIZES if theirs.get(name) is not None}
-    sizes["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10_000.0))
+    sizes |= {name: theirs[name] for name in _SIZES if name in theirs}
+    sizes["rope_theta"] = _rope_theta(theirs)
     for name in (*_SIZES, "rope_theta"):
         value, real = sizes.get(name), name in ("rms_norm_eps", "rope_theta")
         if type(value) is not int and not (real and type(value) is float):
             needed = "a number" if real else "an integer"
             raise ValueError(f"config.json: {name}={value!r}: must be {needed}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"config.json: {name}={value!r}: must be positive and finite")
     fields: dict[str, Any] = {ours: sizes[name] for name, ours in _SIZES.items()}
     fields["rope_theta"] = float(sizes["rope_theta"])
     for name, value in overrides.items():
@@ -59,12 +100,55 @@ def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaConfi
                 f"{name}={value!r} is not a field of LlamaConfig; the fields are {', '.join(known)}"
             )
     config = LlamaConfig(**fields | overrides)
-    if (theirs.get("head_dim") or config.head_width) != config.head_width:
+    if theirs.get("head_dim", config.head_width) != config.head_width:
         raise ValueError(
             f"config.json: head_dim={theirs['head_dim']} is not supported, only hidden_size / "
             f"num_attention_heads, {config.head_width}"
         )
     return config
+
+
+def _rope_theta(theirs: dict[str, Any]) -> Any:
+    """Returns the base of the rotary frequencies; all places that could have one must agree."""
+    # Transformers 5 puts theta and type into rope_parameters; before, theta stood at top level and
+    # rope_scaling was null or a scaling. It reads files that have all three.
+    top = {k: theirs[k] for k in ("rope_theta", "partial_rotary_factor") if k in theirs}
+    found: dict[str, dict[str, Any]] = {name: {name: value} for name, value in top.items()}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = theirs.get(key, {})
+        if not isinstance(rope, dict):
+            raise ValueError(f"config.json: {key}={rope!r} is not supported, only an object")
+        for name, value in rope.items():
+            same = "rope_type" if name == "type" else name  # its older name
+            if value is not None or name == "rope_theta":
+                found.setdefault(same, {})[f"{key}.{name}"] = value
+    accepted = {"rope_type": ("default",), "partial_rotary_factor": (1.0,)}
+    for same, places in found.items():
+        _check_agreement(places)
+        for name, value in places.items() if same != "rope_theta" else ():
+            _check(name, value, accepted.get(same, ()))
+    return next(iter(found.get("rope_theta", {}).values()), 10_000.0)
+
+
+def _check(name: str, found: Any, accepted: tuple[Any, ...]) -> None:
+    """Raises ValueError unless a value is accepted; 0 is 0.0, but not false."""
+    if not any(found == x and isinstance(found, bool) == isinstance(x, bool) for x in accepted):
+        only = f", only {' or '.join(map(repr, accepted))}" if accepted else ""
+        raise ValueError(
+            f"config.json: {name}={found!r} is not supported{only}; convert the checkpoint, or "
+            "load another"
+        )
+
+
+def _check_agreement(found: dict[str, Any]) -> None:
+    """Raises ValueError if places that have the same value, by name, differ."""
+    for name, value in found.items():
+        first, expected = next(iter(found.items()))
+        if value != expected:
+            raise ValueError(
+                f"config.json contradicts itself: {first}={expected!r} and {name}={value!r}; "
+                "delete the wrong one"
+            )
 
 
 def to_theirs(config: LlamaConfig) -> dict[str, Any]:

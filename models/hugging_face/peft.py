@@ -5,7 +5,9 @@ lora_A (rank, in) and lora_B (out, rank), one pair for each layer. A GradNormLoR
 as DoRA, which has the same forward pass.
 """
 
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safetensors.numpy import save_file
 
 from galore_optax import DoRA, GradNormLoRP, LoRA
 from galore_optax.adapters.base import Adapter, is_adapter
-from models.hugging_face.files import open_tensors, read_json, write_json
+from models.hugging_face.files import read_json, read_tensor, tensor_names, write_json
 from models.hugging_face.llama import MODULES
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -29,16 +31,35 @@ _TENSORS = {
     "magnitude": "base_model.model.{}.lora_magnitude_vector",
 }
 
-# Settings that could change the meaning of the weights, with the values that do not.
-_OFF = (None, False, [], {})
+# Keys with their own rules below.
+_READ = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+}  # fmt: skip
+# Settings that could change the meaning of the weights, with the values that do not; null and no
+# key are as the first.
+_OFF = (False, [], {})
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "bias": ("none", None),
-    **dict.fromkeys(("lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora"), _OFF),
+    "task_type": ("CAUSAL_LM",),
+    "bias": ("none",),
+    # With the others, such as "pissa" and "olora", peft takes the initial factors off the base.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "layers_pattern": ("layers", ["layers"], []),
+    **dict.fromkeys(("use_rslora", "use_dora"), (False, True)),
+    **dict.fromkeys(("lora_bias", "fan_in_fan_out", "use_qalora", "ensure_weight_tying"), _OFF),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save"), _OFF),
     **dict.fromkeys(("layer_replication", "target_parameters"), _OFF),
-    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens"), (None,)),
+    # An empty object turns these on.
+    **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config", "velora_config"), ()),
+    **dict.fromkeys(("use_bdlora", "megatron_config"), ()),
+    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens"), ()),
 }
+# Names, and settings of a training or of what is refused above.
+_NO_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
+    "loftq_config", "lora_ga_config", "megatron_core", "merge_weights",
+    "peft_version", "qalora_group_size", "revision",
+}  # fmt: skip
 
 
 def load_adapters(params: PyTree, directory: str | os.PathLike[str]) -> PyTree:
@@ -50,16 +71,22 @@ def load_adapters(params: PyTree, directory: str | os.PathLike[str]) -> PyTree:
     """
     directory = Path(directory)
     config = _read_config(directory / _CONFIG)
-    with open_tensors(directory / _WEIGHTS) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    file = directory / _WEIGHTS
+    tensors = {name: read_tensor(file, name) for name in tensor_names(file)}
     rank, kind = config["r"], DoRA if config.get("use_dora") else LoRA
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    dropout = float(config.get("lora_dropout") or 0.0)
+    dropout = float(config.get("lora_dropout", 0.0))
     expected = {"a", "b", "magnitude"} if kind is DoRA else {"a", "b"}
     adapted: dict[Any, Any] = flatten_dict(params)
     for module, path in MODULES.items():
         base = adapted[path]
         fields = _take_fields(tensors, module, base.shape, rank)
+        for key in map(module.format, range(base.shape[0])):
+            if (targeted := _is_targeted(key, config)) != bool(fields):
+                raise ValueError(
+                    f"{key} has {'' if fields else 'no '}tensors in {file}, but {_CONFIG} "
+                    f"{'targets' if targeted else 'does not target'} it"
+                )
         if not fields:
             continue
         if {*fields} != expected:
@@ -118,15 +145,55 @@ def save_adapters(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float):
-            raise ValueError(f"{_CONFIG}: {name} is missing; it must be a number")
+    # The targets are peft's default for a LLaMA.
+    config: dict[str, Any] = {"peft_type": None, "target_modules": ["q_proj", "v_proj"]}
+    config |= {name: value for name, value in read_json(path).items() if value is not None}
     for name, accepted in _ACCEPTED.items():
-        found = config.get(name, None if name == "peft_type" else accepted[0])
-        if found not in accepted:
-            raise ValueError(f"{_CONFIG}: {name}={found!r} is not supported, only {accepted[0]!r}")
+        if name in config and config[name] not in accepted:
+            only = f", only {' or '.join(map(repr, accepted))}" if accepted else ""
+            raise ValueError(
+                f"{path}: {name}={config[name]!r} is not supported{only}; convert the adapters "
+                "with peft, or merge them there and load the model"
+            )
+    if unknown := sorted({*config} - _READ - {*_ACCEPTED} - _NO_EFFECT):
+        raise ValueError(
+            f"{path}: {unknown[0]}={config[unknown[0]]!r} is not known here and could change what "
+            "the adapters compute; delete it if it does not, or merge them with peft"
+        )
+    for name, types, needed, least, most in (
+        ("r", (int,), "an integer of at least 1", 1, math.inf),
+        ("lora_alpha", (int, float), "a finite number", -math.inf, math.inf),
+        ("lora_dropout", (int, float), "at least 0 and below 1", 0, 1),
+    ):
+        value = config.get(name, 0.0 if name == "lora_dropout" else None)
+        if type(value) not in types or not (least <= value < most) or math.isinf(value):
+            raise ValueError(f"{path}: {name}={value!r} must be {needed}")
+    for name, types in (
+        ("target_modules", (str, list)),
+        ("exclude_modules", (str, list)),
+        ("layers_to_transform", (int, list)),
+    ):
+        if type(config.get(name, [])) not in types:
+            raise ValueError(
+                f"{path}: {name}={config[name]!r} must be {types[0].__name__} or a list of these"
+            )
     return config
+
+
+def _is_targeted(key: str, config: dict[str, Any]) -> bool:
+    """Whether peft puts an adapter on a module of a layer, by its name."""
+
+    def matches(modules: str | list[str]) -> bool:
+        if isinstance(modules, str):
+            return modules == "all-linear" or bool(re.fullmatch(modules, key))
+        return any(f".{key}".endswith(f".{name}") for name in modules)
+
+    modules, layers = config["target_modules"], config.get("layers_to_transform", [])
+    if matches(config.get("exclude_modules", [])) or not matches(modules):
+        return False
+    if layers == [] or isinstance(modules, str) or key in modules:
+        return True
+    return int(key.split(".")[2]) in (layers if isinstance(layers, list) else [layers])
 
 
 def _take_fields(
@@ -160,10 +227,14 @@ def _adapters(params: PyTree) -> dict[str, Adapter]:
     """Returns the adapters of params by their modules' names there, with {} for the layer."""
     flat: dict[Any, Any] = flatten_dict(params)
     by_path = {path: x for path, x in flat.items() if is_adapter(x)}
-    kinds = {(type(x), x.a.shape[-1], getattr(x, "scale", 1.0)) for x in by_path.values()}
+    kinds = {
+        (type(x), x.a.shape[-1], getattr(x, "scale", 1.0), getattr(x, "dropout", 0.0))
+        for x in by_path.values()
+    }
     if len(kinds) != 1:
         raise ValueError(
-            f"params have adapters of {len(kinds)} kinds, ranks or scales; PEFT's format is for one"
+            f"params have adapters of {len(kinds)} kinds, ranks, scales or dropouts; PEFT's format "
+            "is for one"
         )
     for path, x in by_path.items():
         if path not in MODULES.values() or not isinstance(x, LoRA | GradNormLoRP):

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from small_run import small
+from tokenizer_file import write_tokenizer
 
 from train.generate import Generate, main
 from train.pretrain import main as pretrain
@@ -62,6 +64,29 @@ def test_a_checkpoint_of_another_model_is_refused(run, tmp_path):
     (copy / "config.json").write_text(json.dumps({**config, "model": "tiny"}))
     with pytest.raises(ValueError, match="checkpoint of another model"):
         main(Generate(run=str(copy)))
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 1), ("clip_norm", 2.0)])
+def test_a_config_json_that_the_checkpoint_was_not_made_with_is_refused(run, tmp_path, name, value):
+    """A LoRA adapter's --alpha, for instance, is in config.json alone."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(ValueError, match=rf"another run: {name} is .* there and {value} here"):
+        main(Generate(run=str(copy)))
+
+
+def test_a_tokenizer_that_has_changed_since_the_training_is_refused(tmp_path, capsys):
+    path, words = tmp_path / "tokenizer.json", {"<unk>": 0, "</s>": 1, "the": 2, "a": 3}
+    write_tokenizer(path, words, ["</s>"])
+    common = {"optimizer": "adamw", "rank": None, "update_proj_gap": None, "tokenizer": str(path)}
+    settings = {**common, "prompt": "a", "steps": 1, "warmup_steps": 0, "eval_every": 1}
+    assert pretrain(small(tmp_path / "run", **settings)) == 0
+    assert sampled(tmp_path / "run", capsys, prompt="a")
+    write_tokenizer(path, words | {"the": 3, "a": 2}, ["</s>"])
+    message = r"another run: content of the tokenizer is '.*, </s>' there and '.*, </s>' here"
+    with pytest.raises(ValueError, match=message):
+        main(Generate(run=str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize(

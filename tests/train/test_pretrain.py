@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -23,15 +24,17 @@ from small_run import (
     losses,
     run_killed,
     small,
+    topics,
     unfinished,
 )
 
 from train import pretrain
-from train.config.resolve import load
+from train.config.resolve import load, resolve
 from train.config.settings import Pretrain
 from train.pretrain import main
-from train.run import training
+from train.run import assemble, training
 from train.run.metrics import MetricsLog, read_metrics
+from train.run.signals import StopRequest
 from train.run.training import Training
 from train.step import programs
 
@@ -184,6 +187,16 @@ def test_a_run_goes_on_with_other_devices_and_workers(finished, tmp_path):
     # float32 sums in another order.
     assert all(again[k] == pytest.approx(before[k], rel=1e-4) for k in before)
     assert json.loads((out / "config.json").read_text())["mesh"] == "data=2,fsdp=2,tensor=2"
+
+
+def test_a_run_does_not_go_on_with_another_text(finished, tmp_path, monkeypatch):
+    config = resolve(small(unfinished(finished, tmp_path), resume=True))
+    text = topics("train")
+    for documents, expected in ((text, None), (text[:-1], "another run: content of the text is ")):
+        monkeypatch.setattr(assemble, "load_text", lambda *_, documents=documents: documents)
+        run = Training(config, assemble.assemble(config, print), StopRequest(), print)
+        with pytest.raises(ValueError, match=expected) if expected else nullcontext():
+            run._restore()
 
 
 def test_resuming_a_finished_run_says_so_and_does_nothing(finished, tmp_path, monkeypatch, capsys):

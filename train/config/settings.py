@@ -34,6 +34,9 @@ class Pretrain:
     """Folder of the data set; `python -m train.prepare_c4` writes one."""
     tokenizer: str = "bytes"
     """`bytes`, or the path of a tokenizer.json."""
+    end_token: str | None = None
+    """Token of the tokenizer.json that ends a document, such as </s>. Default: the one that it and
+    the files beside it name, else its one special token with a common name."""
     sequences: Literal["packed", "document"] = "packed"
     """`packed`: no padding, no attention across documents. `document`: one document per row,
     truncated or padded, as published."""
@@ -186,9 +189,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def to_json(config: Resolved) -> dict[str, Any]:
+def to_json(config: Pretrain) -> dict[str, Any]:
     """The content of config.json."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_STORED}
+
+
+def lasting(config: Pretrain) -> dict[str, Any]:
+    """The settings that a resumed run may not change."""
+    return {k: v for k, v in to_json(config).items() if k not in MAY_CHANGE}
 
 
 def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,30 +1,39 @@
 """From text to token ids and back: plain bytes, or any `tokenizer.json`.
 
-`separator` is the id of the token between two documents; `vocab_size` is above all ids of texts.
+`separator` is the id of the token between two documents; `vocab_size` is above all ids of texts;
+`content` differs between tokenizers that give other ids.
 """
 
+import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
-# Names of the token that ends a document, in common vocabularies.
-END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]", "[EOS]")
+from train.data.separator import find_separator, spell_out
 
 
-def load_tokenizer(name: str | Path) -> "Tokenizer":
-    """The tokenizer "bytes", or that of a `tokenizer.json`; ValueError if it cannot be used."""
-    return ByteTokenizer() if name == "bytes" else FileTokenizer(Path(name))
+def load_tokenizer(name: str | Path, end_token: str | None = None) -> "Tokenizer":
+    """The tokenizer "bytes", or that of a `tokenizer.json`; ValueError if it cannot be used.
+
+    `end_token` is the name of the token that ends a document, which otherwise the files say.
+    """
+    if name != "bytes":
+        return FileTokenizer(Path(name), end_token)
+    if end_token is not None:
+        advice = "leave it out, or give a tokenizer.json"
+        raise ValueError(f"--end-token {end_token} has no effect with --tokenizer bytes: {advice}")
+    return ByteTokenizer()
 
 
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255; 256 separates documents."""
 
-    vocab_size, separator = 257, 256
+    vocab_size, separator, content = 257, 256, "bytes"
 
     def encode(self, text: str) -> Int[np.ndarray, " length"]:
         """Token ids of a text. Lone surrogates, which UTF-8 lacks, become '?'."""
@@ -36,15 +45,15 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A `tokenizer.json`'s tokenizer, which can be pickled; no text gives a special token."""
+    """A `tokenizer.json`'s tokenizer, which can be pickled; no text gives its separator."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, end_token: str | None = None):
         # One thread per process: Grain's workers run in parallel, and `tokenizers` warns of a fork
         # after its threads have started.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import tokenizers
 
-        self.path = path
+        self.path, self._end_token = path, end_token
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises plain Exception
@@ -54,29 +63,45 @@ class FileTokenizer:
             ) from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        vocabulary = tokenizer.get_vocab()
-        found = [vocabulary[token] for token in END_TOKENS if token in vocabulary]
-        if not found:
-            needed = f"one of {' '.join(END_TOKENS)} is needed"
-            raise ValueError(f"tokenizer={str(path)!r} has no token that ends a document: {needed}")
-        self.separator: int = found[0]
+        if getattr(tokenizer.model, "dropout", None):  # merges left out at random
+            tokenizer.model.dropout = None
+        self.separator = find_separator(tokenizer, path, end_token)
+        self._name = str(tokenizer.id_to_token(self.separator))
+        tokenizer.add_special_tokens([self._name])
         added = tokenizer.get_added_tokens_decoder().items()
         special = {i: token.content for i, token in added if token.special}
-        with self._errors_named():
-            _spell_out_special_tokens(tokenizer, special)
-        ordinary = [i for i in vocabulary.values() if i not in special]
-        self.vocab_size: int = 1 + max([self.separator, *ordinary])
+        spell_out(tokenizer, special)
+        model = json.loads(tokenizer.to_str())["model"]
+        unknown = model.get("unk_id", tokenizer.token_to_id(model.get("unk_token") or ""))
+        if unknown == self.separator:
+            raise ValueError(self._reached("each unknown character"))
+        ordinary = [i for i in tokenizer.get_vocab().values() if i not in special]
+        self.vocab_size: int = 1 + max([self.separator, unknown or 0, *ordinary])
+        self.content = f"{sha256(path.read_bytes()).hexdigest()[:16]}, {self._name}"
         self._tokenizer = tokenizer
 
     def __reduce__(self):
         # Pickled by path: a pickled `tokenizers.Tokenizer` forgets encode_special_tokens.
-        return FileTokenizer, (self.path,)
+        return FileTokenizer, (self.path, self._end_token)
 
     def encode(self, text: str) -> Int[np.ndarray, " length"]:
-        """Token ids of a text; raises ValueError if the vocabulary has none for a part of it."""
+        """Token ids of a text, never the separator's; ValueError if the vocabulary lacks a part."""
         text = text.encode("utf-8", errors="replace").decode("utf-8")
         with self._errors_named():
-            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        if self.separator not in (ids := found.ids):
+            return np.array(ids, np.int32)
+        # Unknown characters that were left out can make its name: then the text is cut within it.
+        start, end = found.offsets[ids.index(self.separator)]
+        if end - start < 2:
+            raise ValueError(self._reached(f"{text[start:end]!r} in a text"))
+        return np.concatenate([self.encode(text[: start + 1]), self.encode(text[start + 1 :])])
+
+    def _reached(self, text: str) -> str:
+        return (
+            f"tokenizer={str(self.path)!r}: {text} gives {self._name}, the token that ends a "
+            "document; name another with --end-token"
+        )
 
     def decode(self, ids: Int[np.ndarray, " length"]) -> str:
         """The text of the ids, without special tokens."""
@@ -95,22 +120,3 @@ class FileTokenizer:
 
 
 Tokenizer = ByteTokenizer | FileTokenizer
-
-
-def _spell_out_special_tokens(tokenizer, special: dict[int, str]) -> None:
-    """Changes `tokenizer` so that the names of special tokens in a text are text."""
-    tokenizer.encode_special_tokens = True
-    # A Unigram or word vocabulary that lists its special tokens (T5's does) still finds them,
-    # unless their first character is split off before.
-    endings: dict[str, list[str]] = {}
-    for i, name in special.items():
-        if len(name) > 1 and i in tokenizer.encode(name, add_special_tokens=False).ids:
-            endings.setdefault(name[0], []).append(re.escape(name[1:]))
-    if not endings:
-        return
-    from tokenizers import Regex, pre_tokenizers
-
-    first = "|".join(f"{re.escape(c)}(?={'|'.join(rest)})" for c, rest in endings.items())
-    split = pre_tokenizers.Split(Regex(first), "isolated")
-    own = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*own, split])

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -9,10 +10,10 @@ from jax.sharding import Mesh
 from galore_optax.adapters.base import split
 from galore_optax.memory import tree_bytes
 from models.llama.config import count_params
-from train.config.settings import Resolved
+from train.config.settings import Resolved, lasting
 from train.data.loader import TrainingData, evaluation_batches
 from train.data.sequences import Batch
-from train.data.text import load_text
+from train.data.text import content_of, load_text
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.step.mesh import available_devices, check_batch, make_mesh
 from train.step.programs import Programs, make_programs, model_config
@@ -27,6 +28,7 @@ class Parts(Programs):
     tokenizer: Tokenizer
     data: TrainingData
     evaluation: list[Batch]
+    made_with: dict[str, Any]  # what must be equal when the run is resumed
 
 
 def assemble(config: Resolved, log: Log) -> Parts:
@@ -35,7 +37,7 @@ def assemble(config: Resolved, log: Log) -> Parts:
     check_batch(config.batch_size, config.accumulate, mesh)  # before the data are read
     _log_devices(config, mesh, log)
 
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, config.end_token)
     model = model_config(config, tokenizer)
     prompt = 1 + len(tokenizer.encode(config.prompt))
     if prompt >= model.max_length:
@@ -57,7 +59,13 @@ def assemble(config: Resolved, log: Log) -> Parts:
     )
     programs = make_programs(config, model, mesh)
     _log_programs(config, programs, log)
-    return Parts(**vars(programs), tokenizer=tokenizer, data=data, evaluation=evaluation)
+    made_with = {
+        **lasting(config),
+        "content of the tokenizer": tokenizer.content,
+        "content of the text": content_of(train_text),
+    }
+    own = {"tokenizer": tokenizer, "data": data, "evaluation": evaluation, "made_with": made_with}
+    return Parts(**vars(programs), **own)
 
 
 def _log_devices(config: Resolved, mesh: Mesh, log: Log) -> None:

@@ -1,10 +1,14 @@
 """Checkpoints with Orbax: written in the background, the newest few and the best one kept.
 
 A checkpoint has `params`, `rest` (the other fields of the train state) and `progress` (JSON: what
-the host knows, and the format's number). Orbax renames it from a temporary name when it is
-complete. Evaluation losses are in metrics.jsonl: a step may be evaluated after it is saved.
+the host knows, the format's number, the step and the run). All three have the mark of the step and
+the run, so that parts of several are not mixed. Orbax renames a checkpoint from a temporary name
+when it is complete. Evaluation losses are in metrics.jsonl: a step may be evaluated after it is
+saved.
 """
 
+import hashlib
+import json
 import math
 import os
 import re
@@ -25,7 +29,7 @@ Tree = Any
 
 # Raise it whenever the layout of the train state or of `progress` changes. Checkpoints before 2
 # have no number.
-FORMAT = 2
+FORMAT = 3
 
 
 class Checkpoints(checkpoint_managers.PreservationPolicy):
@@ -33,6 +37,8 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
 
     The newest `keep` and the one with the lowest evaluation loss are kept. `evaluations` has the
     loss of each evaluated step; the caller adds later ones. `log` prints which are damaged.
+    `run` has what a checkpoint was made with and must be read with, as JSON values: a checkpoint
+    that was made with another value for one of its keys is refused.
     """
 
     def __init__(
@@ -42,9 +48,10 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         log: Callable[[str], object],
         evaluations: Mapping[int, float],
         *,
+        run: Mapping[str, Any] | None = None,
         read_only: bool = False,
     ):
-        self.directory = directory.absolute()
+        self.directory, self._run = directory.absolute(), dict(run or {})
         self._log = log
         self._keep, self._evaluations, self._prune = keep, evaluations, True
         self._manager = ocp.CheckpointManager(
@@ -83,12 +90,15 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
             # skipped when it was resumed.
             for damaged in [other for other in self._manager.all_steps() if other >= step]:
                 self._manager.delete(damaged)
+            made = {"step": step, "run": self._run}
+            params, rest = ({"mark": _mark(made), "tree": tree} for tree in (params, rest))
+            progress = {"format": FORMAT, **made, "progress": progress}
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),  # pyrefly: ignore
                     rest=ocp.args.StandardSave(rest),  # pyrefly: ignore
-                    progress=ocp.args.JsonSave({"format": FORMAT, **progress}),  # pyrefly: ignore
+                    progress=ocp.args.JsonSave(progress),  # pyrefly: ignore
                 ),
             )
         if not saved:
@@ -154,36 +164,61 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
 
     def _read(self, step: int, wanted: Mapping[str, Tree]) -> Mapping[str, Any] | None:
         """The items of a checkpoint, or None if it is damaged."""
+        path = self.directory / str(step)
         try:
             args = ocp.args.Composite(progress=ocp.args.JsonRestore())  # pyrefly: ignore
-            progress = dict(self._manager.restore(step, args=args)["progress"])
-            written = progress.pop("format", 1)
+            found = dict(self._manager.restore(step, args=args)["progress"])
             metadata = self._manager.item_metadata(step)
             unreadable = [name for name in wanted if metadata[name] is None]
             if unreadable:
                 raise ValueError(f"{', '.join(unreadable)} cannot be read")
-            stored = {name: _shapes(metadata[name].tree) for name in wanted}
+            stored = {name: metadata[name].tree for name in wanted}
         except Exception as error:  # Orbax and TensorStore raise a dozen unrelated types
             return self._log_damage(step, error)
-        if written != FORMAT:
+        if (written := found.get("format", 1)) != FORMAT:
             raise ValueError(
-                f"{self.directory / str(step)} has checkpoint format {written}, this version reads "
+                f"{path} has checkpoint format {written}, this version reads "
                 f"format {FORMAT}: start a new run in another folder, or use the version of "
                 "galore-optax that wrote it"
             )
+        made = {name: found[name] for name in ("step", "run")}
         for name, tree in wanted.items():
-            _check_same(self.directory / str(step), stored[name], _shapes(tree))
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}  # pyrefly: ignore
+            _check_same(path, _shapes(stored[name]["tree"]), _shapes(tree))
+        self._check_made(path, made)
+        mark = _mark(made)
+        items = {name: {"mark": np.zeros_like(mark), "tree": x} for name, x in wanted.items()}
+        args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}  # pyrefly: ignore
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**args))
-            return {**found, "progress": progress}
+            items = self._manager.restore(step, args=ocp.args.Composite(**args))
+            trees = {name: items[name]["tree"] for name in wanted}
+            marks = {name: int(items[name]["mark"]) for name in wanted}
         except Exception as error:
             return self._log_damage(step, error)
+        if mixed := [name for name in wanted if marks[name] != mark]:
+            raise ValueError(f"{path / mixed[0]} is of another checkpoint: copy it again, whole")
+        return {**trees, "progress": found["progress"]}
+
+    def _check_made(self, path: Path, made: Mapping[str, Any]) -> None:
+        """Raises ValueError if a checkpoint was made at another step or by another run."""
+        if path.name != str(made["step"]):
+            raise ValueError(f"{path} is the checkpoint of step {made['step']}: rename it back")
+        for name, value in self._run.items():
+            if (there := made["run"].get(name)) != value:
+                raise ValueError(
+                    f"{path} is a checkpoint of another run: {name} is {there!r} there and "
+                    f"{value!r} here; restore what was there, or start a new run in another folder"
+                )
 
     def _log_damage(self, step: int, error: Exception) -> None:
         reason = one_line(error)
         reason = reason if len(reason) < 120 else reason[:117] + "..."
         self._log(f"checkpoint {step} is damaged and passed over ({reason})")
+
+
+def _mark(made: Mapping[str, Any]) -> np.ndarray:
+    """A number that only checkpoints of equal settings and step share."""
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
+    return np.frombuffer(digest.digest()[:4], np.uint32).reshape(())
 
 
 def _shapes(tree: Tree) -> dict[str, str]:

@@ -11,6 +11,7 @@ from flax import nnx
 from models.llama.generate import generate
 from models.llama.model import Llama
 from train.config.resolve import load
+from train.config.settings import lasting
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import evaluation_losses
@@ -35,11 +36,14 @@ def load_trained(run: str) -> Trained:
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"--run {folder} has no checkpoint yet")
     settings = load(folder / "config.json")
-    tokenizer, place = load_tokenizer(settings.tokenizer), replicated(make_mesh(None))
+    tokenizer = load_tokenizer(settings.tokenizer, settings.end_token)
+    place = replicated(make_mesh(None))
     graph, shapes = abstract_params(settings, model_config(settings, tokenizer))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     evaluations = evaluation_losses(folder)
-    with Checkpoints(folder / "checkpoints", 1, print, evaluations, read_only=True) as checkpoints:
+    made_with = {**lasting(settings), "content of the tokenizer": tokenizer.content}
+    there, how = folder / "checkpoints", {"run": made_with, "read_only": True}
+    with Checkpoints(there, 1, print, evaluations, **how) as checkpoints:
         _, params = checkpoints.restore_params(shapes)
     return Trained(graph, params, tokenizer)
 

@@ -71,7 +71,9 @@ class Training:
             run_directory.write_config(config)
             self.metrics = stack.enter_context(closing(MetricsLog(self.directory, self.host.step)))
             self.host.evaluations = evaluation_losses(self.directory)
-            checkpoints = Checkpoints(self.folder, config.keep, self.log, self.host.evaluations)
+            checkpoints = Checkpoints(
+                self.folder, config.keep, self.log, self.host.evaluations, run=parts.made_with
+            )
             self.checkpoints = stack.enter_context(checkpoints)
             if state is None:
                 state = parts.init(jax.random.key(config.seed))
@@ -119,7 +121,8 @@ class Training:
             return None
         found, abstract = None, self.parts.abstract
         if self.folder.is_dir():
-            with Checkpoints(self.folder, 1, self.log, {}, read_only=True) as checkpoints:
+            run = self.parts.made_with
+            with Checkpoints(self.folder, 1, self.log, {}, run=run, read_only=True) as checkpoints:
                 found = checkpoints.restore(abstract.params, abstract.rest())
         if found is None:
             self.log("the run has no checkpoint yet: starting at step 0")

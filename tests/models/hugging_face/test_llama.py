@@ -99,12 +99,120 @@ def test_fields_of_the_configuration_can_be_set(checkpoint):
         load_llama(checkpoint, rematerialise=True)
 
 
-def test_tensors_that_follow_from_the_configuration_are_passed_over(checkpoint):
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_rotary_frequencies_in_a_checkpoint_must_follow_from_the_configuration(checkpoint, dtype):
     content = tensors(checkpoint)
     without = nnx.state(load_llama(checkpoint))
-    content["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
-    save_file(content, checkpoint / "model.safetensors")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(content | {name: np.array([1, 0.01], dtype)}, checkpoint / "model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, nnx.state(load_llama(checkpoint)), without)
+    save_file(content | {name: np.array([1, 0.02], dtype)}, checkpoint / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"inv_freq has other frequencies than rope_theta=10000\.0"
+    ):
+        load_llama(checkpoint)
+    past = name.replace("layers.0", "layers.2")
+    save_file(content | {past: np.array([1, 0.01], dtype)}, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected: model\.layers\.2\."):
+        load_llama(checkpoint)
+
+
+def test_a_head_beside_a_tied_embedding_must_be_a_copy(checkpoint):
+    edit(checkpoint / "config.json", tie_word_embeddings=True)
+    with pytest.raises(
+        ValueError, match=r"tie_word_embeddings=True, but .*\.safetensors has a lm_h"
+    ):
+        load_llama(checkpoint)
+    content = tensors(checkpoint)
+    copy = content | {"lm_head.weight": content["model.embed_tokens.weight"]}
+    save_file(copy, checkpoint / "model.safetensors")
+    head = nnx.to_pure_dict(nnx.state(load_llama(checkpoint)))["head"]
+    np.testing.assert_array_equal(head, content["model.embed_tokens.weight"])
+    del copy["model.embed_tokens.weight"]
+    save_file(copy, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing: model\.embed_tokens"):
+        load_llama(checkpoint)
+
+
+def test_keys_without_effect_on_the_logits_are_passed_over(checkpoint):
+    before = nnx.state(load_llama(checkpoint))
+    edit(
+        checkpoint / "config.json",
+        **{
+            "num_labels": 3,
+            "unsloth_version": "2024.9",
+            "pretraining_tp": 2,
+            "eos_token_id": [2, 3],
+        },
+        **{"rope_scaling": {"type": "default", "rope_theta": 10_000}, "rope_theta": 10_000.0},
+        **{"dtype": "float16", "torch_dtype": "float16", "hidden_act": "swish", "head_dim": None},
+        **{"quantization_config": None, "auto_map": {}, "partial_rotary_factor": 1},
+    )
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_llama(checkpoint)), before)
+
+
+def test_two_sources_of_weights_are_refused(checkpoint):
+    """transformers reads model.safetensors, the index's shards, or an adapter's base."""
+    index = checkpoint / "model.safetensors.index.json"
+    shards = FIXTURES / "llama_sharded"
+    shutil.copy(shards / index.name, index)
+    for shard in shards.glob("*.safetensors"):
+        shutil.copy(shard, checkpoint)
+    with pytest.raises(
+        ValueError, match=r"has model.safetensors.index.json and model.safetensors,"
+    ):
+        load_llama(checkpoint)
+    index.unlink()
+    with pytest.raises(ValueError, match=r"has model.safetensors and model-00001-of-00007\.safe"):
+        load_llama(checkpoint)
+    for shard in checkpoint.glob("model-*"):
+        shard.unlink()
+    names = dict.fromkeys(tensors(checkpoint), "model.safetensors")
+    index.write_text(json.dumps({"weight_map": names}))
+    load_llama(checkpoint)
+    (checkpoint / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has model.safetensors.index.json and adapter_config"):
+        load_llama(checkpoint)
+
+
+def test_an_index_and_its_shards_must_agree(tmp_path):
+    directory = Path(shutil.copytree(FIXTURES / "llama_sharded", tmp_path / "checkpoint"))
+    index, name = directory / "model.safetensors.index.json", "model.norm.weight"
+    files = json.loads(index.read_text())["weight_map"]
+    first, last = min(files.values()), max(files.values())
+    for file, message in (
+        (None, rf"{name} is in .*index\.json has no such tensor"),
+        (first, rf"{name} is not in {first}, but .*index\.json says {first}"),
+    ):
+        changed = {k: v for k, v in (files | {name: file}).items() if v}
+        index.write_text(json.dumps({"weight_map": changed}))
+        with pytest.raises(ValueError, match=message):
+            load_llama(directory)
+    index.write_text(json.dumps({"weight_map": files}))
+    twice = load_file(directory / first) | {name: np.zeros(16, np.float32)}
+    save_file(twice, directory / first)
+    with pytest.raises(ValueError, match=rf"{name} is in {first}, but .* says {files[name]}"):
+        load_llama(directory)
+    save_file(load_file(directory / last), directory / "model-00001-of-00009.safetensors")
+    with pytest.raises(ValueError, match=r"index.json and model-00001-of-00009"):
+        load_llama(directory)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, jnp.float8_e4m3fn])
+def test_tensors_of_quantized_numbers_are_refused(checkpoint, dtype):
+    content = tensors(checkpoint)
+    content["model.layers.1.mlp.up_proj.weight"] = np.ones((24, 16), dtype)
+    save_file(content, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=r"up_proj\.weight in .* has dtype (I8|U8|I32|F8_E4M3)"):
+        load_llama(checkpoint)
+
+
+def test_a_key_that_is_there_twice_is_refused(checkpoint):
+    text = (checkpoint / "config.json").read_text()
+    text = text.replace("{", '{"rms_norm_eps": 0.1,', 1)
+    (checkpoint / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="'rms_norm_eps' is there twice"):
+        load_llama(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +228,16 @@ def test_tensors_that_follow_from_the_configuration_are_passed_over(checkpoint):
         ({"intermediate_size": 28}, r"gate_proj.weight has shape \(24, 16\).*\(28, 16\)"),
         ({"num_hidden_layers": 3}, r"9 tensors are missing: model\.layers\.2\."),
         ({"num_hidden_layers": 1}, r"9 tensors are unexpected: model\.layers\.1\."),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope type='llama3'"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+            r"rope_parameters\.rope_type='llama3'",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (
             {"rope_parameters": "removed", "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope type='linear'",
+            r"rope_scaling\.type='linear'",
         ),
-        ({"rope_parameters": ["default"]}, r"rope parameters \['default'\]"),
+        ({"rope_parameters": ["default"]}, r"rope_parameters=\['default'\]"),
         ({"rope_parameters": {"rope_theta": None}}, "rope_theta=None: must be a number"),
         ({"rope_parameters": "removed", "rope_theta": None}, "rope_theta=None: must be a number"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6': must be a number"),
@@ -134,8 +245,45 @@ def test_tensors_that_follow_from_the_configuration_are_passed_over(checkpoint):
         ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5: must be an integer"),
         ({"num_hidden_layers": True}, "num_hidden_layers=True: must be an integer"),
         (
+            {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            r"rope_parameters\.rope_type='default' and rope_scaling\.rope_type='linear'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "type": "linear"}},
+            r"rope_parameters\.rope_type='default' and rope_parameters\.type='linear'",
+        ),
+        (
+            {"rope_scaling": {"type": "default", "factor": 4.0}},
+            r"rope_scaling\.factor=4\.0 is not supported; convert",
+        ),
+        (
+            {"rope_theta": 500.0},
+            r"itself: rope_theta=500\.0 and rope_parameters\.rope_theta=10000\.0; delete",
+        ),
+        (
+            {"rope_scaling": {"rope_theta": 500.0}},
+            r"rope_parameters\.rope_theta=10000\.0 and rope_scaling\.rope_theta=500\.0",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (
+            {"partial_rotary_factor": 1.0, "rope_scaling": {"partial_rotary_factor": 0.5}},
+            r"partial_rotary_factor=1\.0 and rope_scaling\.partial_rotary_factor=0\.5",
+        ),
+        ({"torch_dtype": "float16"}, "dtype='float32' and torch_dtype='float16'"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"head_dim": 0}, "head_dim=0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: must be positive and finite"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
+        ({"attention_bias": 0}, "attention_bias=0 is not supported, only False"),
+        ({"architectures": ["MistralForCausalLM"]}, r"architectures=\['MistralForCausalLM'\]"),
+        ({"auto_map": {"AutoModel": "model.Mine"}}, "auto_map="),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"sliding_window": 4}, "sliding_window=4 is not known here and could change"),
+        ({"logits_scaling": 8.0}, "logits_scaling=8.0 is not known"),
+        (
             {"quantization_config": {"quant_method": "gptq"}},
-            "'gptq'} is not supported, only None; convert",
+            "'gptq'} is not supported; convert",
         ),
     ],
 )

@@ -19,6 +19,8 @@ from galore_optax.adapters.low_rank import LowRank
 from models.hugging_face.llama import MODULES, load_llama
 from models.hugging_face.peft import load_adapters, save_adapters
 
+# Of these peft takes the initial factors off the base, or quantizes it.
+CHANGE_THE_BASE = ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "mica"]
 NAMES = ["peft_lora", "peft_dora", "peft_rslora"]
 GRAPH, STATE = nnx.split(load_llama(FIXTURES / "llama"), nnx.Param)
 BASE = nnx.to_pure_dict(STATE)
@@ -138,7 +140,30 @@ def checkpoint(tmp_path) -> Path:
         ({"bias": "all"}, "bias='all' is not supported, only 'none'"),
         ({"rank_pattern": {"v_proj": 8}}, "rank_pattern="),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
-        ({"r": None}, "r is missing"),
+        ({"r": None}, "r=None must be an integer of at least 1"),
+        ({"r": 0}, "r=0 must be"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan must be a finite number"),
+        ({"lora_dropout": 1}, "lora_dropout=1 must be at least 0 and below 1"),
+        ({"use_rslora": "false"}, "use_rslora='false'"),
+        ({"target_modules": {"v_proj": 1}}, "target_modules=.* must be str or a list"),
+        *[({"init_lora_weights": x}, f"init_lora_weights='{x}'.*convert") for x in CHANGE_THE_BASE],
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"alpha_pattern": {"v_proj": 8}}, "alpha_pattern="),
+        ({"trainable_token_indices": [0]}, "trainable_token_indices="),
+        ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS'"),
+        ({"arrow_config": {"top_k": 2}}, "arrow_config="),
+        ({"monteclora_config": {}}, "monteclora_config={} is not supported; convert"),
+        ({"use_mora": True}, "use_mora=True is not known here and could change"),
+        ({"layers_pattern": "blocks"}, "layers_pattern='blocks'"),
+        ({"target_modules": ["up_proj", "down_proj", "gate_proj"]}, "v_proj has tensors in .* not"),
+        ({"target_modules": None}, r"q_proj has no tensors in .*_config.json targets it"),
+        ({"target_modules": "all-linear"}, r"q_proj has no tensors in .*_config.json targets it"),
+        ({"target_modules": r".*\.(v|up|down)_proj"}, "gate_proj has tensors in .* not"),
+        ({"exclude_modules": ["layers.1.mlp.up_proj"]}, r"1\.mlp\.up_proj has tensors in .* not"),
+        ({"exclude_modules": ".*up_proj"}, r"0\.mlp\.up_proj has tensors in .* not"),
+        ({"layers_to_transform": 0}, r"layers\.1\.self_attn\.v_proj has tensors in .* not"),
+        ({"layers_to_transform": [1]}, r"layers\.0\.self_attn\.v_proj has tensors in .* not"),
         ({"r": 3}, r"v_proj.lora_A.weight is \(16, 2\).* must be \(16, 3\)"),
         ({"use_dora": False}, "has a, b, magnitude, but LoRA has a, b"),
     ],
@@ -148,6 +173,22 @@ def test_other_kinds_of_adapters_are_refused(checkpoint, changes, message):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ValueError, match=message):
         load_adapters(BASE, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init_lora_weights": "gaussian", "eva_config": {"rho": 2.0}, "peft_version": None},
+        {"init_lora_weights": False, "use_rslora": None, "exclude_modules": ["lm_head"]},
+        {"layers_to_transform": [0, 1], "layers_pattern": "layers", "modules_to_save": []},
+        {"target_modules": r"model\.layers\.\d+\.(self_attn\.v|mlp\.(up|gate|down))_proj"},
+    ],
+)
+def test_settings_that_do_not_change_the_weights_are_accepted(checkpoint, changes):
+    before = load_adapters(BASE, checkpoint)
+    file = checkpoint / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    jax.tree.map(np.testing.assert_array_equal, load_adapters(BASE, checkpoint), before)
 
 
 def test_tensors_that_do_not_fit_are_refused(checkpoint):
@@ -160,6 +201,9 @@ def test_tensors_that_do_not_fit_are_refused(checkpoint):
     save_file({**tensors, "base_model.model.lm_head.lora_A.weight": np.ones((2, 16))}, file)
     with pytest.raises(ValueError, match=r"1 tensors that belong to no matrix.*lm_head\.lora_A"):
         load_adapters(BASE, checkpoint)
+    save_file({**tensors, name: tensors[name].astype(np.int8)}, file)
+    with pytest.raises(ValueError, match=r"up_proj\.lora_A\.weight in .* has dtype I8"):
+        load_adapters(BASE, checkpoint)
     file.write_bytes(b"short")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_adapters(BASE, checkpoint)
@@ -169,12 +213,13 @@ def test_what_has_no_place_in_the_format_is_refused(tmp_path):
     def adapted(create, params=BASE, pattern="mlp"):
         return adapt(params, create, jax.random.key(0), pattern=pattern)
 
-    def lora(rank):
-        return lambda weight, key: LoRA.create(weight, key, rank)
+    def lora(rank, dropout=0.0):
+        return lambda weight, key: LoRA.create(weight, key, rank, dropout=dropout)
 
     for params, message in (
         (BASE, "adapters of 0 kinds"),
         (adapted(lora(2), adapted(lora(3), pattern="up"), pattern="down"), "of 2 kinds"),
+        (adapted(lora(2, 0.1), adapted(lora(2), pattern="up"), pattern="down"), "or dropouts"),
         (adapted(lambda w, key: LowRank.create(w, key, 2)), "LowRank at layers/mlp/.*; merge"),
     ):
         with pytest.raises(ValueError, match=message):

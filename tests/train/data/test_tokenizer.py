@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_file import write_tokenizer
 
 from train.data.text import load_text
 from train.data.tokenizer import load_tokenizer
@@ -15,35 +16,6 @@ from train.data.tokenizer import load_tokenizer
 @pytest.fixture(scope="module")
 def t5_file(shared_data):
     return shared_data / "tokenizers" / "t5_tokenizer.json"
-
-
-def write_tokenizer(path, vocabulary, special=(), **settings):
-    """A word-level tokenizer.json, whose vocabulary lists the special tokens too."""
-    added = [
-        {
-            "id": vocabulary[name],
-            "content": name,
-            "special": True,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-        for name in special
-    ]
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-    }
-    path.write_text(json.dumps(content | settings))
-    return path
 
 
 @settings(deadline=None)
@@ -147,10 +119,172 @@ def test_what_a_file_says_on_length_and_added_tokens_is_not_applied(tmp_path):
     assert load_tokenizer(path).encode("a a a").tolist() == [2, 2, 2]
 
 
-def test_a_vocabulary_without_an_end_of_document_is_refused(tmp_path):
-    path = write_tokenizer(tmp_path / "tokenizer.json", {"<unk>": 0, "a": 1})
-    with pytest.raises(ValueError, match=r"no token that ends a document.*</s> <\|endoftext\|>"):
+def ends_with(name, i):
+    """The post-processor that appends a token."""
+    last = {"SpecialToken": {"id": name, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    special = {name: {"id": name, "ids": [i], "tokens": [name]}}
+    pair = [text, {"Sequence": {"id": "B", "type_id": 0}}]
+    rule = {"single": [text, last], "pair": pair, "special_tokens": special}
+    return {"post_processor": {"type": "TemplateProcessing", **rule}}
+
+
+WORDS = {"<unk>": 0, "<eos>": 1, "</s>": 2, "a": 3, "<|endoftext|>": 4, "<|im_end|>": 5, "[SEP]": 6}
+
+
+def separator(tmp_path, special, beside=None, end_token=None, **settings):
+    """The name of the token that ends a document with these files beside a tokenizer.json."""
+    path = write_tokenizer(tmp_path / "tokenizer.json", WORDS, special, **settings)
+    for name, content in (beside or {}).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    found = load_tokenizer(path, end_token).separator
+    return next(name for name, i in WORDS.items() if i == found)
+
+
+BERT = {"type": "BertProcessing", "sep": ["[SEP]", 6], "cls": ["<unk>", 0]}
+CONFIG, MAP, MODEL, GENERATION = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "config.json",
+    "generation_config.json",
+)
+
+
+@pytest.mark.parametrize(
+    ("expected", "special", "beside", "settings"),
+    [
+        ("<eos>", ["<eos>"], {}, {}),  # and not </s>, an ordinary token
+        ("<eos>", ["<eos>"], {}, {"ordinary": ["</s>"]}),  # as Gemma's
+        ("[SEP]", ["[SEP]", "<unk>"], {}, {}),
+        ("</s>", ["</s>", "<eos>"], {}, ends_with("</s>", 2)),
+        ("[SEP]", ["[SEP]", "<eos>"], {}, {"post_processor": BERT}),
+        ("<eos>", ["</s>", "<eos>"], {CONFIG: {"eos_token": "<eos>"}}, {}),
+        ("<eos>", ["</s>"], {CONFIG: {"eos_token": {"content": "<eos>"}}}, {}),  # made special
+        ("<|im_end|>", ["<|im_end|>", "<|endoftext|>"], {MAP: {"eos_token": "<|im_end|>"}}, {}),
+        ("<|endoftext|>", ["</s>", "<|endoftext|>"], {MODEL: {"eos_token_id": 4}}, {}),
+        ("<|im_end|>", ["<|im_end|>"], {GENERATION: {"eos_token_id": [3, 5]}}, {}),
+        ("<eos>", ["<eos>"], {MODEL: {"eos_token_id": -1}, CONFIG: {"eos_token": None}}, {}),
+    ],
+)  # fmt: skip
+def test_what_is_marked_special_and_the_files_decide_what_ends_a_document(
+    tmp_path, expected, special, beside, settings
+):
+    assert separator(tmp_path, special, beside, **settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "special", "beside", "settings"),
+    [
+        ("no special token that is known to end a document", [], {}, {}),
+        (r"such as </s> \(special: <unk>, <\|im_end\|>\); name", ["<|im_end|>", "<unk>"], {}, {}),
+        ("several tokens that could end a document: <eos>, </s>;", ["</s>", "<eos>"], {}, {}),
+        (
+            r"ends of a document: </s> \(the post-processor\), <eos> \(tokenizer_config\.json\)",
+            ["</s>", "<eos>"],
+            {CONFIG: {"eos_token": "<eos>"}},
+            ends_with("</s>", 2),
+        ),
+        (
+            r"</s> \(tokenizer_config\.json\), <eos> \(special_tokens_map\.json\); name",
+            ["</s>", "<eos>"],
+            {CONFIG: {"eos_token": "</s>"}, MAP: {"eos_token": "<eos>"}},
+            {},
+        ),
+        (
+            r"</s> \(names of special tokens\), <eos>, id 9 \(generation_config\.json\)",
+            ["</s>"],
+            {GENERATION: {"eos_token_id": [1, 9]}},
+            {},
+        ),
+        (r"a \(config\.json\)", ["<|im_end|>"], {MODEL: {"eos_token_id": 3}}, {}),
+        ("no token '<end>', the eos_token in", ["</s>"], {CONFIG: {"eos_token": "<end>"}}, {}),
+    ],
+)
+def test_unclear_ends_of_a_document_are_refused_until_the_flag_names_one(
+    tmp_path, message, special, beside, settings
+):
+    with pytest.raises(ValueError, match=rf"{message}.*--end-token"):
+        separator(tmp_path, special, beside, **settings)
+    assert separator(tmp_path, special, beside, "[SEP]", **settings) == "[SEP]"
+
+
+def test_files_beside_a_tokenizer_of_another_name_are_not_its_own(tmp_path):
+    (tmp_path / CONFIG).write_text(json.dumps({"eos_token": "<eos>"}))
+    path = write_tokenizer(tmp_path / "mine.json", WORDS, ["</s>", "<eos>"], **ends_with("</s>", 2))
+    assert load_tokenizer(path).separator == 2
+
+
+def test_a_named_end_of_a_document_must_be_in_the_vocabulary(tmp_path):
+    path = write_tokenizer(tmp_path / "tokenizer.json", WORDS, ["</s>"])
+    with pytest.raises(ValueError, match=r"--end-token <end>: .* has no such token"):
+        load_tokenizer(path, "<end>")
+    with pytest.raises(ValueError, match="--end-token </s> has no effect with --tokenizer bytes"):
+        load_tokenizer("bytes", "</s>")
+    chosen = pickle.loads(pickle.dumps(load_tokenizer(path, "[SEP]")))
+    assert chosen.separator == 6
+    assert chosen.encode("a [SEP] </s>").tolist() == [3, 0, 0, 0, 0]
+
+
+MERGED = {c: i for i, c in enumerate("abes/<>|o")} | {"</": 9, "s>": 10, "</s>": 11, "<eos>": 12}
+
+
+@pytest.mark.parametrize("end_token", [None, "</s>"])
+@pytest.mark.parametrize("normalizer", [None, {"type": "Lowercase"}, {"type": "NFKC"}])
+def test_merges_that_make_an_end_of_a_document_do_not_end_one(tmp_path, end_token, normalizer):
+    merges = [["<", "/"], ["s", ">"], ["</", "s>"]]
+    model = {"type": "BPE", "vocab": MERGED, "merges": merges}
+    path = write_tokenizer(
+        tmp_path / "tokenizer.json",
+        MERGED,
+        ["<eos>"],
+        model=model,
+        pre_tokenizer=None,
+        normalizer=normalizer,
+    )
+    tokenizer = load_tokenizer(path, end_token)
+    assert tokenizer.separator == (12 if end_token is None else 11)
+    for text in ("a</s>b", "</s></s>", "</S>", "\uff1c/s\uff1e", "<eos>", "a</s"):
+        assert tokenizer.separator not in tokenizer.encode(text)
+    if end_token is None:
+        assert 11 in tokenizer.encode("a</s>b")
+
+
+def test_an_end_of_a_document_that_a_text_can_give_is_refused(tmp_path):
+    unknown = {"type": "WordLevel", "vocab": WORDS, "unk_token": "</s>"}
+    path = write_tokenizer(tmp_path / "unknown.json", WORDS, ["</s>"], model=unknown)
+    with pytest.raises(ValueError, match=r"each unknown character gives </s>.*--end-token"):
         load_tokenizer(path)
+    replace = {"type": "Replace", "pattern": {"String": "%%"}, "content": "z"}
+    words = {"<unk>": 0, "z": 1, "a": 2}
+    path = write_tokenizer(tmp_path / "one.json", words, normalizer=replace)
+    with pytest.raises(ValueError, match=r"'%+' in a text gives z, the token that ends"):
+        load_tokenizer(path, "z").encode("a %%")  # one character cannot be cut
+
+
+def test_characters_that_are_left_out_do_not_make_an_end_of_a_document(tmp_path):
+    model = {"type": "BPE", "vocab": MERGED, "merges": [["<", "/"], ["s", ">"], ["</", "s>"]]}
+    path = write_tokenizer(
+        tmp_path / "tokenizer.json", MERGED, ["</s>"], model=model, pre_tokenizer=None
+    )
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode("a<\u200b/\u200bs>b<?/s>")
+    assert [tokenizer._tokenizer.id_to_token(i) for i in ids] == [
+        "a",
+        "<",
+        "/",
+        "s>",
+        "b",
+        "<",
+        "/",
+        "s>",
+    ]
+
+
+def test_the_unknown_token_counts_to_the_vocabulary(tmp_path):
+    words = {"a": 0, "</s>": 1, "<unk>": 2}
+    path = write_tokenizer(tmp_path / "tokenizer.json", words, ["</s>", "<unk>"])
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode("b").max() < tokenizer.vocab_size == 3
 
 
 @pytest.mark.parametrize(
@@ -161,9 +295,8 @@ def test_a_vocabulary_without_an_end_of_document_is_refused(tmp_path):
         {"type": "BPE", "vocab": {"</s>": 0, "a": 1}, "merges": [], "unk_token": "<unk>"},
     ],
 )
-@pytest.mark.parametrize("special", [[], ["</s>"]])
-def test_text_that_a_vocabulary_cannot_encode_names_the_file(tmp_path, model, special):
-    path = write_tokenizer(tmp_path / "tokenizer.json", {"</s>": 0}, special, model=model)
+def test_text_that_a_vocabulary_cannot_encode_names_the_file(tmp_path, model):
+    path = write_tokenizer(tmp_path / "tokenizer.json", {"</s>": 0}, ["</s>"], model=model)
     with pytest.raises(ValueError, match=r"tokenizer='.*/tokenizer\.json' cannot encode") as caught:
         load_tokenizer(path).encode("a b")
     assert "\n" not in str(caught.value)

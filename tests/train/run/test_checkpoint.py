@@ -161,6 +161,39 @@ def test_a_checkpoint_of_another_format_is_refused_with_both_numbers(run, monkey
         checkpoints.restore_params(abstract(tree(0, run.mesh)[0]))
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(run):
+    """The learning rate and the end of the run would follow the name."""
+    (run.directory / "10").rename(run.directory / "30")
+    with pytest.raises(ValueError, match=r"run/30 is the checkpoint of step 10: rename it back"):
+        run.read()
+
+
+@pytest.mark.parametrize("part", ["params", "rest"])
+def test_parts_of_two_checkpoints_are_not_mixed(run, part):
+    shutil.rmtree(run.directory / "20" / part)
+    shutil.copytree(run.directory / "10" / part, run.directory / "20" / part)
+    with pytest.raises(ValueError, match=rf"run/20/{part} is of another checkpoint: copy it again"):
+        run.read()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    mesh, made = make_mesh(None), {"alpha": 8.0, "seed": 0}
+    with Checkpoints(tmp_path, 1, print, {}, run=made) as checkpoints:
+        checkpoints.save(1, *tree(1, mesh), {})
+    wanted = abstract(tree(0, mesh)[0])
+    for run, message in (
+        ({"alpha": 80.0, "seed": 0}, r"/1 is a checkpoint of another run: alpha is 8.0 there"),
+        ({"seed": 0, "text": "b"}, "text is None there and 'b' here"),
+    ):
+        with (
+            Checkpoints(tmp_path, 1, print, {}, run=run, read_only=True) as checkpoints,
+            pytest.raises(ValueError, match=message),
+        ):
+            checkpoints.restore_params(wanted)
+    with Checkpoints(tmp_path, 1, print, {}, run={"seed": 0}, read_only=True) as checkpoints:
+        assert bits(checkpoints.restore_params(wanted)[1]) == bits(tree(1, mesh)[0])
+
+
 def test_where_no_checkpoint_can_be_read_the_run_does_not_start_anew(run):
     for step in (10, 20):
         (run.directory / str(step) / "progress" / "metadata").unlink()

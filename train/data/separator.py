@@ -1,0 +1,130 @@
+"""Which token of a `tokenizer.json` ends a document, and that its name in a text is text."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from models.hugging_face.files import read_json
+
+# Names of the token that ends a document, in common vocabularies.
+END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]", "[EOS]")
+
+
+def find_separator(tokenizer: Any, path: Path, named: str | None) -> int:
+    """Returns the id of the token that ends a document; ValueError unless there is just one.
+
+    It is the token `named`. Without, it is what the post-processor appends and the files beside a
+    tokenizer.json call eos_token; if none of them says it, the special token with one of the names
+    above. The eos_token_id of a model's files must agree. Ordinary tokens do not count.
+    """
+    give = "name the right one with --end-token"
+    if named is not None:
+        if (found := tokenizer.token_to_id(named)) is None:
+            raise ValueError(f"--end-token {named}: {path} has no such token; {give}")
+        return found
+    added = tokenizer.get_added_tokens_decoder().items()
+    special = {token.content: i for i, token in added if token.special}
+    # The other files belong to one of that name.
+    beside = path.parent if path.name == "tokenizer.json" else None
+    sources = _of_tokenizer(tokenizer, path, beside)
+    of_model = _of_model(beside)
+    if not sources:
+        known = {special[name] for name in END_TOKENS if name in special}
+        sources["names of special tokens"] = known or {i for i in special.values() if of_model}
+    sources |= of_model
+    candidates = set.intersection(*sources.values())
+    if len(candidates) == 1:
+        return candidates.pop()
+    if not candidates and len(sources) > 1:
+        said = ", ".join(f"{_list(tokenizer, ids)} ({what})" for what, ids in sources.items())
+        problem = f"contradictory ends of a document: {said}"
+    elif candidates:
+        problem = f"several tokens that could end a document: {_list(tokenizer, candidates)}"
+    else:
+        known = f"such as {END_TOKENS[0]} (special: {_list(tokenizer, {*special.values()})})"
+        problem = f"no special token that is known to end a document, {known}"
+    raise ValueError(f"tokenizer={str(path)!r} has {problem}; {give}")
+
+
+def _of_tokenizer(tokenizer: Any, path: Path, beside: Path | None) -> dict[str, set[int]]:
+    """The tokens that end a document by the files of a tokenizer."""
+    last = _last_token(json.loads(tokenizer.to_str())["post_processor"])
+    sources = {} if last is None else {"the post-processor": {last}}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _content(beside, name).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:
+            found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+            if found is None:
+                raise ValueError(
+                    f"tokenizer={str(path)!r} has no token {token!r}, the eos_token in {name}; "
+                    "name the token that ends a document with --end-token"
+                )
+            sources[name] = {found}
+    return sources
+
+
+def _of_model(beside: Path | None) -> dict[str, set[int]]:
+    """The tokens that end a document by the files of a model, which may accept several."""
+    sources = {}
+    for name in ("generation_config.json", "config.json"):
+        ids = _content(beside, name).get("eos_token_id")
+        known = {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0}
+        if known:
+            sources[name] = known
+    return sources
+
+
+def _content(directory: Path | None, name: str) -> dict[str, Any]:
+    exists = directory is not None and (directory / name).exists()
+    return read_json(directory / name) if exists else {}
+
+
+def _last_token(post_processor: dict[str, Any] | None) -> int | None:
+    """The id of the token that a post-processor puts after a text, if any."""
+    match post_processor:
+        case {"type": "Sequence", "processors": parts}:
+            found = [i for part in parts if (i := _last_token(part)) is not None]
+            return found[-1] if found else None
+        case {"type": "TemplateProcessing", "single": [*_, {"SpecialToken": {"id": name}}]}:
+            return post_processor["special_tokens"][name]["ids"][-1]
+        case {"sep": [_, i]}:  # BertProcessing and RobertaProcessing
+            return i
+    return None
+
+
+def _list(tokenizer: Any, ids: set[int]) -> str:
+    names = [tokenizer.id_to_token(i) or f"id {i}" for i in sorted(ids)] or ["none"]
+    return ", ".join(names[:8] + ["..."] * (len(names) > 8))
+
+
+def spell_out(tokenizer: Any, special: dict[int, str]) -> None:
+    """Changes `tokenizer` so that the names of special tokens in a text are text."""
+    tokenizer.encode_special_tokens = True
+    # The model itself still finds those in its vocabulary (T5's lists them, merges may make them),
+    # unless their first character is split off before.
+    endings: dict[str, list[str]] = {}
+    for i, name in special.items():
+        if len(name) > 1 and _gives(tokenizer, i, name):
+            endings.setdefault(name[0], []).append(re.escape(name[1:]))
+    if not endings:
+        return
+    from tokenizers import Regex, pre_tokenizers
+
+    first = "|".join(f"{re.escape(c)}(?={'|'.join(rest)})" for c, rest in endings.items())
+    split = pre_tokenizers.Split(Regex(first), "isolated")
+    own = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*own, split])
+
+
+def _gives(tokenizer: Any, token: int, name: str) -> bool:
+    """Whether a text with a token's name in it gives the token."""
+    around = [(a, b) for a in ("", " ", "a", "\n", "a ", ">") for b in ("", "a", " a")]
+    for text in (f"{a}{name}{b}" for a, b in around):
+        try:
+            if token in tokenizer.encode(text, add_special_tokens=False).ids:
+                return True
+        except Exception:  # no vocabulary for a part of the text: see `FileTokenizer.encode`
+            continue
+    return False
