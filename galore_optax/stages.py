@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from galore_optax import keys, ordering
-from galore_optax.inner import Inner, InnerCall, decay, with_stacks
+from galore_optax.inner import OBSERVER, Inner, InnerCall, decay, with_stacks
 from galore_optax.nnx_variables import without_variables
 from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
@@ -96,6 +96,8 @@ class GaLore:
         inner_state = self.inner.tx.init(inner.project())
         if any(plans):
             inner.check()
+        if (observe := OBSERVER.get()) is not None:
+            observe(inner, params)
         matrices = sum(plan.matrices for plan in plans if plan is not None)
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
