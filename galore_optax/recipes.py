@@ -13,10 +13,7 @@ from jax.typing import DTypeLike
 from galore_optax import checks
 from galore_optax.adapters.base import factor_dimension_numbers, is_adapter
 from galore_optax.galore import galore
-from galore_optax.projection.dimension_numbers import (
-    GaLoreDimensionNumbers,
-    WeightDimensionNumbers,
-)
+from galore_optax.projection.dimension_numbers import WeightDimensionNumbers, matrices
 from galore_optax.projection.leaf import Rank, projections
 from galore_optax.projection.schedule import Adaptive
 from galore_optax.quantization.state import cast_state, quantize_state
@@ -291,7 +288,7 @@ def gradnorm_lorp_adamw(
         rank: The gradients' rank, below the adapter's, which the params have. A fraction is one of
             the adapter's.
         weight_dimension_numbers: As in `galore`; None projects the factors of every adapter, and if
-            there is none (factors kept in arrays of your own) every leaf with two axes.
+            there is none (factors kept in arrays of your own) what it projects in `galore`.
         **options: The other arguments of `galore_adamw`.
 
     Raises:
@@ -338,9 +335,7 @@ class _OfFactors(GaLore):
 
 
 def _factors_or_matrices(params: optax.Params) -> optax.Params:
-    """The factors of adapters, or every leaf with two axes where there is no adapter."""
+    """The factors of adapters, or every matrix where there is no adapter."""
     if any(map(is_adapter, jax.tree.leaves(params, is_leaf=is_adapter))):
         return factor_dimension_numbers(params)
-
-    matrix = GaLoreDimensionNumbers()
-    return jax.tree.map(lambda x: matrix if len(x.shape) == 2 else None, params)
+    return matrices(params)

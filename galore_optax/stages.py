@@ -290,3 +290,14 @@ def _warn_of_left_out(leaves: Sequence[Any], plans: Plans, numbers: WeightDimens
             "None to leave a leaf out knowingly",
             stacklevel=3,
         )
+        pairs = zip(leaves, plans, strict=True)
+        left_out = [x for x, plan in pairs if plan is None and len(x.shape) == 2 and x.size]
+        vectors = [x.shape for x in left_out if jnp.issubdtype(x.dtype, jnp.inexact)]
+        if vectors:
+            warnings.warn(
+                f"galore takes {len(vectors)} params with two axes for stacks of vectors, such as "
+                f"the layers' biases, and does not project them: the first of shape {vectors[0]}, "
+                "since other params are stacks of as many; say with weight_dimension_numbers which "
+                "leaves are matrices",
+                stacklevel=3,
+            )
