@@ -29,7 +29,7 @@ ROWS = (
     ("train.config", "train.data"),
     ("models.hugging_face",),
     ("models.llama",),
-    ("galore_optax.memory", "galore_optax.recipes"),
+    ("galore_optax.explanation", "galore_optax.memory", "galore_optax.recipes"),
     ("galore_optax.layerwise", "galore_optax.adapters"),
     (CORE,),
     ("galore_optax.projection",),

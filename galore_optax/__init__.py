@@ -10,6 +10,7 @@ from galore_optax.adapters.gradnorm_lorp import GradNormLoRP
 from galore_optax.adapters.lora import DoRA, LoRA
 from galore_optax.adapters.low_rank import LowRank
 from galore_optax.adapters.restart import restart
+from galore_optax.explanation import Explanation, explain
 from galore_optax.galore import galore
 from galore_optax.layerwise.backward import Layered
 from galore_optax.layerwise.sharding import layerwise_shardings
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adaptive",
     "DoRA",
+    "Explanation",
     "GaLoreDimensionNumbers",
     "GaLoreState",
     "GradNormLoRP",
@@ -55,6 +57,7 @@ __all__ = [
     "adapt",
     "apply_updates",
     "cast_state",
+    "explain",
     "galore",
     "galore_adafactor",
     "galore_adamw",

@@ -56,10 +56,10 @@ def number(
     return given
 
 
-def number_or_schedule(value: Any, name: str, *, such_as: float) -> None:
-    """A finite real number, or a function of the step."""
+def number_or_schedule(value: Any, name: str, least: float = -math.inf, *, such_as: float) -> None:
+    """A finite real number of at least `least`, or a function of the step."""
     if not callable(value):
-        number(value, name, such_as=such_as)
+        number(value, name, least, such_as=such_as)
 
 
 def schedule(value: Callable[[Any], Any], name: str, above: float) -> None:

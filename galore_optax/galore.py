@@ -79,7 +79,8 @@ def galore(
         weight_dimension_numbers: Which leaves are matrices, or stacks of them: a
             `GaLoreDimensionNumbers` (or a `TuckerDimensionNumbers`, for tensors) for every leaf
             that has its axes, a tree of them (or a prefix of one) with None for leaves to leave
-            out, or a function from params to such a tree. None projects every leaf with two axes.
+            out, or a function from params to such a tree. None projects every leaf with two axes,
+            other than stacks of vectors: biases `(layers, out)` beside kernels `(layers, in, out)`.
         moments: What becomes of the inner's moments at a refresh: "rotate" carries them over to the
             new basis, "keep" leaves their numbers, as published, "reset" replaces them by those of
             `inner.init`; or a function from a moment's name, the moment and

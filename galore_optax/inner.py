@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Collection
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -31,6 +32,10 @@ from galore_optax.trace.elementwise import is_elementwise, same_equations
 from galore_optax.trace.params_use import acts_within_subspace, decoupled_decay, remembers_params
 from galore_optax.trace.roles import Role, state_roles
 from galore_optax.trace.traced import Traced, trace
+
+OBSERVER: ContextVar[Callable[["InnerCall", optax.Params], None] | None]
+"""Is told in `init` what was decided for the params (`galore_optax.explanation`)."""
+OBSERVER = ContextVar("observer", default=None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

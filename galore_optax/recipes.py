@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,23 +13,22 @@ from jax.typing import DTypeLike
 from galore_optax import checks
 from galore_optax.adapters.base import factor_dimension_numbers, is_adapter
 from galore_optax.galore import galore
-from galore_optax.projection.dimension_numbers import (
-    GaLoreDimensionNumbers,
-    WeightDimensionNumbers,
-)
+from galore_optax.projection.dimension_numbers import WeightDimensionNumbers, matrices
 from galore_optax.projection.leaf import Rank, projections
 from galore_optax.projection.schedule import Adaptive
 from galore_optax.quantization.state import cast_state, quantize_state
 from galore_optax.stages import GaLore
 from galore_optax.transformation import subspace_parts, transformation
 
+Mask = optax.Params | Callable[[optax.Params], optax.Params]
 
-def _with_options_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Puts a function's keyword options into the signature of a recipe that takes `**options`.
+
+def _with_options_of(*functions: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Puts functions' keyword options into the signature of a recipe that takes `**options`.
 
     `help` shows them then, and `optax.inject_hyperparams` finds them.
     """
-    options = inspect.signature(function).parameters
+    options = {k: p for f in functions for k, p in inspect.signature(f).parameters.items()}
 
     def decorate(recipe: Any) -> Any:
         signature = inspect.signature(recipe)
@@ -40,18 +40,47 @@ def _with_options_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-@_with_options_of(galore)
-def galore_adamw(
+def _adamw(
     learning_rate: optax.ScalarOrSchedule,
-    rank: Rank,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    eps_root: float = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+    nesterov: bool = False,
     bits: int | None = None,
     state_dtype: DTypeLike | None = None,
-    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
+    checks.number(b1, "b1", least=0, below=1, such_as=0.9)
+    checks.number(b2, "b2", least=0, below=1, such_as=0.999)
+    checks.number(eps, "eps", least=0, such_as=1e-8)
+    checks.number(eps_root, "eps_root", least=0, such_as=0.0)
+    checks.number_or_schedule(weight_decay, "weight_decay", least=0, such_as=0.1)
+    checks.choice(nesterov, "nesterov", (False, True))
+    dtypes = {"mu_dtype": mu_dtype, "state_dtype": state_dtype}
+    for name, dtype in dtypes.items():
+        if dtype is not None:
+            checks.float_dtype(dtype, name)
+        if dtype is not None and bits is not None:
+            raise ValueError(
+                f"{name}={dtype!r} with bits={bits}: moments in {bits} bits are computed in "
+                "float32; leave one of them out"
+            )
+    adamw = optax.adamw(
+        learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
+    )
+    if bits is not None:
+        return quantize_state(adamw, bits)
+    return adamw if state_dtype is None else cast_state(adamw, state_dtype)
+
+
+@_with_options_of(_adamw, galore)
+def galore_adamw(
+    learning_rate: optax.ScalarOrSchedule, rank: Rank, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore with AdamW: the recipe of the paper's pre-training runs.
 
@@ -67,7 +96,13 @@ def galore_adamw(
         b1: Decay rate of the first moment.
         b2: Decay rate of the second moment.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay, of the whole matrix and without the scale.
+        eps_root: Added to the second moment within the root.
+        mu_dtype: Dtype of the first moment; None takes the params'.
+        weight_decay: Decoupled weight decay or a schedule of it, times the learning rate, of the
+            whole matrix and without the scale.
+        mask: Which leaves decay: a tree of booleans, a prefix of the params' tree, or a function
+            that returns one from params of the shapes that the moments have; None: all.
+        nesterov: Whether the first moment is Nesterov's.
         bits: Stores the moments in 8 or 4 bits (`quantize_state`); None as floats.
         state_dtype: Dtype in which moments that are floats are stored and computed (`cast_state`);
             None takes the params'. With bfloat16 params give jnp.float32: second moments in
@@ -94,8 +129,8 @@ def galore_adamw(
         >>> updates, state = tx.update(grads, tx.init(params), params)
         >>> params = galore_optax.apply_updates(params, updates, jax.random.key(0))
     """
-    inner = _adamw(learning_rate, b1, b2, eps, weight_decay, bits, state_dtype)
-    return galore(rank, inner, **options)
+    of_adamw = {k: options.pop(k) for k in inspect.signature(_adamw).parameters if k in options}
+    return galore(rank, _adamw(learning_rate, **of_adamw), **options)
 
 
 def _partial(function: Any, name: str, **constants: Any) -> Any:
@@ -112,18 +147,14 @@ _q_galore = {"bits": 8, "projection_bits": 4, "update_proj_gap": Adaptive(200)}
 q_galore_adamw8bit = _partial(galore_adamw, "q_galore_adamw8bit", **_q_galore)
 
 
+@_with_options_of(_adamw)
 def adamw8bit(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    bits: int = 8,
+    learning_rate: optax.ScalarOrSchedule, *, bits: int = 8, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW at full rank with moments stored in 8 bits (`bits=4`: in 4).
 
-    Other arguments: see `galore_adamw`.
+    Options are those of `optax.adamw`, described at `galore_adamw`, but for those on moments that
+    are floats.
 
     References:
         Dettmers et al., `8-bit Optimizers <https://arxiv.org/abs/2110.02861>`_, 2021.
@@ -136,7 +167,7 @@ def adamw8bit(
         16640
     """
     checks.choice(bits, "bits", (8, 4))
-    return _adamw(learning_rate, b1, b2, eps, weight_decay, bits)
+    return _adamw(learning_rate, bits=bits, **options)
 
 
 @_with_options_of(galore)
@@ -145,26 +176,42 @@ def galore_adafactor(
     rank: Rank,
     *,
     momentum: float | None = None,
+    dtype_momentum: DTypeLike | None = None,
     decay_rate: float = 0.8,
+    decay_offset: float = 0,
     eps: float = 1e-30,
     clipping_threshold: float | None = 1.0,
     min_dim_size_to_factor: int = 1,
-    weight_decay: float = 0.0,
+    factored: bool = True,
+    multiply_by_parameter_scale: bool = False,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: Mask | None = None,
     state_dtype: DTypeLike | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """GaLore with Adafactor at a given learning rate (no scaling by the parameter's size).
+    """GaLore with Adafactor at a given learning rate.
+
+    By default without scaling by the parameter's size, as published; it is not the whole matrix's
+    size but that of the projected one.
 
     Args:
         learning_rate: Learning rate or schedule.
         rank: Dimensions of the subspace.
         momentum: Decay rate of a first moment; None keeps none. The paper's runs use 0.9.
+        dtype_momentum: Dtype of the first moment; None takes the params'.
         decay_rate: Exponent of the second moment's decay, 1 - t ** -decay_rate.
+        decay_offset: Steps by which t is less, for fine-tuning.
         eps: Added to the squared gradient.
         clipping_threshold: Largest root mean square of a leaf's update before the learning rate.
         min_dim_size_to_factor: Leaves whose second-largest axis is smaller keep a whole second
             moment. 1 factors every matrix, as published.
+        factored: Whether second moments are factored at all.
+        multiply_by_parameter_scale: Whether the update is multiplied by the root mean square of the
+            (projected) weights.
         weight_decay: Decoupled weight decay, times the learning rate, of the whole matrix.
+        weight_decay_rate: The same, not times the learning rate, as in `optax.adafactor`.
+        weight_decay_mask: Which leaves decay, as `mask` in `galore_adamw`.
         state_dtype: As in `galore_adamw`.
         **options: The other arguments of `galore`.
 
@@ -179,31 +226,48 @@ def galore_adafactor(
         >>> state = tx.init({"w": jnp.ones((64, 256))})
     """
     checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
-    checks.number(weight_decay, "weight_decay", least=0, such_as=0.1)
+    checks.number_or_schedule(weight_decay, "weight_decay", least=0, such_as=0.1)
     checks.number(decay_rate, "decay_rate", least=0, such_as=0.8)
+    checks.number(decay_offset, "decay_offset", least=0, such_as=0)
     checks.number(eps, "eps", least=0, such_as=1e-30)
     checks.whole(min_dim_size_to_factor, "min_dim_size_to_factor")
+    checks.choice(factored, "factored", (True, False))
+    checks.choice(multiply_by_parameter_scale, "multiply_by_parameter_scale", (False, True))
     if momentum is not None:
         checks.number(momentum, "momentum", least=0, below=1, such_as=0.9)
+    if dtype_momentum is not None:
+        checks.float_dtype(dtype_momentum, "dtype_momentum")
+        if momentum is None:
+            raise ValueError(f"dtype_momentum={dtype_momentum!r} needs momentum=, such as 0.9")
     if clipping_threshold is not None:
         checks.number(clipping_threshold, "clipping_threshold", least=0, such_as=1.0)
     steps = [
         optax.scale_by_factored_rms(
-            decay_rate=decay_rate, epsilon=eps, min_dim_size_to_factor=min_dim_size_to_factor
+            factored, decay_rate, decay_offset, min_dim_size_to_factor, epsilon=eps
         )
     ]
     if clipping_threshold is not None:
         steps.append(optax.clip_by_block_rms(clipping_threshold))
     # The learning rate goes into the momentum, as published; decay stays out of it.
     steps.append(optax.scale_by_learning_rate(learning_rate))
+    if multiply_by_parameter_scale:
+        steps.append(optax.scale_by_param_block_rms())
     if momentum is not None:
-        steps.append(optax.ema(momentum, debias=False))
-    if callable(learning_rate):
-        steps.append(optax.add_decayed_weights(lambda count: -weight_decay * learning_rate(count)))
-    else:
-        steps.append(optax.add_decayed_weights(-weight_decay * learning_rate))
+        steps.append(optax.ema(momentum, debias=False, accumulator_dtype=dtype_momentum))
+    decays = [_product(-1, weight_decay, learning_rate)]
+    if weight_decay_rate is not None:
+        checks.number_or_schedule(weight_decay_rate, "weight_decay_rate", least=0, such_as=1e-3)
+        decays.append(_product(-1, weight_decay_rate))
+    steps += [optax.add_decayed_weights(decay, weight_decay_mask) for decay in decays]
     inner = optax.chain(*steps)
     return galore(rank, inner if state_dtype is None else cast_state(inner, state_dtype), **options)
+
+
+def _product(*factors: Any) -> Any:
+    """The product of numbers, or of numbers and schedules."""
+    if not any(map(callable, factors)):
+        return math.prod(factors)
+    return lambda count: math.prod(x(count) if callable(x) else x for x in factors)
 
 
 @_with_options_of(galore_adamw)
@@ -224,7 +288,7 @@ def gradnorm_lorp_adamw(
         rank: The gradients' rank, below the adapter's, which the params have. A fraction is one of
             the adapter's.
         weight_dimension_numbers: As in `galore`; None projects the factors of every adapter, and if
-            there is none (factors kept in arrays of your own) every leaf with two axes.
+            there is none (factors kept in arrays of your own) what it projects in `galore`.
         **options: The other arguments of `galore_adamw`.
 
     Raises:
@@ -270,35 +334,8 @@ class _OfFactors(GaLore):
         return super().init(params)
 
 
-def _adamw(
-    learning_rate: Any,
-    b1: Any,
-    b2: Any,
-    eps: Any,
-    weight_decay: Any,
-    bits: int | None,
-    state_dtype: DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
-    checks.number(b1, "b1", least=0, below=1, such_as=0.9)
-    checks.number(b2, "b2", least=0, below=1, such_as=0.999)
-    checks.number(eps, "eps", least=0, such_as=1e-8)
-    checks.number(weight_decay, "weight_decay", least=0, such_as=0.1)
-    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    if bits is not None and state_dtype is not None:
-        raise ValueError(
-            f"state_dtype={state_dtype!r} with bits={bits}: moments in {bits} bits are computed in "
-            "float32; leave one of them out"
-        )
-    if bits is not None:
-        return quantize_state(adamw, bits)
-    return adamw if state_dtype is None else cast_state(adamw, state_dtype)
-
-
 def _factors_or_matrices(params: optax.Params) -> optax.Params:
-    """The factors of adapters, or every leaf with two axes where there is no adapter."""
+    """The factors of adapters, or every matrix where there is no adapter."""
     if any(map(is_adapter, jax.tree.leaves(params, is_leaf=is_adapter))):
         return factor_dimension_numbers(params)
-
-    matrix = GaLoreDimensionNumbers()
-    return jax.tree.map(lambda x: matrix if len(x.shape) == 2 else None, params)
+    return matrices(params)

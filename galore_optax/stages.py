@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from galore_optax import keys, ordering
-from galore_optax.inner import Inner, InnerCall, decay, with_stacks
+from galore_optax.inner import OBSERVER, Inner, InnerCall, decay, with_stacks
 from galore_optax.nnx_variables import without_variables
 from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
@@ -97,6 +97,8 @@ class GaLore:
         inner_state = self.inner.tx.init(inner.project())
         if any(plans):
             inner.check()
+        if (observe := OBSERVER.get()) is not None:
+            observe(inner, params)
         matrices = sum(plan.matrices for plan in plans if plan is not None)
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
@@ -311,3 +313,14 @@ def _warn_of_left_out(leaves: Sequence[Any], plans: Plans, numbers: WeightDimens
             "None to leave a leaf out knowingly",
             stacklevel=3,
         )
+        pairs = zip(leaves, plans, strict=True)
+        left_out = [x for x, plan in pairs if plan is None and len(x.shape) == 2 and x.size]
+        vectors = [x.shape for x in left_out if jnp.issubdtype(x.dtype, jnp.inexact)]
+        if vectors:
+            warnings.warn(
+                f"galore takes {len(vectors)} params with two axes for stacks of vectors, such as "
+                f"the layers' biases, and does not project them: the first of shape {vectors[0]}, "
+                "since other params are stacks of as many; say with weight_dimension_numbers which "
+                "leaves are matrices",
+                stacklevel=3,
+            )

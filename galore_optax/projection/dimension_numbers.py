@@ -117,8 +117,7 @@ def matrix_views(
     if not leaves:  # as where optax.tree_utils.tree_map_params looks for params in a state
         return []
     if numbers is None:
-        matrix = GaLoreDimensionNumbers()
-        flat = [matrix if len(x.shape) == 2 and _projectable(x) else None for _, x in leaves]
+        flat = jax.tree.leaves(matrices(params), is_leaf=_is_dimension_numbers)
     elif _is_dimension_numbers(numbers):
         merged = [axis for _, axes in _named(numbers) for axis in _listed(axes)]
         needed = max(len(merged), *(axis + 1 if axis >= 0 else -axis for axis in merged))
@@ -138,6 +137,33 @@ def matrix_views(
         flat = [dims for dims, part in pairs for _ in jax.tree.leaves(part)]
     pairs = zip(leaves, flat, strict=True)
     return [(path, None if dims is None else _view(x, dims, path)) for (path, x), dims in pairs]
+
+
+def matrices(params: optax.Params) -> optax.Params:
+    """The dimension numbers of every leaf with two axes that is not a stack of vectors.
+
+    A leaf `(n, m)`, n < m, is one (biases `(layers, out)`) if another leaf is a stack of as many
+    arrays that have an axis of length m (kernels `(layers, in, out)`). So is any leaf with two axes
+    in a subtree with such a leaf, of which all leaves have the same first axis. Attention's kernels
+    `(width, heads, head_width)` do not make a stack of a kernel `(width, mlp_width)`.
+    """
+    leaves, tree = jax.tree.flatten_with_path(params)
+    shapes = [tuple(x.shape) for _, x in leaves]
+    sides = {(s[0], n) for s in shapes if len(s) > 2 for n in s[1:]}
+    vectors = [len(s) == 2 and s[0] < s[1] and s in sides for s in shapes]
+    subtrees: dict[Any, list[int]] = {}
+    for i, (path, _) in enumerate(leaves):
+        for end in range(len(path)):
+            subtrees.setdefault(path[:end], []).append(i)
+    for inside in subtrees.values():
+        if len({shapes[i][:1] for i in inside}) == 1 and any(vectors[i] for i in inside):
+            for i in inside:
+                vectors[i] = True
+    matrix = GaLoreDimensionNumbers()
+    return tree.unflatten(
+        matrix if len(x.shape) == 2 and _projectable(x) and not vector else None
+        for (_, x), vector in zip(leaves, vectors, strict=True)
+    )
 
 
 def _view(leaf: Any, numbers: Any, path: str) -> LeafView:

@@ -56,7 +56,9 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
         on_arrays = dependences(slopes, [*arrays, *none, *none], through_scalars=False)
         # A use of params without a derivative, as in a sign, is not affine.
         affine = all(("tangents" in on[k]) == bool(uses[i]) for k, i in enumerate(sloped))
-        if any("params" in names for names in on) or any(on_arrays) or not affine:
+        begun = [_CONSTANT] * (len(rest) + count) + [_PLACED] * count
+        mixed = _MIXED in interpret(slopes, begun, _Mixing())
+        if any("params" in names for names in on) or any(on_arrays) or not affine or mixed:
             return None
     # A decay of zero, such as that of many recipes by default, needs no pass over the weights.
     signs = interpret(slopes, [UNKNOWN] * len(slopes.jaxpr.invars), Sign())
@@ -67,7 +69,7 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
         # Traced with updates in the params' dtypes; here they may have another.
         inputs = zip([*updates, *state], slopes.in_avals, strict=False)
         rest = [
-            jnp.zeros_like(x, a.dtype) if check and x.ndim else x.astype(a.dtype) for x, a in inputs
+            jnp.zeros_like(x, a.dtype) if check and x.ndim else _as(x, a.dtype) for x, a in inputs
         ]
         zeros = [jnp.zeros_like(params[i]) for i in sloped]
         ones = [jnp.ones_like(params[i]) for i in sloped]
@@ -78,6 +80,10 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
         return found
 
     return at
+
+
+def _as(x: Array, dtype: Any) -> Array:
+    return x if x.dtype == dtype else x.astype(dtype)  # a random key cannot be cast
 
 
 def _derivative(
@@ -143,6 +149,30 @@ _LINEAR = {
 }  # fmt: skip
 
 
+_CONSTANT, _PLACED, _MIXED = range(3)
+# Of the elements of their inputs, these put each into at most one place.
+_PLACING = {
+    "add", "add_any", "concatenate", "div", "dynamic_slice", "dynamic_update_slice", "expand_dims",
+    "mul", "pad", "select_n", "slice", "split", "sub",
+}  # fmt: skip
+
+
+class _Mixing(Reading):
+    """Abstract values say whether elements of tangents are added up (a mean), or only placed."""
+
+    def constant(self, value: Any) -> int:
+        return _CONSTANT
+
+    def join(self, values: Sequence[int]) -> int:
+        return max(values, default=_CONSTANT)
+
+    def equation(self, equation: JaxprEqn, into: list[int]) -> int:
+        name, known = equation.primitive.name, self.join(into)
+        if known == _CONSTANT or (name == "mul" and any(map(is_zero, equation.invars))):
+            return _CONSTANT
+        return known if name in _PLACING | _LINEAR else _MIXED
+
+
 class _Use(Reading):
     """Abstract values say what a value is linear in: the gradient, the params, or neither."""
 
@@ -176,12 +206,18 @@ class _Use(Reading):
         if name in ("add", "add_any", "sub"):
             if known == {_GRADIENT, _PARAMS}:
                 return _GRADIENT
+            if known == {_GRADIENT} and self._array(equation, into):
+                return _OTHER  # a momentum: what is added to it is no part of the gradient
             if known == {_PARAMS} and _NOTHING in into:
                 # Params added to an array of the state are not regularization.
-                other = invars[into.index(_NOTHING)]
-                return _PARAMS if is_zero(other) or shape_of(other) == () else _USED
+                return _USED if self._array(equation, into) else _PARAMS
             return self.join(into)
         scaled = into[1] == _NOTHING if name == "div" else name == "mul" and _NOTHING in into
         if name in _LINEAR or scaled:
             return self.join(into)
         return _USED if known & {_PARAMS, _USED} else _OTHER
+
+    def _array(self, equation: JaxprEqn, into: list[int]) -> bool:
+        """Whether something is added to an array that is not linear in it, as one of the state."""
+        others = [x for x, use in zip(equation.invars, into, strict=True) if use == _NOTHING]
+        return any(shape_of(x) != () and not is_zero(x) for x in others)

@@ -31,6 +31,9 @@ DECOUPLED = {
     "adamw with hyperparameters in its state": optax.inject_hyperparams(optax.adamw)(
         0.1, weight_decay=0.2
     ),
+    "noise after adamw": optax.chain(
+        optax.adamw(0.1, weight_decay=0.2), optax.add_noise(0.01, 0.55, key=0)
+    ),
 }
 UNUSED = {
     "adam": optax.adam(0.1),
@@ -262,6 +265,10 @@ WITHIN_SUBSPACE = {
     "clipped after adamw": optax.chain(optax.adamw(0.1, weight_decay=0.2), optax.clip(1.0)),
     "averaged after adamw": optax.chain(optax.adamw(0.1, weight_decay=0.2), optax.ema(0.9)),
     "zero_nans after adamw": optax.chain(optax.adamw(0.1, weight_decay=0.2), optax.zero_nans()),
+    # A derivative that is linear in the params, though not one number for a whole leaf.
+    "centralized after adamw": optax.chain(optax.adamw(0.1, weight_decay=0.2), optax.centralize()),
+    # Decay added to a moment is no regularization of the gradient.
+    "momo": optax.contrib.momo(0.1, weight_decay=0.2),
 }
 HARMLESS = {
     "l2 before a sign": OTHER["decay by coordinate"],
@@ -280,7 +287,7 @@ def test_a_use_that_acts_within_the_subspace_warns_once_and_names_the_way_to_say
     with pytest.warns(UserWarning, match=r"uses params elementwise.*decoupled_decay=") as seen:
         state = tx.init(WEIGHT)
     assert len(seen) == 1
-    tx.update(GRAD, state, WEIGHT)  # without another warning
+    tx.update(GRAD, state, WEIGHT, value=1.0)  # without another warning
     for decided in (True, False):
         galore(2, inner, decoupled_decay=decided).init(WEIGHT)
 
