@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
@@ -73,6 +74,35 @@ def sharded_like(tree: Any, like: Any) -> Any:
         return jax.sharding.reshard(x, jax.typeof(y).sharding) if explicit else x
 
     return jax.tree.map(sharded, tree, like)
+
+
+def varying_alike(tree: Any) -> Any:
+    """Makes arrays vary over each mesh axis of `jax.shard_map` over which one of them varies.
+
+    The branches of a conditional must agree in that, as must a loop's carry and what the loop makes
+    of it.
+    """
+    if not within_shard_map():
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    own = [jax.typeof(x).manual_axis_type.varying for x in leaves]
+    missing = [tuple(frozenset().union(*own) - axes) for axes in own]
+    pairs = zip(leaves, missing, strict=True)
+    return structure.unflatten(
+        [jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in pairs]
+    )
+
+
+def within_shard_map() -> bool:
+    """Whether `jax.shard_map` runs on each device what is traced now."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def zeros_like(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Returns zeros, sharded as `x` is and varying over the same axes of `jax.shard_map`."""
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+    placed = sharding if isinstance(sharding, NamedSharding) else None
+    return jnp.zeros_like(x, dtype, shape, device=placed)
 
 
 def first_element(x: Float[Array, "..."]) -> Float[Array, ""]:
