@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax.adapters.base import Adapter, check_rank, wide
 from galore_optax.projection import subspace
+from galore_optax.serialization import pytree
 from galore_optax.sharding import axis_specs, with_automatic_axes
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class LowRank(Adapter):
     """W = a b; the field `base` is None."""

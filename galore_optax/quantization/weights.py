@@ -198,6 +198,12 @@ def apply_updates(
             raise ValueError(
                 f"updates: the one at {jax.tree_util.keystr(path)} is a QuantizedArray; give arrays"
             )
+        if is_quantized(param) and is_quantized(param.scales):
+            raise ValueError(
+                f"params: the scales of the one at {jax.tree_util.keystr(path)} are quantized, "
+                "so that an update would change other blocks; train an adapter of it (LoRA), or "
+                "quantize it with quantize_nf4(weight, double=False)"
+            )
         if is_quantized(param) or (seed is not None and param.dtype == jnp.bfloat16):
             return _summed(param, update, seed, number_of(path))
         return optax.apply_updates(param, update)

@@ -15,6 +15,7 @@ from galore_optax import (
     apply_updates,
     galore_adamw,
     q_galore_adamw8bit,
+    quantize_nf4,
     quantize_weights,
 )
 from galore_optax.adapters.base import product
@@ -353,6 +354,9 @@ def test_what_cannot_be_added_is_named():
         apply_updates(params, params, 0)
     with pytest.raises(ValueError, match=r"updates: the one at \['w'\] is a QuantizedArray"):
         apply_updates(params, quantize_weights(params), jax.random.key(0))
+    frozen = {"w": quantize_nf4(params["w"])}
+    with pytest.raises(ValueError, match=r"scales of the one at \['w'\] .*double=False"):
+        apply_updates(frozen, params, None)
 
 
 def test_a_group_that_is_touched_keeps_its_other_numbers_in_the_mean():
