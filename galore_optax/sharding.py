@@ -6,9 +6,9 @@ projected, the basis the one that is, and the rank is replicated. Projections an
 under automatic axes: XLA shards their products without gathering a weight or a gradient.
 """
 
-import contextlib
+import functools
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -118,21 +118,24 @@ def explain_sharding_errors(
     Its axes stay explicit, as arrays may be that it closes over (`optax.inject_hyperparams`).
     """
 
-    @contextlib.contextmanager
-    def explained() -> Generator[None]:
-        try:
-            yield
-        except Exception as error:
-            if type(error).__name__ != "ShardingTypeError":  # JAX has no public name for it
-                raise
-            raise ValueError(
-                "inner: it has an operation that explicit mesh axes cannot express; give the mesh "
-                "automatic axes, jax.make_mesh(..., axis_types=(AxisType.Auto,) * n), or call the "
-                f"update within jax.sharding.auto_axes ({error})"
-            ) from error
+    # No context manager, whose generator cannot be pickled.
+    def explained(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                if type(error).__name__ != "ShardingTypeError":  # JAX has no public name for it
+                    raise
+                raise ValueError(
+                    "inner: it has an operation that explicit mesh axes cannot express; give the "
+                    "mesh automatic axes, jax.make_mesh(..., axis_types=(AxisType.Auto,) * n), or "
+                    f"call the update within jax.sharding.auto_axes ({error})"
+                ) from error
 
-    init, update = explained()(inner.init), explained()(inner.update)
-    return optax.GradientTransformationExtraArgs(init, update)
+        return wrapped
+
+    return optax.GradientTransformationExtraArgs(explained(inner.init), explained(inner.update))
 
 
 def state_shardings(
