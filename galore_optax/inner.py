@@ -31,7 +31,7 @@ from galore_optax.sharding import first_element
 from galore_optax.trace.elementwise import is_elementwise, same_equations
 from galore_optax.trace.params_use import acts_within_subspace, decoupled_decay, remembers_params
 from galore_optax.trace.roles import Role, state_roles
-from galore_optax.trace.traced import Traced, trace
+from galore_optax.trace.traced import Traced, abstract, trace
 
 OBSERVER: ContextVar[Callable[["InnerCall", optax.Params], None] | None]
 """Is told in `init` what was decided for the params (`galore_optax.explanation`)."""
@@ -115,7 +115,7 @@ class InnerCall:
             plans = enumerate(self.plans)
             stacks = {k: plan.batch_ndim for k, plan in plans if plan is not None and plan.together}
             for k, leaf in enumerate(leaves):
-                leaves[k] = jax.ShapeDtypeStruct(leaf.shape[stacks.get(k, 0) :], leaf.dtype)
+                leaves[k] = abstract(leaf.shape[stacks.get(k, 0) :], leaf.dtype)
             try:
                 found = self._fits_the_state() and is_elementwise(self.traced, stacks)
                 # `init` has answered the rest where the state has arrays of a stack's shape.

@@ -11,6 +11,8 @@ import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 
+from galore_optax.sharding import within_shard_map
+
 
 def on_one_gpu(kernel: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -> Any:
     """Returns `kernel(*args)` in a program for a single NVIDIA GPU, else `otherwise(*args)`.
@@ -18,6 +20,8 @@ def on_one_gpu(kernel: Callable[..., Any], otherwise: Callable[..., Any], *args:
     XLA cannot split a kernel over several devices, and would gather its arguments on each of them.
     Both are functions of trees of arrays, with equal shapes and dtypes of results.
     """
+    if within_shard_map():
+        return otherwise(*args)
     cuda = partial(_on_one_device, kernel, otherwise)
     return jax.lax.platform_dependent(*args, cuda=cuda, default=otherwise)
 

@@ -1,4 +1,4 @@
-"""Takes Flax NNX's Variables off a tree of params, without importing Flax.
+"""Params as `init` needs them: without Flax NNX's Variables, and arrays instead of their shapes.
 
 `nnx.Optimizer` passes Variables to `init` only, and stores what `init` returns for one as the value
 of a Variable. That fails where a state has several arrays for one param (codes and scales, the
@@ -8,6 +8,16 @@ matrices of a stack, the bases of two sides), so states are made from params wit
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+
+def for_init(params: Any) -> Any:
+    """Replaces each Variable by its value, and each `jax.ShapeDtypeStruct` by zeros."""
+
+    def array(x: Any) -> Any:
+        return jnp.zeros_like(x) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+    return jax.tree.map(array, without_variables(params))
 
 
 def without_variables(tree: Any) -> Any:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from galore_optax.sharding import explicit_axes
+from galore_optax.sharding import explicit_axes, varying_alike
 
 
 def after(known: PyTree, tree: PyTree) -> PyTree:
@@ -38,6 +38,7 @@ def after_on_cpu(known: PyTree, tree: PyTree) -> PyTree:
     """
     if any(map(explicit_axes, jax.tree.leaves((known, tree)))):
         return tree
+    known, tree = varying_alike((known, tree))
     return jax.lax.platform_dependent(known, tree, cpu=after, default=lambda known, tree: tree)
 
 

@@ -6,12 +6,13 @@ projected, the basis the one that is, and the rank is replicated. Projections an
 under automatic axes: XLA shards their products without gathering a weight or a gradient.
 """
 
-import contextlib
+import functools
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
@@ -75,6 +76,35 @@ def sharded_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(sharded, tree, like)
 
 
+def varying_alike(tree: Any) -> Any:
+    """Makes arrays vary over each mesh axis of `jax.shard_map` over which one of them varies.
+
+    The branches of a conditional must agree in that, as must a loop's carry and what the loop makes
+    of it.
+    """
+    if not within_shard_map():
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    own = [jax.typeof(x).manual_axis_type.varying for x in leaves]
+    missing = [tuple(frozenset().union(*own) - axes) for axes in own]
+    pairs = zip(leaves, missing, strict=True)
+    return structure.unflatten(
+        [jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in pairs]
+    )
+
+
+def within_shard_map() -> bool:
+    """Whether `jax.shard_map` runs on each device what is traced now."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def zeros_like(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Returns zeros, sharded as `x` is and varying over the same axes of `jax.shard_map`."""
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+    placed = sharding if isinstance(sharding, NamedSharding) else None
+    return jnp.zeros_like(x, dtype, shape, device=placed)
+
+
 def first_element(x: Float[Array, "..."]) -> Float[Array, ""]:
     """Returns `x[0, ..., 0]`."""
     return with_automatic_axes(lambda x: x[(0,) * x.ndim], lambda _: PartitionSpec(), x)
@@ -88,21 +118,24 @@ def explain_sharding_errors(
     Its axes stay explicit, as arrays may be that it closes over (`optax.inject_hyperparams`).
     """
 
-    @contextlib.contextmanager
-    def explained() -> Generator[None]:
-        try:
-            yield
-        except Exception as error:
-            if type(error).__name__ != "ShardingTypeError":  # JAX has no public name for it
-                raise
-            raise ValueError(
-                "inner: it has an operation that explicit mesh axes cannot express; give the mesh "
-                "automatic axes, jax.make_mesh(..., axis_types=(AxisType.Auto,) * n), or call the "
-                f"update within jax.sharding.auto_axes ({error})"
-            ) from error
+    # No context manager, whose generator cannot be pickled.
+    def explained(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                if type(error).__name__ != "ShardingTypeError":  # JAX has no public name for it
+                    raise
+                raise ValueError(
+                    "inner: it has an operation that explicit mesh axes cannot express; give the "
+                    "mesh automatic axes, jax.make_mesh(..., axis_types=(AxisType.Auto,) * n), or "
+                    f"call the update within jax.sharding.auto_axes ({error})"
+                ) from error
 
-    init, update = explained()(inner.init), explained()(inner.update)
-    return optax.GradientTransformationExtraArgs(init, update)
+        return wrapped
+
+    return optax.GradientTransformationExtraArgs(explained(inner.init), explained(inner.update))
 
 
 def state_shardings(

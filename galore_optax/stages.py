@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from galore_optax import keys, ordering
 from galore_optax.inner import OBSERVER, Inner, InnerCall, decay, with_stacks
-from galore_optax.nnx_variables import without_variables
+from galore_optax.nnx_variables import for_init, without_variables
 from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.leaf import Plans, Projection, Rank, projections
@@ -24,7 +24,7 @@ from galore_optax.projection.moments import CarryOver, Moment, MomentsOf, reset
 from galore_optax.projection.refresh import Leaf, Refresh, Refreshed, check_subspace, refresh
 from galore_optax.projection.subspace import SUBSPACES, FindSubspace
 from galore_optax.quantization.array import dequantized, is_quantized
-from galore_optax.sharding import sharded_like
+from galore_optax.sharding import sharded_like, varying_alike
 
 
 class GaLoreState(NamedTuple):
@@ -75,7 +75,7 @@ class GaLore:
     def init(self, params: optax.Params) -> GaLoreState:
         """The first state: bases are random, and every refresh is due."""
         schedule.check_schedule(self.gap)
-        params = dequantized(without_variables(params))
+        params = dequantized(for_init(params))
         leaves, tree = jax.tree.flatten(params)
         plans = projections(params, self.numbers, self.rank, self.side)
         if callable(self.subspace):
@@ -84,8 +84,6 @@ class GaLore:
         key = jax.random.key(self.seed)
         bases: list[Any] = [optax.MaskedNode()] * len(leaves)
         for i, plan in enumerate(plans):
-            if isinstance(leaves[i], jax.ShapeDtypeStruct):
-                leaves[i] = jnp.zeros(leaves[i].shape, leaves[i].dtype)
             if plan is not None:
                 bases[i] = plan.random_bases(leaves[i], key, self.bits)
 
@@ -100,10 +98,13 @@ class GaLore:
         if (observe := OBSERVER.get()) is not None:
             observe(inner, params)
         matrices = sum(plan.matrices for plan in plans if plan is not None)
+        timing = schedule.first_timing(self.gap, matrices)
+        # As after a refresh, which happens where gradients allow it.
+        bases, timing, _ = varying_alike((bases, timing, leaves))
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             bases=tree.unflatten(map(_stored, bases)),
-            **schedule.first_timing(self.gap, matrices),
+            **timing,
             inner=inner_state,
         )
 

@@ -18,11 +18,11 @@ gradients are projected and to what rank, and restarts as in ReLoRA (arXiv:2307.
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax.adapters.base import Adapter, wide
+from galore_optax.serialization import pytree
 
 
 def column_norms(v: Float[Array, "*layers in out"]) -> Float[Array, "*layers out"]:
@@ -38,7 +38,7 @@ def weight_norm(
     return (magnitude / column_norms(v))[..., None, :] * v
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class GradNormLoRP(Adapter):
     """A frozen weight, and the factors and magnitudes that are trained instead.

@@ -16,9 +16,10 @@ from galore_optax.adapters.base import Adapter, is_adapter, wide
 from galore_optax.adapters.gradnorm_lorp import column_norms, weight_norm
 from galore_optax.keys import for_path
 from galore_optax.quantization.array import dequantized
+from galore_optax.serialization import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class LoRA(Adapter):
     """W = W₀ + scale · a b (arXiv:2106.09685, section 4.1), an `Adapter` with three more fields.
@@ -77,7 +78,7 @@ class LoRA(Adapter):
         return rows @ dequantized(self.base).astype(rows.dtype) + self.scale * ((kept @ a) @ b)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class DoRA(LoRA):
     """W = m ⊙ V / ‖V‖ by columns, V = W₀ + scale · a b (arXiv:2402.09353, equation 5).

@@ -6,13 +6,16 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax.adapters.base import Adapter, check_rank, wide
 from galore_optax.projection import subspace
+from galore_optax.serialization import pytree
+from galore_optax.sharding import axis_specs, with_automatic_axes
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class LowRank(Adapter):
     """W = a b; the field `base` is None."""
@@ -25,8 +28,16 @@ class LowRank(Adapter):
         """
         check_rank(weight, rank)
         w = wide(weight)
-        a = _leading_directions(w, key, rank)
-        return cls(None, a.astype(weight.dtype), (a.mT @ w).astype(weight.dtype))
+
+        def factors(w: Array, key: Array) -> tuple[Array, Array]:
+            a = _leading_directions(w, key, rank)
+            return a.astype(weight.dtype), (a.mT @ w).astype(weight.dtype)
+
+        def out_specs(_: Any) -> tuple[PartitionSpec, PartitionSpec]:
+            *layers, rows, columns = axis_specs(w)
+            return PartitionSpec(*layers, rows, None), PartitionSpec(*layers, None, columns)
+
+        return cls(None, *with_automatic_axes(factors, out_specs, w, key))
 
     def matrix(self) -> Float[Array, "*layers in out"]:
         """Returns a b."""

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from galore_optax.nnx_variables import without_variables
+from galore_optax.nnx_variables import for_init, without_variables
 from galore_optax.projection.dimension_numbers import LeafView
 from galore_optax.projection.leaf import Projection
 from galore_optax.quantization.array import dequantized
@@ -71,7 +70,7 @@ class _Unstacked:
     def _apart(self, params: optax.Params | None) -> Any:
         if params is None:
             return None
-        params = dequantized(jax.tree.map(_concrete, without_variables(params)))
+        params = dequantized(for_init(params))
         plans, tree = self._stacks(params)
         pairs = zip(plans, jax.tree.leaves(params), strict=True)
         return tree.unflatten([x if plan is None else plan.into((), x) for plan, x in pairs])
@@ -117,11 +116,6 @@ class _UnstackedInParts(_Unstacked):
         params_apart = self._apart(params)
         steps, state = self._parts.update_projected(projected, state, params_apart, **extra_args)
         return self._together(steps, params), state
-
-
-def _concrete(x: Any) -> Any:
-    """Returns zeros for a `jax.ShapeDtypeStruct`, which `init` may get."""
-    return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
 
 def _stack(path: Any, leaf: Any, axes: int | None) -> Projection | None:

@@ -129,7 +129,7 @@ class Projection:
         as they do in `galore_optax.layerwise`, where each of them is a leaf with that path.
         """
 
-        def draw(leaf: Array) -> tuple[Array, ...]:
+        def draw(leaf: Array, key: PRNGKeyArray) -> tuple[Array, ...]:
             bases = []
             for mode, rank in zip(self.modes, self.ranks, strict=True):
                 n = self.view.sizes[mode]
@@ -139,7 +139,7 @@ class Projection:
                 bases.append(jnp.broadcast_to(one, (*self.view.batch_shape, n, rank)))
             return tuple(bases)
 
-        bases = with_automatic_axes(draw, lambda mesh: self._specs(mesh, leaf)[0], leaf)
+        bases = with_automatic_axes(draw, lambda mesh: self._specs(mesh, leaf)[0], leaf, key)
         if bits is None:
             return bases
         # In groups of 256 elements of one matrix (Q-GaLore, arXiv:2407.08296, section 3.1).

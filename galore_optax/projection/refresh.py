@@ -25,7 +25,7 @@ from galore_optax.projection.moments import CarryOver, transition
 from galore_optax.projection.schedule import Similarity
 from galore_optax.projection.subspace import FindSubspace, refreshed
 from galore_optax.quantization.array import dequantized, stored_like
-from galore_optax.sharding import specs, with_automatic_axes
+from galore_optax.sharding import specs, varying_alike, with_automatic_axes
 
 Moments = tuple[tuple[Any, ...], ...]
 """The moments of all matrices together, or of each, in the inner's state."""
@@ -86,7 +86,7 @@ class Refresh:
                     lambda xs, x: xs.at[i].set(x), made, self._leaf(leaf, key, first)
                 )
 
-            none = jnp.zeros((len(leaves), self.projection.matrices), jnp.float32)
+            none = jnp.zeros_like(stacks[2], jnp.float32).reshape(len(leaves), -1)
             start = Refreshed(stacks[0], stacks[1], none > 0, none)
             made = jax.lax.fori_loop(0, len(leaves), body, start)
             return [jax.tree.map(itemgetter(i), made) for i in range(len(leaves))]
@@ -122,7 +122,7 @@ class Refresh:
                 stacks = jax.tree.map(lambda b, x: b.at[at].set(x), stacks, new)
                 return stacks, found.at[i].set(happened), similar.at[i].set(similarity)
 
-            none = jnp.zeros(number, jnp.float32)
+            none = jnp.zeros_like(due, jnp.float32).reshape(-1)
             (new, carried), found, similar = jax.lax.fori_loop(
                 0, number, body, (stacks, none > 0, none)
             )
@@ -132,7 +132,7 @@ class Refresh:
         return jax.lax.cond(jnp.any(due), made, lambda: self._stay(leaf))
 
     def _stay(self, leaf: Leaf) -> Refreshed:
-        none = jnp.zeros(self.projection.matrices, jnp.float32)
+        none = jnp.zeros_like(leaf.due, jnp.float32).reshape(-1)
         bases, moments = kept_in_place((leaf.bases, leaf.moments))
         return Refreshed(bases, moments, none > 0, none)
 
@@ -146,7 +146,7 @@ class Refresh:
             return self._search(gradient, bases, moments, jax.random.fold_in(key, index))
 
         # Not under `vmap`, which would make it a select, and compute every basis at every step.
-        return jax.lax.cond(due, search, lambda: (state, jnp.array(False), jnp.float32(0)))
+        return jax.lax.cond(due, search, lambda: (state, due, jnp.zeros_like(due, jnp.float32)))
 
     def _search(
         self, gradient: Float[Array, "*sizes"], bases: Bases, moments: tuple[Any, ...], key: Array
@@ -161,11 +161,11 @@ class Refresh:
         new = tuple(stored_like(p[0], basis) for p, basis in zip(pairs, bases, strict=True))
         new = jax.tree.map(partial(jnp.where, found), new, bases)
         change = list(zip(old, dequantized(new), strict=True))
-        return (new, self._carried(change, found, moments)), found, self._similarity(change)
+        return (new, self._carried(change, found, moments)), found, self._similarity(change, found)
 
-    def _similarity(self, change: Sequence[tuple[Array, Array]]) -> Float[Array, ""]:
+    def _similarity(self, change: Sequence[tuple[Array, Array]], found: Array) -> Float[Array, ""]:
         if self.similarity is None:
-            return jnp.float32(0)
+            return jnp.zeros_like(found, jnp.float32)
         wide = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in change]
         return jnp.mean(jnp.array([self.similarity(a, b) for a, b in wide], jnp.float32))
 
@@ -203,7 +203,7 @@ def refresh(
     Into the key of the step, the number of a leaf's path and the index of each matrix are folded.
     Indices start at `first`, which is not 0 if other layers are before.
     """
-    none = PartitionSpec()
+    leaves, none = varying_alike(leaves), PartitionSpec()
     out = [Refreshed._make((specs(leaf.bases), specs(leaf.moments), none, none)) for leaf in leaves]
     return with_automatic_axes(how, lambda _: out, leaves, key, first)
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from galore_optax.sharding import varying_alike
+
 Gradient, Basis = Float[Array, "n m"], Float[Array, "n r"]
 FindSubspace = Callable[[Gradient, Basis, PRNGKeyArray], Basis]
 """From a gradient in float32 or wider, whose largest magnitude is 1, the present basis and a key to
@@ -185,9 +187,10 @@ def refreshed(
 
     def search() -> tuple[Basis, Array]:
         unit = gradient.astype(wide) / largest  # within the branch that needs it
-        found = find(unit, basis.astype(wide), key)
+        # A basis that does not depend on the gradient varies over as many devices nevertheless.
+        found, _ = varying_alike((find(unit, basis.astype(wide), key), largest))
         usable = jnp.all(jnp.isfinite(found))
         return jnp.where(usable, found.astype(basis.dtype), basis), usable
 
     usable = jnp.isfinite(largest) & (largest > 0)
-    return jax.lax.cond(usable, search, lambda: (basis, jnp.array(False)))
+    return jax.lax.cond(usable, search, lambda: (basis, usable))

@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8, UInt32
 
 from galore_optax.quantization.codes import NF4, Affine, Code, Dynamic, elements, random_bits
+from galore_optax.serialization import pytree
 from galore_optax.sharding import axis_specs, specs, with_automatic_axes
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
     """An array stored as low-bit codes, with a scale and for some codes an offset per block.

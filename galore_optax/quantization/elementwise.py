@@ -21,7 +21,7 @@ from galore_optax.quantization.array import QuantizedArray, dequantized, is_quan
 from galore_optax.quantization.codes import elements, row_major
 from galore_optax.quantization.kernel import fits, in_one_kernel
 from galore_optax.rows import parts
-from galore_optax.sharding import explicit_axes
+from galore_optax.sharding import explicit_axes, varying_alike, within_shard_map
 from galore_optax.trace.elementwise import Part, arrays, body_of, elementwise_parts
 
 # The most elements in a chunk, so that a turn of the loop is worth its start. A CPU takes half as
@@ -71,6 +71,7 @@ def over_chunks(
         kernel: Makes the same of `stored` and `read` in one kernel, on an NVIDIA GPU.
     """
     many, few = count(CHUNK // 2), count(CHUNK)
+    stored, read = varying_alike((stored, read))
 
     def chunked(stored: Any, read: Any) -> Any:
         run = partial(_over_chunks, begin, end)
@@ -155,7 +156,9 @@ def updated(
     if not any(is_quantized(x) and (chunks(x, CHUNK // 2) > 1 or fits([x])) for x in own):
         new = flat(dequantized(leaves))
         return tree.unflatten(stored_like(x, y) for x, y in zip(new, own, strict=True))
-    whole = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+    arrays = {i: x for i, x in enumerate(leaves) if np.ndim(x)}
+    leaves = [varying_alike(arrays).get(i, x) for i, x in enumerate(leaves)]
+    whole = [_whole(x) for x in leaves]
     traced = jax.make_jaxpr(flat)(whole)
     parts = [
         part
@@ -211,7 +214,7 @@ class _Part(Part):
             if is_quantized(leaves[k]) or leaves[k].dtype == var.aval.dtype:
                 stored[k] = read.pop(k, leaves[k])
             else:
-                stored[k] = jnp.zeros(var.aval.shape, var.aval.dtype)
+                stored[k] = jnp.zeros_like(leaves[k], var.aval.dtype)
 
         scalars = [v for v in known if any(v in e.invars for e in self.equations)]
 
@@ -249,6 +252,15 @@ def _outside(traced: ClosedJaxpr, parts: Sequence[_Part], leaves: Sequence[Any])
     # The parts' own arguments are not used.
     values = function(*(x if j in inputs else dequantized(x) for j, x in enumerate(leaves)))
     return _Values(zip(needed, values, strict=True))
+
+
+def _whole(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a leaf, dequantized; with the rest of its type within `shard_map`."""
+    kind = jax.typeof(x.codes if is_quantized(x) else x)
+    rest = dict(sharding=kind.sharding, manual_axis_type=kind.manual_axis_type)
+    return jax.ShapeDtypeStruct(
+        jnp.shape(x), jnp.result_type(x), **rest if within_shard_map() else {}
+    )
 
 
 def _in_triton(equation: Any) -> bool:

@@ -17,7 +17,7 @@ import optax
 from jax.typing import DTypeLike
 
 from galore_optax import checks
-from galore_optax.nnx_variables import without_variables
+from galore_optax.nnx_variables import for_init
 from galore_optax.ordering import opaque
 from galore_optax.quantization.array import dequantized, is_quantized, quantize
 from galore_optax.quantization.codes import Code, Dynamic, Table
@@ -72,7 +72,7 @@ def cast_state(
         return jax.tree.map(one, dequantized(tree))
 
     def init(params: optax.Params) -> optax.OptState:
-        return inner.init(cast(without_variables(params)))
+        return inner.init(cast(for_init(params)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         new, state = inner.update(cast(updates), state, cast(params), **extra_args)
@@ -136,7 +136,7 @@ def quantize_state(
         return floating and np.ndim(leaf) > 0 and np.size(leaf) >= max(min_size, 1)
 
     def init(params: optax.Params) -> optax.OptState:
-        params = without_variables(params)
+        params = for_init(params)
         state = inner.init(params)
         pairs = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
         paths = [jax.tree_util.keystr(path) for path, _ in pairs]

@@ -21,7 +21,7 @@ from galore_optax.quantization.array import QuantizedArray, added, is_quantized,
 from galore_optax.quantization.codes import Affine, hashed
 from galore_optax.quantization.elementwise import chunks, over_chunks
 from galore_optax.quantization.kernel import fits, in_one_kernel
-from galore_optax.sharding import specs, with_automatic_axes
+from galore_optax.sharding import specs, varying_alike, with_automatic_axes, zeros_like
 
 
 def quantize_weights(
@@ -118,7 +118,7 @@ def sources(params: optax.Params) -> optax.Params:
     """Returns the arrays to differentiate with respect to: zeros for a `QuantizedArray`."""
 
     def zeros(x: Any) -> Any:  # never read
-        return jnp.zeros(x.shape, x.dtype) if is_quantized(x) else x
+        return zeros_like(jnp.asarray(x.codes), x.shape, x.dtype) if is_quantized(x) else x
 
     return jax.tree.map(zeros, params, is_leaf=is_quantized)
 
@@ -149,7 +149,7 @@ class _WithSource:
         return self.array.dtype
 
     def dequantize(self) -> Float[Array, "*shape"]:
-        return _value_of(self.array, self.source)
+        return _value_of(*varying_alike((self.array, self.source)))
 
 
 def array_of(weight: Any) -> Any:
@@ -197,6 +197,12 @@ def apply_updates(
         if is_quantized(update):
             raise ValueError(
                 f"updates: the one at {jax.tree_util.keystr(path)} is a QuantizedArray; give arrays"
+            )
+        if is_quantized(param) and is_quantized(param.scales):
+            raise ValueError(
+                f"params: the scales of the one at {jax.tree_util.keystr(path)} are quantized, "
+                "so that an update would change other blocks; train an adapter of it (LoRA), or "
+                "quantize it with quantize_nf4(weight, double=False)"
             )
         if is_quantized(param) or (seed is not None and param.dtype == jnp.bfloat16):
             return _summed(param, update, seed, number_of(path))

@@ -104,7 +104,7 @@ def _outputs(equation: JaxprEqn, into: list[Value], reading: Reading) -> list[Va
             carry, _ = _loop(params["body_jaxpr"], into[n:m], into[m:], [], reading)
             (predicate,) = interpret(params["cond_jaxpr"], into[:n] + carry, reading)
             return [reading.chosen(predicate, value) for value in carry]
-        case "optimization_barrier":
+        case "optimization_barrier" | "pvary":
             return into
     bodies = [p for p in params.values() if isinstance(p, ClosedJaxpr | Jaxpr)]
     if len(bodies) == 1:  # a function that is called on the equation's own inputs, if they fit

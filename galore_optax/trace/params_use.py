@@ -12,6 +12,7 @@ Inside GaLore these are projected weights PᵀW. Three uses matter:
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 from jaxtyping import Array
 
+from galore_optax.sharding import within_shard_map
 from galore_optax.trace.dependence import dependences, is_zero
 from galore_optax.trace.interpreter import Reading, interpret, shape_of
 from galore_optax.trace.sign import UNKNOWN, ZERO, Sign
@@ -47,7 +49,8 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
         return None
     if not any(uses[i] for i in sloped):
         return lambda updates, state, params: [None] * n
-    slopes = _derivative(traced.update, rest, params, sloped)
+    floats, derivative = [params[i] for i in sloped], partial(_derivative, params, sloped)
+    slopes = jax.make_jaxpr(derivative(jaxpr_as_fun(traced.update)))(rest, floats, floats)
     if check:
         none, others, count = [None] * len(sloped), [None] * len(rest), len(sloped)
         on = dependences(slopes, [*others, *["params"] * count, *["tangents"] * count])
@@ -74,7 +77,10 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
         zeros = [jnp.zeros_like(params[i]) for i in sloped]
         ones = [jnp.ones_like(params[i]) for i in sloped]
         found: list[Array | None] = [None] * n
-        made = jaxpr_as_fun(slopes)(*rest, *zeros, *ones)
+        if within_shard_map():  # the types of values differ from those that were traced
+            made = derivative(traced.function)(rest, zeros, ones)
+        else:
+            made = jaxpr_as_fun(slopes)(*rest, *zeros, *ones)
         for i, slope, sign in zip(sloped, made, signs, strict=True):
             found[i] = slope if uses[i] and sign != ZERO else None
         return found
@@ -87,8 +93,8 @@ def _as(x: Array, dtype: Any) -> Array:
 
 
 def _derivative(
-    update: ClosedJaxpr, rest: Sequence[Any], params: Sequence[Any], sloped: Sequence[int]
-) -> ClosedJaxpr:
+    params: Sequence[Any], sloped: Sequence[int], update: Callable[..., list[Array]]
+) -> Callable[..., list[Array]]:
     """From the rest of an update's inputs, some params and tangents to the updates' derivatives."""
 
     def derivative(rest: Sequence[Array], own: Sequence[Array], tangents: Sequence[Array]) -> Any:
@@ -96,13 +102,12 @@ def _derivative(
             inputs = [jnp.zeros(x.shape, x.dtype) for x in params]
             for i, x in zip(sloped, own, strict=True):
                 inputs[i] = x
-            made = jaxpr_as_fun(update)(*rest, *inputs)
+            made = update(*rest, *inputs)
             return [made[i] for i in sloped]
 
         return jax.jvp(apply, (own,), (tangents,))[1]
 
-    floats = [params[i] for i in sloped]
-    return jax.make_jaxpr(derivative)(rest, floats, floats)
+    return derivative
 
 
 def remembers_params(traced: Traced, counts: Sequence[bool]) -> bool:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr
+from jax.sharding import ManualAxisType
+from jax.typing import DTypeLike
 
 from galore_optax.trace.interpreter import Reading, Value, interpret
 
@@ -23,6 +25,7 @@ class Traced(NamedTuple):
         same: Whether these are the leaves of `states`, which has floats for `QuantizedArray`s.
         update: From the leaves of updates, state and params to those of the new updates and the new
             state; None if the update needs extra arguments that are not known.
+        function: The same, not traced.
     """
 
     params: list[jax.ShapeDtypeStruct]
@@ -30,6 +33,7 @@ class Traced(NamedTuple):
     init: ClosedJaxpr
     same: bool
     update: ClosedJaxpr | None
+    function: Callable[..., list[Any]]
 
     def read(
         self, reading: Reading, updates: Sequence[Value], state: Sequence[Value], params: Any
@@ -71,24 +75,30 @@ def trace(
     states, state_tree = jax.tree.flatten(state)
     same = state_tree == jax.tree.structure(made)
 
-    def update(updates: Any, state: Any, params: Any) -> tuple[list[Any], list[Any]]:
-        updates = tree.unflatten(updates)
+    def update(*inputs: Any) -> list[Any]:
+        n, m = len(leaves), len(leaves) + len(states)
+        updates, params = tree.unflatten(inputs[:n]), tree.unflatten(inputs[m:])
         arguments = {**_usual_arguments(inner.update, updates), **extra_args}
         updates, state = inner.update(
-            updates, state_tree.unflatten(state), tree.unflatten(params), **arguments
+            updates, state_tree.unflatten(inputs[n:m]), params, **arguments
         )
-        return jax.tree.leaves(updates), jax.tree.leaves(state)
+        return jax.tree.leaves((updates, state))
 
     try:
-        traced = jax.make_jaxpr(update)(leaves, states, leaves)
+        traced = jax.make_jaxpr(update)(*leaves, *states, *leaves)
     except Exception:  # a missing argument may fail in any manner
         traced = None
-    return Traced(leaves, states, init, same, traced)
+    return Traced(leaves, states, init, same, traced, update)
 
 
 def _without_shardings(tree: Any) -> Any:
     """The shapes and dtypes of a tree of arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+    return jax.tree.map(lambda x: abstract(jnp.shape(x), jnp.result_type(x)), tree)
+
+
+def abstract(shape: Sequence[int], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array that is the same on all devices of a `jax.shard_map`."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType())
 
 
 def _usual_arguments(update: Callable[..., Any], updates: optax.Updates) -> dict[str, Any]:

@@ -10,12 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from galore_optax import GaLoreDimensionNumbers, Staggered, galore, galore_adamw
+from galore_optax import (
+    Adaptive,
+    GaLoreDimensionNumbers,
+    Staggered,
+    adamw8bit,
+    galore,
+    galore_adamw,
+    q_galore_adamw8bit,
+    quantize_state,
+)
 from galore_optax.projection.dimension_numbers import TuckerDimensionNumbers
 from galore_optax.sharding import state_shardings
 
@@ -298,3 +308,116 @@ def test_shardings_without_a_mesh_are_refused(shardings, message):
     params = {name: jax.ShapeDtypeStruct((16, 32), jnp.float32) for name in shardings}
     with pytest.raises(ValueError, match=message):
         state_shardings(galore(4, optax.adam(0.01)), params, shardings)
+
+
+LOW_BIT = functools.partial(quantize_state, min_size=1)
+QUICK = functools.partial(galore, 4, subspace="random")  # to compile
+STATES = {
+    "plain": QUICK(ADAMW),
+    "8 bits": QUICK(LOW_BIT(ADAMW)),
+    "4 bits": QUICK(LOW_BIT(ADAMW, 4)),
+    "Q-GaLore": QUICK(LOW_BIT(ADAMW), projection_bits=4, update_proj_gap=Adaptive(2)),
+    "8 bits without galore": LOW_BIT(ADAMW),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"), [("Q-GaLore", None), *((name, P("data", "fsdp")) for name in STATES)]
+)
+def test_a_mesh_in_context_changes_nothing_outside_of_jit(name, spec):
+    tx, value = STATES[name], np.asarray(tree(0, ("rows",))["rows"])
+    params = {"w": jnp.asarray(value)}
+    expected, _ = tx.update(params, tx.init(params), params)
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"))  # explicit axes, as is its default
+    with jax.set_mesh(mesh):
+        params = {"w": jnp.asarray(value)}
+        if spec is not None:
+            params = jax.device_put(params, NamedSharding(mesh, spec))
+        state = tx.init(params)
+        updates, state = tx.update(params, state, params)
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert jax.typeof(updates["w"]) == jax.typeof(params["w"])
+    atol = 1e-5 if name == "plain" else 1e-3  # sums in another order, which codes may round apart
+    np.testing.assert_allclose(updates["w"], expected["w"], atol=atol)
+
+
+@pytest.mark.parametrize("make", [optax.adamw, galore_adamw, adamw8bit, q_galore_adamw8bit])
+def test_a_state_is_made_of_sharded_shapes_as_of_sharded_arrays(make):
+    tx = make(0.01) if make in (optax.adamw, adamw8bit) else make(0.01, 4)
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P("data", "fsdp"))
+        of_shapes = tx.init({"w": jax.ShapeDtypeStruct((32, 256), jnp.float32, sharding=sharding)})
+        of_arrays = tx.init({"w": jnp.zeros((32, 256), device=sharding)})
+    same = jax.tree.map(lambda x, y: jax.typeof(x) == jax.typeof(y), of_shapes, of_arrays)
+    assert all(jax.tree.leaves(same))
+
+
+def test_an_nnx_optimizer_is_made_and_updated_with_a_mesh_in_context():
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "fsdp"))):
+        model = nnx.Linear(32, 64, rngs=nnx.Rngs(0))
+        grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+        optimizer = nnx.Optimizer(model, q_galore_adamw8bit(0.01, 4), wrt=nnx.Param)
+        before = np.asarray(model.kernel[...])
+        nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads))(
+            model, optimizer, grads
+        )
+    assert not np.array_equal(before, model.kernel[...])
+
+
+@pytest.mark.parametrize("name", ["plain", "Q-GaLore"])
+def test_each_device_of_a_shard_map_trains_on_its_own_gradients(name):
+    tx = STATES[name]
+    mesh = jax.make_mesh((8,), ("member",), axis_types=(AxisType.Auto,))
+    params = {"w": jnp.ones((2, 16, 32) if name == "plain" else (32, 64))}
+    if name == "plain":
+        tx = galore(4, optax.adamw(0.1), weight_dimension_numbers=LAYERS)
+    grads = {k: jax.random.normal(jax.random.key(1), (8, *x.shape)) for k, x in params.items()}
+    state = tx.init(params)
+
+    def train(params, state, grads):
+        own = jax.tree.map(lambda x: x[0], grads)
+        for _ in range(2):
+            updates, state = tx.update(own, state, params)
+            params = optax.apply_updates(params, updates)
+        return jax.tree.map(lambda x: x[None], params)
+
+    specs = P(), P(), P("member")
+    mapped = jax.shard_map(train, mesh=mesh, in_specs=specs, out_specs=P("member"))
+    got = jax.jit(mapped)(params, state, grads)
+    one = jax.jit(train)(params, state, jax.tree.map(lambda x: x[3:4], grads))
+    atol = 2e-5 if name == "plain" else 1e-3
+    for k in params:
+        np.testing.assert_allclose(got[k][3], one[k][0], atol=atol)
+        assert not np.allclose(got[k][3], got[k][4], atol=1e-4)
+
+
+@pytest.mark.parametrize("inner", [optax.adamw(0.01), LOW_BIT(ADAMW)])
+def test_a_state_that_is_made_within_a_shard_map_keeps_its_type(inner):
+    tx = optax.apply_if_finite(galore(4, inner, update_proj_gap=Adaptive(2)), 3)
+    mesh = jax.make_mesh((8,), ("member",), axis_types=(AxisType.Auto,))
+
+    def train(params):
+        state = jax.eval_shape(tx.init, params)
+        updates, new = jax.eval_shape(tx.update, params, tx.init(params), params)
+        old, new = jax.tree.leaves(state.inner_state), jax.tree.leaves(new.inner_state)
+        assert [x.manual_axis_type for x in old] == [x.manual_axis_type for x in new]
+        return updates
+
+    mapped = jax.shard_map(train, mesh=mesh, in_specs=P("member"), out_specs=P("member"))
+    jax.eval_shape(mapped, {"w": jnp.ones((16 * 8, 32))})
+
+
+def test_large_low_bit_states_are_updated_in_chunks_within_a_shard_map():
+    tx, params = adamw8bit(0.01), {"w": jnp.ones((2048, 512))}
+    mesh = jax.make_mesh((2,), ("member",), axis_types=(AxisType.Auto,))
+    state, factors = tx.init(params), jnp.array([1.0, -1.0])
+
+    def update(params, state, factor):
+        return tx.update({"w": factor * params["w"]}, state, params)[0]["w"]
+
+    specs = P(), P(), P("member")
+    mapped = jax.jit(jax.shard_map(update, mesh=mesh, in_specs=specs, out_specs=P("member")))
+    assert "scan[" in str(jax.make_jaxpr(mapped)(params, state, factors))
+    got = mapped(params, state, factors)
+    np.testing.assert_allclose(got[::2048, 0], [-0.01, 0.01], rtol=1e-4)

@@ -282,5 +282,27 @@ def test_adapters_are_sharded_like_their_weights(kind, axis_type):
         node = jax.tree.map(lambda x: x[0], params["layers"]["mlp"]["up"])
         at = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), up)
         x = jax.random.normal(jax.random.key(0), (8, 32))
-        found = jax.jit(product)(x, jax.device_put(node, at))
-        np.testing.assert_allclose(found, product(x, node), rtol=1e-4, atol=1e-4)
+
+        def squares(x, node):
+            return jnp.sum(product(x, node) ** 2)
+
+        differentiated = jax.value_and_grad(squares, (0, 1))
+        with jax.set_mesh(mesh):
+            found = jax.jit(differentiated)(x, jax.device_put(node, at))
+        for a, b in zip(
+            jax.tree.leaves(found), jax.tree.leaves(differentiated(x, node)), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("spec", [("fsdp", None), (None, "fsdp"), ("data", "fsdp")])
+def test_low_rank_factors_are_found_under_explicit_axes(spec):
+    weight = jax.random.normal(jax.random.key(0), (32, 64))
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"))  # explicit axes are its default
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(weight, NamedSharding(mesh, PartitionSpec(*spec)))
+        found = LowRank.create(placed, jax.random.key(1), rank=8)
+        assert jax.typeof(found.a).sharding.spec == PartitionSpec(spec[0], None)
+        assert jax.typeof(found.b).sharding.spec == PartitionSpec(None, spec[1])
+    expected = LowRank.create(weight, jax.random.key(1), rank=8)
+    np.testing.assert_allclose(found.a, expected.a, atol=1e-4)

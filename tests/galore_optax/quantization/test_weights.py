@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from galore_optax import (
     GaLoreDimensionNumbers,
@@ -13,6 +15,7 @@ from galore_optax import (
     apply_updates,
     galore_adamw,
     q_galore_adamw8bit,
+    quantize_nf4,
     quantize_weights,
 )
 from galore_optax.adapters.base import product
@@ -101,6 +104,42 @@ def test_the_gradient_is_that_with_respect_to_the_dequantized_weight():
     for name in PARAMS:
         # float32 sums, in another order
         np.testing.assert_allclose(grads[name], expected[name], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("spec", [P("data", "fsdp"), P(None, ("fsdp", "data")), P()])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_gradient_is_sharded_as_the_weight_under_explicit_axes(bits, spec):
+    weight = jax.random.normal(jax.random.key(0), (64, 512))
+    rows = jax.random.normal(jax.random.key(1), (16, 64))
+
+    def loss(params):
+        return jnp.sum(product(rows, params["w"]) ** 2)
+
+    expected = value_and_grad(loss)(quantize_weights({"w": weight}, bits=bits))
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"))  # explicit axes are its default
+    with jax.set_mesh(mesh):
+        weight = jax.device_put(weight, NamedSharding(mesh, spec))
+        params = quantize_weights({"w": weight}, bits=bits)
+        value, grads = jax.jit(value_and_grad(loss))(params)
+        assert jax.typeof(grads["w"]) == jax.typeof(weight)
+        new = jax.jit(apply_updates)(params, grads, jax.random.key(0))
+        assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, params)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(grads["w"], expected[1]["w"], rtol=1e-3, atol=1e-3)
+
+
+def test_the_gradient_is_summed_over_the_devices_of_a_shard_map():
+    params = quantize_weights({"w": jax.random.normal(jax.random.key(0), (64, 64))})
+    rows = jax.random.normal(jax.random.key(1), (8, 64))
+
+    def gradient(params, rows):
+        return value_and_grad(lambda p: jnp.sum(product(rows, p["w"]) ** 2))(params)[1]
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (P(), P("data")), "out_specs": P()}
+    summed = jax.jit(jax.shard_map(gradient, mesh=mesh, **specs))(params, rows)
+    expected = gradient(params, rows)
+    np.testing.assert_allclose(summed["w"], expected["w"], rtol=1e-3, atol=1e-3)
 
 
 def test_a_value_with_an_auxiliary_output_is_passed_on():
@@ -315,6 +354,9 @@ def test_what_cannot_be_added_is_named():
         apply_updates(params, params, 0)
     with pytest.raises(ValueError, match=r"updates: the one at \['w'\] is a QuantizedArray"):
         apply_updates(params, quantize_weights(params), jax.random.key(0))
+    frozen = {"w": quantize_nf4(params["w"])}
+    with pytest.raises(ValueError, match=r"scales of the one at \['w'\] .*double=False"):
+        apply_updates(frozen, params, None)
 
 
 def test_a_group_that_is_touched_keeps_its_other_numbers_in_the_mean():
