@@ -22,25 +22,27 @@ FindSubspace = Callable[[Gradient, Basis, PRNGKeyArray], Basis]
 a new orthonormal basis of the same shape, or one that is not finite if there is none."""
 
 # Shifted Cholesky QR. The first shift keeps the Gram matrix positive definite in float32, whatever
-# the columns' condition; later passes with smaller shifts make the columns orthonormal.
-_SHIFT, _SHIFT_DECAY, _PASSES = 1e-6, 1 / 30, 3
+# the columns' condition; later passes with smaller shifts make the columns orthonormal. If there
+# are nearly as many columns as rows, noise that completes them is of a high condition itself.
+_SHIFTS = (1e-6, 1e-6 / 30, 1e-6 / 30**2)
+_SHIFTS_OF_MANY = (1e-6, 1e-6 / 30, 1e-6 / 30, 1e-6 / 30, 1e-6 / 30**2)
 _NOISE = 1e-6  # relative; gives a basis of full rank to a gradient that lacks it
+_SEARCH = 1e-3  # of a random vector to one of the present basis, which may meet no gradient
 
 
-def orthonormalize(y: Basis, passes: int = _PASSES) -> Basis:
+def orthonormalize(y: Basis, passes: int | None = None) -> Basis:
     """An orthonormal basis of the columns of `y`, n >= r, by passes of shifted Cholesky QR.
 
     Only the r x r Gram matrix is factorized. Columns may be of any condition, but none may be zero;
-    after fewer than three passes, columns of a high condition are not quite orthonormal. Takes one
+    with fewer `passes` than all, columns of a high condition are not quite orthonormal. Takes one
     matrix at a time: LAPACK calls on batches deadlock on a CPU (jaxlib 0.10) if as many run at once
     as there are threads, since each waits in a thread of the pool for work queued in that pool.
     """
     q = y / jnp.linalg.norm(y, axis=0, keepdims=True)
-    rank = y.shape[-1]
+    n, rank = y.shape
     identity = jnp.eye(rank, dtype=y.dtype)
-    for i in range(passes):
-        shift = _in(y.dtype, _SHIFT) * rank**0.5 * _SHIFT_DECAY**i
-        gram = q.T @ q + shift * identity
+    for shift in (_SHIFTS if 2 * rank <= n else _SHIFTS_OF_MANY)[:passes]:
+        gram = q.T @ q + _in(y.dtype, shift) * rank**0.5 * identity
         # The small triangle is inverted: a triangular solve of the large matrix would gather it if
         # it is sharded.
         q = q @ jax.lax.platform_dependent(gram, cpu=_factor_inverse, default=_lapack_inverse).T
@@ -138,10 +140,11 @@ def power(gradient: Gradient, basis: Basis, key: PRNGKeyArray) -> Basis:
     """One step of subspace iteration from the present basis, orth(G Gᵀ P).
 
     Of the methods that use the gradient it does the least work. It follows a subspace that turns
-    slowly; the first bases, found from random ones, keep less energy.
+    slowly; the first bases, found from random ones, keep less energy. A small random part of each
+    vector finds the directions that the present basis does not meet.
     """
     noise = _numbers(key, gradient, basis.shape[-1])
-    rows = gradient.T @ basis
+    rows = gradient.T @ (basis + _SEARCH / basis.shape[0] ** 0.5 * noise)
     return orthonormalize(_with_noise(gradient @ rows, noise))
 
 
@@ -154,9 +157,12 @@ def _numbers(key: PRNGKeyArray, like: Float[Array, "n m"], columns: int) -> Floa
     """Random numbers of mean 0 and variance 1, one row for each of `like`.
 
     They are uniform with four bits each, eight from one draw of the generator: as good for a sketch
-    as normal numbers, which take twenty times as long.
+    as normal numbers, which take twenty times as long. Fewer than eight columns get whole draws:
+    four bits are too often alike there, and lose what differs in sign only.
     """
     rows = like.shape[0]
+    if columns < 8:
+        return jax.random.uniform(key, (rows, columns), like.dtype, -(3**0.5), 3**0.5)
     drawn = jax.random.bits(key, (rows, -(-columns // 8), 1), jnp.uint32)
     digits = (drawn >> jnp.arange(0, 32, 4, dtype=jnp.uint32)) & 15
     numbers = (digits.astype(like.dtype) - 7.5) / ((16**2 - 1) / 12) ** 0.5
@@ -186,7 +192,9 @@ def refreshed(
     largest = jnp.max(jnp.abs(gradient)).astype(wide)
 
     def search() -> tuple[Basis, Array]:
-        unit = gradient.astype(wide) / largest  # within the branch that needs it
+        # By a power of two first, where the inverse would leave the dtype's range.
+        safe = jnp.where(largest > 1e30, 2.0**-60, jnp.where(largest < 1e-30, 2.0**60, 1.0))
+        unit = gradient.astype(wide) * safe.astype(wide) / (largest * safe.astype(wide))
         # A basis that does not depend on the gradient varies over as many devices nevertheless.
         found, _ = varying_alike((find(unit, basis.astype(wide), key), largest))
         usable = jnp.all(jnp.isfinite(found))

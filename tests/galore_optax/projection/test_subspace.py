@@ -3,11 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inners import normal
 
+from galore_optax import GaLoreDimensionNumbers, galore
 from galore_optax.projection.subspace import SUBSPACES, orthonormalize, randomized, refreshed
+from galore_optax.quantization.array import dequantized
 
 
 def spectrum(singular_values, columns, seed=0):
@@ -116,3 +120,78 @@ def test_a_low_precision_gradient_is_searched_in_float32(dtype):
     basis, found = refreshed(SUBSPACES["randomized"], gradient, jnp.eye(32, 8), jax.random.key(0))
     assert found
     assert orthogonality_error(basis) < 2e-6
+
+
+N, M, RANK = 12, 16, 4
+
+
+def degenerate():
+    """Gradients of a rank up to four, and such that are nearly so, by name."""
+    rng = np.random.default_rng(0)
+    signs, one = np.where(np.arange(N) % 2, -1, 1)[:, None], np.zeros((N, M))
+    few, far, rows = (one.copy() for _ in range(3))
+    few[5:8], rows[8:10] = 1, rng.normal(size=(2, M))
+    far[7, 9], far[9, 3] = 1, 1e-20
+    one[7, 9] = 1
+    column = np.outer(rng.normal(size=N), np.eye(M)[11])
+    return {
+        "equal rows": few,
+        "a few rows": rows,
+        "two columns of opposite sign": column - np.roll(column, 1, axis=1),
+        "rank 1": np.outer(rng.normal(size=N), rng.normal(size=M)),
+        "all rows the same": np.tile(rng.normal(size=M), (N, 1)),
+        "rows of opposite signs": signs * np.ones(M),
+        "one tiny entry": 1e-37 * one,
+        "one huge entry": 1e38 * one,
+        "near the largest number": np.full((N, M), 3e38),
+        "one entry far above the others": 1e4 * one + 1e-3 * rng.normal(size=(N, M)),
+        "two entries far apart": far,
+    }
+
+
+@pytest.mark.parametrize("method", SUBSPACES)
+@pytest.mark.parametrize("storage", [jnp.float32, jnp.bfloat16, 8, 4])
+def test_the_first_gradient_that_is_not_zero_gives_a_basis_however_degenerate(method, storage):
+    bits = storage if isinstance(storage, int) else None
+    cases = degenerate()
+    gradients = jnp.asarray(np.stack([*cases.values()]), jnp.float32 if bits else storage)
+    tx = galore(
+        RANK, optax.sgd(1.0), subspace=method, side="both", projection_bits=bits,
+        weight_dimension_numbers=GaLoreDimensionNumbers(1, 2),
+    )  # fmt: skip
+    state = jax.jit(lambda g: tx.update(g, tx.init(g), g)[1])(gradients)
+    assert (np.asarray(state.refreshes) == 1).all()
+    error = {8: 0.05, 4: 0.6}.get(bits, 2e-6 if storage == jnp.float32 else 0.02)
+    for side, basis in enumerate(dequantized(state.bases)):
+        for name, gradient, own in zip(cases, gradients, basis, strict=True):
+            assert orthogonality_error(own.astype(jnp.float32)) < error, (name, side)
+            whole = np.asarray(gradient, np.float64) / float(jnp.abs(gradient).max())
+            whole = whole if side == 0 else whole.T
+            best = np.sum(np.linalg.svd(whole, compute_uv=False)[:RANK] ** 2)
+            kept = np.sum((np.asarray(own, np.float64).T @ whole) ** 2)
+            assert method == "random" or kept > (1 - error / 2 - 1e-4) * best, (name, side)
+
+
+@pytest.mark.parametrize("method", ["randomized", "power", "random"])
+@pytest.mark.parametrize(("n", "rank"), [(2, 1), (3, 2), (8, 7)])
+def test_no_draw_of_random_numbers_gives_a_basis_that_is_none(method, n, rank):
+    """Of few rows, or nearly as many columns as rows, and gradients without a sketch by chance."""
+    opposite = jnp.zeros((n, 24)).at[0, 0].set(1).at[0, 8].set(-1)
+    for gradient in (jnp.ones((n, 24)), opposite):
+
+        def one(key, gradient=gradient):
+            return refreshed(SUBSPACES[method], gradient, jnp.eye(n, rank), key)
+
+        # One after the other: LAPACK's calls on batches may deadlock.
+        keys = jax.random.split(jax.random.key(3), 400)
+        bases, found = jax.jit(lambda keys, one=one: jax.lax.map(one, keys))(keys)
+        assert found.all()
+        assert max(map(orthogonality_error, bases)) < 5e-6
+
+
+def test_power_iteration_finds_what_its_basis_does_not_meet():
+    gradient = jnp.zeros((64, 128)).at[5:8].set(normal(0, 3, 128))
+    for present in (jnp.eye(64, 8), jnp.eye(64)[:, 8:16]):  # meets all of its rows, or none
+        basis, found = refreshed(SUBSPACES["power"], gradient, present, jax.random.key(1))
+        assert found
+        np.testing.assert_allclose(basis @ (basis.T @ gradient), gradient, atol=1e-4)
