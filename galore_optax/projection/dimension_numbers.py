@@ -116,9 +116,8 @@ def matrix_views(
             )
     if not leaves:  # as where optax.tree_utils.tree_map_params looks for params in a state
         return []
-    if numbers is None:
-        flat = jax.tree.leaves(matrices(params), is_leaf=_is_dimension_numbers)
-    elif _is_dimension_numbers(numbers):
+    numbers = matrices if numbers is None else numbers
+    if _is_dimension_numbers(numbers):
         merged = [axis for _, axes in _named(numbers) for axis in _listed(axes)]
         needed = max(len(merged), *(axis + 1 if axis >= 0 else -axis for axis in merged))
         flat = [numbers if len(x.shape) >= needed and _projectable(x) else None for _, x in leaves]
