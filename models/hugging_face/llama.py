@@ -4,6 +4,7 @@ Their matrices are (out, in), one per layer; ours are (in, out) and stacked over
 rotary convention is the same, so nothing is permuted.
 """
 
+import dataclasses
 import math
 import os
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -117,7 +119,8 @@ def save_llama(
 
     The weights keep their dtype. Every weight must be addressable from this process. A model of
     more than `max_shard_bytes` is written as several files and an index; one tensor may have more.
-    ValueError if the directory has a model in it, or `max_shard_bytes` is below 1.
+    ValueError if the directory has a model in it, `max_shard_bytes` is below 1, or the weights are
+    not arrays of floats in the shapes that the configuration says.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: must be at least 1, such as 5e9")
@@ -129,10 +132,14 @@ def save_llama(
             f"directory={directory} already has a model in it ({present[0].name}); nothing was "
             "written, choose another directory"
         )
-    places, itemsize = _places(model.config), jnp.dtype(model.config.param_dtype).itemsize
-    sizes = {name: math.prod(place.shape) * itemsize for name, place in places.items()}
-    shards = _shards(sizes, max_shard_bytes)
     params: dict[Any, Any] = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    _check_params(params, model.config)
+    places = _places(model.config)
+    sizes = {
+        name: math.prod(place.shape) * params[place.path].dtype.itemsize
+        for name, place in places.items()
+    }
+    shards = _shards(sizes, max_shard_bytes)
 
     def array(name: str) -> Shaped[np.ndarray, "..."]:
         path, layer, _ = places[name]
@@ -148,10 +155,29 @@ def save_llama(
         if len(shards) > 1:
             metadata = {"total_size": sum(sizes.values())}
             write_json(partial / _INDEX, {"metadata": metadata, "weight_map": weight_map})
-        write_json(partial / "config.json", to_theirs(model.config))
+        dtype = jnp.result_type(*(weight.dtype for weight in params.values()))
+        config = dataclasses.replace(model.config, param_dtype=dtype)
+        write_json(partial / "config.json", to_theirs(config))
         # config.json comes last: without it nothing reads the directory as a model.
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(directory / path.name)
+
+
+def _check_params(params: dict[Any, Any], config: LlamaConfig) -> None:
+    """Raises ValueError unless the weights can be written as they are."""
+    expected: dict[Any, Any] = flatten_dict(weight_table(config))
+    for path, (shape, _) in expected.items():
+        weight, name = params[path], "/".join(path)
+        if not isinstance(weight, jax.Array | np.ndarray):
+            raise ValueError(
+                f"{name} is a {type(weight).__name__}, not an array; merge adapters and dequantize "
+                "weights first"
+            )
+        if weight.shape != shape or not jnp.issubdtype(weight.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} is {weight.dtype}{list(weight.shape)}; it must be of floats and have "
+                f"shape {list(shape)}"
+            )
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

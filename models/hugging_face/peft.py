@@ -80,6 +80,9 @@ def load_adapters(params: PyTree, directory: str | os.PathLike[str]) -> PyTree:
     adapted: dict[Any, Any] = flatten_dict(params)
     for module, path in MODULES.items():
         base = adapted[path]
+        if is_adapter(base) or not jnp.issubdtype(base.dtype, jnp.floating):
+            found = type(base).__name__ if is_adapter(base) else base.dtype
+            raise ValueError(f"{'/'.join(path)} is {found}, not a matrix of floats; merge adapters")
         fields = _take_fields(tensors, module, base.shape, rank)
         for key in map(module.format, range(base.shape[0])):
             if (targeted := _is_targeted(key, config)) != bool(fields):

@@ -13,6 +13,7 @@ from paths import FIXTURES
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from galore_optax import LoRA, quantize_weights
 from models.hugging_face.llama import load_llama, save_llama
 
 NAMES = ["llama", "llama_grouped", "llama_bfloat16", "llama_tied", "llama_sharded"]
@@ -317,6 +318,38 @@ def test_an_index_that_names_no_files_is_refused(checkpoint, content):
         ValueError, match=r"index\.json (has no weight_map|must contain a JSON object)"
     ):
         load_llama(checkpoint)
+
+
+def changed(change):
+    """A model of which the matrices called up are changed."""
+    graph, state = nnx.split(load_llama(FIXTURES / "llama"), nnx.Param)
+    params = nnx.to_pure_dict(state)
+    params["layers"]["mlp"]["up"] = change(params["layers"]["mlp"]["up"])
+    return nnx.merge(graph, params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: LoRA.create(w, jax.random.key(0), 2), "mlp/up is a LoRA, not an array; merge"),
+        (lambda w: quantize_weights(w, True), "mlp/up is a QuantizedArray, not an array; merge"),
+        (lambda w: w.astype(jnp.int8), r"mlp/up is int8\[2, 16, 24\]; it must be of floats"),
+        (lambda w: w[:, :, :20], r"mlp/up is float32\[2, 16, 20\]; .* shape \[2, 16, 24\]"),
+    ],
+)
+def test_weights_that_are_no_floats_of_the_model_are_not_saved(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        save_llama(changed(change), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_dtype_in_config_json_is_that_of_the_weights(tmp_path):
+    save_llama(changed(lambda w: w.astype(jnp.bfloat16)), tmp_path / "one")
+    graph, state = nnx.split(load_llama(FIXTURES / "llama"), nnx.Param)
+    state = jax.tree.map(lambda w: w.astype(jnp.bfloat16), state)
+    save_llama(nnx.merge(graph, state), tmp_path / "all")
+    for name, dtype in (("one", "float32"), ("all", "bfloat16")):
+        assert json.loads((tmp_path / name / "config.json").read_text())["torch_dtype"] == dtype
 
 
 def test_saving_overwrites_nothing(checkpoint):

@@ -209,6 +209,13 @@ def test_tensors_that_do_not_fit_are_refused(checkpoint):
         load_adapters(BASE, checkpoint)
 
 
+def test_adapters_are_put_on_matrices_of_floats_only(checkpoint):
+    integers = jax.tree.map(lambda w: w.astype(jnp.int8), BASE)
+    for params, found in ((load_adapters(BASE, checkpoint), "DoRA"), (integers, "int8")):
+        with pytest.raises(ValueError, match=rf"layers/.* is {found}, not a matrix of floats"):
+            load_adapters(params, checkpoint)
+
+
 def test_what_has_no_place_in_the_format_is_refused(tmp_path):
     def adapted(create, params=BASE, pattern="mlp"):
         return adapt(params, create, jax.random.key(0), pattern=pattern)
