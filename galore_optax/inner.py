@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from galore_optax import checks
 from galore_optax.projection.leaf import Plans, Projection
 from galore_optax.projection.moments import (
     MomentsFunction,
@@ -96,10 +97,12 @@ class InnerCall:
         shapes = tree, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
         if shapes not in self.inner.roles:
             if self.traced.update is None:
+                error = self.traced.failure
                 raise ValueError(
                     "inner: its update needs extra arguments, without which it is not known how "
-                    'its moments are carried over; pass them, or choose moments="keep"'
-                )
+                    'its moments are carried over; pass them, or choose moments="keep" '
+                    f"({checks.reason(error) if error else ''})"
+                ) from error
             self.inner.roles[shapes] = state_roles(self.traced, moving_axes(self.plans))
         return self.inner.roles[shapes]
 

@@ -126,7 +126,8 @@ def quantize_state(
     min_size = checks.whole(min_size, "min_size", least=0)
     if not (unsigned is None or callable(unsigned)):
         raise ValueError(
-            f"unsigned={unsigned!r} is not a function; give one from an array's path to whether it "
+            f"unsigned={checks.said(unsigned)} is not a function; give one from an array's path "
+            "to whether it "
             "is never negative, or None"
         )
     inner = cast_state(inner)
@@ -150,7 +151,10 @@ def quantize_state(
         if not chosen:
             return state
         if unsigned:
-            roles = [Role(nonnegative=unsigned(path), divisor=False) for path in paths]
+            roles = [
+                Role(nonnegative=bool(checks.called(unsigned, "unsigned", path)), divisor=False)
+                for path in paths
+            ]
         else:
             roles = state_roles(trace(inner, params))
         for i in chosen:
@@ -176,7 +180,7 @@ def quantize_state(
 def _transformation(inner: Any) -> optax.GradientTransformation:
     if not isinstance(inner, optax.GradientTransformation):
         raise ValueError(
-            f"inner={inner!r} is not an optax.GradientTransformation; give one, such as "
+            f"inner={checks.said(inner)} is not an optax.GradientTransformation; give one, such as "
             "optax.adam(1e-3)"
         )
     return inner

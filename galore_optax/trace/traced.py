@@ -23,6 +23,7 @@ class Traced(NamedTuple):
         same: Whether these are the leaves of `states`, which has floats for `QuantizedArray`s.
         update: From the leaves of updates, state and params to those of the new updates and the new
             state; None if the update needs extra arguments that are not known.
+        failure: What it raised then.
     """
 
     params: list[jax.ShapeDtypeStruct]
@@ -30,6 +31,7 @@ class Traced(NamedTuple):
     init: ClosedJaxpr
     same: bool
     update: ClosedJaxpr | None
+    failure: Exception | None = None
 
     def read(
         self, reading: Reading, updates: Sequence[Value], state: Sequence[Value], params: Any
@@ -81,8 +83,8 @@ def trace(
 
     try:
         traced = jax.make_jaxpr(update)(leaves, states, leaves)
-    except Exception:  # a missing argument may fail in any manner
-        traced = None
+    except Exception as error:  # a missing argument may fail in any manner
+        return Traced(leaves, states, init, same, None, error)
     return Traced(leaves, states, init, same, traced)
 
 
