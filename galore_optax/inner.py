@@ -32,7 +32,7 @@ from galore_optax.sharding import first_element
 from galore_optax.trace.elementwise import is_elementwise, same_equations
 from galore_optax.trace.params_use import acts_within_subspace, decoupled_decay, remembers_params
 from galore_optax.trace.roles import Role, state_roles
-from galore_optax.trace.traced import Traced, trace
+from galore_optax.trace.traced import Traced, float_state, trace
 
 OBSERVER: ContextVar[Callable[["InnerCall", optax.Params], None] | None]
 """Is told in `init` what was decided for the params (`galore_optax.explanation`)."""
@@ -80,10 +80,10 @@ class InnerCall:
 
     @functools.cached_property
     def state(self) -> optax.OptState:
-        """The shapes of the state."""
+        """The shapes of the state; with floats for `QuantizedArray`s, unless it is given."""
         if self.given is not None:
             return self.given
-        return jax.eval_shape(self.inner.tx.init, self.params)
+        return float_state(self.inner.tx, self.params)
 
     @functools.cached_property
     def traced(self) -> Traced:
@@ -134,8 +134,8 @@ class InnerCall:
         """Whether a given state is as `init` makes it for these params."""
         if self.given is None:
             return True
-        made = jax.eval_shape(self.inner.tx.init, self.params)
-        return jax.tree.structure(made) == jax.tree.structure(self.given)
+        made = jax.tree.structure(float_state(self.inner.tx, self.params))
+        return made == jax.tree.structure(self.given, is_leaf=is_quantized)
 
     def _of_stacks(self, stacks: Collection[int]) -> bool:
         """Whether a given state has arrays of the shape of a stack of matrices."""
@@ -148,9 +148,7 @@ class InnerCall:
         )
 
     def _trace(self, params: optax.Params, state: optax.OptState | None) -> Traced:
-        if state is None:
-            state = jax.eval_shape(self.inner.tx.init, params)
-        floats = jax.eval_shape(dequantized, state)
+        floats = None if state is None else jax.eval_shape(dequantized, state)
         return trace(self.inner.tx, params, floats, **self.extra_args)
 
     def moments(self) -> MomentsOf:

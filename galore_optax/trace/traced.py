@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,21 @@ import optax
 from jax.extend.core import ClosedJaxpr
 
 from galore_optax.trace.interpreter import Reading, Value, interpret
+
+AS_FLOATS: ContextVar[bool] = ContextVar("as_floats", default=False)
+"""Whether `quantize_state`'s `init` leaves out the codes, which it traces an update to find."""
+
+
+def float_state(
+    inner: optax.GradientTransformation, params: optax.Params, make: Any = jax.eval_shape
+) -> Any:
+    """The shapes of the state that `init` makes, with floats for `QuantizedArray`s."""
+    token = AS_FLOATS.set(True)
+    try:
+        # A function of its own, since the other state may be traced already.
+        return make(lambda params: inner.init(params), params)
+    finally:
+        AS_FLOATS.reset(token)
 
 
 class Traced(NamedTuple):
@@ -67,7 +83,9 @@ def trace(
     """
     # Without shardings, which some updates cannot be traced with, and which change nothing here.
     params = _without_shardings(params)
-    init, made = jax.make_jaxpr(inner.init, return_shape=True)(params)
+    init, made = float_state(
+        inner, params, lambda init, params: jax.make_jaxpr(init, return_shape=True)(params)
+    )
     state = made if state is None else _without_shardings(state)
     leaves, tree = jax.tree.flatten(params)
     states, state_tree = jax.tree.flatten(state)
