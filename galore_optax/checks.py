@@ -14,11 +14,43 @@ import numpy as np
 _STATIC = '"rank", "update_proj_gap", "projection_bits", "bits", "seed"'
 
 
+def said(value: Any) -> str:
+    """A value as a message shows it: the shape and dtype of an array, and no long text."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"<array of shape {value.shape} and dtype {value.dtype}>"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def reason(error: Exception) -> str:
+    """An error's type and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def indexes(value: Any) -> bool:
+    """Whether it is one integer, of Python, NumPy or any other library, and no boolean."""
+    if isinstance(value, bool | np.bool_ | np.ndarray | type) or not hasattr(value, "__index__"):
+        return False
+    return not isinstance(value, jax.Array) or (
+        value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    )
+
+
+def called(function: Callable[..., Any], name: str, *args: Any) -> Any:
+    """What a user's function returns; the error names it if it does not take these arguments."""
+    try:
+        return function(*args)
+    except TypeError as error:
+        raise ValueError(
+            f"{name}: its function cannot be called with that ({reason(error)})"
+        ) from error
+
+
 def static(value: Any, name: str) -> None:
     """Refuses an array where shapes or the program depend on the value."""
     if isinstance(value, jax.Array):
         raise ValueError(
-            f"{name}={value!r} is an array, yet shapes or the program depend on it; under "
+            f"{name}={said(value)}, yet shapes or the program depend on it; under "
             "optax.inject_hyperparams name it in static_args=(...), as all of these that the "
             f"function takes: {_STATIC}"
         )
@@ -27,39 +59,50 @@ def static(value: Any, name: str) -> None:
 def whole(value: Any, name: str, least: int = 1, below: int = 2**31) -> int:
     """An integer of at least `least` and less than `below`."""
     static(value, name)
-    index = not isinstance(value, bool | np.ndarray) and hasattr(value, "__index__")
-    if not index or operator.index(value) < least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+    if not indexes(value) or operator.index(value) < least:
+        raise ValueError(f"{name}={said(value)} must be an integer of at least {least}")
     if operator.index(value) >= below:
-        raise ValueError(f"{name}={value!r} is too large; give less than {below}")
+        raise ValueError(f"{name}={said(value)} is too large; give less than {below}")
     return operator.index(value)
 
 
 def number(
-    value: Any, name: str, least: float = -math.inf, below: float = math.inf, *, such_as: float
+    value: Any,
+    name: str,
+    least: float = -math.inf,
+    below: float = math.inf,
+    *,
+    positive: bool = False,
+    such_as: float,
 ) -> Any:
     """A real number of at least `least`, less than `below`, and finite in float32.
 
     An array without axes passes, as `optax.inject_hyperparams` makes it: its value is not known.
     """
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
     if isinstance(value, jax.Array | np.ndarray):
         if value.ndim == 0 and not jnp.issubdtype(value.dtype, jnp.complexfloating):
             return value
-        raise ValueError(f"{name}={value!r} must be one real number, such as {such_as}")
+        raise ValueError(f"{name}={said(value)} must be one real number, such as {such_as}")
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{name}={value!r} must be a number, such as {such_as}")
-    given = float(value)
-    if not (least <= given < below and abs(given) <= float(np.finfo(np.float32).max)):
-        limits = [f"at least {least:g}"] * (least > -math.inf)
+        raise ValueError(f"{name}={said(value)} must be a number, such as {such_as}")
+    # An integer may be too large for a float.
+    given = float(max(-(2**200), min(value, 2**200)) if isinstance(value, int) else value)
+    fits = least <= given < below and (given > 0 or not positive)
+    if not (fits and abs(given) <= float(np.finfo(np.float32).max)):
+        limits = [f"at least {least:g}"] * (least > -math.inf) + ["above 0"] * positive
         limits += [f"less than {below:g}"] * (below < math.inf)
-        raise ValueError(f"{name}={value!r}: give {', '.join(['a finite number', *limits])}")
+        raise ValueError(f"{name}={said(value)}: give {', '.join(['a finite number', *limits])}")
     return given
 
 
-def number_or_schedule(value: Any, name: str, least: float = -math.inf, *, such_as: float) -> None:
-    """A finite real number of at least `least`, or a function of the step."""
+def number_or_schedule(value: Any, name: str, least: float = -math.inf, *, such_as: float) -> Any:
+    """A finite real number of at least `least`, or a function of the step to a number."""
     if not callable(value):
-        number(value, name, least, such_as=such_as)
+        return number(value, name, least, such_as=such_as)
+    gives(value, name, (jax.ShapeDtypeStruct((), jnp.int32),), jax.ShapeDtypeStruct((), "f4"))
+    return value
 
 
 def schedule(value: Callable[[Any], Any], name: str, above: float) -> None:
@@ -70,12 +113,10 @@ def schedule(value: Callable[[Any], Any], name: str, above: float) -> None:
         known = not isinstance(made, jax.core.Tracer)  # as it is under jit
         fits = real and (not known or above < float(made))
     except Exception as error:
-        raise ValueError(
-            f"{name}: it cannot be called with step 0 ({type(error).__name__}: {error})"
-        ) from error
+        raise ValueError(f"{name}: it cannot be called with step 0 ({reason(error)})") from error
     if not fits:
         raise ValueError(
-            f"{name}: at step 0 it returns {made!r}; it must return a number above {above:g}"
+            f"{name}: at step 0 it returns {said(made)}; it must return a number above {above:g}"
         )
 
 
@@ -89,7 +130,7 @@ def gives(
     except Exception as error:
         raise ValueError(
             f"{name}: it cannot be called with arguments of shapes {of} to return an array of "
-            f"shape {expected.shape} ({type(error).__name__}: {error})"
+            f"shape {expected.shape} ({reason(error)})"
         ) from error
     if made.shape != expected.shape or jnp.issubdtype(made.dtype, jnp.complexfloating):
         raise ValueError(
@@ -101,11 +142,38 @@ def gives(
 def float_dtype(value: Any, name: str) -> None:
     """A dtype of floating-point numbers, or a name of one."""
     try:
-        fits = value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+        known = value is not None and not isinstance(value, np.generic | np.ndarray | jax.Array)
+        fits = known and jnp.issubdtype(jnp.dtype(value), jnp.floating)
     except TypeError:
         fits = False
     if not fits:
-        raise ValueError(f"{name}={value!r} is not a float type; give one, such as jnp.float32")
+        raise ValueError(f"{name}={said(value)} is not a float type; give one, such as jnp.float32")
+
+
+def instance(value: Any, name: str, kind: type) -> None:
+    """An object of a type."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}={said(value)} is not of type {kind.__name__}")
+
+
+def function(value: Any, name: str) -> None:
+    """A function."""
+    if not callable(value):
+        raise ValueError(f"{name}={said(value)} is not a function")
+
+
+def mask(value: Any, name: str) -> Any:
+    """A tree of booleans, or a function that returns one, whose result is checked then."""
+
+    def booleans(tree: Any) -> Any:
+        for x in jax.tree.leaves(tree):
+            if not isinstance(x, bool | np.bool_):
+                raise ValueError(f"{name}: {said(x)} in it must be True or False")
+        return tree
+
+    if not callable(value):
+        return booleans(value)
+    return lambda params: booleans(called(value, name, params))
 
 
 def choice(value: Any, name: str, accepted: tuple[Any, ...]) -> None:
@@ -113,5 +181,5 @@ def choice(value: Any, name: str, accepted: tuple[Any, ...]) -> None:
     static(value, name)
     if not any(type(value) is type(x) and value == x for x in accepted):
         raise ValueError(
-            f"{name}={value!r} is unknown; choose one of {', '.join(map(str, accepted))}"
+            f"{name}={said(value)} is unknown; choose one of {', '.join(map(str, accepted))}"
         )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax import checks
 from galore_optax.inner import OBSERVER, InnerCall
 from galore_optax.nnx_variables import without_variables
 from galore_optax.projection.moments import moving_axes, small_leaves
@@ -137,7 +138,7 @@ def explain(
                                                        [0].nu 8x512 8 bits, second moment
     """
     if not isinstance(tx, optax.GradientTransformation):
-        raise ValueError(f"tx={tx!r} must be an optax.GradientTransformation")
+        raise ValueError(f"tx={checks.said(tx)} must be an optax.GradientTransformation")
     found: list[_Seen] = []
     observed = _observed(lambda call, own: found.append(_Seen(call, own, extra_args)))
     with observed, warnings.catch_warnings(record=True) as warned:

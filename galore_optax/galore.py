@@ -128,7 +128,8 @@ def galore(
         seed = checks.whole(seed, "seed", least=0, below=2**32)
     if not isinstance(inner, optax.GradientTransformation):
         raise ValueError(
-            f"inner={inner!r} is not an optax.GradientTransformation; give one with its learning "
+            f"inner={checks.said(inner)} is not an optax.GradientTransformation; give one with "
+            "its learning "
             "rate, such as optax.adamw(1e-2)"
         )
     check_gap(update_proj_gap, Staggered, Adaptive)

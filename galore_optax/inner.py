@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from galore_optax import checks
 from galore_optax.projection.leaf import Plans, Projection
 from galore_optax.projection.moments import (
     MomentsFunction,
@@ -31,7 +32,7 @@ from galore_optax.sharding import first_element
 from galore_optax.trace.elementwise import is_elementwise, same_equations
 from galore_optax.trace.params_use import acts_within_subspace, decoupled_decay, remembers_params
 from galore_optax.trace.roles import Role, state_roles
-from galore_optax.trace.traced import Traced, abstract, trace
+from galore_optax.trace.traced import Traced, abstract, float_state, trace
 
 OBSERVER: ContextVar[Callable[["InnerCall", optax.Params], None] | None]
 """Is told in `init` what was decided for the params (`galore_optax.explanation`)."""
@@ -79,10 +80,10 @@ class InnerCall:
 
     @functools.cached_property
     def state(self) -> optax.OptState:
-        """The shapes of the state."""
+        """The shapes of the state; with floats for `QuantizedArray`s, unless it is given."""
         if self.given is not None:
             return self.given
-        return jax.eval_shape(self.inner.tx.init, self.params)
+        return float_state(self.inner.tx, self.params)
 
     @functools.cached_property
     def traced(self) -> Traced:
@@ -96,10 +97,12 @@ class InnerCall:
         shapes = tree, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
         if shapes not in self.inner.roles:
             if self.traced.update is None:
+                error = self.traced.failure
                 raise ValueError(
                     "inner: its update needs extra arguments, without which it is not known how "
-                    'its moments are carried over; pass them, or choose moments="keep"'
-                )
+                    'its moments are carried over; pass them, or choose moments="keep" '
+                    f"({checks.reason(error) if error else ''})"
+                ) from error
             self.inner.roles[shapes] = state_roles(self.traced, moving_axes(self.plans))
         return self.inner.roles[shapes]
 
@@ -131,8 +134,8 @@ class InnerCall:
         """Whether a given state is as `init` makes it for these params."""
         if self.given is None:
             return True
-        made = jax.eval_shape(self.inner.tx.init, self.params)
-        return jax.tree.structure(made) == jax.tree.structure(self.given)
+        made = jax.tree.structure(float_state(self.inner.tx, self.params))
+        return made == jax.tree.structure(self.given, is_leaf=is_quantized)
 
     def _of_stacks(self, stacks: Collection[int]) -> bool:
         """Whether a given state has arrays of the shape of a stack of matrices."""
@@ -145,9 +148,7 @@ class InnerCall:
         )
 
     def _trace(self, params: optax.Params, state: optax.OptState | None) -> Traced:
-        if state is None:
-            state = jax.eval_shape(self.inner.tx.init, params)
-        floats = jax.eval_shape(dequantized, state)
+        floats = None if state is None else jax.eval_shape(dequantized, state)
         return trace(self.inner.tx, params, floats, **self.extra_args)
 
     def moments(self) -> MomentsOf:

@@ -54,12 +54,12 @@ def _adamw(
     bits: int | None = None,
     state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
-    checks.number(b1, "b1", least=0, below=1, such_as=0.9)
-    checks.number(b2, "b2", least=0, below=1, such_as=0.999)
-    checks.number(eps, "eps", least=0, such_as=1e-8)
-    checks.number(eps_root, "eps_root", least=0, such_as=0.0)
-    checks.number_or_schedule(weight_decay, "weight_decay", least=0, such_as=0.1)
+    learning_rate = checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
+    b1 = checks.number(b1, "b1", least=0, below=1, such_as=0.9)
+    b2 = checks.number(b2, "b2", least=0, below=1, such_as=0.999)
+    eps = checks.number(eps, "eps", least=0, such_as=1e-8)
+    eps_root = checks.number(eps_root, "eps_root", least=0, such_as=0.0)
+    weight_decay = checks.number_or_schedule(weight_decay, "weight_decay", least=0, such_as=0.1)
     checks.choice(nesterov, "nesterov", (False, True))
     dtypes = {"mu_dtype": mu_dtype, "state_dtype": state_dtype}
     for name, dtype in dtypes.items():
@@ -67,9 +67,12 @@ def _adamw(
             checks.float_dtype(dtype, name)
         if dtype is not None and bits is not None:
             raise ValueError(
-                f"{name}={dtype!r} with bits={bits}: moments in {bits} bits are computed in "
+                f"{name}={checks.said(dtype)} with bits={bits}: moments in {bits} bits are "
+                "computed in "
                 "float32; leave one of them out"
             )
+    if mask is not None:
+        mask = checks.mask(mask, "mask")
     adamw = optax.adamw(
         learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
     )
@@ -201,7 +204,7 @@ def galore_adafactor(
         momentum: Decay rate of a first moment; None keeps none. The paper's runs use 0.9.
         dtype_momentum: Dtype of the first moment; None takes the params'.
         decay_rate: Exponent of the second moment's decay, 1 - t ** -decay_rate.
-        decay_offset: Steps by which t is less, for fine-tuning.
+        decay_offset: Steps by which t is less; the state's count must have passed it.
         eps: Added to the squared gradient.
         clipping_threshold: Largest root mean square of a leaf's update before the learning rate.
         min_dim_size_to_factor: Leaves whose second-largest axis is smaller keep a whole second
@@ -225,22 +228,26 @@ def galore_adafactor(
         >>> tx = galore_adafactor(0.01, rank=8, momentum=0.9)
         >>> state = tx.init({"w": jnp.ones((64, 256))})
     """
-    checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
-    checks.number_or_schedule(weight_decay, "weight_decay", least=0, such_as=0.1)
-    checks.number(decay_rate, "decay_rate", least=0, such_as=0.8)
-    checks.number(decay_offset, "decay_offset", least=0, such_as=0)
-    checks.number(eps, "eps", least=0, such_as=1e-30)
-    checks.whole(min_dim_size_to_factor, "min_dim_size_to_factor")
+    learning_rate = checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
+    weight_decay = checks.number_or_schedule(weight_decay, "weight_decay", least=0, such_as=0.1)
+    decay_rate = checks.number(decay_rate, "decay_rate", least=0, such_as=0.8)
+    decay_offset = checks.number(decay_offset, "decay_offset", least=0, such_as=0)
+    eps = checks.number(eps, "eps", least=0, such_as=1e-30)
+    min_dim_size_to_factor = checks.whole(min_dim_size_to_factor, "min_dim_size_to_factor")
     checks.choice(factored, "factored", (True, False))
     checks.choice(multiply_by_parameter_scale, "multiply_by_parameter_scale", (False, True))
     if momentum is not None:
-        checks.number(momentum, "momentum", least=0, below=1, such_as=0.9)
+        momentum = checks.number(momentum, "momentum", least=0, below=1, such_as=0.9)
     if dtype_momentum is not None:
         checks.float_dtype(dtype_momentum, "dtype_momentum")
         if momentum is None:
-            raise ValueError(f"dtype_momentum={dtype_momentum!r} needs momentum=, such as 0.9")
+            raise ValueError(
+                f"dtype_momentum={checks.said(dtype_momentum)} needs momentum=, such as 0.9"
+            )
     if clipping_threshold is not None:
-        checks.number(clipping_threshold, "clipping_threshold", least=0, such_as=1.0)
+        clipping_threshold = checks.number(
+            clipping_threshold, "clipping_threshold", positive=True, such_as=1.0
+        )
     steps = [
         optax.scale_by_factored_rms(
             factored, decay_rate, decay_offset, min_dim_size_to_factor, epsilon=eps
@@ -254,9 +261,13 @@ def galore_adafactor(
         steps.append(optax.scale_by_param_block_rms())
     if momentum is not None:
         steps.append(optax.ema(momentum, debias=False, accumulator_dtype=dtype_momentum))
+    if weight_decay_mask is not None:
+        weight_decay_mask = checks.mask(weight_decay_mask, "weight_decay_mask")
     decays = [_product(-1, weight_decay, learning_rate)]
     if weight_decay_rate is not None:
-        checks.number_or_schedule(weight_decay_rate, "weight_decay_rate", least=0, such_as=1e-3)
+        weight_decay_rate = checks.number_or_schedule(
+            weight_decay_rate, "weight_decay_rate", least=0, such_as=1e-3
+        )
         decays.append(_product(-1, weight_decay_rate))
     steps += [optax.add_decayed_weights(decay, weight_decay_mask) for decay in decays]
     inner = optax.chain(*steps)
@@ -327,7 +338,8 @@ class _OfFactors(GaLore):
         for plan in projections(params, self.numbers, self.rank, self.side):
             if plan is not None and max(plan.ranks, default=0) >= (least := min(plan.view.sizes)):
                 raise ValueError(
-                    f"rank={self.rank!r} compresses nothing of the factor at {plan.path}, whose "
+                    f"rank={checks.said(self.rank)} compresses nothing of the factor at "
+                    f"{plan.path}, whose "
                     f"shape is {plan.view.shape}: choose a gradient's rank below {least}, the "
                     "adapter's, or an adapter of higher rank"
                 )

@@ -17,6 +17,8 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from galore_optax import checks
+
 
 def with_automatic_axes(
     fun: Callable[..., Any], out_specs: Callable[[Mesh | AbstractMesh], Any], *args: Any
@@ -167,7 +169,8 @@ def state_shardings(
     for path, sharding in jax.tree.leaves_with_path(param_shardings):
         if not isinstance(sharding, NamedSharding):
             raise ValueError(
-                f"param_shardings: {sharding!r} at {jax.tree_util.keystr(path)} must be a "
+                f"param_shardings: {checks.said(sharding)} at {jax.tree_util.keystr(path)} must "
+                "be a "
                 "jax.sharding.NamedSharding, as for each param"
             )
     meshes = {sharding.mesh for sharding in jax.tree.leaves(param_shardings)}

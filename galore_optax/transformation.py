@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import optax
 
+from galore_optax import checks
+
 
 @runtime_checkable
 class SubspaceParts(Protocol):
@@ -87,7 +89,8 @@ def without_refresh(tx: optax.GradientTransformation) -> optax.GradientTransform
     parts = subspace_parts(tx)
     if parts is None:
         raise ValueError(
-            f"tx={tx!r} has no subspace: give galore(...), or a recipe such as galore_adamw(...)"
+            f"tx={checks.said(tx)} has no subspace: give galore(...), or a recipe such as "
+            "galore_adamw(...)"
         )
     return transformation(_WithoutRefresh(tx, parts))
 
@@ -127,5 +130,6 @@ def subspace_parts(tx: optax.GradientTransformation) -> SubspaceParts | None:
 
     A transformation around it, such as `optax.chain`, has no parts; `unstacked` hands them on.
     """
+    checks.instance(tx, "tx", optax.GradientTransformation)
     owner = getattr(tx.update, "__self__", None)
     return owner if isinstance(owner, SubspaceParts) else None

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from galore_optax import checks
 from galore_optax.keys import for_path
 from galore_optax.ordering import codes_after
 from galore_optax.projection.dimension_numbers import GaLoreDimensionNumbers
@@ -87,16 +88,18 @@ def is_adapter(x: Any) -> bool:
 
 def check_rank(weight: Array | QuantizedArray, rank: int) -> None:
     """Raises ValueError if a weight is not a matrix, or a rank exceeds its smaller side."""
-    if len(weight.shape) < 2:
+    if len(getattr(weight, "shape", ())) < 2:
+        shape = getattr(weight, "shape", None)
+        what = checks.said(weight) if shape is None else f"a weight of shape {shape}"
         raise ValueError(
-            f"a weight of shape {weight.shape} has no low-rank factors; adapt only matrices "
-            "(in, out) or stacks of them"
+            f"{what} has no low-rank factors; adapt only matrices (in, out) or stacks of them"
         )
+    checks.static(rank, "rank")
     most = min(weight.shape[-2:])
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
+    if not checks.indexes(rank) or not 1 <= rank <= most:
         raise ValueError(
-            f"rank={rank!r} for a weight of shape {weight.shape}: must be an integer from 1 to its "
-            f"smaller side, {most}"
+            f"rank={checks.said(rank)} for a weight of shape {weight.shape}: must be an integer "
+            f"from 1 to its smaller side, {most}"
         )
 
 
@@ -156,17 +159,25 @@ def adapt(
     "layers/mlp/up", the regular expression `pattern` is found. `create` makes an adapter from a
     weight and a key, such as `partial(LoRA.create, rank=8)`. ValueError if no leaf is adapted.
     """
+    checks.instance(pattern, "pattern", str)
     leaves, tree = jax.tree.flatten_with_path(params, is_leaf=is_quantized)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     matrices = [name for name, (_, x) in zip(names, leaves, strict=True) if x.ndim == 3]
     chosen = {name for name in matrices if re.search(pattern, name)}
     if not chosen:
         raise ValueError(
-            f"pattern={pattern!r} matches the path of no matrix that can be adapted; these are "
-            + (", ".join(matrices) or "none: adapters take stacks (layers, in, out)")
+            f"pattern={checks.said(pattern)} matches the path of no matrix that can be adapted; "
+            "these are " + (", ".join(matrices) or "none: adapters take stacks (layers, in, out)")
         )
+    checks.function(create, "create")
+
+    def made(x: Any, path: Any) -> Adapter:
+        adapter = checks.called(create, "create", x, for_path(key, path))
+        checks.instance(adapter, "create", Adapter)
+        return adapter
+
     return tree.unflatten(
-        create(x, for_path(key, path)) if name in chosen else x
+        made(x, path) if name in chosen else x
         for name, (path, x) in zip(names, leaves, strict=True)
     )
 
@@ -177,6 +188,7 @@ def split(params: PyTree, *, adapters_only: bool = False) -> tuple[PyTree, Froze
     The trained part has None instead of each adapter's base, and with `adapters_only` instead of
     each leaf that has no adapter. Differentiate `lambda trained: loss(join(trained, frozen))`.
     """
+    checks.choice(adapters_only, "adapters_only", (False, True))
     frozen: Frozen = {}
 
     def trained(path: Any, x: Any) -> Any:

@@ -5,13 +5,13 @@ products of Flax modules, which raises a TraceContextError, and its state breaks
 """
 
 import dataclasses
-import math
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
+from galore_optax import checks
 from galore_optax.adapters.base import Adapter, is_adapter, wide
 from galore_optax.adapters.gradnorm_lorp import column_norms, weight_norm
 from galore_optax.keys import for_path
@@ -49,10 +49,11 @@ class LoRA(Adapter):
 
         `alpha` is the rank by default. ValueError if it or `dropout` is out of its range.
         """
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout}: must be at least 0 and below 1, such as 0.1")
-        if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"alpha={alpha}: must be a positive number, such as the rank")
+        for name, value in (("rank", rank), ("alpha", alpha), ("dropout", dropout)):
+            checks.static(value, name)
+        dropout = checks.number(dropout, "dropout", least=0, below=1, such_as=0.1)
+        if alpha is not None:
+            alpha = checks.number(alpha, "alpha", positive=True, such_as=rank)
         parts = cls.new_parts(weight, key, rank)
         return cls(weight, **parts, scale=1.0 if alpha is None else alpha / rank, dropout=dropout)
 

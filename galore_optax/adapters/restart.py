@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from galore_optax import checks
 from galore_optax.adapters.base import factors, is_adapter, split
 from galore_optax.keys import for_path
 from galore_optax.quantization.array import dequantized, is_quantized, stored_like
@@ -38,8 +39,7 @@ def restart(
         >>> state = tx.init(split(params)[0])
         >>> params, state = restart(tx, params, state, jax.random.key(1))
     """
-    if not 0 <= keep < 1:
-        raise ValueError(f"keep={keep}: must be at least 0 and below 1, such as ReLoRA's 0.01")
+    keep = checks.number(keep, "keep", least=0, below=1, such_as=0.01)
     pruned = _prune(tx, state, split(params)[0], keep)
     return restart_params(params, key), pruned
 

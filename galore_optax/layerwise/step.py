@@ -6,7 +6,6 @@ states are in the carry of one loop, from the last layer to the first, and overw
 """
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from galore_optax import checks
 from galore_optax.layerwise.backward import Backward, Batch, Layered, Params, at, forward, squares
 from galore_optax.layerwise.parts import PartUpdate, masked
 from galore_optax.ordering import after, codes_after, once_if
@@ -105,19 +105,19 @@ class Layerwise:
     apply_updates: Callable[..., Any] = lambda part, updates, *_: optax.apply_updates(part, updates)
 
     def __post_init__(self):
-        if self.clip not in CLIPS:
-            raise ValueError(f"clip={self.clip!r} is unknown; choose one of {', '.join(CLIPS)}")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise ValueError(
-                f"clip_norm={self.clip_norm} must be a positive number, or None not to clip"
-            )
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate={self.accumulate} must be at least 1 microbatch")
+        checks.choice(self.clip, "clip", tuple(CLIPS))
+        if self.clip_norm is not None:
+            checks.number(self.clip_norm, "clip_norm", positive=True, such_as=1.0)
+        checks.whole(self.accumulate, "accumulate")
+        for name in ("accumulate_in_subspace", "checkpoint"):
+            checks.choice(getattr(self, name), name, (False, True))
+        checks.instance(self.model, "model", Layered)
+        checks.instance(self.tx, "tx", optax.GradientTransformation)
+        checks.function(self.apply_updates, "apply_updates")
         if self.accumulate_in_subspace and subspace_parts(self.tx) is None:
             raise ValueError(
-                f"accumulate_in_subspace=True with tx={self.tx!r}, which has no subspace: give "
-                "galore(...), or a recipe such as galore_adamw(...), itself (put what acts on "
-                "projected gradients into galore's inner), or leave accumulate_in_subspace out"
+                f"accumulate_in_subspace=True with tx={checks.said(self.tx)}: no subspace; give "
+                "galore(...) or a recipe of it (and what acts on projected gradients as its inner)"
             )
         if self.accumulate_in_subspace and self._exact:
             raise ValueError(

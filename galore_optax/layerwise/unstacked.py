@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import optax
 
+from galore_optax import checks
 from galore_optax.nnx_variables import for_init, without_variables
 from galore_optax.projection.dimension_numbers import LeafView
 from galore_optax.projection.leaf import Projection
@@ -44,10 +45,11 @@ def unstacked(
         (8, dtype('float32'), dtype('uint8'))
     """
     if not isinstance(tx, optax.GradientTransformation):
-        raise ValueError(f"tx={tx!r} must be an optax.GradientTransformation")
+        raise ValueError(f"tx={checks.said(tx)} must be an optax.GradientTransformation")
     if not callable(param_axes):
         raise ValueError(
-            f"param_axes={param_axes!r} must be a function from params to a tree like them"
+            f"param_axes={checks.said(param_axes)} must be a function from params to a tree like "
+            "them"
         )
     kind = _Unstacked if subspace_parts(tx) is None else _UnstackedInParts
     return transformation(kind(optax.with_extra_args_support(tx), param_axes))
@@ -61,7 +63,8 @@ class _Unstacked:
     def _stacks(self, params: optax.Params) -> tuple[list[Projection | None], Any]:
         leaves, tree = jax.tree.flatten_with_path(params)
         try:
-            axes = tree.flatten_up_to(self.param_axes(params))
+            made = checks.called(self.param_axes, "param_axes", params)
+            axes = tree.flatten_up_to(made)
         except ValueError as error:
             message = f"param_axes: it must return a tree like the params ({error})"
             raise ValueError(message) from error
@@ -123,9 +126,10 @@ def _stack(path: Any, leaf: Any, axes: int | None) -> Projection | None:
     if axes is None:
         return None
     name = jax.tree_util.keystr(path)
-    if isinstance(axes, bool) or not hasattr(axes, "__index__") or axes < 0:
+    if not checks.indexes(axes) or axes < 0:
         raise ValueError(
-            f"param_axes: {axes!r} at {name} must be an integer of at least 0, or None to pass the "
+            f"param_axes: {checks.said(axes)} at {name} must be an integer of at least 0, or "
+            "None to pass the "
             "leaf unchanged"
         )
     order = tuple(range(len(leaf.shape)))

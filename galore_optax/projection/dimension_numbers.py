@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from galore_optax import checks
+
 
 class GaLoreDimensionNumbers(NamedTuple):
     """Says which axes of a leaf are the input and the output of a matrix.
@@ -112,7 +114,8 @@ def matrix_views(
     for path, leaf in leaves:
         if not hasattr(leaf, "shape"):
             raise ValueError(
-                f"params: {leaf!r} at {path} is not an array; give jnp.asarray({leaf!r})"
+                f"params: {checks.said(leaf)} at {path} is not an array; give "
+                f"jnp.asarray({checks.said(leaf)})"
             )
     if not leaves:  # as where optax.tree_utils.tree_map_params looks for params in a state
         return []
@@ -122,7 +125,9 @@ def matrix_views(
         needed = max(len(merged), *(axis + 1 if axis >= 0 else -axis for axis in merged))
         flat = [numbers if len(x.shape) >= needed and _projectable(x) else None for _, x in leaves]
     else:
-        tree = numbers(params) if callable(numbers) else numbers
+        tree = numbers
+        if callable(numbers):
+            tree = checks.called(numbers, "weight_dimension_numbers", params)
         given, prefix = jax.tree.flatten(tree, is_leaf=_is_dimension_numbers)
         try:
             parts = prefix.flatten_up_to(params)
@@ -168,7 +173,8 @@ def matrices(params: optax.Params) -> optax.Params:
 def _view(leaf: Any, numbers: Any, path: str) -> LeafView:
     if not _is_dimension_numbers(numbers):
         raise ValueError(
-            f"weight_dimension_numbers: {numbers!r} at {path} is neither GaLoreDimensionNumbers, "
+            f"weight_dimension_numbers: {checks.said(numbers)} at {path} is neither "
+            "GaLoreDimensionNumbers, "
             "nor TuckerDimensionNumbers, nor None"
         )
     ndim = len(leaf.shape)
@@ -209,9 +215,10 @@ def _named(numbers: Any) -> list[tuple[str, Any]]:
 def _listed(axes: Any) -> tuple[int, ...]:
     """One axis or several as a tuple."""
     given = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
-    if not given or any(isinstance(x, bool) or not hasattr(x, "__index__") for x in given):
+    if not given or not all(map(checks.indexes, given)):
         raise ValueError(
-            f"weight_dimension_numbers: {axes!r} is neither the number of an axis nor a tuple of "
+            f"weight_dimension_numbers: {checks.said(axes)} is neither the number of an axis nor "
+            "a tuple of "
             "such numbers"
         )
     return tuple(map(operator.index, given))

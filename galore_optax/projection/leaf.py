@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from galore_optax import checks
 from galore_optax.keys import for_path
 from galore_optax.projection.dimension_numbers import LeafView, WeightDimensionNumbers, matrix_views
 from galore_optax.quantization.array import QuantizedArray, dequantized, quantize
@@ -197,11 +197,11 @@ def checked_rank(value: Any, name: str = "rank") -> int | float:
     """Returns a rank or a fraction; raises a ValueError if it is neither."""
     if isinstance(value, float) and 0 < value <= 1:
         return value
-    whole = hasattr(value, "__index__") and not isinstance(value, bool | np.ndarray)
-    if whole and operator.index(value) >= 1:
+    if checks.indexes(value) and operator.index(value) >= 1:
         return operator.index(value)
     raise ValueError(
-        f"{name}={value!r} must be an integer of at least 1, or a float above 0 and at most 1: a "
+        f"{name}={checks.said(value)} must be an integer of at least 1, or a float above 0 and "
+        "at most 1: a "
         "fraction of the smaller side"
     )
 
@@ -213,7 +213,8 @@ def projections(
 
     def projection(path: str, view: LeafView) -> Projection:
         name = f"rank({path!r}, {view.shape})"
-        asked = checked_rank(rank(path, view.shape), name) if callable(rank) else rank
+        given = checks.called(rank, name, path, view.shape) if callable(rank) else rank
+        asked = checked_rank(given, name)
 
         def within(size: int) -> int:
             return min(asked if isinstance(asked, int) else max(1, round(asked * size)), size)

@@ -100,7 +100,7 @@ class Adaptive:
 
     def __post_init__(self):
         check_gap(self.gap, Staggered)
-        checks.number(self.threshold, "threshold", such_as=0.4)
+        checks.number(self.threshold, "threshold", below=2**31, such_as=0.4)
         for name in ("window", "max_factor"):
             checks.whole(getattr(self, name), name, below=2**20)
         checks.choice(self.similarity, "similarity", tuple(SIMILARITIES))

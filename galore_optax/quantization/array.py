@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8, UInt32
 
+from galore_optax import checks
 from galore_optax.quantization.codes import NF4, Affine, Code, Dynamic, elements, random_bits
 from galore_optax.serialization import pytree
 from galore_optax.sharding import axis_specs, specs, with_automatic_axes
@@ -121,6 +122,10 @@ def quantize_nf4(
         >>> round(8 * q.nbytes / w.size, 2)
         4.13
     """
+    block = checks.whole(block, "block")
+    checks.choice(double, "double", (True, False))
+    if jnp.ndim(weight) < 2:
+        raise ValueError(f"weight={checks.said(weight)} is no matrix and no stack of matrices")
     q = quantize(weight, NF4(), block=block, axis=-2)
     return dataclasses.replace(q, scales=quantize(q.scales, Affine(8))) if double else q
 

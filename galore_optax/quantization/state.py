@@ -23,7 +23,7 @@ from galore_optax.quantization.array import dequantized, is_quantized, quantize
 from galore_optax.quantization.codes import Code, Dynamic, Table
 from galore_optax.quantization.elementwise import updated
 from galore_optax.trace.roles import Role, state_roles
-from galore_optax.trace.traced import trace
+from galore_optax.trace.traced import AS_FLOATS, trace
 
 # Of the codes tried on the moments of a LLaMA (benchmarks/four_bit_codes.py) these change Adam's
 # update least: squares for numbers with a sign, and over four powers of ten for those without.
@@ -126,7 +126,8 @@ def quantize_state(
     min_size = checks.whole(min_size, "min_size", least=0)
     if not (unsigned is None or callable(unsigned)):
         raise ValueError(
-            f"unsigned={unsigned!r} is not a function; give one from an array's path to whether it "
+            f"unsigned={checks.said(unsigned)} is not a function; give one from an array's path "
+            "to whether it "
             "is never negative, or None"
         )
     inner = cast_state(inner)
@@ -138,6 +139,8 @@ def quantize_state(
     def init(params: optax.Params) -> optax.OptState:
         params = for_init(params)
         state = inner.init(params)
+        if AS_FLOATS.get():
+            return state
         pairs = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
         paths = [jax.tree_util.keystr(path) for path, _ in pairs]
         leaves, tree = jax.tree.flatten(state, is_leaf=is_quantized)
@@ -150,7 +153,10 @@ def quantize_state(
         if not chosen:
             return state
         if unsigned:
-            roles = [Role(nonnegative=unsigned(path), divisor=False) for path in paths]
+            roles = [
+                Role(nonnegative=bool(checks.called(unsigned, "unsigned", path)), divisor=False)
+                for path in paths
+            ]
         else:
             roles = state_roles(trace(inner, params))
         for i in chosen:
@@ -176,7 +182,7 @@ def quantize_state(
 def _transformation(inner: Any) -> optax.GradientTransformation:
     if not isinstance(inner, optax.GradientTransformation):
         raise ValueError(
-            f"inner={inner!r} is not an optax.GradientTransformation; give one, such as "
+            f"inner={checks.said(inner)} is not an optax.GradientTransformation; give one, such as "
             "optax.adam(1e-3)"
         )
     return inner

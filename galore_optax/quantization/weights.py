@@ -65,12 +65,13 @@ def quantize_weights(
         marks = jax.tree.broadcast(which, params, is_leaf=is_quantized)
     else:
         raise ValueError(
-            f"which={which!r} is neither a function of path and leaf nor a tree of booleans"
+            f"which={checks.said(which)} is neither a function of path and leaf nor a tree of "
+            "booleans"
         )
 
     def stored(path: Any, leaf: Any, mark: Any) -> Any:
         name = jax.tree_util.keystr(path)
-        if not (choose(name, leaf) if callable(choose) else mark):
+        if not (checks.called(choose, "which", name, leaf) if callable(choose) else mark):
             return leaf
         if is_quantized(leaf):
             raise ValueError(
@@ -104,6 +105,8 @@ def value_and_grad(
         >>> grads["w"].shape, float(grads["w"][0, 0])
         ((64, 256), 6.0)
     """
+    checks.function(function, "function")
+    checks.choice(has_aux, "has_aux", (False, True))
 
     def wrapped(params: optax.Params, *args: Any, **kwargs: Any) -> tuple[Any, optax.Updates]:
         def of_sources(sources: optax.Params) -> Any:
@@ -188,7 +191,9 @@ def apply_updates(
         1.0001
     """
     if not (key is None or hasattr(key, "dtype")):
-        raise ValueError(f"key={key!r} must be a key, such as jax.random.key(0), or None")
+        raise ValueError(
+            f"key={checks.said(key)} must be a key, such as jax.random.key(0), or None"
+        )
 
     # One for all leaves: a GPU starts several kernels for a key of each.
     seed = None if key is None else jax.random.bits(key, (2,))

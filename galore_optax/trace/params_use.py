@@ -21,7 +21,6 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 from jaxtyping import Array
 
-from galore_optax.sharding import within_shard_map
 from galore_optax.trace.dependence import dependences, is_zero
 from galore_optax.trace.interpreter import Reading, interpret, shape_of
 from galore_optax.trace.sign import UNKNOWN, ZERO, Sign
@@ -77,7 +76,8 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
         zeros = [jnp.zeros_like(params[i]) for i in sloped]
         ones = [jnp.ones_like(params[i]) for i in sloped]
         found: list[Array | None] = [None] * n
-        if within_shard_map():  # the types of values differ from those that were traced
+        # Within `jax.shard_map` the types of values differ from those that were traced.
+        if jax.sharding.get_abstract_mesh().manual_axes:
             made = derivative(traced.function)(rest, zeros, ones)
         else:
             made = jaxpr_as_fun(slopes)(*rest, *zeros, *ones)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,21 @@ from jax.sharding import ManualAxisType
 from jax.typing import DTypeLike
 
 from galore_optax.trace.interpreter import Reading, Value, interpret
+
+AS_FLOATS: ContextVar[bool] = ContextVar("as_floats", default=False)
+"""Whether `quantize_state`'s `init` leaves out the codes, which it traces an update to find."""
+
+
+def float_state(
+    inner: optax.GradientTransformation, params: optax.Params, make: Any = jax.eval_shape
+) -> Any:
+    """The shapes of the state that `init` makes, with floats for `QuantizedArray`s."""
+    token = AS_FLOATS.set(True)
+    try:
+        # A function of its own, since the other state may be traced already.
+        return make(lambda params: inner.init(params), params)
+    finally:
+        AS_FLOATS.reset(token)
 
 
 class Traced(NamedTuple):
@@ -26,6 +42,7 @@ class Traced(NamedTuple):
         update: From the leaves of updates, state and params to those of the new updates and the new
             state; None if the update needs extra arguments that are not known.
         function: The same, not traced.
+        failure: What it raised when it was traced.
     """
 
     params: list[jax.ShapeDtypeStruct]
@@ -34,6 +51,7 @@ class Traced(NamedTuple):
     same: bool
     update: ClosedJaxpr | None
     function: Callable[..., list[Any]]
+    failure: Exception | None = None
 
     def read(
         self, reading: Reading, updates: Sequence[Value], state: Sequence[Value], params: Any
@@ -69,7 +87,9 @@ def trace(
     """
     # Without shardings, which some updates cannot be traced with, and which change nothing here.
     params = _without_shardings(params)
-    init, made = jax.make_jaxpr(inner.init, return_shape=True)(params)
+    init, made = float_state(
+        inner, params, lambda init, params: jax.make_jaxpr(init, return_shape=True)(params)
+    )
     state = made if state is None else _without_shardings(state)
     leaves, tree = jax.tree.flatten(params)
     states, state_tree = jax.tree.flatten(state)
@@ -86,8 +106,8 @@ def trace(
 
     try:
         traced = jax.make_jaxpr(update)(*leaves, *states, *leaves)
-    except Exception:  # a missing argument may fail in any manner
-        traced = None
+    except Exception as error:  # a missing argument may fail in any manner
+        return Traced(leaves, states, init, same, None, update, error)
     return Traced(leaves, states, init, same, traced, update)
 
 

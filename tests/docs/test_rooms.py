@@ -81,5 +81,7 @@ def test_no_module_asks_the_process_for_its_devices():
         for path in ROOT.glob(f"{room}/**/*.py")
     ]
     found = {str(p.relative_to(ROOT)) for p in files if asks.search(p.read_text())}
-    # The variable in `inner` is told what was decided, for `explain`, and decides nothing.
-    assert found == {"train/step/mesh.py", "galore_optax/inner.py"}
+    # The variables there are for reading a transformation: `explain` is told what was decided, and
+    # a state is traced as floats.
+    variables = {"galore_optax/inner.py", "galore_optax/trace/traced.py"}
+    assert found == {"train/step/mesh.py", *variables}

@@ -102,9 +102,9 @@ def test_a_pattern_without_a_matrix_is_refused_with_those_there_are(pattern):
     ("options", "message"),
     [
         ({"rank": 17}, r"rank=17 for a weight of shape \(2, 32, 16\).* smaller side, 16"),
-        ({"alpha": 0.0}, "alpha=0.0: must be a positive"),
+        ({"alpha": 0.0}, "alpha=0.0: give a finite number, above 0"),
         ({"alpha": float("nan")}, "alpha=nan"),
-        ({"dropout": 1.0}, "dropout=1.0: must be at least 0 and below 1"),
+        ({"dropout": 1.0}, "dropout=1.0: give a finite number, at least 0, less than 1"),
         ({"dropout": -0.1}, "dropout=-0.1"),
     ],
 )

@@ -109,5 +109,5 @@ def test_a_restart_keeps_the_outputs_and_drops_the_factors_moments(inner, keep):
 
 @pytest.mark.parametrize("keep", [-0.1, 1.0])
 def test_a_share_out_of_range_is_refused(keep):
-    with pytest.raises(ValueError, match=f"keep={keep}: must be at least 0 and below 1"):
+    with pytest.raises(ValueError, match=f"keep={keep}: give a finite number, at least 0"):
         restart(optax.sgd(0.1), {}, (), jax.random.key(0), keep=keep)
