@@ -82,8 +82,9 @@ def galore(
             out, or a function from params to such a tree. None projects every leaf with two axes,
             other than stacks of vectors: biases `(layers, out)` beside kernels `(layers, in, out)`.
         moments: What becomes of the inner's moments at a refresh: "rotate" carries them over to the
-            new basis, "keep" leaves their numbers, as published, "reset" replaces them by those of
-            `inner.init`; or a function from a moment's name, the moment and
+            new basis, "keep" leaves their numbers, as published, "reset" leaves their sizes and
+            takes directions from the present gradient (zeros would not fit Adam's step count,
+            which goes on); or a function from a moment's name, the moment and
             `turn(x, squared=False)` to the new moment. None is "rotate", but refuses an inner whose
             state remembers the params, which belong to the old basis.
         projection_bits: Stores the bases in 4 or 8 bits, in groups of 256 elements (Q-GaLore); None

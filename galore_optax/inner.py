@@ -151,6 +151,16 @@ class InnerCall:
         floats = None if state is None else jax.eval_shape(dequantized, state)
         return trace(self.inner.tx, params, floats, **self.extra_args)
 
+    @functools.cached_property
+    def counts(self) -> list[bool]:
+        """For each of the inner's params whether it is projected."""
+        return [self.plans[i] is not None for i, _ in small_leaves(self.plans)]
+
+    @functools.cached_property
+    def remembers(self) -> bool:
+        """Whether the state remembers projected params."""
+        return remembers_params(self.traced, self.counts)
+
     def moments(self) -> MomentsOf:
         """Where the moments of each matrix lie in the state."""
         return moments_of(self.roles, self.state, self.params, self.plans)
@@ -180,17 +190,15 @@ class InnerCall:
         if rule == "keep" and decay is not None:
             return
         traced = self.traced
-        counts = [self.plans[i] is not None for i, _ in small_leaves(self.plans)]
-        remembers = remembers_params(traced, counts)
-        if self.inner.moments is None and remembers:
+        if self.inner.moments is None and self.remembers:
             raise ValueError(
                 "inner: its state remembers the params, projected into the present subspace, which "
                 "mean nothing in the next one; choose with moments= what becomes of them: "
                 '"reset" starts again from the present params at every refresh, "keep" leaves them '
                 "as they are"
             )
-        undecided = not remembers and decay is None and decoupled_decay(traced) is None
-        if undecided and acts_within_subspace(traced, counts):
+        undecided = not self.remembers and decay is None and decoupled_decay(traced) is None
+        if undecided and acts_within_subspace(traced, self.counts):
             _warn(
                 "galore: inner uses params elementwise, and not as decoupled weight decay: this "
                 "acts on the projected weights only (weight decay, for instance, does not reach "
@@ -200,7 +208,7 @@ class InnerCall:
         if rule == "keep" or traced.update is None:
             return
         paths = [path for path, _ in jax.tree.leaves_with_path(self.params)]
-        projected = [path for path, count in zip(paths, counts, strict=True) if count]
+        projected = [path for path, count in zip(paths, self.counts, strict=True) if count]
         pairs = jax.tree.leaves_with_path(self.state, is_leaf=is_quantized)
         for (path, _), role in zip(pairs, self.roles, strict=True):
             name = jax.tree_util.keystr(path)

@@ -206,9 +206,7 @@ class _Call:
         due = (count >= state.next_refresh) & self.allowed
         due = jnp.split(due, np.cumsum(matrices)[:-1])
         key = jax.random.fold_in(jax.random.key(self.galore.seed), count)
-        carried: MomentsOf = (
-            {i: [[]] for i, _ in projected} if rule in ("keep", "reset") else places
-        )
+        carried: MomentsOf = {i: [[]] for i, _ in projected} if rule == "keep" else places
         groups: dict[Any, dict[int, Leaf]] = {}
         for (i, plan), now in zip(projected, due, strict=True):
             leaf = Leaf(
@@ -245,7 +243,8 @@ class _Call:
             def init() -> optax.OptState:
                 return self.galore.inner.tx.init(self.project(weights, state))
 
-            inner_leaves = reset(init, inner_leaves, places, happened)
+            remembers = self.inner.remembers
+            inner_leaves = reset(init, inner_leaves, places, self.plans, remembers, happened)
         return state._replace(inner=inner_tree.unflatten(inner_leaves))
 
     def _how(self, plan: Projection, moments: list[Moment]) -> Refresh:

@@ -102,7 +102,7 @@ class DoRA(LoRA):
     def times(self, rows: Float[Array, "N in"]) -> Float[Array, "N out"]:
         """Returns LoRA's product with each column scaled."""
         norms = jax.lax.stop_gradient(column_norms(self.sum()))
-        return super().times(rows) * (wide(self.magnitude) / norms).astype(rows.dtype)
+        return super().times(rows) * (wide(self.magnitude) / norms).astype(rows.dtype)[None]
 
 
 def with_dropout_keys(params: PyTree, key: PRNGKeyArray) -> PyTree:

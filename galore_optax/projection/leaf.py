@@ -135,7 +135,7 @@ class Projection:
                 n = self.view.sizes[mode]
                 own = jax.random.fold_in(for_path(key, self.path), mode)
                 drawn = jax.random.permutation(own, n)[:rank]
-                one = (jnp.arange(n)[:, None] == drawn).astype(leaf.dtype)
+                one = (jnp.arange(n)[:, None] == drawn[None]).astype(leaf.dtype)
                 bases.append(jnp.broadcast_to(one, (*self.view.batch_shape, n, rank)))
             return tuple(bases)
 
@@ -191,6 +191,17 @@ def unfold(matrix: Float[Array, "..."], mode: int) -> Float[Array, "n m"]:
     others = [axis for axis in range(matrix.ndim) if axis != mode]
     others.sort(key=lambda axis: -matrix.shape[axis])
     return matrix.transpose(mode, *others).reshape(matrix.shape[mode], -1)
+
+
+def projected(
+    matrix: Float[Array, "..."], modes: Sequence[int], bases: Sequence[Float[Array, "n r"]]
+) -> Float[Array, "..."]:
+    """R of one matrix or tensor, at least in float32."""
+    for mode, basis in zip(modes, bases, strict=True):
+        wide = jnp.promote_types(jnp.promote_types(matrix.dtype, basis.dtype), jnp.float32)
+        turned = jnp.tensordot(basis.astype(wide), matrix.astype(wide), (0, mode))
+        matrix = jnp.moveaxis(turned, 0, mode)
+    return matrix
 
 
 def checked_rank(value: Any, name: str = "rank") -> int | float:

@@ -9,9 +9,23 @@ with the first beside it,
 v - m² is a variance; its covariances are taken as zero. Where m² exceeds v, v takes its place, so
 that no second moment becomes negative. A second moment without a first becomes (Q∘Q) v. A factored
 second moment (Adafactor, SM3) has a factor along the rank, which becomes (Q∘Q) times it, and one
-along the other axis, which is kept. A new direction outside the old subspace thus has variance 0.
-That is harmless if the update adds the gradient's square before it divides (Adam). If it divides by
-v of the step before (ACProp, ADOPT), the share outside counts with the mean variance inside.
+along the other axis, which is kept.
+
+The rows of Q∘Q sum to the share of each new direction that the old subspace covers. The rest is
+taken for as strong as the weakest of the old directions: the strong ones stay in the subspace, and
+those that come in take the place of the weakest. Each column's mean of v over the old directions is
+scaled to that strength. With variance 0, as LDAdam has it, v falls to the covered share at each
+refresh (to 0.37 of itself for a gradient of flat spectrum), Adam's v takes 1 / (1 - b2) steps to
+recover, and the steps grow with 1 / √v; with the mean, weak directions hardly move
+(benchmarks/RESULTS.md). If the update divides by v of the step before (ACProp, ADOPT), an error to
+the other side is the worse one, and the rest counts with the mean.
+
+A reset forgets which direction a moment belongs to, not its size. Adam counts its steps for all
+params together, and corrects young moments by that count, which a reset cannot set back: zeros
+would be taken for moments of many gradients, and Adam's steps would be up to 5 times too large. So
+a first moment gets the present gradient's direction and keeps its norm; second moments and factors
+are dealt out anew, the largest to the new direction with most of the present gradient. With a
+constant gradient both are what they were.
 """
 
 import dataclasses
@@ -29,7 +43,7 @@ from jaxtyping import Array, Bool, Float
 from galore_optax.projection.leaf import Plans, Projection
 from galore_optax.quantization.array import dequantized, is_quantized, stored_like
 from galore_optax.sharding import sharded_like
-from galore_optax.trace.roles import FACTOR, FIRST, SECOND, Role
+from galore_optax.trace.roles import FACTOR, FIRST, OTHER, SECOND, Role
 
 Turn = Callable[..., Array]
 MomentsFunction = Callable[[str, Array, Turn], Array]
@@ -37,6 +51,7 @@ MomentsFunction = Callable[[str, Array, Turn], Array]
 function `turn(x, squared=False)` that multiplies x by Q, or by Q∘Q."""
 
 RULES = ("rotate", "keep", "reset")
+_ROUNDING = 0.01  # of the share covered: bases in bfloat16 or 8 bits are orthonormal to about that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,18 +145,36 @@ def _field(path: tuple[Any, ...], param: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def reset(
-    init: Callable[[], Any], leaves: list[Any], places: MomentsOf, refreshed: Sequence[Array]
+    init: Callable[[], Any],
+    leaves: list[Any],
+    places: MomentsOf,
+    plans: Plans,
+    remembers: bool,
+    refreshed: Sequence[Array],
 ) -> list[Array]:
-    """The leaves of the inner's state, as `init` makes them where a matrix was refreshed."""
-    if not any(map(any, places.values())):
+    """The leaves of the inner's state, as `init` makes those that are no moments of gradients.
+
+    That is where a matrix was refreshed. `remembers` says whether first moments may be values of
+    the params.
+    """
+
+    def restarts(moment: Moment, plan: Any) -> bool:
+        moves = not set(plan.modes).isdisjoint(moment.role.axes) or moment.role.unclear
+        return (remembers and moment.role.kind == FIRST) or (moment.role.kind == OTHER and moves)
+
+    chosen = [
+        [[m.position for m in own if restarts(m, plans[i])] for own in matrices]
+        for i, matrices in places.items()
+    ]
+    if not any(map(any, chosen)):
         return leaves
     # `where` instead of a conditional: it is fused with the update of the moment, and a conditional
     # for all matrices would make each of them wait for all gradients.
     fresh = sharded_like(jax.tree.leaves(init(), is_leaf=is_quantized), leaves)
     new = list(leaves)
-    for matrices, happened in zip(places.values(), refreshed, strict=True):
-        for matrix, found in zip(matrices, jnp.split(happened, len(matrices)), strict=True):
-            for i in [moment.position for moment in matrix]:
+    for matrices, happened in zip(chosen, refreshed, strict=True):
+        for positions, found in zip(matrices, jnp.split(happened, len(matrices)), strict=True):
+            for i in positions:
                 new[i] = jax.tree.map(partial(_where, found), fresh[i], leaves[i])
     return new
 
@@ -157,7 +190,7 @@ def _where(found: Bool[Array, " matrices"], fresh: Array, old: Array) -> Array:
 class CarryOver:
     """Carries the moments of one matrix of a leaf over to a new basis.
 
-    The rule is "rotate", or the user's own function.
+    The rule is "rotate", "reset", or the user's own function.
     """
 
     projection: Projection
@@ -165,12 +198,21 @@ class CarryOver:
     moments: tuple[Moment, ...]
 
     def __call__(
-        self, transitions: Sequence[Float[Array, "r r"]], moments: Sequence[Any]
+        self,
+        transitions: Sequence[Float[Array, "r r"]],
+        moments: Sequence[Any],
+        small: Float[Array, "..."] | None = None,
     ) -> tuple[Any, ...]:
-        """The moments in the new bases, each in its own shape, dtype and code."""
-        by_mode = dict(zip(self.projection.modes, transitions, strict=True))
+        """The moments in the new bases, each in its own shape, dtype and code.
+
+        A reset needs the gradient, projected into the new bases.
+        """
         floats = dequantized(tuple(moments))
-        carried = [self._carried(i, floats, by_mode) for i in range(len(floats))]
+        if self.rule == "reset":
+            carried = [self._dealt(i, floats, small) for i in range(len(floats))]
+        else:
+            by_mode = dict(zip(self.projection.modes, transitions, strict=True))
+            carried = [self._carried(i, floats, by_mode) for i in range(len(floats))]
         for own, new, moment in zip(self.moments, carried, floats, strict=True):
             if jnp.shape(new) != moment.shape:
                 raise ValueError(
@@ -205,11 +247,42 @@ class CarryOver:
             mean = jnp.minimum(second, first * first)
             turned = turn(jnp.sign(first) * jnp.sqrt(mean))
             carried = turn(second - mean, squared=True) + turned * turned
-        if not own.role.stale:
-            return carried
         moved = tuple(at for at, axis in enumerate(own.role.axes) if axis in transitions)
-        uncovered = 1 - turn(jnp.ones_like(_wide(moment)), squared=True)
-        return carried + jnp.maximum(uncovered, 0) * jnp.mean(_wide(moment), moved, keepdims=True)
+        shape = [n if at in moved else 1 for at, n in enumerate(moment.shape)]
+        outside = 1 - turn(jnp.ones(shape, carried.dtype), squared=True)
+        outside = jnp.where(outside > _ROUNDING, outside, 0)
+        usual = jnp.mean(_wide(moment), moved, keepdims=True)
+        if not own.role.stale:
+            for at in moved:
+                along = _sums(_wide(moment), at)
+                mean = jnp.mean(along)
+                usual = usual * jnp.min(along) / jnp.where(mean > 0, mean, 1)
+        return carried + outside * usual
+
+    def _dealt(self, i: int, moments: Sequence[Array], small: Any) -> Array:
+        """A moment of the size that it had, with the directions of the present gradient."""
+        own, moment = self.moments[i], _wide(moments[i])
+        moved = tuple(at for at, axis in enumerate(own.role.axes) if axis in self.projection.modes)
+        gradient = _wide(small)
+        if own.role.kind == FIRST:
+            known = [axis for axis in own.role.axes if axis is not None]
+            other = [at for at, axis in enumerate(own.role.axes) if axis is None]
+            direction = jnp.einsum(gradient, [*range(gradient.ndim)], known)
+            direction = jnp.expand_dims(direction, other)
+            norm = jnp.sqrt(jnp.sum(direction * direction, moved, keepdims=True))
+            size = jnp.sqrt(jnp.sum(moment * moment, moved, keepdims=True))
+            return jnp.where(norm > 0, size / norm, 0) * direction
+        if own.role.kind not in (SECOND, FACTOR):
+            return moment
+        total, dealt = jnp.sum(moment), jnp.ones((), moment.dtype)
+        for at, axis in enumerate(own.role.axes):
+            along = _sums(moment, at)
+            if axis is not None and at in moved:
+                order = jnp.argsort(jnp.argsort(_sums(gradient * gradient, axis)))
+                along = jnp.sort(along)[order]
+            share = along / jnp.where(total > 0, total, 1)
+            dealt = dealt * share.reshape([n if k == at else 1 for k, n in enumerate(moment.shape)])
+        return total * dealt
 
 
 def check_rule(
@@ -234,6 +307,11 @@ def check_rule(
 def transition(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Array, "r r"]:
     """Q = P_newᵀ P_old, at least in float32."""
     return _wide(new).T @ _wide(old)
+
+
+def _sums(x: Array, axis: int) -> Float[Array, " n"]:
+    """The sums over all other axes."""
+    return jnp.sum(x, [k for k in range(x.ndim) if k != axis])
 
 
 def _wide(x: Any) -> Array:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt32
 
 from galore_optax import checks
 from galore_optax.ordering import kept_in_place
-from galore_optax.projection.leaf import Bases, Plans, Projection, unfold
+from galore_optax.projection.leaf import Bases, Plans, Projection, projected, unfold
 from galore_optax.projection.moments import CarryOver, transition
 from galore_optax.projection.schedule import Similarity
 from galore_optax.projection.subspace import FindSubspace, refreshed
@@ -161,7 +161,8 @@ class Refresh:
         new = tuple(stored_like(p[0], basis) for p, basis in zip(pairs, bases, strict=True))
         new = jax.tree.map(partial(jnp.where, found), new, bases)
         change = list(zip(old, dequantized(new), strict=True))
-        return (new, self._carried(change, found, moments)), found, self._similarity(change, found)
+        carried = self._carried(gradient, change, found, moments)
+        return (new, carried), found, self._similarity(change, found)
 
     def _similarity(self, change: Sequence[tuple[Array, Array]], found: Array) -> Float[Array, ""]:
         if self.similarity is None:
@@ -170,13 +171,23 @@ class Refresh:
         return jnp.mean(jnp.array([self.similarity(a, b) for a, b in wide], jnp.float32))
 
     def _carried(
-        self, change: Sequence[tuple[Array, Array]], found: Array, moments: tuple[Any, ...]
+        self,
+        gradient: Array,
+        change: Sequence[tuple[Array, Array]],
+        found: Array,
+        moments: tuple[Any, ...],
     ) -> tuple[Any, ...]:
         carry_over = self.carry_over
         if carry_over is None:
             return moments
-        turns = [transition(old, new) for old, new in change]
-        return jax.lax.cond(found, lambda: carry_over(turns, moments), lambda: moments)
+
+        def carry() -> tuple[Any, ...]:
+            if carry_over.rule == "reset":
+                small = projected(gradient, self.projection.modes, [new for _, new in change])
+                return carry_over((), moments, small)
+            return carry_over([transition(old, new) for old, new in change], moments)
+
+        return jax.lax.cond(found, carry, lambda: moments)
 
     def _stacked(self, moments: Moments) -> tuple[Any, ...]:
         """The moments of all matrices, with the axes of the stack first."""
@@ -223,4 +234,4 @@ def _matrix_of(stack: Shaped[Array, "..."], i: Int[Array, ""], batch_shape: Any)
 
     A dynamic slice (`stack[i]`) would have it send all of them.
     """
-    return stack[jnp.unravel_index(i[None], batch_shape)][0]
+    return stack[jnp.unravel_index(jnp.asarray(i)[None], batch_shape)][0]

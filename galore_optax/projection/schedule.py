@@ -161,7 +161,8 @@ def next_timing(
     adaptation, steps = state.adaptation, _gap_at(gap, count)
     if isinstance(gap.gap if isinstance(gap, Adaptive) else gap, Staggered):
         # The second refresh comes half a gap to one and a half gaps after the first.
-        own = jnp.ceil(steps * _phases([x.size for x in happened], layer, layers)).astype(jnp.int32)
+        phases = _phases([x.size for x in happened], layer, layers)
+        own = jnp.ceil(steps.astype(phases.dtype) * phases).astype(jnp.int32)
         steps = jnp.where(state.refreshes == 0, own, steps)
     if isinstance(gap, Adaptive):
         # The first basis replaced a random one: their similarity means nothing.
@@ -171,7 +172,7 @@ def next_timing(
     later = count + jnp.minimum(steps, _LAST - count)
     return dict(
         next_refresh=jnp.where(refreshed, later, state.next_refresh),
-        refreshes=state.refreshes + refreshed,
+        refreshes=state.refreshes + refreshed.astype(jnp.int32),
         adaptation=adaptation,
     )
 
@@ -180,7 +181,7 @@ def _adapted(rule: Adaptive, state: Any, counts: Any, similarities: Any) -> Adap
     """Takes in the similarities of the matrices that count."""
     later = jnp.concatenate([state.recent[:, 1:], similarities[:, None]], axis=1)
     recent = jnp.where(counts[:, None], later, state.recent)
-    seen = jnp.minimum(state.seen + counts, rule.window)
+    seen = jnp.minimum(state.seen + counts.astype(jnp.int32), rule.window)
     doubles = counts & (seen == rule.window) & (jnp.mean(recent, axis=1) >= rule.threshold)
     fits = 2 * state.factor <= rule.max_factor
     return Adaptation(

@@ -164,7 +164,7 @@ def _numbers(key: PRNGKeyArray, like: Float[Array, "n m"], columns: int) -> Floa
     if columns < 8:
         return jax.random.uniform(key, (rows, columns), like.dtype, -(3**0.5), 3**0.5)
     drawn = jax.random.bits(key, (rows, -(-columns // 8), 1), jnp.uint32)
-    digits = (drawn >> jnp.arange(0, 32, 4, dtype=jnp.uint32)) & 15
+    digits = (drawn >> jnp.arange(0, 32, 4, dtype=jnp.uint32)[None, None]) & 15
     numbers = (digits.astype(like.dtype) - 7.5) / ((16**2 - 1) / 12) ** 0.5
     return numbers.reshape(rows, -1)[:, :columns]
 

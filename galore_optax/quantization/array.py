@@ -246,7 +246,8 @@ def _packed(codes: Array, axis: int) -> Array:
     if codes.shape[at] % 2:
         codes = jnp.pad(codes, [(0, int(i == at)) for i in range(codes.ndim)], mode="edge")
     pairs = codes.reshape(*codes.shape[:at], -1, 2, *codes.shape[at + 1 :])
-    places = jnp.array([1, 16], codes.dtype).reshape(2, *[1] * (-axis - 1))
+    shape = [2 if at == pairs.ndim + axis else 1 for at in range(pairs.ndim)]
+    places = jnp.array([1, 16], codes.dtype).reshape(shape)
     return jnp.sum(pairs * places, axis=axis, dtype=codes.dtype)
 
 
@@ -259,7 +260,8 @@ def _unpacked(codes: Array, axis: int) -> Array:
         return jax.lax.bitcast_convert_type((wide | wide << 4) & 0x0F0F, jnp.uint8)
 
     def shifted(codes: Array) -> Array:
-        return codes[..., None] >> jnp.array([0, 4], jnp.uint8) & 15
+        places = jnp.array([0, 4], jnp.uint8).reshape(*[1] * codes.ndim, 2)
+        return codes[..., None] >> places & 15
 
     pairs = jax.lax.platform_dependent(codes, cpu=on_cpu, default=shifted)
     return jnp.moveaxis(pairs, -1, axis).reshape(*codes.shape[:at], -1, *codes.shape[at + 1 :])

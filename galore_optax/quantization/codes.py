@@ -205,7 +205,7 @@ class Affine:
             up = ((random >> 16).astype(jnp.int32).astype(x.dtype) + 0.5) / 2**16
         # Not floor(x + ...): from 128 on, float32 would round the sum up.
         whole = jnp.floor(x)
-        codes = jnp.clip(whole + (x - whole >= up), 0, last)
+        codes = jnp.clip(whole + (x - whole >= up).astype(x.dtype), 0, last)
         return codes.astype(jnp.int32).astype(jnp.uint8), scales, low
 
     def decode(self, codes, scales, offsets):

@@ -179,7 +179,7 @@ class _Tile(NamedTuple):
         per_byte, length = 8 // like.code.bits, like.codes.shape[-1]
         if per_byte == 2:
             pairs = codes.astype(jnp.int32).reshape(-1, 2)
-            codes = jnp.sum(pairs << (4 * jnp.arange(2)), axis=-1).astype(jnp.uint8)
+            codes = jnp.sum(pairs << (4 * jnp.arange(2)[None]), axis=-1).astype(jnp.uint8)
         index = self.start // per_byte + jnp.arange(self.size // per_byte)
         write = jnp.broadcast_to(write[:, None], (len(at), like.block // per_byte)).reshape(-1)
         place = self.row * length + index
