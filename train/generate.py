@@ -5,6 +5,7 @@ import dataclasses
 from flax import nnx
 
 from galore_optax.adapters.base import merge
+from train.config.settings import flag
 from train.run.cli import run
 from train.run.trained import load_trained, sample_text
 
@@ -33,6 +34,10 @@ def main(config: Generate) -> int:
     """Prints the prompt and its continuation; raises ValueError for a value out of range."""
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"--seed {config.seed}: expected 0 to 2**32 - 1")
+    for name in ("top_k", "top_p"):
+        if config.temperature == 0 and getattr(config, name) is not None:
+            reason = "--temperature 0 takes the most likely token each time"
+            raise ValueError(f"{flag(name)} has no effect: {reason}; leave one of them out")
     trained = load_trained(config.run)
     model = nnx.merge(trained.graph, merge(trained.params))
     how = {k: v for k, v in vars(config).items() if k not in ("run", "prompt")}

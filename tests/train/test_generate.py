@@ -99,6 +99,8 @@ def test_a_tokenizer_that_has_changed_since_the_training_is_refused(tmp_path, ca
         ({"top_k": 0}, "top_k=0"),
         ({"seed": 99999999999999999999}, r"--seed 99999999999999999999: expected 0 to 2\*\*32 - 1"),
         ({"seed": -1}, "--seed -1"),
+        ({"temperature": 0.0, "top_k": 5}, "--top-k has no effect: --temperature 0"),
+        ({"temperature": 0.0, "top_p": 0.5}, "--top-p has no effect: --temperature 0"),
     ],
 )
 def test_values_out_of_range_are_refused(run, options, says):

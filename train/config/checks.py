@@ -120,6 +120,9 @@ def _conflicts(c: Resolved) -> Iterator[str]:
         yield f"--weight-bits 4 with --adapter {adapter}: {reason}; choose 8, or leave it out"
     if every is not None and pause is not None and pause >= every:
         yield f"--restart-warmup {pause}: expected fewer steps than --restart-every {every}"
+    if every is not None and pause is not None and every >= c.steps:
+        reason = f"with --restart-every {every} of --steps {c.steps} there is no restart"
+        yield f"--restart-warmup {pause} has no effect: {reason}; leave it out"
     if c.warmup_steps >= c.steps:
         yield f"--warmup-steps {c.warmup_steps}: expected fewer than --steps {c.steps}"
     if c.layerwise and adapter is not None:

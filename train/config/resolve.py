@@ -56,7 +56,7 @@ def resolve(config: Pretrain) -> Resolved:
         others["gradient_rank"] = max(1, (config.rank or 0) // 4)
     if "restart_every" in options:
         every = config.restart_every or max(1, steps // 5)
-        others |= {"restart_every": every, "restart_warmup": every // 10}
+        others |= {"restart_every": every, "restart_warmup": every // 10 if every < steps else None}
     config = _fill(config, others)
     resolved = Resolved(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     checks.check_values(resolved)

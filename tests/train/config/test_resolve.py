@@ -130,7 +130,8 @@ def test_an_adapter_comes_with_the_optimizers_name_or_by_itself():
 def test_after_a_restart_the_learning_rate_rises_to_where_the_cosine_is():
     options = {"optimizer": "relora-adamw", "steps": 40, "warmup_steps": 3, "learning_rate": 1.0}
     restarted = resolve(Pretrain(**options, restart_every=10, restart_warmup=4))
-    never = resolve(Pretrain(**options, restart_every=40, restart_warmup=4))
+    never = resolve(Pretrain(**options, restart_every=40))
+    assert never.restart_warmup is None
     rate, cosine = (learning_rate_schedule(config) for config in (restarted, never))
     shares = [float(rate(t) / cosine(t)) for t in range(40)]
     rise = [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1]
@@ -223,6 +224,10 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--adapter-pattern [ --optimizer lora-adamw", "--adapter-pattern [: unterminated"),
         ("--alpha 0 --optimizer lora-adamw", "--alpha 0.0: expected a positive"),
         ("--weight-bits 4 --optimizer relora-adamw", "4-bit weights lose what was learnt"),
+        (
+            "--restart-warmup 4 --restart-every 40 --steps 40 --optimizer relora-adamw",
+            "--restart-warmup 4 has no effect: with --restart-every 40 of --steps 40 there is no",
+        ),
         ("--state-dtype float32 --optimizer adamw8bit", "--state-dtype float32 has no effect"),
         (
             "--state-dtype float32 --moment-bits 8 --optimizer gradnorm-lorp-adamw",
