@@ -61,8 +61,7 @@ def _adamw(
     eps_root = checks.number(eps_root, "eps_root", least=0, such_as=0.0)
     weight_decay = checks.number_or_schedule(weight_decay, "weight_decay", least=0, such_as=0.1)
     checks.choice(nesterov, "nesterov", (False, True))
-    dtypes = {"mu_dtype": mu_dtype, "state_dtype": state_dtype}
-    for name, dtype in dtypes.items():
+    for name, dtype in {"mu_dtype": mu_dtype, "state_dtype": state_dtype}.items():
         if dtype is not None:
             checks.float_dtype(dtype, name)
         if dtype is not None and bits is not None:
@@ -156,8 +155,7 @@ def adamw8bit(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW at full rank with moments stored in 8 bits (`bits=4`: in 4).
 
-    Options are those of `optax.adamw`, described at `galore_adamw`, but for those on moments that
-    are floats.
+    Options are those of `optax.adamw`, but for dtypes of moments; see `galore_adamw`.
 
     References:
         Dettmers et al., `8-bit Optimizers <https://arxiv.org/abs/2110.02861>`_, 2021.
@@ -195,8 +193,7 @@ def galore_adafactor(
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore with Adafactor at a given learning rate.
 
-    By default without scaling by the parameter's size, as published; it is not the whole matrix's
-    size but that of the projected one.
+    By default without scaling by the parameter's size, as published.
 
     Args:
         learning_rate: Learning rate or schedule.
