@@ -15,11 +15,20 @@ _STATIC = '"rank", "update_proj_gap", "projection_bits", "bits", "seed"'
 
 
 def said(value: Any) -> str:
-    """A value as a message shows it: the shape and dtype of an array, and no long text."""
+    """A value as a message shows it: shapes and dtypes of arrays, and no long text."""
     if isinstance(value, jax.Array | np.ndarray):
         return f"<array of shape {value.shape} and dtype {value.dtype}>"
+    if not jax.tree_util.all_leaves([value]):  # a tree, which may have arrays
+        value = jax.tree.map(lambda x: _Said(said(x)), value)
     text = " ".join(repr(value).split())
     return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+class _Said(str):
+    """Text without quotes around it."""
+
+    def __repr__(self):
+        return str(self)
 
 
 def reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ import optax
 
 from galore_optax import checks
 from galore_optax.inner import OBSERVER, InnerCall
-from galore_optax.nnx_variables import without_variables
+from galore_optax.params import without_variables
 from galore_optax.projection.moments import moving_axes, small_leaves
 from galore_optax.quantization.array import QuantizedArray, dequantized, is_quantized
 from galore_optax.stages import GaLoreState

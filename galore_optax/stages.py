@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from galore_optax import keys, ordering
 from galore_optax.inner import OBSERVER, Inner, InnerCall, decay, with_stacks
-from galore_optax.nnx_variables import for_init, without_variables
+from galore_optax.params import for_init, with_updates, without_variables
 from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.leaf import Plans, Projection, Rank, projections
@@ -165,7 +165,8 @@ class _Call:
         self.weights = None
         if params is not None:
             # As `init` made plans of the params, whose dtypes may be others than the gradients'.
-            self.weights = like = dequantized(self.tree.flatten_up_to(params))
+            own = with_updates(params, updates)
+            self.weights = like = dequantized(self.tree.flatten_up_to(own))
         tree = self.tree.unflatten(like)
         plans = projections(tree, galore.numbers, galore.rank, galore.side)
         left_out = [isinstance(b, optax.MaskedNode) for b in self.tree.flatten_up_to(state.bases)]

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import optax
 
 from galore_optax import checks
+from galore_optax.params import with_updates
 
 
 @runtime_checkable
@@ -108,7 +109,8 @@ class _WithoutRefresh:
         """The update of the parts."""
         if params is None:
             raise ValueError("params: they are needed for an update without a refresh; give them")
-        return self.update_projected(self.project(updates, state), state, params, **extra_args)
+        own = with_updates(params, updates)
+        return self.update_projected(self.project(updates, state), state, own, **extra_args)
 
     def is_due(self, state: Any) -> Any:
         """Whether a refresh is due, which is not made here."""

@@ -12,7 +12,7 @@ import jax
 import optax
 
 from galore_optax import checks
-from galore_optax.nnx_variables import for_init, without_variables
+from galore_optax.params import for_init, with_updates, without_variables
 from galore_optax.projection.dimension_numbers import LeafView
 from galore_optax.projection.leaf import Projection
 from galore_optax.quantization.array import dequantized
@@ -90,7 +90,7 @@ class _Unstacked:
     def update(
         self, updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        apart = self._apart(updates), state, self._apart(params)
+        apart = self._apart(updates), state, self._apart(with_updates(params, updates))
         steps, state = self.tx.update(*apart, **extra_args)
         return self._together(steps, updates), state
 
@@ -108,7 +108,8 @@ class _UnstackedInParts(_Unstacked):
     def refresh(
         self, gradient: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> Any:
-        return self._parts.refresh(self._apart(gradient), state, self._apart(params), **extra_args)
+        own = self._apart(with_updates(params, gradient))
+        return self._parts.refresh(self._apart(gradient), state, own, **extra_args)
 
     def project(self, gradient: optax.Updates, state: Any) -> optax.Updates:
         return self._parts.project(self._apart(gradient), state)

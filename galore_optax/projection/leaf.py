@@ -139,6 +139,7 @@ class Projection:
                 bases.append(jnp.broadcast_to(one, (*self.view.batch_shape, n, rank)))
             return tuple(bases)
 
+        self._warn_of_splits(leaf)
         bases = with_automatic_axes(draw, lambda mesh: self._specs(mesh, leaf)[0], leaf, key)
         if bits is None:
             return bases
@@ -146,6 +147,17 @@ class Projection:
         axes = [-2 if basis.shape[-1] < 256 else -1 for basis in bases]
         pairs = zip(bases, axes, strict=True)
         return tuple(quantize(x, Affine(bits), block=256, axis=axis) for x, axis in pairs)
+
+    def _warn_of_splits(self, leaf: Float[Array, "..."]) -> None:
+        split_by = axis_specs(leaf)
+        for first, *others in self.view.modes:
+            if split := [axis for axis in others if split_by[axis]]:
+                warnings.warn(
+                    f"the leaf at {self.path} is split along axis {split[0]}, but its dimension "
+                    f"numbers list axis {first} first: a refresh gathers it along axis {split[0]}; "
+                    f"split axis {first} instead, or list the split axis first",
+                    stacklevel=2,
+                )
 
     def _specs(
         self, mesh: Mesh | AbstractMesh, leaf: Array
@@ -158,14 +170,6 @@ class Projection:
         split_by = axis_specs(leaf)
         batch = [split_by[axis] for axis in self.view.batch_axes]
         sides = [sum((split_by[axis] for axis in axes), ()) for axes in self.view.modes]
-        for axes in self.view.modes:
-            if split := [axis for axis in axes[1:] if split_by[axis]]:
-                warnings.warn(
-                    f"the leaf at {self.path} is split along axis {split[0]}, but its dimension "
-                    f"numbers list axis {axes[0]} first: a refresh gathers it along axis "
-                    f"{split[0]}; split axis {axes[0]} instead, or list the split axis first",
-                    stacklevel=2,
-                )
         bases = tuple(PartitionSpec(*batch, sides[mode], None) for mode in self.modes)
         spare = () if self.together else sum(batch, ())
         for mode, size in enumerate(self.small_shape):

@@ -16,6 +16,9 @@ from galore_optax.quantization.codes import NF4, Affine, Code, Dynamic, elements
 from galore_optax.serialization import pytree
 from galore_optax.sharding import axis_specs, specs, with_automatic_axes
 
+# Of `jnp.isfinite` of each array, and of a derivative with respect to integers.
+_NOT_CODES = (np.dtype(bool), jax.dtypes.float0)
+
 
 @pytree
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,19 @@ class QuantizedArray:
     axis: int = dataclasses.field(metadata={"static": True})  # of blocks, counted from the last
     dtype: Any = dataclasses.field(metadata={"static": True})  # of the dequantized array
     odd: bool = dataclasses.field(metadata={"static": True}, default=False)  # 4-bit codes on axis
+
+    def __post_init__(self):
+        codes = self.codes
+        if not isinstance(codes, jax.Array | np.ndarray) or codes.dtype in _NOT_CODES:
+            return  # a placeholder or a mark, as transformations of JAX put them in a tree
+        if codes.dtype != np.uint8 or codes.ndim < -self.axis:
+            raise ValueError(
+                f"codes: {codes.dtype} of shape {codes.shape} instead of uint8 with "
+                f"{max(codes.ndim, -self.axis)} axes; a function of numbers was mapped over the "
+                "parts of a QuantizedArray, as optax.tree.norm does; dequantize the tree first: "
+                "jax.tree.map(lambda x: x.dequantize() if isinstance(x, QuantizedArray) else x, "
+                "tree, is_leaf=lambda x: isinstance(x, QuantizedArray))"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -146,7 +146,7 @@ def updated(
     trees of arrays to trees like the first two, is elementwise, otherwise whole.
     """
     own, tree = jax.tree.flatten((updates, state), is_leaf=is_quantized)
-    others, others_tree = jax.tree.flatten(rest)
+    others, others_tree = jax.tree.flatten(rest, is_leaf=is_quantized)
     leaves = [*own, *others]
 
     def flat(leaves: Sequence[Any]) -> list[Any]:

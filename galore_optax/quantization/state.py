@@ -17,8 +17,8 @@ import optax
 from jax.typing import DTypeLike
 
 from galore_optax import checks
-from galore_optax.nnx_variables import for_init
 from galore_optax.ordering import opaque
+from galore_optax.params import for_init, with_updates
 from galore_optax.quantization.array import dequantized, is_quantized, quantize
 from galore_optax.quantization.codes import Code, Dynamic, Table
 from galore_optax.quantization.elementwise import updated
@@ -75,7 +75,8 @@ def cast_state(
         return inner.init(cast(for_init(params)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        new, state = inner.update(cast(updates), state, cast(params), **extra_args)
+        params = cast(with_updates(params, updates))
+        new, state = inner.update(cast(updates), state, params, **extra_args)
         return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
 
     # optax's types say that a state is any tree, not which one.
@@ -131,13 +132,19 @@ def quantize_state(
             "is never negative, or None"
         )
     inner = cast_state(inner)
+    said: set[str] = set()
+
+    def warn(path: str, how: str) -> None:  # once, though galore traces `init` at each update
+        if path not in said:
+            said.add(path)
+            warnings.warn(f"quantize_state stores {path} {how}", stacklevel=3)
 
     def large(leaf: Any) -> bool:
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         return floating and np.ndim(leaf) > 0 and np.size(leaf) >= max(min_size, 1)
 
     def init(params: optax.Params) -> optax.OptState:
-        params = for_init(params)
+        params = dequantized(for_init(params))
         state = inner.init(params)
         if AS_FLOATS.get():
             return state
@@ -162,17 +169,18 @@ def quantize_state(
         for i in chosen:
             role = roles[i]
             if role.rooted:
-                _warn(paths[i], "as floats: the update takes a root of its difference with another")
+                warn(paths[i], "as floats: the update takes a root of its difference with another")
                 continue
             careful = bits == 4 and role.divisor and not role.nonnegative
             if careful:
-                _warn(paths[i], "in 8 bits: the update may divide by it, and it may have a sign")
+                warn(paths[i], "in 8 bits: the update may divide by it, and it may have a sign")
             signed_code, unsigned_code, block = CODES[8 if careful else bits]
             code = unsigned_code if role.nonnegative else signed_code
             leaves[i] = quantize(opaque(leaves[i]), code, block=block)
         return tree.unflatten(leaves)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        params = with_updates(params, updates)
         return updated(partial(inner.update, **extra_args), updates, state, params)
 
     # optax's types say that a state is any tree, not which one.
@@ -186,7 +194,3 @@ def _transformation(inner: Any) -> optax.GradientTransformation:
             "optax.adam(1e-3)"
         )
     return inner
-
-
-def _warn(path: str, how: str) -> None:
-    warnings.warn(f"quantize_state stores {path} {how}", stacklevel=4)

@@ -421,3 +421,10 @@ def test_large_low_bit_states_are_updated_in_chunks_within_a_shard_map():
     assert "scan[" in str(jax.make_jaxpr(mapped)(params, state, factors))
     got = mapped(params, state, factors)
     np.testing.assert_allclose(got[::2048, 0], [-0.01, 0.01], rtol=1e-4)
+
+
+@pytest.mark.parametrize("tx", [galore(4, optax.lamb(0.01)), LOW_BIT(ADAMW)])
+def test_optax_way_to_map_specs_over_a_state_is_an_error_where_they_cannot_fit(tx):
+    params, specs = {"w": jnp.ones((32, 64)), "b": jnp.ones(8)}, {"w": P("data"), "b": P()}
+    with pytest.raises(ValueError, match=r"pytree structure error.*\n.*\['[wb]'\]"):
+        optax.tree_utils.tree_map_params(tx, lambda _, spec: spec, tx.init(params), specs)

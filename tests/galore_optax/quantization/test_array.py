@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from paths import FIXTURES
 
-from galore_optax import QuantizedArray
+from galore_optax import QuantizedArray, quantize_nf4
 from galore_optax.quantization.array import dequantized, quantize, stored_like
 from galore_optax.quantization.codes import Affine, Dynamic, Table
 from galore_optax.quantization.state import CODES
@@ -411,3 +412,38 @@ def test_sharded_codes_are_the_unsharded_ones(name, spec, axis_type):
 def test_what_cannot_be_quantized_is_refused(x, options, message):
     with pytest.raises(ValueError, match=message):
         quantize(x, **options)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        optax.tree.norm,
+        optax.tree.sum,
+        optax.tree.max,
+        optax.tree.min,
+        lambda tree: optax.tree.vdot(tree, tree),
+        lambda tree: optax.tree.scale(2.0, tree),
+        lambda tree: optax.tree.clip(tree, 0.0, 1.0),
+        lambda tree: optax.tree.add_scale(tree, 0.5, tree),
+        lambda tree: optax.incremental_update(tree, tree, 0.5),
+        lambda tree: optax.ema(0.9).update(tree, optax.ema(0.9).init(tree)),
+        lambda tree: optax.MultiSteps(optax.sgd(0.1), 2).init(tree),
+    ],
+    ids=lambda function: getattr(function, "__name__", "function"),
+)
+@pytest.mark.parametrize("make", [quantize, quantize_nf4])
+def test_a_function_of_numbers_is_not_mapped_over_codes_unnoticed(function, make):
+    tree = {"w": make(jnp.full((64, 256), 0.5))}
+    with pytest.raises(ValueError, match=r"codes: .* instead of uint8 .*dequantize the tree first"):
+        function(tree)
+
+
+def test_what_maps_no_numbers_over_codes_passes():
+    tree = {"w": quantize(jnp.full((64, 256), 0.5))}
+    assert optax.tree.zeros_like(tree)["w"].dequantize().max() == 0
+    finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), tree)
+    assert all(jax.tree.leaves(finite))
+    shapes = jax.tree.map(jnp.shape, tree)
+    assert shapes["w"].codes == (64, 256)
+    tangents = jax.vjp(lambda tree: tree["w"].dequantize().sum(), tree)[1](1.0)[0]["w"]
+    assert tangents.codes.dtype == jax.dtypes.float0

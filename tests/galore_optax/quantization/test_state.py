@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,13 @@ from paths import FIXTURES
 from galore_optax import (
     GaLoreDimensionNumbers,
     QuantizedArray,
+    adamw8bit,
     cast_state,
     galore,
     galore_adafactor,
     galore_adamw,
     quantize_state,
+    quantize_weights,
 )
 from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
@@ -662,3 +665,27 @@ def test_a_state_that_is_in_few_bits_already_is_refused():
 def test_what_is_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         quantize_state(**dict(inner=optax.adam(0.1)) | arguments)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_are_updated_without_galore_as_their_values_are(bits):
+    weights = quantize_weights({"w": normal(0, 64, 256), "b": normal(1, 8)}, bits=bits)
+    grads = {"w": normal(2, 64, 256), "b": normal(3, 8)}
+    tx = adamw8bit(0.01, weight_decay=0.1)
+    updates, state = jax.jit(tx.update)(grads, tx.init(weights), weights)
+    floats = dequantized(weights)
+    expected, same = jax.jit(tx.update)(grads, tx.init(floats), floats)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
+    jax.tree.map(np.testing.assert_array_equal, state, same)
+
+
+def test_a_warning_is_given_once_and_not_at_each_eager_update():
+    inner = quantize_state(optax.rmsprop(0.1, centered=True), min_size=1)
+    tx, params = galore(4, inner, moments="reset", subspace="random"), {"w": normal(0, 16, 32)}
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        state = tx.init(params)
+        for _ in range(2):
+            _, state = tx.update(params, state, params)
+    texts = [str(w.message) for w in caught]
+    assert any("as floats" in text for text in texts)
+    assert len({*texts}) == len(texts)
