@@ -23,7 +23,7 @@ from galore_optax.quantization.array import dequantized, is_quantized, quantize
 from galore_optax.quantization.codes import Code, Dynamic, Table
 from galore_optax.quantization.elementwise import updated
 from galore_optax.trace.roles import Role, state_roles
-from galore_optax.trace.traced import AS_FLOATS, trace
+from galore_optax.trace.traced import as_floats_asked, trace
 
 # Of the codes tried on the moments of a LLaMA (benchmarks/four_bit_codes.py) these change Adam's
 # update least: squares for numbers with a sign, and over four powers of ten for those without.
@@ -146,7 +146,7 @@ def quantize_state(
     def init(params: optax.Params) -> optax.OptState:
         params = dequantized(for_init(params))
         state = inner.init(params)
-        if AS_FLOATS.get():
+        if as_floats_asked():
             return state
         pairs = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
         paths = [jax.tree_util.keystr(path) for path, _ in pairs]

@@ -15,20 +15,25 @@ from jax.typing import DTypeLike
 
 from galore_optax.trace.interpreter import Reading, Value, interpret
 
-AS_FLOATS: ContextVar[bool] = ContextVar("as_floats", default=False)
+_AS_FLOATS: ContextVar[bool] = ContextVar("as_floats", default=False)
 """Whether `quantize_state`'s `init` leaves out the codes, which it traces an update to find."""
+
+
+def as_floats_asked() -> bool:
+    """Whether `float_state` calls; a context variable in a user's function cannot be pickled."""
+    return _AS_FLOATS.get()
 
 
 def float_state(
     inner: optax.GradientTransformation, params: optax.Params, make: Any = jax.eval_shape
 ) -> Any:
     """The shapes of the state that `init` makes, with floats for `QuantizedArray`s."""
-    token = AS_FLOATS.set(True)
+    token = _AS_FLOATS.set(True)
     try:
         # A function of its own, since the other state may be traced already.
         return make(lambda params: inner.init(params), params)
     finally:
-        AS_FLOATS.reset(token)
+        _AS_FLOATS.reset(token)
 
 
 class Traced(NamedTuple):
