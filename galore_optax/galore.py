@@ -10,8 +10,9 @@ GaLore (arXiv:2403.03507, algorithm 2), for a weight W with gradient G and every
 
 import jax
 import optax
+from jaxtyping import PRNGKeyArray
 
-from galore_optax import checks
+from galore_optax import checks, keys
 from galore_optax.inner import Inner
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.leaf import SIDES, Rank, checked_rank
@@ -35,7 +36,7 @@ def galore(
     moments: str | MomentsFunction | None = None,
     projection_bits: int | None = None,
     decoupled_decay: bool | None = None,
-    seed: int = 0,
+    seed: int | PRNGKeyArray = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs `inner` on the gradient of each weight matrix, projected into `rank` dimensions.
 
@@ -91,8 +92,8 @@ def galore(
             stores them in the dtype of the leaf.
         decoupled_decay: Overrides the rule above: True takes the use of params for decoupled decay,
             False for something else. None decides by the rule.
-        seed: Of the random numbers, which are folded from it, the step, the leaf's path and the
-            matrix's index.
+        seed: An integer, or a key of JAX (typed or raw). Random numbers are folded from it, the
+            step, the leaf's path and the matrix's index.
 
     Returns:
         The transformation; its state is a `GaLoreState`. `subspace_parts` gives the parts of its
@@ -125,7 +126,13 @@ def galore(
         checks.choice(moments, "moments", RULES)
     checks.choice(projection_bits, "projection_bits", (None, 4, 8))
     checks.choice(decoupled_decay, "decoupled_decay", (None, False, True))
-    if not isinstance(seed, jax.Array):  # which it is under optax.inject_hyperparams
+    if isinstance(seed, jax.Array):  # as it is under optax.inject_hyperparams, too
+        if seed.ndim and not keys.is_key(seed):
+            raise ValueError(
+                f"seed of shape {seed.shape} and dtype {seed.dtype} is no key; give one, such as "
+                "jax.random.key(0), or an integer"
+            )
+    else:
         seed = checks.whole(seed, "seed", least=0, below=2**32)
     if not isinstance(inner, optax.GradientTransformation):
         raise ValueError(

@@ -81,7 +81,7 @@ class GaLore:
         if callable(self.subspace):
             check_subspace(self.subspace, plans)
         _warn_of_left_out(leaves, plans, self.numbers)
-        key = jax.random.key(self.seed)
+        key = keys.of_seed(self.seed)
         bases: list[Any] = [optax.MaskedNode()] * len(leaves)
         for i, plan in enumerate(plans):
             if plan is not None:
@@ -206,7 +206,7 @@ class _Call:
         matrices = [plan.matrices for _, plan in projected]
         due = (count >= state.next_refresh) & self.allowed
         due = jnp.split(due, np.cumsum(matrices)[:-1])
-        key = jax.random.fold_in(jax.random.key(self.galore.seed), count)
+        key = jax.random.fold_in(keys.of_seed(self.galore.seed), count)
         carried: MomentsOf = {i: [[]] for i, _ in projected} if rule == "keep" else places
         groups: dict[Any, dict[int, Leaf]] = {}
         for (i, plan), now in zip(projected, due, strict=True):

@@ -245,7 +245,7 @@ class CarryOver:
         else:
             second, first = _wide(moment), _wide(moments[own.first])
             mean = jnp.minimum(second, first * first)
-            turned = turn(jnp.sign(first) * jnp.sqrt(mean))
+            turned = turn(jnp.sign(first) * _root(mean))
             carried = turn(second - mean, squared=True) + turned * turned
         moved = tuple(at for at, axis in enumerate(own.role.axes) if axis in transitions)
         shape = [n if at in moved else 1 for at, n in enumerate(moment.shape)]
@@ -269,9 +269,9 @@ class CarryOver:
             other = [at for at, axis in enumerate(own.role.axes) if axis is None]
             direction = jnp.einsum(gradient, [*range(gradient.ndim)], known)
             direction = jnp.expand_dims(direction, other)
-            norm = jnp.sqrt(jnp.sum(direction * direction, moved, keepdims=True))
-            size = jnp.sqrt(jnp.sum(moment * moment, moved, keepdims=True))
-            return jnp.where(norm > 0, size / norm, 0) * direction
+            norm = _root(jnp.sum(direction * direction, moved, keepdims=True))
+            size = _root(jnp.sum(moment * moment, moved, keepdims=True))
+            return size / jnp.where(norm > 0, norm, 1) * direction
         if own.role.kind not in (SECOND, FACTOR):
             return moment
         total, dealt = jnp.sum(moment), jnp.ones((), moment.dtype)
@@ -312,6 +312,11 @@ def transition(old: Float[Array, "n r"], new: Float[Array, "n r"]) -> Float[Arra
 def _sums(x: Array, axis: int) -> Float[Array, " n"]:
     """The sums over all other axes."""
     return jnp.sum(x, [k for k in range(x.ndim) if k != axis])
+
+
+def _root(x: Array) -> Array:
+    """The square root, whose derivative at 0 counts as 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
 def _wide(x: Any) -> Array:

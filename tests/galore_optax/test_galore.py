@@ -266,6 +266,17 @@ def test_extra_arguments_reach_the_inner_transformation():
     np.testing.assert_allclose(updates, 3 * grad, atol=1e-5)  # rank 8 of 8 loses nothing
 
 
+@pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3)])
+def test_a_key_is_the_seed_that_it_was_made_of(key):
+    one, other = (galore(2, optax.sgd(0.1), seed=x).init(normal(0, 8, 12)) for x in (key, 3))
+    np.testing.assert_array_equal(one.bases, other.bases)
+
+
+def test_several_keys_are_no_seed():
+    with pytest.raises(ValueError, match=r"seed of shape \(2,\) .* is no key"):
+        galore(2, optax.sgd(0.1), seed=jax.random.split(jax.random.key(0)))
+
+
 def test_a_run_repeats_itself_and_another_seed_does_not():
     params = normal(0, 8, 12)
     grads = [normal(i, 8, 12) for i in range(3)]
