@@ -11,14 +11,15 @@ that no second moment becomes negative. A second moment without a first becomes 
 second moment (Adafactor, SM3) has a factor along the rank, which becomes (Q∘Q) times it, and one
 along the other axis, which is kept.
 
-The rows of Q∘Q sum to the share of each new direction that the old subspace covers. The rest is
-taken for as strong as the weakest of the old directions: the strong ones stay in the subspace, and
-those that come in take the place of the weakest. Each column's mean of v over the old directions is
-scaled to that strength. With variance 0, as LDAdam has it, v falls to the covered share at each
-refresh (to 0.37 of itself for a gradient of flat spectrum), Adam's v takes 1 / (1 - b2) steps to
-recover, and the steps grow with 1 / √v; with the mean, weak directions hardly move
-(benchmarks/RESULTS.md). If the update divides by v of the step before (ACProp, ADOPT), an error to
-the other side is the worse one, and the rest counts with the mean.
+The rows of Q∘Q sum to the share of each new direction that the old subspace covers. The rest was
+outside of it, so it is weaker than the weakest of the old directions. If strengths go on falling
+outside as they fall inside, from `most` to `least`, those of the next r directions are around
+least · √(least / most): so the rest counts, each column's mean of v over the old directions being
+scaled to that. A rest of 0, as in LDAdam, makes v fall to the covered share at each refresh for a
+gradient of flat spectrum, to 0.37 of itself; Adam's v takes 1 / (1 - b2) steps to recover, and the
+steps grow with 1 / √v. The mean of v, or the weakest, is too much for a spectrum that falls
+(benchmarks/RESULTS.md). If the update divides by v of the step before (ACProp, ADOPT), too little
+is worse than too much, and the rest counts with the mean.
 
 A reset forgets which direction a moment belongs to, not its size. Adam counts its steps for all
 params together, and corrects young moments by that count, which a reset cannot set back: zeros
@@ -255,8 +256,9 @@ class CarryOver:
         if not own.role.stale:
             for at in moved:
                 along = _sums(_wide(moment), at)
-                mean = jnp.mean(along)
-                usual = usual * jnp.min(along) / jnp.where(mean > 0, mean, 1)
+                mean, least = jnp.mean(along), jnp.min(along)
+                falls = _root(least / jnp.where(mean > 0, jnp.max(along), 1))
+                usual = usual * falls * least / jnp.where(mean > 0, mean, 1)
         return carried + outside * usual
 
     def _dealt(self, i: int, moments: Sequence[Array], small: Any) -> Array:
