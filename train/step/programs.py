@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from galore_optax import layerwise_shardings, restart, split, state_shardings, subspace_parts
-from galore_optax.quantization.array import dequantized
 from models.llama import model as llama
 from models.llama.attention import attention_implementation
 from models.llama.axes import dimension_numbers, logical_axes
@@ -97,7 +96,7 @@ def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:
         # have one document: no mask is needed.
         names = ("positions", "segment_ids") if sequences == "packed" else ()
         hidden = model.hidden(batch["inputs"], **{name: batch[name] for name in names})
-        return hidden, dequantized(model.head.get_value())
+        return hidden, model.head_matrix()
 
     return forward
 
