@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from types import EllipsisType
@@ -76,6 +77,21 @@ def load_llama(
     directory = Path(directory)
     theirs = read_json(directory / "config.json")
     config = from_theirs(theirs, {"dtype": dtype, "param_dtype": dtype, **overrides})
+    params: dict[Any, Any] = {
+        path: jnp.asarray(stack) for path, stack in read_weights(directory, config)
+    }
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
+    return nnx.merge(graph, unflatten_dict(params))
+
+
+def read_weights(
+    directory: Path, config: LlamaConfig
+) -> Iterator[tuple[tuple[str, ...], Shaped[np.ndarray, "..."]]]:
+    """Reads the weights of a checkpoint, of which `config` is the configuration.
+
+    Yields the path and the array of each of `weight_table`, one at a time, so that the host never
+    has a second copy of the model; errors as for `load_llama`.
+    """
     files, places = _tensor_files(directory), _places(config)
     known = places.keys() | _frequency_names(config) | ({_HEAD} if config.tied else set())
     missing, unexpected = places.keys() - files.keys(), files.keys() - known
@@ -98,16 +114,13 @@ def load_llama(
         _check_frequencies(name, read_tensor(files[name], name), config)
     if config.tied and _HEAD in files:
         _check_tied(files[_HEAD], read(_EMBEDDING))
-    params: dict[Any, Any] = flatten_dict(weight_table(config))
-    # One stack at a time, so that the host never has a second copy of the model.
+    weights: dict[Any, Any] = flatten_dict(weight_table(config))
     for path, names in groupby(places, lambda name: places[name].path):
-        stack = np.empty(params[path].shape, config.param_dtype)
+        stack = np.empty(weights[path].shape, config.param_dtype)
         for name in names:
             layer = places[name].layer
             stack[layer] = read(name) if layer is ... else read(name).T
-        params[path] = jnp.asarray(stack)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return nnx.merge(graph, unflatten_dict(params))
+        yield path, stack
 
 
 def save_llama(
