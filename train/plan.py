@@ -11,6 +11,7 @@ from typing import Any
 
 from train.config.resolve import load, resolve
 from train.config.settings import Pretrain, Resolved, flag
+from train.config.source import short_name
 from train.data.tokenizer import load_tokenizer
 from train.memory.cards import EXTRA, Card, can_compile, card_of_size, devices, find_card
 from train.memory.plan import CONTEXT, SIZES, MemoryPlan, compiled_steps, estimate, plan, stored
@@ -117,16 +118,17 @@ def main(config: Plan) -> int:
     card = None if config.gpu is None else find_card(config.gpu)
     names = dict.fromkeys((config.optimizer, *config.compare))
     settings = {name: _resolved(config, optimizer=name) for name in names}
+    name = short_name(settings[config.optimizer].model)
     found = {name: planned(one, card, config.dump) for name, one in settings.items()}
     plans = {name: one for name, (one, _) in found.items()}
     if config.plot is not None:
         sizes = {name: one.parts() for name, one in plans.items()}
-        plot_plan(sizes, Path(config.plot), f"{config.model}: memory of one device")
+        plot_plan(sizes, Path(config.plot), f"{name}: memory of one device")
     if config.json:
         texts = {name: {**one.as_json(), **does} for name, (one, does) in found.items()}
         print(json.dumps(texts if len(texts) > 1 else next(iter(texts.values())), indent=1))
     else:
-        print_plans(config.model, plans)
+        print_plans(name, plans)
         for name, (_, does) in found.items():
             if does:
                 print(f"{name}: {_in_words(does)}")
@@ -213,12 +215,16 @@ def _for_card(config: Plan, size: float) -> int:
             print(f"{name}: does not fit {size:g} GiB", file=sys.stderr, flush=True)
             continue
         resolved, one = found
-        chosen = {"model": config.model, **recipe, "batch_size": resolved.batch_size}
+        chosen = {"model": resolved.model, **recipe, "batch_size": resolved.batch_size}
+        if resolved.init is not None:
+            chosen["init"] = resolved.init
         command = "python -m train.pretrain " + shlex.join(_flags({**chosen, "accumulate": 1}))
         if config.json:
             print(json.dumps({"recipe": name, "command": command, **one.as_json()}, indent=1))
         else:
-            print_plans(f"{config.model} by the recipe {name!r}", {resolved.optimizer: one})
+            print_plans(
+                f"{short_name(resolved.model)} by the recipe {name!r}", {resolved.optimizer: one}
+            )
             print(command)
         return 0
     return 1

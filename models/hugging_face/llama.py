@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from types import EllipsisType
@@ -49,6 +50,11 @@ _NAMES: dict[str, tuple[str, ...]] = {
 MODULES = {name.removesuffix(".weight"): path for name, path in _NAMES.items() if "_proj" in name}
 """Paths of the layers' matrices by the names of their modules there; {} is the layer."""
 
+_NAMES |= {
+    f"{module}.bias": ("layers", f"{group}_bias", name)
+    for module, (_, group, name) in MODULES.items()
+}
+
 
 class _Place(NamedTuple):
     path: tuple[str, ...]  # of our weight
@@ -61,9 +67,9 @@ def load_llama(
 ) -> Llama:
     """Reads a LLaMA checkpoint in Hugging Face's format: config.json and model.safetensors.
 
-    Shards of the latter need model.safetensors.index.json. If the checkpoint ties the head to the
-    embedding, the head becomes a separate weight that starts as a copy. Weights and computation get
-    `dtype`; `overrides` are further fields of `LlamaConfig`, such as `rematerialize=True`.
+    Shards of the latter need model.safetensors.index.json. Llama 1 to 3.2 and what has their
+    layers, such as TinyLlama, SmolLM, and Mistral without a sliding window. Weights and computation
+    get `dtype`; `overrides` are further fields of `LlamaConfig`, such as `rematerialize=True`.
 
     ValueError if there is no checkpoint, if it is damaged, quantized or of another architecture, or
     if the files contradict each other or have a tensor or a setting that is not understood.
@@ -71,14 +77,25 @@ def load_llama(
     directory = Path(directory)
     theirs = read_json(directory / "config.json")
     config = from_theirs(theirs, {"dtype": dtype, "param_dtype": dtype, **overrides})
+    params: dict[Any, Any] = {
+        path: jnp.asarray(stack) for path, stack in read_weights(directory, config)
+    }
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
+    return nnx.merge(graph, unflatten_dict(params))
+
+
+def read_weights(
+    directory: Path, config: LlamaConfig
+) -> Iterator[tuple[tuple[str, ...], Shaped[np.ndarray, "..."]]]:
+    """Reads the weights of a checkpoint, of which `config` is the configuration.
+
+    Yields the path and the array of each of `weight_table`, one at a time, so that the host never
+    has a second copy of the model; errors as for `load_llama`.
+    """
     files, places = _tensor_files(directory), _places(config)
-    tied = bool(theirs.get("tie_word_embeddings"))
-    frequencies = _frequency_names(config) & files.keys()
-    # A tied head may be absent, or a copy.
-    sources = {name: _EMBEDDING if tied and name not in files else name for name in places}
-    present = files.keys() | ({_HEAD} if tied else set())
-    unexpected = present - places.keys() - frequencies
-    for what, names in (("missing", {*sources.values()} - present), ("unexpected", unexpected)):
+    known = places.keys() | _frequency_names(config) | ({_HEAD} if config.tied else set())
+    missing, unexpected = places.keys() - files.keys(), files.keys() - known
+    for what, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             some = ", ".join(sorted(names)[:3] + ["..."] * (len(names) > 3))
             raise ValueError(
@@ -86,30 +103,24 @@ def load_llama(
             )
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:
-        tensor = read_tensor(files[sources[name]], sources[name])
+        tensor = read_tensor(files[name], name)
         if tensor.shape != places[name].shape:
             raise ValueError(
                 f"{name} has shape {tensor.shape}, but config.json says {places[name].shape}"
             )
         return tensor
 
-    for name in frequencies:
+    for name in _frequency_names(config) & files.keys():
         _check_frequencies(name, read_tensor(files[name], name), config)
-    if tied and _HEAD in files and not np.array_equal(read(_HEAD), read(_EMBEDDING)):
-        raise ValueError(
-            f"config.json says tie_word_embeddings=True, but {files[_HEAD]} has a {_HEAD} that is "
-            "not the embedding; say false there if it is the head, or delete the tensor"
-        )
-    params: dict[Any, Any] = flatten_dict(weight_table(config))
-    # One stack at a time, so that the host never has a second copy of the model.
+    if config.tied and _HEAD in files:
+        _check_tied(files[_HEAD], read(_EMBEDDING))
+    weights: dict[Any, Any] = flatten_dict(weight_table(config))
     for path, names in groupby(places, lambda name: places[name].path):
-        stack = np.empty(params[path].shape, config.param_dtype)
+        stack = np.empty(weights[path].shape, config.param_dtype)
         for name in names:
             layer = places[name].layer
             stack[layer] = read(name) if layer is ... else read(name).T
-        params[path] = jnp.asarray(stack)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return nnx.merge(graph, unflatten_dict(params))
+        yield path, stack
 
 
 def save_llama(
@@ -163,10 +174,19 @@ def save_llama(
             path.rename(directory / path.name)
 
 
+def _check_tied(file: Path, embedding: Shaped[np.ndarray, "V D"]) -> None:
+    """Raises ValueError unless the head in a file, whose config ties it, is the embedding."""
+    if not np.array_equal(read_tensor(file, _HEAD), embedding):
+        raise ValueError(
+            f"config.json says tie_word_embeddings=True, but {file} has a {_HEAD} that is not the "
+            "embedding; say false there if it is the head, or delete the tensor"
+        )
+
+
 def _check_params(params: dict[Any, Any], config: LlamaConfig) -> None:
     """Raises ValueError unless the weights can be written as they are."""
     expected: dict[Any, Any] = flatten_dict(weight_table(config))
-    for path, (shape, _) in expected.items():
+    for path, (shape, *_) in expected.items():
         weight, name = params[path], "/".join(path)
         if not isinstance(weight, jax.Array | np.ndarray):
             raise ValueError(
@@ -217,7 +237,10 @@ def _frequency_names(config: LlamaConfig) -> set[str]:
 
 
 def _check_frequencies(name: str, found: Shaped[np.ndarray, "..."], config: LlamaConfig) -> None:
-    """Raises ValueError unless rotary frequencies are those of the configuration."""
+    """Raises ValueError unless rotary frequencies are those of the configuration's base.
+
+    What transformers stored was never scaled, and it computes them again.
+    """
     width = config.head_width
     expected = config.rope_theta ** -(np.arange(0, width, 2) / width)
     # Half-precision floats may store them.
@@ -233,6 +256,8 @@ def _places(config: LlamaConfig) -> dict[str, _Place]:
     places = {}
     weights: dict[Any, Any] = flatten_dict(weight_table(config))
     for name, path in _NAMES.items():
+        if path not in weights:  # a bias that the model does not have, or a tied head
+            continue
         shape = weights[path].shape
         layers: Any = range(shape[0]) if "{}" in name else [...]
         theirs = shape[:0:-1] if "{}" in name else shape

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from models.llama.config import LlamaConfig
+from models.llama.rope import RopeScaling
 
 # Our sizes by their names there.
 _SIZES = {
@@ -20,14 +21,30 @@ _SIZES = {
 }
 # Keys with their own rules below.
 _ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
-_READ = {*_SIZES, *_ROPE, "model_type", "head_dim"}
+_READ = {*_SIZES, *_ROPE, "model_type", "head_dim", "sliding_window"}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+# What transformers takes for a key that is absent, by the type of the model.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "sliding_window": None},
+    "mistral": {
+        "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6, "sliding_window": 4096,
+        "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+# Fields of a scaling of rotary frequencies by their names there, and the names that each kind has.
+_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_length",
+}
+_SCALED_BY = {"default": set(), "linear": {"factor"}, "dynamic": {"factor"}, "llama3": {*_SCALING}}
 # Keys that could change the function, with the values that do not; a null is as no key.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "architectures": ([], ["LlamaForCausalLM"], ["LLaMAForCausalLM"]),
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
+    "attention_bias": (False, True),
+    "mlp_bias": (False, True),
     "attention_dropout": (0.0,),
     "tie_word_embeddings": (False, True),
     "quantization_config": (),
@@ -43,6 +60,12 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "dtype": _DTYPES,
     "torch_dtype": _DTYPES,
+}
+# A Mistral never has biases, whatever its config.json says.
+_ACCEPTED_OF_MISTRAL: dict[str, tuple[Any, ...]] = _ACCEPTED | {
+    "architectures": ([], ["MistralForCausalLM"]),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
 }
 # Keys of transformers 4 and 5 that leave the logits as they are: of training, generation, labels,
 # the tokenizer and the library itself.
@@ -70,10 +93,16 @@ def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaConfi
 
     That is also so if it has a key that is not known here, or two keys that contradict each other.
     """
-    _check("model_type", theirs.get("model_type"), ("llama",))
+    kind = theirs.get("model_type")
+    _check("model_type", kind, (*_DEFAULTS,))
+    theirs = _DEFAULTS[str(kind)] | theirs
+    _check("sliding_window", theirs["sliding_window"], (None,))
+    if theirs.get("num_key_value_heads") is None:
+        theirs["num_key_value_heads"] = theirs.get("num_attention_heads")
     theirs = {k: v for k, v in theirs.items() if v is not None or k == "rope_theta"}
-    for name in _ACCEPTED.keys() & theirs.keys():
-        _check(name, theirs[name], _ACCEPTED[name])
+    accepted = _ACCEPTED_OF_MISTRAL if kind == "mistral" else _ACCEPTED
+    for name in accepted.keys() & theirs.keys():
+        _check(name, theirs[name], accepted[name])
     if unknown := sorted({*theirs} - _READ - {*_ACCEPTED} - _NO_EFFECT):
         raise ValueError(
             f"config.json: {unknown[0]}={theirs[unknown[0]]!r} is not known here and could change "
@@ -81,37 +110,31 @@ def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaConfi
         )
     _check_agreement({x: theirs[x] for x in ("dtype", "torch_dtype") if x in theirs})
 
-    sizes: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-    sizes["num_key_value_heads"] = theirs.get("num_attention_heads")
-    sizes |= {name: theirs[name] for name in _SIZES if name in theirs}
-    sizes["rope_theta"] = _rope_theta(theirs)
-    for name in (*_SIZES, "rope_theta"):
-        value, real = sizes.get(name), name in ("rms_norm_eps", "rope_theta")
-        if type(value) is not int and not (real and type(value) is float):
-            needed = "a number" if real else "an integer"
-            raise ValueError(f"config.json: {name}={value!r}: must be {needed}")
-        if not 0 < value < math.inf:
-            raise ValueError(f"config.json: {name}={value!r}: must be positive and finite")
-    fields: dict[str, Any] = {ours: sizes[name] for name, ours in _SIZES.items()}
-    fields["rope_theta"] = float(sizes["rope_theta"])
+    for name in _SIZES:
+        _check_number(name, theirs.get(name), real=name == "rms_norm_eps")
+    fields: dict[str, Any] = {ours: theirs[name] for name, ours in _SIZES.items()}
+    fields["rope_theta"], scaling = _rope(theirs)
+    fields["rope_scaling"] = scaling
+    if scaling is not None and scaling.kind == "dynamic":  # the model is to exceed this length
+        fields["max_length"] = int(scaling.factor * theirs["max_position_embeddings"])
+    if "head_dim" in theirs:
+        _check_number("head_dim", theirs["head_dim"])
+        implied = fields["width"] / fields["heads"]
+        fields["head_dim"] = None if theirs["head_dim"] == implied else theirs["head_dim"]
+    fields["tied"] = theirs.get("tie_word_embeddings", False)
+    fields |= {name: theirs.get(name, False) for name in ("attention_bias", "mlp_bias")}
     for name, value in overrides.items():
         if name not in (known := LlamaConfig.__dataclass_fields__):
             raise ValueError(
                 f"{name}={value!r} is not a field of LlamaConfig; the fields are {', '.join(known)}"
             )
-    config = LlamaConfig(**fields | overrides)
-    if theirs.get("head_dim", config.head_width) != config.head_width:
-        raise ValueError(
-            f"config.json: head_dim={theirs['head_dim']} is not supported, only hidden_size / "
-            f"num_attention_heads, {config.head_width}"
-        )
-    return config
+    return LlamaConfig(**fields | overrides)
 
 
-def _rope_theta(theirs: dict[str, Any]) -> Any:
-    """Returns the base of the rotary frequencies; all places that could have one must agree."""
-    # Transformers 5 puts theta and type into rope_parameters; before, theta stood at top level and
-    # rope_scaling was null or a scaling. It reads files that have all three.
+def _rope(theirs: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Returns base and scaling of the rotary frequencies; all places that have one must agree."""
+    # Transformers 5 puts theta and scaling into rope_parameters; before, theta stood at top level
+    # and rope_scaling was null or a scaling. It reads files that have all three.
     top = {k: theirs[k] for k in ("rope_theta", "partial_rotary_factor") if k in theirs}
     found: dict[str, dict[str, Any]] = {name: {name: value} for name, value in top.items()}
     for key in ("rope_parameters", "rope_scaling"):
@@ -122,12 +145,37 @@ def _rope_theta(theirs: dict[str, Any]) -> Any:
             same = "rope_type" if name == "type" else name  # its older name
             if value is not None or name == "rope_theta":
                 found.setdefault(same, {})[f"{key}.{name}"] = value
-    accepted = {"rope_type": ("default",), "partial_rotary_factor": (1.0,)}
-    for same, places in found.items():
+    for places in found.values():
         _check_agreement(places)
-        for name, value in places.items() if same != "rope_theta" else ():
-            _check(name, value, accepted.get(same, ()))
-    return next(iter(found.get("rope_theta", {}).values()), 10_000.0)
+    said = {same: next(iter(places.items())) for same, places in found.items()}
+    place, kind = said.pop("rope_type", ("rope_type", "default"))
+    _check(place, kind, (*_SCALED_BY,))
+    theta = said.pop("rope_theta", ("rope_theta", 10_000.0))
+    _check_number(*theta, real=True)
+    _check(*said.pop("partial_rotary_factor", ("partial_rotary_factor", 1.0)), (1.0,))
+    fields: dict[str, Any] = {}
+    if kind == "dynamic":
+        fields["original_length"] = theirs["max_position_embeddings"]
+    for same, (name, value) in said.items():
+        if same not in _SCALED_BY[kind]:
+            _check(name, value, ())
+        _check_number(name, value, real=same != "original_max_position_embeddings")
+        fields[_SCALING[same]] = value
+    if absent := sorted(_SCALED_BY[kind] - said.keys()):
+        raise ValueError(
+            f"config.json: {place}={kind!r} has no {absent[0]}; write it down there, it changes "
+            "what the model computes"
+        )
+    return float(theta[1]), None if kind == "default" else RopeScaling(kind, **fields)
+
+
+def _check_number(name: str, value: Any, *, real: bool = False) -> None:
+    """Raises ValueError unless a value is a positive and finite integer or, if `real`, number."""
+    if type(value) is not int and not (real and type(value) is float):
+        needed = "a number" if real else "an integer"
+        raise ValueError(f"config.json: {name}={value!r}: must be {needed}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"config.json: {name}={value!r}: must be positive and finite")
 
 
 def _check(name: str, found: Any, accepted: tuple[Any, ...]) -> None:
@@ -153,16 +201,24 @@ def _check_agreement(found: dict[str, Any]) -> None:
 
 def to_theirs(config: LlamaConfig) -> dict[str, Any]:
     """Returns the content of config.json, with the keys of transformers 4 and of 5."""
-    return {name: getattr(config, ours) for name, ours in _SIZES.items()} | {
+    scaling, rope = config.rope_scaling, {}
+    if scaling is not None:
+        rope = {name: getattr(scaling, _SCALING[name]) for name in _SCALED_BY[scaling.kind]}
+    sizes = {name: getattr(config, ours) for name, ours in _SIZES.items()}
+    if scaling is not None and scaling.kind == "dynamic":
+        sizes["max_position_embeddings"] = scaling.original_length
+    rope = {"rope_type": "default" if scaling is None else scaling.kind, **rope}
+    return sizes | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "head_dim": config.head_width,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tied,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        "rope_scaling": None if scaling is None else rope,
         "torch_dtype": jnp.dtype(config.param_dtype).name,
         # Ids of special tokens belong to the tokenizer; transformers would assume 1 and 2.
         "bos_token_id": None,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from galore_optax import rows
 from models.llama.config import AttentionImplementation, LlamaConfig
+from models.llama.rope import frequencies
 
 Rotary = tuple[Float[Array, "*A B L 1 K/2"], Float[Array, "*A B L 1 K/2"]]
 
@@ -42,10 +43,13 @@ def sequences_of(
 
 
 def rotary_angles(config: LlamaConfig, positions: Int[Array, "*A B L"]) -> Rotary:
-    """Returns float32 cosines and sines of the positions' angles (arXiv:2104.09864, 3.2.2)."""
-    even = jnp.arange(0, config.head_width, 2, dtype=jnp.float32)
-    frequencies = config.rope_theta ** (-even / config.head_width)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    """Returns float32 cosines and sines of the positions' angles (arXiv:2104.09864, 3.2.2).
+
+    With `dynamic` scaling the angles depend on the largest position in a row; keys of a cache keep
+    those of the time when they were computed, as in transformers.
+    """
+    rates = frequencies(config.rope_theta, config.head_width, config.rope_scaling, positions)
+    angles = positions[..., None, None].astype(jnp.float32) * rates
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -16,7 +16,7 @@ _MATRICES = {"attention", "mlp"}
 def dimension_numbers(params: Params) -> Params:
     """Returns GaLore's `weight_dimension_numbers` for params, or for a part of them.
 
-    None, for embedding, norms and head, means training at full rank, as published.
+    None, for embedding, norms, biases and head, means training at full rank, as published.
     """
     matrix = GaLoreDimensionNumbers(-2, -1)
     return jax.tree.map_with_path(
@@ -40,7 +40,8 @@ def logical_axes(params: Params) -> Params:
     The names are "layer", "vocab", "embed", "heads" and "mlp"; None is an axis that is never split.
     An adapter of a weight (layer, in, out) has factors (layer, in, None) and (layer, None, out).
     """
-    table = weight_table(SIZES["tiny"])  # names do not depend on the size
+    # Names do not depend on the size.
+    table = weight_table(dataclasses.replace(SIZES["tiny"], attention_bias=True, mlp_bias=True))
 
     def choose(path: Any, x: Any) -> Any:
         entry: Any = table

@@ -67,16 +67,20 @@ def apply_layer(
     def heads(x: Float[Array, "B L NK"]) -> Float[Array, "B L N K"]:
         return x.reshape(*x.shape[:2], -1, config.head_width)
 
-    attention, mlp = params["attention"], params["mlp"]
+    def apply(group: str, name: str, x: Float[Array, "B L in"]) -> Float[Array, "B L out"]:
+        y = linear(x, params[group][name])
+        biases = params.get(f"{group}_bias")
+        return y if biases is None else y + biases[name].astype(y.dtype)
+
     x = rms_norm(hidden, params["attention_norm"], config.norm_eps)
-    query = rotate(heads(linear(x, attention["query"])), rotary)
-    key = rotate(heads(linear(x, attention["key"])), rotary)
-    mixed = attend(query, key, heads(linear(x, attention["value"])))
-    hidden = hidden + linear(mixed.reshape(hidden.shape), attention["out"])
+    query = rotate(heads(apply("attention", "query", x)), rotary)
+    key = rotate(heads(apply("attention", "key", x)), rotary)
+    mixed = attend(query, key, heads(apply("attention", "value", x)))
+    hidden = hidden + apply("attention", "out", mixed.reshape(*mixed.shape[:2], -1))
 
     x = rms_norm(hidden, params["mlp_norm"], config.norm_eps)
-    activation = gated(linear(x, mlp["gate"]), linear(x, mlp["up"]))
-    return hidden + linear(activation, mlp["down"])
+    activation = gated(apply("mlp", "gate", x), apply("mlp", "up", x))
+    return hidden + apply("mlp", "down", activation)
 
 
 def linear(x: Float[Array, "B L in"], weight: Any) -> Float[Array, "B L out"]:

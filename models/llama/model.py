@@ -30,7 +30,10 @@ class KVCache(NamedTuple):
 
 
 class Llama(nnx.Module):
-    """A LLaMA: `rngs.params` draws matrices from normal(0, 0.02), as Hugging Face; norms are 1."""
+    """A LLaMA: `rngs.params` draws matrices from normal(0, 0.02), as Hugging Face; norms are 1.
+
+    Biases are 0. If the config says `tied`, there is no `head`: it is the embedding.
+    """
 
     embedding: nnx.Param
     layers: Params
@@ -73,10 +76,14 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Multiplies hidden states by the head, to float32 logits."""
-        head = dequantized(self.head.get_value()).astype(self.config.dtype)
+        head = self.head_matrix().astype(self.config.dtype)
         rows = hidden.reshape(-1, hidden.shape[-1])
         logits = jnp.matmul(rows, head.T, preferred_element_type=jnp.float32)
         return logits.reshape(*hidden.shape[:-1], -1)
+
+    def head_matrix(self) -> Float[Array, "V D"]:
+        """Returns the head's weights, dequantized; tied, they are the embedding's."""
+        return dequantized((self.embedding if self.config.tied else self.head).get_value())
 
     def init_cache(self, batch_size: int, length: int) -> KVCache:
         """Returns an empty cache for `decode` with room for B rows of S tokens."""
@@ -135,8 +142,8 @@ def init_params(
     """
 
     def draw(weight: Weight, shape: tuple[int, ...], key: PRNGKeyArray) -> Float[Array, "..."]:
-        if "embed" not in weight.axes:
-            return jnp.ones(shape, config.param_dtype)
+        if weight.fill is not None:
+            return jnp.full(shape, weight.fill, config.param_dtype)
         parts = math.gcd(shape[0], 32) if math.prod(shape) > 2**24 else 1
         rows = (shape[0] // parts, *shape[1:])
 

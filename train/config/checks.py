@@ -11,6 +11,7 @@ from models.llama.axes import smaller_sides
 from models.llama.config import SIZES
 from train.config.optimizers import OPTIMIZERS
 from train.config.settings import Pretrain, Resolved, flag
+from train.config.source import short_name, sizes
 from train.config.weights import ADAPTERS
 
 # Numbers of a run are float32; smaller ones than the smallest count as zero.
@@ -35,13 +36,16 @@ def check_types(config: Pretrain) -> None:
         accepted = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
         if get_origin(accepted[0]) is Literal:
             choices = get_args(accepted[0])
-            if name == "model":  # a program may have added sizes of its own
-                choices = tuple({**dict.fromkeys(choices), **SIZES})
             if value not in choices and not (value is None and type(None) in accepted):
                 raise ValueError(f"{flag(name)} {value!r}: choose one of {', '.join(choices)}")
         elif type(value) not in accepted and not (type(value) is int and float in accepted):
             kinds = " or ".join("null" if t is type(None) else t.__name__ for t in accepted)
             raise ValueError(f"{flag(name)} {value!r}: expected {kinds}")
+    if config.model is not None and not (config.model in SIZES or config.model.endswith(".json")):
+        raise ValueError(
+            f"--model {config.model!r}: choose one of {', '.join(SIZES)}, or give the path of a "
+            "config.json of transformers"
+        )
 
 
 def check_adapter(config: Pretrain) -> None:
@@ -149,14 +153,15 @@ def _conflicts(c: Resolved) -> Iterator[str]:
 
 def _sizes(c: Resolved) -> Iterator[str]:
     """An error if length or rank exceed the model's sizes."""
-    size, sides = SIZES[c.model], smaller_sides(SIZES[c.model])
+    size, name = sizes(c)[0], short_name(c.model)
+    sides = smaller_sides(size)
     if c.seq_len > size.max_length:
-        yield f"--seq-len {c.seq_len}: {c.model} takes at most {size.max_length} tokens"
+        yield f"--seq-len {c.seq_len}: {name} takes at most {size.max_length} tokens"
     if c.rank is not None and c.adapter is None and c.rank >= max(sides):
         yield (
-            f"--rank {c.rank}: a rank of {max(sides)} or more compresses no matrix of {c.model}; "
+            f"--rank {c.rank}: a rank of {max(sides)} or more compresses no matrix of {name}; "
             f"choose at most {max(sides) - 1}, or an --optimizer without rank"
         )
     if c.rank is not None and c.adapter is not None and c.rank > min(sides):
-        most = f"the smaller side of a matrix, {min(sides)} in {c.model}"
+        most = f"the smaller side of a matrix, {min(sides)} in {name}"
         yield f"--rank {c.rank}: an adapter's rank is at most {most}"

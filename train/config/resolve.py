@@ -5,10 +5,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from models.llama.axes import smaller_sides
 from train.config import checks
 from train.config.defaults import DEFAULTS, PAPER
 from train.config.optimizers import OPTIMIZERS
 from train.config.settings import NOT_STORED, Pretrain, Resolved, read_fields
+from train.config.source import short_name, sizes, with_model
 from train.config.weights import ADAPTERS
 
 
@@ -16,13 +18,14 @@ def resolve(config: Pretrain) -> Resolved:
     """Fills in the defaults, and checks each value that can be checked without the data."""
     checks.check_types(config)
     checks.check_adapter(config)
+    config = with_model(config)
     recipe = OPTIMIZERS[config.optimizer]
     adapter = config.adapter or recipe.adapter
     config = dataclasses.replace(config, adapter=adapter)  # pyrefly: ignore[bad-argument-type]
     options = {**recipe.options, **(ADAPTERS[adapter].options if adapter else {})}
     checks.check_unused(config, options)
 
-    defaults = {**PAPER, **DEFAULTS.get(config.model, {})}
+    defaults = {**PAPER, **(DEFAULTS.get(str(config.model)) or _of_size(config, bool(adapter)))}
     family = "galore" if "scale" in recipe.options else "full"
     if "weight_bits" in recipe.options:
         family = "q_galore"
@@ -30,8 +33,10 @@ def resolve(config: Pretrain) -> Resolved:
     for name in checks.OPTIONS - set(options):
         defaults.pop(name, None)
     config = _fill(config, {**options, **defaults})
+    if config.steps is None:
+        raise ValueError(f"--steps has no default for {short_name(config.model)}: give it")
 
-    steps, batch = config.steps or 0, config.batch_size or 0
+    steps, batch = config.steps, config.batch_size or 0
     most = min(int(defaults["microbatch"] or batch), batch)
     parts = (batch // n for n in range(most, 0, -1) if batch % n == 0)
     eval_every = config.eval_every or max(1, steps // 10)
@@ -61,12 +66,8 @@ def resolve(config: Pretrain) -> Resolved:
     resolved = Resolved(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     checks.check_values(resolved)
     # Absolute, so that a run can be resumed from another folder.
-    tokenizer = config.tokenizer
-    return dataclasses.replace(
-        resolved,
-        data_dir=None if config.data_dir is None else os.path.abspath(config.data_dir),
-        tokenizer=tokenizer if tokenizer == "bytes" else os.path.abspath(tokenizer),
-    )
+    data_dir = None if config.data_dir is None else os.path.abspath(config.data_dir)
+    return dataclasses.replace(resolved, data_dir=data_dir)
 
 
 def load(path: str | os.PathLike[str]) -> Pretrain:
@@ -84,8 +85,19 @@ def _default_out(config: Pretrain) -> str:
     if config.resume and config.config is not None:
         return os.path.dirname(config.config) or "."
     named = config.adapter != OPTIMIZERS[config.optimizer].adapter
-    parts = [config.model, *([config.adapter] if named and config.adapter else [])]
+    parts = [short_name(config.model), *([config.adapter] if named and config.adapter else [])]
     return os.path.join("runs", "-".join([*parts, config.optimizer]))
+
+
+def _of_size(config: Pretrain, adapter: bool) -> dict[str, Any]:
+    """The defaults of a model that the papers do not have; the rank is theirs for most sizes."""
+    size, _ = sizes(config)
+    rank = max(1, size.width // 4)
+    return {
+        "rank": min(rank, *smaller_sides(size)) if adapter else rank,
+        "seq_len": min(PAPER["seq_len"], size.max_length),
+        "microbatch": 16,
+    }
 
 
 def _fill(config: Pretrain, defaults: Mapping[str, Any]) -> Pretrain:

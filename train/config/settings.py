@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-Model = Literal["tiny", "llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b"]
 Optimizer = Literal[
     "adamw", "adamw8bit", "adafactor", "galore-adamw", "galore-adamw8bit", "galore-adafactor",
     "q-galore-adamw8bit", "gradnorm-lorp-adamw", "lora-adamw", "relora-adamw", "qlora-adamw",
@@ -26,14 +25,18 @@ MAY_CHANGE = (
 class Pretrain:
     """Pre-train a LLaMA. Without any flag: `tiny` with GaLore on text that ships with Python."""
 
-    model: Model = "tiny"
-    """Architecture; the sizes are those of the GaLore paper."""
+    model: str | None = None
+    """tiny, llama-60m, -130m, -350m, -1b or -7b, with the sizes of the GaLore paper; or the path of
+    a config.json of transformers, of a LLaMA or Mistral. Default: tiny, or that of --init."""
+    init: str | None = None
+    """Folder with the weights to begin with: a LLaMA or Mistral of transformers, or a run of
+    train.pretrain. Default: random weights."""
     data: Literal["builtin", "c4"] = "builtin"
     """`builtin`: text that ships with Python, about 2 MB. `c4`: the TFDS data set in --data-dir."""
     data_dir: str | None = None
     """Folder of the data set; `python -m train.prepare_c4` writes one."""
-    tokenizer: str = "bytes"
-    """`bytes`, or the path of a tokenizer.json."""
+    tokenizer: str | None = None
+    """`bytes`, or the path of a tokenizer.json. Default: bytes, or that of --init."""
     end_token: str | None = None
     """Token of the tokenizer.json that ends a document, such as </s>. Default: the one that it and
     the files beside it name, else its one special token with a common name."""
@@ -50,7 +53,7 @@ class Pretrain:
     Default: all."""
     rank: int | None = None
     """Rank of GaLore, below the width of the model, or of the adapter. Default: the paper's for the
-    model; 32 for tiny."""
+    model; 32 for tiny; a quarter of the width for another."""
     gradient_rank: int | None = None
     """Rank to which gradnorm-lorp-adamw projects the gradients of the adapter's factors, below
     --rank. Default: a quarter of --rank."""
@@ -168,6 +171,8 @@ class Pretrain:
 class Resolved(Pretrain):
     """Settings with defaults filled in: None only where the optimizer or the data have no use."""
 
+    model: str
+    tokenizer: str
     learning_rate: float
     steps: int
     warmup_steps: int

@@ -11,6 +11,7 @@ from galore_optax.adapters.base import split
 from galore_optax.memory import tree_bytes
 from models.llama.config import count_params
 from train.config.settings import Resolved, lasting
+from train.config.source import made_of, short_name
 from train.data.loader import TrainingData, evaluation_batches
 from train.data.sequences import Batch
 from train.data.text import content_of, load_text
@@ -41,7 +42,7 @@ def assemble(config: Resolved, log: Log) -> Parts:
     model = model_config(config, tokenizer)
     prompt = 1 + len(tokenizer.encode(config.prompt))
     if prompt >= model.max_length:
-        raise ValueError(f"--prompt of {prompt} tokens: {config.model} takes {model.max_length}")
+        raise ValueError(f"--prompt of {prompt} tokens: the model takes {model.max_length}")
     common = {"seq_len": config.seq_len, "mode": config.sequences, "vocab_size": model.vocab_size}
     train_text = load_text(config.data, "train", config.data_dir)
     eval_text = load_text(config.data, "validation", config.data_dir)
@@ -61,6 +62,7 @@ def assemble(config: Resolved, log: Log) -> Parts:
     _log_programs(config, programs, log)
     made_with = {
         **lasting(config),
+        **made_of(config, model),
         "content of the tokenizer": tokenizer.content,
         "content of the text": content_of(train_text),
     }
@@ -86,8 +88,10 @@ def _log_programs(config: Resolved, programs: Programs, log: Log) -> None:
     for note in programs.notes:
         log(f"sharding: {note}")
     log(
-        f"model: {config.model}, {count_params(programs.model):,} params, {config.dtype}, "
-        f"{tree_bytes(params) / 1e6:,.1f} MB; attention by {programs.model.attention}"
+        f"model: {short_name(config.model)}, {count_params(programs.model):,} params, "
+        f"{config.dtype}, {tree_bytes(params) / 1e6:,.1f} MB; attention by "
+        f"{programs.model.attention}; "
+        + ("random weights" if config.init is None else f"weights of {config.init}")
     )
     if config.adapter is not None:
         trained = sum(x.size for x in jax.tree.leaves(split(params)[0]))

@@ -14,6 +14,7 @@ from galore_optax.memory import state_bytes, tree_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
 from models.llama.config import count_params
 from train.config.settings import Resolved
+from train.config.source import short_name
 from train.run import directory as run_directory
 from train.run.assemble import Log, Parts
 from train.run.metrics import read_metrics, tokens_per_second
@@ -50,7 +51,7 @@ def report(
         "tokens": tokens,
         "skipped": int(state.optimizer.total_notfinite),
     }
-    plot_loss(lines, directory / "loss.png", f"{config.model}, {config.optimizer}")
+    plot_loss(lines, directory / "loss.png", f"{short_name(config.model)}, {config.optimizer}")
     graph, _ = abstract_params(config, parts.model)
     model, tokenizer, prompt = nnx.merge(graph, merge(state.params)), parts.tokenizer, config.prompt
     new = max(1, config.seq_len - 1 - len(tokenizer.encode(prompt)))

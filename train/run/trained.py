@@ -12,6 +12,7 @@ from models.llama.generate import generate
 from models.llama.model import Llama
 from train.config.resolve import load
 from train.config.settings import lasting
+from train.config.source import made_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import evaluation_losses
@@ -28,20 +29,25 @@ class Trained(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_trained(run: str) -> Trained:
-    """Reads the best checkpoint of a run, or the newest; raises ValueError if it has none."""
+def load_trained(run: str, option: str = "--run") -> Trained:
+    """Reads the best checkpoint of a run, or the newest; ValueError if it has none."""
     folder = Path(run)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"--run {folder} is not a run of train.pretrain (no config.json)")
+        raise ValueError(f"{option} {folder} is not a run of train.pretrain (no config.json)")
     if not (folder / "checkpoints").is_dir():
-        raise ValueError(f"--run {folder} has no checkpoint yet")
+        raise ValueError(f"{option} {folder} has no checkpoint yet")
     settings = load(folder / "config.json")
-    tokenizer = load_tokenizer(settings.tokenizer, settings.end_token)
+    tokenizer = load_tokenizer(settings.tokenizer or "bytes", settings.end_token)
+    model = model_config(settings, tokenizer)
     place = replicated(make_mesh(None))
-    graph, shapes = abstract_params(settings, model_config(settings, tokenizer))
+    graph, shapes = abstract_params(settings, model)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     evaluations = evaluation_losses(folder)
-    made_with = {**lasting(settings), "content of the tokenizer": tokenizer.content}
+    made_with = {
+        **lasting(settings),
+        **made_of(settings, model),
+        "content of the tokenizer": tokenizer.content,
+    }
     there, how = folder / "checkpoints", {"run": made_with, "read_only": True}
     with Checkpoints(there, 1, print, evaluations, **how) as checkpoints:
         _, params = checkpoints.restore_params(shapes)

@@ -19,6 +19,7 @@ from train.memory.plan import compiled_steps, device_memory, plan
 from train.run import directory as run_directory
 from train.run.assemble import Log, Parts
 from train.run.checkpoint import Checkpoints
+from train.run.initial import initial_state
 from train.run.metrics import MetricsLog, evaluation_losses
 from train.run.progress import Progress
 from train.run.report import peak_memory, report
@@ -66,7 +67,8 @@ class Training:
         """Trains, writes all that a run leaves, and returns the exit code."""
         config, parts = self.config, self.parts
         train_step = self.compile()
-        state = self._restore()
+        # Before anything is written: weights of --init may not fit.
+        state = self._restore() or initial_state(config, parts)
         with ExitStack() as stack:
             run_directory.write_config(config)
             self.metrics = stack.enter_context(closing(MetricsLog(self.directory, self.host.step)))
@@ -75,8 +77,6 @@ class Training:
                 self.folder, config.keep, self.log, self.host.evaluations, run=parts.made_with
             )
             self.checkpoints = stack.enter_context(checkpoints)
-            if state is None:
-                state = parts.init(jax.random.key(config.seed))
             peak = peak_flops(parts.mesh.devices.flat[0].device_kind, config.dtype)
             at_peak = peak and peak * parts.mesh.size / flops_per_token(parts.model, config.seq_len)
             self.progress = Progress(self.host.step, config.steps, at_peak)

@@ -61,7 +61,8 @@ def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
 
     def head(params, hidden, batch):
         hidden = rms_norm(hidden, params["norm"], config.norm_eps)
-        matrix, counted = dequantized(params["head"]), (batch["targets"], batch["weights"])
+        matrix = dequantized(params["embedding" if config.tied else "head"])
+        counted = batch["targets"], batch["weights"]
         # A head as large as a 7B model's must not have its gradient in float32, too. If devices
         # share the vocabulary, its parts would have to be gathered.
         by_vocabulary = matrix.size >= 2**26 and mesh.shape["tensor"] == 1

@@ -12,11 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from galore_optax import layerwise_shardings, restart, split, state_shardings, subspace_parts
-from galore_optax.quantization.array import dequantized
 from models.llama import model as llama
 from models.llama.attention import attention_implementation
 from models.llama.axes import dimension_numbers, logical_axes
-from models.llama.config import SIZES, LlamaConfig
+from models.llama.config import LlamaConfig
 from train.config.optimizers import (
     OPTIMIZERS,
     learning_rate_schedule,
@@ -24,6 +23,7 @@ from train.config.optimizers import (
     make_recipe,
 )
 from train.config.settings import Pretrain, Resolved
+from train.config.source import sizes
 from train.config.weights import ADAPTERS, stored_weights
 from train.data.tokenizer import Tokenizer
 from train.step import layerwise, skipping
@@ -48,6 +48,8 @@ class Programs:
     abstract: TrainState  # `ShapeDtypeStruct`s with their shardings
     batch: dict[str, jax.ShapeDtypeStruct]
     init: Callable[[Key[Array, ""]], TrainState]  # from the run's key
+    # From weights as the run stores them, which it overwrites, and the run's key.
+    start: Callable[[Params, Key[Array, ""]], TrainState]
     train_step: Any  # from a train state, which it overwrites, and a batch to the next and metrics
     # The same for steps in which no subspace is refreshed, for GPUs, which copy what a conditional
     # returns as it was; None if `train_step` is for them, too.
@@ -59,9 +61,19 @@ class Programs:
 
 
 def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
-    """The model of a run. The papers' sizes keep their vocabulary if the tokenizer's fits in."""
-    size = SIZES[config.model]
-    fits = tokenizer.vocab_size <= size.vocab_size and config.model.startswith("llama-")
+    """The model of a run. The papers' sizes keep their vocabulary if the tokenizer's fits in.
+
+    ValueError if that of a config.json or of --init is smaller than the tokenizer's.
+    """
+    size, fixed = sizes(config)
+    fits = tokenizer.vocab_size <= size.vocab_size
+    if fixed and not fits:
+        raise ValueError(
+            f"--tokenizer {config.tokenizer} has {tokenizer.vocab_size} ids, but the model of "
+            f"{config.init or config.model} has vocab_size={size.vocab_size}: give its own "
+            "tokenizer"
+        )
+    fits = fits and (fixed or str(config.model).startswith("llama-"))
     return dataclasses.replace(
         size,
         vocab_size=size.vocab_size if fits else tokenizer.vocab_size,
@@ -77,8 +89,13 @@ def abstract_params(config: Pretrain, model: LlamaConfig) -> tuple[nnx.GraphDef,
     return graph, jax.eval_shape(partial(_init_params, config, model), jax.random.key(0))
 
 
+def weight_keys(key: Key[Array, ""]) -> Key[Array, "2"]:
+    """The keys of adapters' random factors and of random weights, from the run's."""
+    return jax.random.split(jax.random.fold_in(key, 0))
+
+
 def _init_params(config: Pretrain, model: LlamaConfig, key: Key[Array, ""]) -> Params:
-    own, key = jax.random.split(key)
+    own, key = weight_keys(key)
 
     def stored(part: Params, key: Key[Array, ""]) -> Params:
         return stored_weights(config, part, dimension_numbers, key)
@@ -97,7 +114,7 @@ def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:
         # have one document: no mask is needed.
         names = ("positions", "segment_ids") if sequences == "packed" else ()
         hidden = model.hidden(batch["inputs"], **{name: batch[name] for name in names})
-        return hidden, dequantized(model.head.get_value())
+        return hidden, model.head_matrix()
 
     return forward
 
@@ -120,10 +137,12 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
     whole, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, BATCH)
     state_at = TrainState(params_at, skipping.shardings(mesh, optimizer_at), whole, whole)  # pyrefly: ignore
 
-    def init(key: Key[Array, ""]) -> TrainState:
-        params = _init_params(config, model, jax.random.fold_in(key, 0))
+    def start(params: Params, key: Key[Array, ""]) -> TrainState:
         optimizer = skipping.init(init_optimizer(split(params)[0]))
         return TrainState(params, optimizer, jnp.zeros((), jnp.int32), key)
+
+    def init(key: Key[Array, ""]) -> TrainState:
+        return start(_init_params(config, model, key), key)
 
     def restarted(state: TrainState) -> TrainState:
         key, keep = step_key(state.key, state.step, 2), ADAPTERS[config.adapter or ""].keep
@@ -154,6 +173,7 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
         abstract=abstract,
         batch=abstract_batch(config.batch_size, config.seq_len, mesh),
         init=jit(init, out_shardings=state_at),
+        start=advance(start, out_shardings=state_at),
         train_step=advance(step, in_shardings=(state_at, by_rows), out_shardings=(state_at, whole)),
         step_without_refresh=lean,
         restart=again if config.restart_every is not None else None,

@@ -16,7 +16,10 @@ from safetensors.numpy import load_file, save_file
 from galore_optax import LoRA, quantize_weights
 from models.hugging_face.llama import load_llama, save_llama
 
-NAMES = ["llama", "llama_grouped", "llama_bfloat16", "llama_tied", "llama_sharded"]
+NAMES = [
+    *("llama", "llama_grouped", "llama_bfloat16", "llama_tied", "llama_sharded", "llama_head_dim"),
+    *("llama_biased", "llama_llama3", "llama_linear", "llama_dynamic", "mistral"),
+]
 
 
 @pytest.fixture
@@ -59,8 +62,6 @@ def test_what_is_saved_is_what_transformers_saved(name, tmp_path):
     dtype = jnp.bfloat16 if name == "llama_bfloat16" else jnp.float32
     save_llama(load_llama(source, dtype=dtype), tmp_path / "saved")
     ours, theirs = tensors(tmp_path / "saved"), tensors(source)
-    if name == "llama_tied":
-        np.testing.assert_array_equal(ours.pop("lm_head.weight"), ours["model.embed_tokens.weight"])
     assert ours.keys() == theirs.keys()
     for key in theirs:
         assert ours[key].dtype == theirs[key].dtype
@@ -69,7 +70,8 @@ def test_what_is_saved_is_what_transformers_saved(name, tmp_path):
         assert file.metadata() == {"format": "pt"}
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     for key, value in json.loads((source / "config.json").read_text()).items():
-        if key in config and not key.endswith("_token_id") and key != "tie_word_embeddings":
+        same = key not in ("architectures", "model_type") or name != "mistral"
+        if key in config and not key.endswith("_token_id") and same:
             assert config[key] == value, key
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["torch_dtype"] == jnp.dtype(dtype).name
@@ -118,6 +120,51 @@ def test_rotary_frequencies_in_a_checkpoint_must_follow_from_the_configuration(c
         load_llama(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["llama_head_dim", "llama_biased", "llama_llama3", "mistral"])
+def test_cached_decoding_gives_the_logits_of_transformers(name):
+    expected = np.load(FIXTURES / name / "expected.npz")
+    model, ids = load_llama(FIXTURES / name), jnp.asarray(expected["token_ids"], jnp.int32)
+    first, cache = model.decode(ids[:, :7], model.init_cache(2, 12))
+    rest, _ = model.decode(ids[:, 7:], cache)
+    logits = jnp.concatenate([first, rest], axis=1)
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=2e-4)
+
+
+def test_dynamic_scaling_begins_past_the_length_that_the_model_was_made_for():
+    model = load_llama(FIXTURES / "llama_dynamic")
+    plain = load_llama(FIXTURES / "llama_dynamic", rope_scaling=None)
+    assert (plain.config.max_length, model.config.max_length) == (64, 64)
+    ids = jnp.asarray(np.load(FIXTURES / "llama_dynamic" / "expected.npz")["token_ids"])
+    np.testing.assert_allclose(model(ids[:, :16]), plain(ids[:, :16]), atol=1e-5)
+    assert jnp.max(jnp.abs(model(ids) - plain(ids))) > 1
+
+
+def test_a_tied_head_is_the_embedding_and_no_weight_of_its_own():
+    model = load_llama(FIXTURES / "llama_tied")
+    assert "head" not in nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert model.config.tied
+    np.testing.assert_array_equal(model.head_matrix(), model.embedding[...])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, r"architectures=\['MistralForCausalLM'\]"),
+        ({"sliding_window": 4096}, "sliding_window=4096 is not supported, only None"),
+        ({"sliding_window": "removed"}, "sliding_window=4096"),  # transformers' default
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"num_key_value_heads": "removed"}, "kv_heads=8 must divide heads=4"),
+        ({"num_key_value_heads": None}, r"k_proj\.weight has shape \(16, 16\).*\(32, 16\)"),
+    ],
+)
+def test_what_only_some_mistrals_have_is_refused(tmp_path, changes, message):
+    directory = Path(shutil.copytree(FIXTURES / "mistral", tmp_path / "mistral"))
+    edit(directory / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_llama(directory)
+
+
 def test_a_head_beside_a_tied_embedding_must_be_a_copy(checkpoint):
     edit(checkpoint / "config.json", tie_word_embeddings=True)
     with pytest.raises(
@@ -127,8 +174,8 @@ def test_a_head_beside_a_tied_embedding_must_be_a_copy(checkpoint):
     content = tensors(checkpoint)
     copy = content | {"lm_head.weight": content["model.embed_tokens.weight"]}
     save_file(copy, checkpoint / "model.safetensors")
-    head = nnx.to_pure_dict(nnx.state(load_llama(checkpoint)))["head"]
-    np.testing.assert_array_equal(head, content["model.embed_tokens.weight"])
+    model = load_llama(checkpoint)
+    np.testing.assert_array_equal(model.head_matrix(), content["model.embed_tokens.weight"])
     del copy["model.embed_tokens.weight"]
     save_file(copy, checkpoint / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing: model\.embed_tokens"):
@@ -150,6 +197,20 @@ def test_keys_without_effect_on_the_logits_are_passed_over(checkpoint):
         **{"quantization_config": None, "auto_map": {}, "partial_rotary_factor": 1},
     )
     jax.tree.map(np.testing.assert_array_equal, nnx.state(load_llama(checkpoint)), before)
+
+
+def test_scaling_is_read_where_transformers_4_wrote_it(tmp_path):
+    directory = Path(shutil.copytree(FIXTURES / "llama_llama3", tmp_path / "checkpoint"))
+    config = json.loads((directory / "config.json").read_text())
+    rope = config["rope_parameters"]
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    old = {
+        "rope_parameters": "removed",
+        "rope_theta": theta,
+        "rope_scaling": {**rope, "type": kind},
+    }
+    edit(directory / "config.json", **old)
+    assert load_llama(directory).config == load_llama(FIXTURES / "llama_llama3").config
 
 
 def test_two_sources_of_weights_are_refused(checkpoint):
@@ -219,24 +280,34 @@ def test_a_key_that_is_there_twice_is_refused(checkpoint):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type='mistral'"),
+        ({"model_type": "qwen2"}, "model_type='qwen2'"),
+        ({"model_type": "mistral"}, "sliding_window=4096"),
         ({"model_type": "removed"}, "model_type=None"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"attention_bias": True}, r"8 tensors are missing: .*k_proj\.bias"),
+        ({"mlp_bias": True}, r"6 tensors are missing: .*down_proj\.bias"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"head_dim": 8}, "head_dim=8"),
+        ({"head_dim": 8}, r"q_proj\.weight has shape \(16, 16\).*\(32, 16\)"),
+        ({"head_dim": 3}, "head_dim=3: must be even"),
+        ({"head_dim": 4.0}, "head_dim=4.0: must be an integer"),
         ({"hidden_size": "removed"}, "hidden_size=None: must be an integer"),
         ({"intermediate_size": 28}, r"gate_proj.weight has shape \(24, 16\).*\(28, 16\)"),
         ({"num_hidden_layers": 3}, r"9 tensors are missing: model\.layers\.2\."),
         ({"num_hidden_layers": 1}, r"9 tensors are unexpected: model\.layers\.1\."),
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
-            r"rope_parameters\.rope_type='llama3'",
+            r"rope_parameters\.rope_type='llama3' has no factor",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn' is not supp"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor='2': must be a num"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5: must be finite"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "low_freq_factor": 1.0}},
+            r"low_freq_factor=1\.0 is not supported",
         ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (
-            {"rope_parameters": "removed", "rope_scaling": {"type": "linear", "factor": 2.0}},
-            r"rope_scaling\.type='linear'",
+            {"rope_parameters": "removed", "rope_scaling": {"type": "longrope", "factor": 2.0}},
+            r"rope_scaling\.type='longrope'",
         ),
         ({"rope_parameters": ["default"]}, r"rope_parameters=\['default'\]"),
         ({"rope_parameters": {"rope_theta": None}}, "rope_theta=None: must be a number"),
@@ -280,7 +351,7 @@ def test_a_key_that_is_there_twice_is_refused(checkpoint):
         ({"auto_map": {"AutoModel": "model.Mine"}}, "auto_map="),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"is_causal": False}, "is_causal=False"),
-        ({"sliding_window": 4}, "sliding_window=4 is not known here and could change"),
+        ({"sliding_window": 4}, "sliding_window=4 is not supported, only None"),
         ({"logits_scaling": 8.0}, "logits_scaling=8.0 is not known"),
         (
             {"quantization_config": {"quant_method": "gptq"}},

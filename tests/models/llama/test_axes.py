@@ -1,5 +1,7 @@
 """What is told of the params' axes to GaLore, to the layerwise step and to sharding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 from galore_optax import GaLoreDimensionNumbers, adamw8bit, galore
-from models.llama.axes import dimension_numbers, logical_axes, smaller_sides
+from models.llama.axes import dimension_numbers, logical_axes, param_axes, smaller_sides
 from models.llama.config import SIZES, LlamaConfig, weight_table
 from models.llama.model import Llama
 
@@ -46,6 +48,24 @@ def test_params_are_one_nested_dict_that_the_tables_describe():
     assert numbers["layers"]["attention"]["out"] == GaLoreDimensionNumbers(-2, -1)
     assert jax.tree.leaves(numbers) == [-2, -1] * 7  # seven stacks; None for everything else
     assert numbers["embedding"] is numbers["head"] is numbers["layers"]["mlp_norm"] is None
+
+
+def test_biases_are_vectors_and_a_tied_model_has_no_head():
+    changes = dict(tied=True, attention_bias=True, mlp_bias=True, head_dim=6)
+    params = shapes_of(dataclasses.replace(SMALL, **changes))
+    assert "head" not in params
+    biases = params["layers"]["attention_bias"], params["layers"]["mlp_bias"]
+    assert {k: x.shape[1] for part in biases for k, x in part.items()} == {
+        **{"query": 24, "key": 12, "value": 12, "out": 32},
+        **{"gate": 48, "up": 48, "down": 32},
+    }
+    axes = logical_axes(params)
+    assert axes["layers"]["attention_bias"]["key"] == ("layer", "heads")
+    assert axes["layers"]["mlp_bias"]["down"] == ("layer", None)
+    assert jax.tree.leaves(dimension_numbers(params)) == [-2, -1] * 7
+    within_layers = param_axes(params)["layers"]
+    assert {*jax.tree.leaves(within_layers["attention_bias"])} == {1}
+    assert {*jax.tree.leaves(within_layers["attention"])} == {2}
 
 
 @pytest.mark.parametrize("bits", [8, 4])

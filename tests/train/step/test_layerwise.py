@@ -53,6 +53,27 @@ def test_losses_are_those_of_one_device_and_the_ordinary_step(one_device, which,
     )
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [LOW_BIT, {"mesh": "data=2,fsdp=2,tensor=2", **ADAMW}],
+    ids=["quantized", "mesh"],
+)
+def test_a_tied_head_and_biases_train_as_in_the_ordinary_step(monkeypatch, changes):
+    tied = dict(tied=True, attention_bias=True, mlp_bias=True, head_dim=12)
+    monkeypatch.setitem(SIZES, "tied", dataclasses.replace(MICRO, **tied))
+    settings = {**changes, "model": "tied", "layerwise": True}
+    parts, _, state, by_layers = trained(4, **settings)
+    assert "head" not in parts.abstract.params
+    moments = [p for p, _ in jax.tree.leaves_with_path(state.optimizer) if "embedding" in str(p)]
+    assert moments
+    assert not any("head" in str(p) for p in moments)
+    biases = state.params["layers"]["attention_bias"], state.params["layers"]["mlp_bias"]
+    assert all(jnp.any(x != 0) for x in jax.tree.leaves(biases))
+    ordinary = {**settings, "layerwise": False, "mesh": None}
+    rtol = 1e-3 if "embedding_bits" in changes else 2e-5
+    np.testing.assert_allclose(by_layers, train(4, **ordinary), rtol=rtol)
+
+
 @pytest.mark.parametrize("optimizer", ["adafactor", "galore-adafactor"])
 def test_what_optimizers_do_by_leaf_they_do_by_layer_in_the_ordinary_step_too(optimizer):
     settings = dict(optimizer=optimizer, learning_rate=0.02)  # fast enough for Adafactor to clip

@@ -1,0 +1,112 @@
+"""Which model a run trains: a size by its name, of a config.json, or of the weights in --init."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models.hugging_face.files import read_json
+from models.hugging_face.llama_config import from_theirs, to_theirs
+from models.llama.config import SIZES, LlamaConfig
+from train.config.settings import Pretrain
+
+
+class _Folder(NamedTuple):
+    """What a folder of --init says of the model in it."""
+
+    model: str  # a name in SIZES, or the path of a config.json of transformers
+    tokenizer: str | None
+    end_token: str | None
+
+
+def with_model(config: Pretrain) -> Pretrain:
+    """Fills in the model and the tokenizer, from --init where it is given, with absolute paths.
+
+    ValueError if --init is no folder with a model, or if --model has other sizes.
+    """
+    model, tokenizer, end_token = config.model, config.tokenizer, config.end_token
+    if model is not None and model not in SIZES:
+        model = os.path.abspath(model)
+    if config.init is not None:
+        config = dataclasses.replace(config, init=os.path.abspath(config.init))
+        found = _folder(Path(str(config.init)))
+        if model is None:
+            model = found.model
+        _check_same(config, model, found.model)
+        if tokenizer is None:
+            tokenizer, end_token = found.tokenizer, end_token or found.end_token
+        if tokenizer is None:
+            raise ValueError(
+                f"--init {config.init} has no tokenizer.json: give the model's with --tokenizer"
+            )
+    model, tokenizer = model or "tiny", tokenizer or "bytes"
+    # Absolute, so that a run can be resumed from another folder.
+    tokenizer = tokenizer if tokenizer == "bytes" else os.path.abspath(tokenizer)
+    return dataclasses.replace(config, model=model, tokenizer=tokenizer, end_token=end_token)
+
+
+def is_run(folder: str) -> bool:
+    """Whether a folder is a run of this trainer; False: a model of transformers.
+
+    ValueError if it is neither.
+    """
+    path = Path(folder) / "config.json"
+    content = read_json(path)
+    if "model_type" not in content and "optimizer" not in content:
+        raise ValueError(
+            f"--init {folder}: its config.json is neither transformers' (no model_type) nor a "
+            "run's (no optimizer); name a folder with a model"
+        )
+    return "model_type" not in content
+
+
+def sizes(config: Pretrain) -> tuple[LlamaConfig, bool]:
+    """Returns the sizes of a run's model, and whether they include its vocabulary.
+
+    A preset leaves the vocabulary to the tokenizer.
+    """
+    if config.init is not None and not is_run(config.init):
+        return _read(os.path.join(config.init, "config.json")), True
+    model = config.model or "tiny"
+    return _read(model), model not in SIZES
+
+
+def made_of(config: Pretrain, model: LlamaConfig) -> dict[str, Any]:
+    """What a checkpoint must agree with besides the settings, where these only name a file."""
+    known = config.init is None and config.model in SIZES
+    return {} if known else {"sizes of the model": to_theirs(model)}
+
+
+def short_name(model: str | None) -> str:
+    """The name of a model: of a config.json, that of its folder."""
+    if model is None or model in SIZES:
+        return model or "tiny"
+    path = Path(model).absolute()
+    return path.parent.name if path.name == "config.json" else path.stem
+
+
+def _folder(folder: Path) -> _Folder:
+    if not is_run(str(folder)):
+        tokenizer = folder / "tokenizer.json"
+        beside = str(tokenizer) if tokenizer.is_file() else None
+        return _Folder(str(folder / "config.json"), beside, None)
+    run = read_json(folder / "config.json")
+    return _Folder(run["model"], run["tokenizer"], run.get("end_token"))
+
+
+def _check_same(config: Pretrain, model: str, found: str) -> None:
+    """Raises ValueError if --model and --init have other sizes."""
+    ours, theirs = dataclasses.asdict(_read(model)), dataclasses.asdict(_read(found))
+    for name, value in ours.items():
+        # A preset's vocabulary is the tokenizer's.
+        free = name == "vocab_size" and (model in SIZES or found in SIZES)
+        if value != theirs[name] and not free:
+            raise ValueError(
+                f"--model {config.model} has {name}={value}, but the model in --init "
+                f"{config.init} has {name}={theirs[name]}: leave --model out"
+            )
+
+
+def _read(model: str) -> LlamaConfig:
+    """The sizes of a name in SIZES or of a config.json."""
+    return SIZES[model] if model in SIZES else from_theirs(read_json(Path(model)), {})

@@ -1,0 +1,80 @@
+"""The first train state of a run: random weights, or those of --init, stored as the run does."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from galore_optax.adapters.base import merge
+from galore_optax.quantization.array import dequantized
+from models.hugging_face.llama import read_weights
+from models.llama.axes import dimension_numbers
+from models.llama.config import LlamaConfig, weight_table
+from train.config.settings import Resolved
+from train.config.source import is_run
+from train.config.weights import stored_weights
+from train.run.trained import load_trained
+from train.step.mesh import replicated
+from train.step.programs import Programs, weight_keys
+from train.step.state import TrainState
+
+Weights = Iterator[tuple[tuple[str, ...], Float[np.ndarray, "..."]]]
+
+
+def initial_state(config: Resolved, programs: Programs) -> TrainState:
+    """Returns the train state before the first step; each device gets its own part of the weights.
+
+    Weights are read, and quantized, a stack at a time, so that neither the host nor the devices
+    have all of them in floats besides. ValueError if those of --init do not fit the model.
+    """
+    key = jax.random.key(config.seed)
+    if config.init is None:
+        return programs.init(key)
+    read = _of_run if is_run(config.init) else read_weights
+    wanted: dict[Any, Any] = flatten_dict(programs.abstract.params)
+    params = {}
+    for path, array in read(Path(config.init), programs.model):
+        params[path] = _stored(config, path, array, wanted[path], programs.mesh, key)
+    return programs.start(unflatten_dict(params), key)
+
+
+def _stored(
+    config: Resolved,
+    path: tuple[str, ...],
+    array: Float[np.ndarray, "..."],
+    wanted: Any,
+    mesh: Mesh,
+    key: Array,
+) -> Any:
+    """Puts a weight on the devices, quantized or with its adapter if `wanted` is."""
+    leaves = jax.tree.leaves(wanted)
+    at = [x.sharding for x in leaves if x.shape == array.shape] or [replicated(mesh)]
+    weight = jax.make_array_from_callback(array.shape, at[0], array.__getitem__)
+    if isinstance(wanted, jax.ShapeDtypeStruct):
+        return weight
+
+    def store(weight: Array, key: Array) -> Any:
+        part = unflatten_dict({path: weight})
+        return flatten_dict(stored_weights(config, part, dimension_numbers, key))[path]
+
+    shardings = jax.tree.map(lambda x: x.sharding, wanted)
+    return jax.jit(store, out_shardings=shardings)(weight, weight_keys(key)[0])
+
+
+def _of_run(folder: Path, model: LlamaConfig) -> Weights:
+    """Reads the weights of a run's best checkpoint; adapters are merged."""
+    params: dict[Any, Any] = flatten_dict(load_trained(str(folder), "--init").params)
+    weights: dict[Any, Any] = flatten_dict(weight_table(model))
+    for path, (shape, *_) in weights.items():
+        weight = dequantized(merge(params.pop(path)))
+        if weight.shape != shape:
+            raise ValueError(
+                f"--init {folder}: {'/'.join(path)} is {list(weight.shape)} there, but "
+                f"{list(shape)} with this tokenizer; leave --tokenizer out"
+            )
+        yield path, np.asarray(weight.astype(model.param_dtype))
