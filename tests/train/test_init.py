@@ -142,7 +142,8 @@ def test_a_resolved_config_resolves_to_itself(folder):
     ("changes", "message"),
     [
         ({"model": "tiny"}, "--model tiny has width=128, but the model in --init .*face has wid"),
-        ({"init": "nowhere"}, r"nowhere/config\.json cannot be read"),
+        ({"init": "nowhere"}, r"--init .*nowhere has no config\.json: name a folder"),
+        ({"model": "nowhere.json"}, r"--model .*nowhere\.json: there is no such file"),
         ({"seq_len": 65}, "--seq-len 65: face takes at most 64"),
         ({"rank": 32}, "no matrix of face; choose at most 31"),
     ],

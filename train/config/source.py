@@ -27,6 +27,8 @@ def with_model(config: Pretrain) -> Pretrain:
     model, tokenizer, end_token = config.model, config.tokenizer, config.end_token
     if model is not None and model not in SIZES:
         model = os.path.abspath(model)
+        if not os.path.isfile(model):
+            raise ValueError(f"--model {model}: there is no such file")
     if config.init is not None:
         config = dataclasses.replace(config, init=os.path.abspath(config.init))
         found = _folder(Path(str(config.init)))
@@ -51,6 +53,8 @@ def is_run(folder: str) -> bool:
     ValueError if it is neither.
     """
     path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--init {folder} has no config.json: name a folder with a model")
     content = read_json(path)
     if "model_type" not in content and "optimizer" not in content:
         raise ValueError(
