@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import re
+import shlex
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,8 @@ class C4Text(Sequence[str]):
         import tensorflow_datasets as tfds
 
         folder = data_dir / "c4" / "en"
-        command = f"`python -m train.prepare_c4 --input 'c4-train.*.json.gz' --data-dir {data_dir}`"
+        to = shlex.quote(str(data_dir))
+        command = f"`python -m train.prepare_c4 --input 'c4-train.*.json.gz' --data-dir {to}`"
         if not folder.is_dir():
             raise ValueError(f"there is no data set c4/en at {folder}: make it with {command}")
         try:

@@ -9,9 +9,11 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import absl.logging
+
+from train.config.settings import flag
 
 Config = TypeVar("Config")
 
@@ -90,7 +92,8 @@ def _parse(
     try:
         with contextlib.redirect_stderr(words), contextlib.redirect_stdout(help_text):
             known = {} if default is None else {"default": default}
-            options = (tyro.conf.FlagCreatePairsOff,)
+            options = (tyro.conf.FlagConversionOff,)
+            args = _with_values(config_type, sys.argv[1:] if args is None else args)
             return tyro.cli(config_type, prog=prog, args=args, config=options, **known)  # pyrefly: ignore[no-matching-overload]
     except SystemExit as stop:
         if not stop.code:  # --help
@@ -104,6 +107,39 @@ def _parse(
         text = " ".join(" ".join(lines).split())
         text = re.sub(r" For full helptext, run:? (.*)", r" (help: \1)", text)
         raise ValueError(text) from None
+
+
+def _with_values(config_type: type, args: Sequence[str]) -> list[str]:
+    """The arguments with a value for each flag of a bool: `--x` is `--x True`, `--no-x` False.
+
+    An integer may be a number such as 1e3.
+    """
+    kinds = {flag(k): get_args(t) or (t,) for k, t in get_type_hints(config_type).items()}
+    result: list[str] = []
+    for i, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        name = name.replace("_", "-") if arg.startswith("--") else ""
+        positive = name.replace("--no-", "--", 1)
+        if bool in kinds.get(name, ()) and not equals:
+            alone = args[i + 1 : i + 2] not in (["True"], ["False"], ["None"])
+            result += [name, "True"] if alone else [name]
+        elif name not in kinds and bool in kinds.get(positive, ()) and not equals:
+            result += [positive, "False"]
+        elif int in kinds.get(name, ()) and equals:
+            result.append(f"{name}={_as_integer(value)}")
+        elif i and int in kinds.get(args[i - 1].replace("_", "-"), ()):
+            result.append(_as_integer(arg))
+        else:
+            result.append(arg)
+    return result
+
+
+def _as_integer(text: str) -> str:
+    """A number such as 1e3 as an integer, 1000; any other text as it is."""
+    try:
+        return str(int(float(text))) if not text.isdecimal() and float(text).is_integer() else text
+    except ValueError:
+        return text
 
 
 def _without_none(help_text: str) -> str:

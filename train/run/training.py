@@ -35,6 +35,11 @@ LESS_MEMORY = (
 )
 
 
+def plan_command(config: Resolved, available: int) -> str:
+    """The command that finds what fits into the bytes of a device."""
+    return f"python -m train.plan --model {config.model} --card {available / 2**30:.3g}"
+
+
 @dataclasses.dataclass
 class Host:
     """What the host knows of a run's progress; a checkpoint has all of it but `evaluations`."""
@@ -104,14 +109,13 @@ class Training:
         compiled = compiled_steps(parts)
         self.log(f"compiled the step in {time.perf_counter() - start:.1f} s")
         planned = plan(self.config, parts, compiled)
-        sizes = ", ".join(f"{name} {size / 1e9:,.3f}" for name, size in planned.parts().items())
-        self.log(f"memory of one device, GB: {sizes}; at its peak {planned.peak / 1e9:,.3f}")
+        sizes = ", ".join(f"{name} {size / 2**30:,.3f}" for name, size in planned.parts().items())
+        self.log(f"memory of one device, GiB: {sizes}; at its peak {planned.peak / 2**30:,.3f}")
         available = device_memory(parts.mesh.devices.flat[0])
         if planned.peak > available:
             raise OSError(
-                f"a step would take {planned.peak / 1e9:,.1f} GB of {available / 1e9:,.1f}: "
-                f"{LESS_MEMORY}; `python -m train.plan --model {self.config.model} --card GIB` "
-                "finds what fits"
+                f"a step would take {planned.peak / 2**30:,.1f} GiB of {available / 2**30:,.1f}: "
+                f"{LESS_MEMORY}; `{plan_command(self.config, available)}` finds what fits"
             )
         return Steps(*compiled) if len(compiled) > 1 else compiled[0]
 
