@@ -71,7 +71,16 @@ class Pretrain:
     tiny."""
     scale: float | None = None
     """Factor of GaLore's projected updates. Default: 0.25."""
-    side: Literal["smaller", "larger", "left", "right"] | None = None
+    subspace: Literal["randomized", "power", "svd", "random"] | None = None
+    """How GaLore finds a subspace: a randomized range finder, the same from the last basis (power:
+    the fastest), the exact SVD (as published), or at random. Default: randomized."""
+    moments: Literal["rotate", "keep", "reset"] | None = None
+    """What GaLore does to moments at a refresh: carry them over, keep them (as published) or reset
+    them. Default: rotate."""
+    stagger: bool | None = None
+    """Spread the refreshes of the matrices over the steps of --update-proj-gap, so that no step
+    carries all. Default: no."""
+    side: Literal["smaller", "larger", "left", "right", "both"] | None = None
     """Side of a matrix that GaLore projects; `larger` takes the least memory. Default: smaller, as
     published."""
     moment_bits: int | None = None
@@ -97,15 +106,27 @@ class Pretrain:
     learning_rate: float | None = None
     """Peak learning rate. Default: the paper's for GaLore (tiny: 0.02), 0.001 or 0.0005 for the
     others."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Learning rate after the warm-up: a cosine or a line down to --floor, constant, or constant
+    with a line down to --floor in the last --decay-steps (wsd)."""
+    floor: float | None = None
+    """Share of --learning-rate with which --schedule ends. Default: 0.1."""
+    decay_steps: int | None = None
+    """Last steps, in which --schedule wsd lowers the learning rate. Default: a fifth of --steps."""
+    b1: float | None = None
+    """Decay rate of AdamW's first moment. Default: 0.9."""
+    b2: float | None = None
+    """Decay rate of AdamW's second moment. Default: 0.999."""
+    eps: float | None = None
+    """Added to the root of AdamW's second moment. Default: 1e-8."""
     weight_decay: float | None = None
-    """Decoupled weight decay of AdamW, multiplied by the learning rate. Default: 0."""
-    clip_norm: float = 1.0
-    """Gradients are clipped to this global norm."""
+    """Decoupled weight decay, multiplied by the learning rate. Default: 0."""
+    clip_norm: float | None = 1.0
+    """Gradients are clipped to this global norm; none: not clipped."""
     steps: int | None = None
     """Updates of the weights. Default: the paper's for the model; 600 for tiny."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up; a cosine then lowers the learning rate to a tenth. Default: a tenth
-    of --steps."""
+    """Steps of linear warm-up, before --schedule. Default: a tenth of --steps."""
     batch_size: int | None = None
     """Sequences per step, over all devices and microbatches. Default: the paper's 512; 16 for
     tiny."""
@@ -185,7 +206,6 @@ class Resolved(Pretrain):
     eval_every: int
     save_every: int
     log_every: int
-    clip: Literal["exact", "previous"]
     out: str
 
 

@@ -115,7 +115,7 @@ def _with_values(config_type: type, args: Sequence[str]) -> list[str]:
     An integer may be a number such as 1e3.
     """
     kinds = {flag(k): get_args(t) or (t,) for k, t in get_type_hints(config_type).items()}
-    result: list[str] = []
+    args, result = list(args), []
     for i, arg in enumerate(args):
         name, equals, value = arg.partition("=")
         name = name.replace("_", "-") if arg.startswith("--") else ""
@@ -127,8 +127,10 @@ def _with_values(config_type: type, args: Sequence[str]) -> list[str]:
             result += [positive, "False"]
         elif int in kinds.get(name, ()) and equals:
             result.append(f"{name}={_as_integer(value)}")
-        elif i and int in kinds.get(args[i - 1].replace("_", "-"), ()):
+        elif i and int in (before := kinds.get(args[i - 1].replace("_", "-"), ())):
             result.append(_as_integer(arg))
+        elif arg == "none" and i and type(None) in before and str not in before:
+            result.append("None")
         else:
             result.append(arg)
     return result

@@ -4,11 +4,17 @@ import dataclasses
 import json
 from typing import get_args
 
+import optax
 import pytest
 
+from galore_optax import Adaptive, Staggered
 from models.llama.config import SIZES
 from train.config.defaults import DEFAULTS
-from train.config.optimizers import OPTIMIZERS, learning_rate_schedule
+from train.config.optimizers import (
+    OPTIMIZERS,
+    learning_rate_schedule,
+    make_recipe,
+)
 from train.config.resolve import load, resolve
 from train.config.settings import Pretrain, to_json
 from train.run import cli
@@ -81,6 +87,50 @@ def test_warm_up_never_has_a_learning_rate_of_zero_and_none_is_possible():
     rate = learning_rate_schedule(resolve(Pretrain(steps=10, warmup_steps=0, learning_rate=1.0)))
     assert float(rate(0)) == 1.0
     assert float(rate(10)) == pytest.approx(0.1)
+
+
+def test_schedules_rise_to_the_peak_and_fall_to_their_floor():
+    def rates(**own):
+        rate = learning_rate_schedule(
+            resolve(Pretrain(steps=10, warmup_steps=2, learning_rate=1.0, **own))
+        )
+        return [float(rate(t)) for t in range(11)]
+
+    rise = [1 / 3, 2 / 3]
+    assert rates(schedule="constant") == pytest.approx([*rise, *[1.0] * 9])
+    assert rates(schedule="linear", floor=0.2) == pytest.approx(
+        [*rise, *(1 - 0.1 * t for t in range(9))]
+    )
+    wsd = rates(schedule="wsd", floor=0.0, decay_steps=4)
+    assert wsd == pytest.approx([*rise, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    assert rates(floor=0.3)[-1] == pytest.approx(0.3)
+    assert rates()[-1] == pytest.approx(0.1)
+    alone = learning_rate_schedule(resolve(Pretrain(steps=4, warmup_steps=0, schedule="linear")))
+    assert float(alone(0)) == pytest.approx(0.02)
+
+
+def test_what_is_set_reaches_the_optimizer_and_config_json_repeats_it(tmp_path):
+    words = "--b1 0.8 --b2 0.99 --eps 1e-6 --clip-norm none --schedule wsd --moments keep --stagger"
+    words += " --subspace svd --side both --adaptive-refresh --update-proj-gap 5"
+    config = resolve(command(*words.split()))
+    assert config.clip_norm is config.clip is None
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_json(config)))
+    again = resolve(command("--config", str(file)))
+    assert dataclasses.replace(again, config=None) == config
+    seen = {}
+
+    def recipe(learning_rate, **options):
+        seen.update(options)
+        return optax.identity()
+
+    row = OPTIMIZERS[config.optimizer]._replace(make=recipe, stacks=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(OPTIMIZERS, config.optimizer, row)
+        make_recipe(config)
+    assert (seen["b1"], seen["b2"], seen["eps"]) == (0.8, 0.99, 1e-6)
+    assert (seen["moments"], seen["subspace"], seen["side"]) == ("keep", "svd", "both")
+    assert seen["update_proj_gap"] == Adaptive(Staggered(5))
 
 
 def test_bfloat16_has_float32_moments_and_weights_rounded_at_random_unless_told():
@@ -238,6 +288,17 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
             "float32 weights need no rounding; leave it out, or choose --weight-dtype bfloat16",
         ),
         ("--state-dtype float16", "bfloat16"),
+        ("--b1 1", "--b1 1.0: expected a share from 0 to below 1"),
+        ("--eps 0", "--eps 0.0: expected a positive number"),
+        ("--b2 0.9 --optimizer adafactor", "--b2 0.9 has no effect with --optimizer adafactor"),
+        ("--moments keep --optimizer adamw", "--moments keep has no effect"),
+        ("--moments keep --steps 50", "there is one refresh, the first; leave it out"),
+        ("--stagger --update-proj-gap 1", "--stagger has no effect with --update-proj-gap 1"),
+        ("--floor 0.5 --schedule constant", "--floor 0.5 has no effect: --schedule constant"),
+        ("--floor 2", "--floor 2.0: expected a share of --learning-rate, from 0 to 1"),
+        ("--decay-steps 5", "--decay-steps 5 has no effect: --schedule cosine has no such part"),
+        ("--schedule wsd --decay-steps 599", "expected at most --steps 600 together"),
+        ("--clip-norm none --clip exact", "--clip exact has no effect: --clip-norm none clips"),
         ("--weight-bits 3 --optimizer qlora-adamw", "--weight-bits 3: choose 4 or 8"),
         (
             "--restart-every 10 --restart-warmup 10 --optimizer relora-adamw",
