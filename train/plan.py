@@ -20,7 +20,7 @@ from train.memory.fit import RECIPES, Fit, first_fit, splits
 from train.memory.plan import CONTEXT, SIZES, MemoryPlan, compiled_steps, estimate, known, plan
 from train.memory.program import count
 from train.run.cli import run
-from train.run.plots import plot_plan
+from train.run.plots import check_picture, plot_plan
 from train.step.mesh import make_mesh, parse_mesh
 from train.step.programs import Programs, make_programs, model_config, vocabulary_note
 
@@ -118,8 +118,7 @@ def _compiled(programs: Programs, card: Card | None) -> list[jax.stages.Compiled
 
 def main(config: Plan) -> int:
     """Prints the plan; returns the exit code: 0; 1 if nothing fits the card."""
-    if config.dump is not None:
-        _check_dump(config)
+    _check_files(config)
     if config.card is not None:
         return _for_card(config, config.card)
     card = None if config.gpu is None else find_card(config.gpu)
@@ -142,16 +141,22 @@ def main(config: Plan) -> int:
     return 0
 
 
-def _check_dump(config: Plan) -> None:
-    """Raises ValueError unless the file can be written when the program is compiled."""
-    assert config.dump is not None
+def _check_files(config: Plan) -> None:
+    """Raises ValueError unless the files can be written when the steps are compiled."""
+    for name in ("dump", "plot"):
+        if (file := getattr(config, name)) is not None and not Path(file).parent.is_dir():
+            raise ValueError(
+                f"{flag(name)} {file!r}: there is no folder {str(Path(file).parent)!r}"
+            )
+    if config.plot is not None:
+        check_picture(config.plot, "--plot")
+    if config.dump is None:
+        return
     if config.compare or config.card is not None:
         raise ValueError("--dump writes one program: leave out --compare and --card")
     path = Path(config.dump)
     if path.exists() or path.is_symlink():
         raise ValueError(f"--dump {config.dump!r} is there already: choose another name")
-    if not path.parent.is_dir():
-        raise ValueError(f"--dump {config.dump!r}: there is no folder {str(path.parent)!r}")
 
 
 def _in_words(does: Mapping[str, Any]) -> str:

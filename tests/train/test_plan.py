@@ -251,6 +251,8 @@ def test_the_plan_of_a_card_is_drawn(capsys, monkeypatch, tmp_path):
         (["--dump", "x", "--compare", "adamw"], "--dump writes one program"),
         (["--dump", "README.md"], "--dump 'README.md' is there already"),
         (["--dump", "nowhere/x"], "--dump 'nowhere/x': there is no folder 'nowhere'"),
+        (["--plot", "nowhere/x.png"], "--plot 'nowhere/x.png': there is no folder 'nowhere'"),
+        (["--plot", "x.xyz"], "--plot 'x.xyz': expected a name that ends in ."),
         (["--dump", "x", "--dtype", "bfloat16"], "--dump with an estimate"),
         (["--compare", "sgd"], "--optimizer 'sgd': choose one of"),
         (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3 with --accumulate 2"),

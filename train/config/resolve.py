@@ -9,7 +9,7 @@ from models.llama.axes import smaller_sides
 from train.config import checks
 from train.config.defaults import DEFAULTS, PAPER
 from train.config.optimizers import OPTIMIZERS
-from train.config.settings import NOT_STORED, Pretrain, Resolved, read_fields
+from train.config.settings import NOT_STORED, Pretrain, Resolved, expand_home, read_fields
 from train.config.source import short_name, sizes, with_model
 from train.config.weights import ADAPTERS
 
@@ -17,6 +17,7 @@ from train.config.weights import ADAPTERS
 def resolve(config: Pretrain) -> Resolved:
     """Fills in the defaults, and checks each value that can be checked without the data."""
     checks.check_types(config)
+    config = expand_home(config)
     checks.check_adapter(config)
     config = with_model(config)
     recipe = OPTIMIZERS[config.optimizer]

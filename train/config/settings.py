@@ -12,6 +12,14 @@ Optimizer = Literal[
     "q-galore-adamw8bit", "gradnorm-lorp-adamw", "lora-adamw", "relora-adamw", "qlora-adamw",
 ]  # fmt: skip
 
+# The groups of flags in the help, by the field that each begins with.
+GROUPS = {
+    "model": "model and data", "optimizer": "optimizer", "adapter": "adapters",
+    "update_proj_gap": "GaLore", "moment_bits": "low-bit numbers",
+    "learning_rate": "learning rate, steps and batch", "dtype": "memory and devices",
+    "eval_every": "the run", "gpu": "the plan",
+}  # fmt: skip
+
 # How a run is started, not what it is: these are not in config.json.
 NOT_STORED = ("out", "resume", "config")
 # What a resumed run may change: none of it changes the updates beyond rounding.
@@ -32,7 +40,7 @@ class Pretrain:
     """Folder with the weights to begin with: a LLaMA or Mistral of transformers, or a run of
     train.pretrain. Default: random weights."""
     data: Literal["builtin", "c4"] = "builtin"
-    """`builtin`: text that ships with Python, about 2 MB. `c4`: the TFDS data set in --data-dir."""
+    """`builtin`: text that ships with Python, about 2 MB; `c4`: the TFDS data set in --data-dir."""
     data_dir: str | None = None
     """Folder of the data set; `python -m train.prepare_c4` writes one."""
     tokenizer: str | None = None
@@ -41,7 +49,7 @@ class Pretrain:
     """Token of the tokenizer.json that ends a document, such as </s>. Default: the one that it and
     the files beside it name, else its one special token with a common name."""
     sequences: Literal["packed", "document"] = "packed"
-    """`packed`: no padding, no attention across documents. `document`: one document per row,
+    """`packed`: no padding, no attention across documents; `document`: one document per row,
     truncated or padded, as published."""
     optimizer: Optimizer = "galore-adamw"
     """Optimizer; the last four come with the adapter of their name."""
@@ -207,6 +215,17 @@ class Resolved(Pretrain):
     save_every: int
     log_every: int
     out: str
+
+
+def expand_home(config: Any) -> Any:
+    """A command's settings with ~ in the fields of paths as the home folder."""
+    own = {name: getattr(config, name, None) for name in _PATHS}
+    paths = {name: os.path.expanduser(p) for name, p in own.items() if isinstance(p, str)}
+    return dataclasses.replace(config, **paths)
+
+
+# Fields of any command that name a file or a folder.
+_PATHS = ("model", "data_dir", "tokenizer", "out", "config", "init", "run", "gpu", "dump", "plot", "data")
 
 
 def flag(name: str) -> str:

@@ -56,6 +56,15 @@ def plot_plan(plans: Mapping[str, Mapping[str, int]], path: Path, title: str) ->
     figure.savefig(path)
 
 
+def check_picture(file: str, name: str) -> None:
+    """Raises ValueError unless a picture can be written with the file's ending."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    endings = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(file).suffix[1:].lower() not in endings:
+        raise ValueError(f"{name} {file!r}: expected a name that ends in .{', .'.join(endings)}")
+
+
 def smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:
     """The mean around each value, over a window of `share` of the length."""
     half = max(1, round(len(values) * share / 2))

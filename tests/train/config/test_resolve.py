@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 from typing import get_args
 
 import optax
@@ -219,7 +221,10 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--dtype float16", "bfloat16"),
         ("--sequences mixed", "packed"),
         ("--rnak 4", "--rnak"),
-        ("--rank four", "four"),
+        ("--rank four", "--rank four: expected an integer, such as 1000 or 1e3"),
+        ("--steps 1.5", "--steps 1.5: expected an integer"),
+        ("--steps inf", "--steps inf: expected an integer"),
+        ("--scale=much", "--scale much: expected a number"),
         ("--rank", "--rank"),
         ("stray", "stray"),
         ("--rank 0", "--rank 0: expected 1 or more"),
@@ -327,12 +332,45 @@ def test_a_wrong_config_json_is_refused_too(capsys, tmp_path, text, says):
     assert says in refused(capsys, "--config", str(tmp_path / "config.json"))
 
 
-def test_help_documents_every_flag(capsys):
+def printed(capsys, *args: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        cli.run(resolve, Pretrain, "python -m train.pretrain", args=["--help"])
+        cli.run(resolve, Pretrain, "python -m train.pretrain", args=args)
     assert stop.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_has_every_flag_in_groups_with_its_default_and_is_short(capsys):
+    text = printed(capsys, "--help")
+    for field in dataclasses.fields(Pretrain):
+        assert f"  --{field.name.replace('_', '-')} " in text
+    assert "None" not in text
+    assert "learning rate, steps and batch:" in text
+    assert "[Default" not in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert len(text.splitlines()) < 2 * len(dataclasses.fields(Pretrain)) + 30
+
+
+def test_the_long_help_explains_every_flag(capsys):
+    text = printed(capsys, "--help-all")
     for field in dataclasses.fields(Pretrain):
         assert f"--{field.name.replace('_', '-')} " in text
     assert "None" not in text
     assert len({len(line) for line in text.splitlines() if line[:1] in set("╭│╰ ")}) == 1
+
+
+def test_the_version_is_printed(capsys):
+    assert re.fullmatch(r"galore-optax [\d.]+\S*, jax [\d.]+\n", printed(capsys, "--version"))
+
+
+def test_numbers_switches_and_home_folders_are_as_people_type_them():
+    words = "--steps 1e3 --batch-size=1.6e1 --seed 7 --learning-rate 1e-2 --clip-norm=none"
+    words += " --rematerialize --no-stochastic-rounding --layerwise False --deterministic"
+    config = command(*words.split(), "--out", "~/runs/a", "--prompt", "~/x", "--tokenizer=~/t.json")
+    assert (config.steps, config.batch_size, config.seed) == (1000, 16, 7)
+    assert (config.learning_rate, config.clip_norm) == (0.01, None)
+    assert (config.rematerialize, config.stochastic_rounding) == (True, False)
+    assert (config.layerwise, config.deterministic) == (False, True)
+    home = os.path.expanduser("~")
+    assert (config.out, config.tokenizer) == (f"{home}/runs/a", f"{home}/t.json")
+    assert config.prompt == "~/x"
+    assert resolve(Pretrain(tokenizer="~/t.json")).tokenizer == f"{home}/t.json"

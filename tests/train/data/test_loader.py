@@ -131,6 +131,17 @@ def test_a_damaged_c4_is_named_in_one_line_with_the_way_to_make_it(shared_data, 
         load_text("c4", "train", tmp_path)
     assert "python -m train.prepare_c4" in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "delete" not in str(caught.value)
+
+
+def test_a_data_set_in_another_file_format_is_named_as_that(tmp_path):
+    folder = tmp_path / "c4" / "en" / "3.0.1"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text('{"fileFormat": "tfrecord"}')
+    with pytest.raises(ValueError, match="has the file format tfrecord, and only arr") as caught:
+        load_text("c4", "train", tmp_path)
+    assert f"`tfds convert_format --dataset_version_dir {folder} --out_file" in str(caught.value)
+    assert "delete" not in str(caught.value)
 
 
 def test_a_shard_that_breaks_while_training_is_named(shared_data, tmp_path):
