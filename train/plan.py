@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -314,4 +315,6 @@ def load_plan(path: str) -> Plan:
 
 
 if __name__ == "__main__":
+    # Python would hear Ctrl-C only after a compilation, and there is nothing to save.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     run(main, Plan, "python -m train.plan", load=load_plan)

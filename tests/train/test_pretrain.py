@@ -131,7 +131,7 @@ def stopped_in_evaluation(step: int, config: Pretrain) -> None:
 def test_an_evaluation_that_is_stopped_is_done_after_resuming(finished, tmp_path, step, capsys):
     out = tmp_path / "run"
     stopped_in_evaluation(step, small(out))
-    assert f"stopped by signal 15 after step {step}" in capsys.readouterr().out
+    assert f"stopped by SIGTERM after step {step}" in capsys.readouterr().out
     assert ("eval_loss", step) not in losses(out)
     assert main(small(out, resume=True)) == 0
     assert list(losses(out).items()) == list(losses(finished).items())

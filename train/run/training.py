@@ -95,7 +95,7 @@ class Training:
         if config.steps not in self.host.evaluations:
             assert self.stop.signum is not None
             self.log(
-                f"stopped by signal {self.stop.signum} after step {self.host.step}; to resume:\n"
+                f"stopped by {self.stop.name} after step {self.host.step}; to resume:\n"
                 f"  {run_directory.resume_command(config)}"
             )
             return 128 + self.stop.signum
