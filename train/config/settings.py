@@ -225,7 +225,19 @@ def expand_home(config: Any) -> Any:
 
 
 # Fields of any command that name a file or a folder.
-_PATHS = ("model", "data_dir", "tokenizer", "out", "config", "init", "run", "gpu", "dump", "plot", "data")
+_PATHS = (
+    "model",
+    "data_dir",
+    "tokenizer",
+    "out",
+    "config",
+    "init",
+    "run",
+    "gpu",
+    "dump",
+    "plot",
+    "data",
+)
 
 
 def flag(name: str) -> str:
