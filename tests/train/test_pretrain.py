@@ -439,7 +439,8 @@ def test_the_same_settings_from_config_json_give_the_same_run_and_lines(finished
     said = capsys.readouterr().out
     for line in read_metrics(out):
         if "loss" in line:
-            assert f"step {line['step']:2d}/14  loss {line['loss']:.4f}  lr " in said
+            assert f"step {line['step']:2d}/14  loss {line['loss']:.4f} (smoothed " in said
+            assert f"  gradient norm {line['grad_norm']:.2f}  lr " in said
             assert f"  {line['tokens_per_second']:,.0f} tokens/s" in said
         else:
             assert f"evaluation after step {line['step']}: loss {line['eval_loss']:.4f}" in said

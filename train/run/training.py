@@ -106,6 +106,7 @@ class Training:
     def compile(self) -> Callable[..., Any]:
         """Compiles the step, prints the memory that it will take; OSError if a device has less."""
         start, parts = time.perf_counter(), self.parts
+        self.log("compiling the step ...")
         compiled = compiled_steps(parts)
         self.log(f"compiled the step in {time.perf_counter() - start:.1f} s")
         planned = plan(self.config, parts, compiled)
@@ -199,10 +200,12 @@ class Training:
         tokens, in_a_row = round(values["tokens"]), values.pop("skipped_in_a_row")
         self.host.tokens += tokens
         self.host.skipped = values["skipped"]
-        speed = tokens / (self.clock - before)
+        seconds = self.clock - before
+        speed = tokens / seconds
         line = {"step": step, **values, "tokens": self.host.tokens, "tokens_per_second": speed}
         self.metrics.write(line)
-        self.progress.step(line, show=step % self.config.log_every == 0 or in_a_row > 0)
+        show = step % self.config.log_every == 0 or in_a_row > 0
+        self.progress.step(line, tokens, seconds, show)
         if in_a_row >= self.config.max_skipped:
             raise _TooManySkipped(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite; "
