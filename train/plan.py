@@ -45,8 +45,8 @@ class Plan(Pretrain):
     """Other values of --optimizer to plan as well."""
     card: float | None = None
     """Size of a card in GiB: finds how the model can be trained on it, by the method that gives up
-    least, and the largest batch for that. Compiled for the smallest known card that is as large,
-    or for that of --gpu."""
+    least. All other flags stay; microbatches get smaller. Compiled for the smallest known card that
+    is as large, or for that of --gpu."""
     json: bool = False
     """Print the plan as JSON; with --gpu also what the compiled program does."""
     dump: str | None = None

@@ -34,7 +34,10 @@ def short_help(config_type: type, prog: str) -> str:
             silent = field.default is None or field.default is False or field.default in ("", ())
             shown = "" if silent else f" [{field.default}]"
         lines += _line(f"{flag(field.name)} {_values(hints[field.name])}", _first(text) + shown)
-    lines += ["", "A flag of a switch stands alone: --layerwise; --no-layerwise turns it off."]
+    lines.append("")
+    if switches := [name for name, hint in hints.items() if bool in (hint, *get_args(hint))]:
+        name = flag(switches[0])
+        lines.append(f"A switch stands alone: {name}; --no-{name[2:]} turns it off.")
     lines += ["--help-all explains each flag at length; --version prints the version."]
     return "\n".join(lines) + "\n"
 
