@@ -30,8 +30,9 @@ from models.llama.config import SIZES
 from train.config.resolve import resolve
 from train.config.settings import Pretrain
 from train.memory.cards import devices, find_card
+from train.memory.fit import RECIPES
 from train.memory.program import count
-from train.plan import RECIPES, planned
+from train.plan import planned
 
 _MATRICES = {"weight_dimension_numbers": GaLoreDimensionNumbers(-2, -1)}
 _B1 = {"model": "llama-1b", "dtype": "bfloat16", "optimizer": "galore-adamw"}

@@ -22,7 +22,7 @@ from models.llama.config import SIZES, LlamaConfig
 from train.config.resolve import resolve
 from train.config.settings import Pretrain
 from train.data.text import load_text
-from train.plan import RECIPES
+from train.memory.fit import RECIPES
 from train.pretrain import main
 from train.run import assemble, checkpoint, metrics
 from train.run.cli import run

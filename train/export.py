@@ -12,6 +12,7 @@ from galore_optax.quantization.array import dequantized
 from models.hugging_face.llama import save_llama
 from models.hugging_face.peft import save_adapters
 from train.run.cli import run
+from train.run.directory import check_can_be_made
 from train.run.trained import load_trained
 
 
@@ -30,6 +31,7 @@ class Export:
 
 def main(config: Export) -> int:
     """Writes the model; ValueError if it is there already, or PEFT cannot store the adapters."""
+    check_can_be_made(Path(config.out).absolute(), "--out")
     trained = load_trained(config.run)
 
     def save(params: Any, out: Path) -> None:

@@ -4,22 +4,26 @@ import dataclasses
 import json
 import math
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from train.config.resolve import load, resolve
-from train.config.settings import Pretrain, Resolved, flag
+from train.config.settings import Optimizer, Pretrain, Resolved, flag
 from train.config.source import short_name
 from train.data.tokenizer import load_tokenizer
 from train.memory.cards import EXTRA, Card, can_compile, card_of_size, devices, find_card
-from train.memory.plan import CONTEXT, SIZES, MemoryPlan, compiled_steps, estimate, plan, stored
+from train.memory.fit import RECIPES, Fit, first_fit, splits
+from train.memory.plan import CONTEXT, SIZES, MemoryPlan, compiled_steps, estimate, known, plan
 from train.memory.program import count
 from train.run.cli import run
-from train.run.plots import plot_plan
+from train.run.plots import check_picture, plot_plan
 from train.step.mesh import make_mesh, parse_mesh
-from train.step.programs import Programs, make_programs, model_config
+from train.step.programs import Programs, make_programs, model_config, vocabulary_note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Plan(Pretrain):
     accepted, so that a run's command can be planned as it is.
     """
 
+    optimizer: Optimizer | None = None  # pyrefly: ignore
+    """Optimizer to plan. Default: galore-adamw; with --card the one that gives up least."""
     gpu: str | None = None
     """GPU to compile for, which need not be here: a name such as rtx-4090, or a file with XLA's
     description of one. Needs the extra gpu-target."""
@@ -39,8 +45,8 @@ class Plan(Pretrain):
     """Other values of --optimizer to plan as well."""
     card: float | None = None
     """Size of a card in GiB: finds how the model can be trained on it, by the method that gives up
-    least, and the largest batch for that. Compiled for the smallest known card that is as large,
-    or for that of --gpu."""
+    least. All other flags stay; microbatches get smaller. Compiled for the smallest known card that
+    is as large, or for that of --gpu."""
     json: bool = False
     """Print the plan as JSON; with --gpu also what the compiled program does."""
     dump: str | None = None
@@ -53,20 +59,6 @@ ESTIMATE = (
     "an estimate, by the compiler for this machine's CPU: --gpu NAME has the GPU's own compiler "
     "plan the step"
 )
-
-# Ways to train a model, the one that gives up least first. Each takes less than the one before.
-_LAYERWISE = {"layerwise": True, "rematerialize": True}
-_Q_GALORE = {"optimizer": "q-galore-adamw8bit", **_LAYERWISE}
-RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "AdamW": {"optimizer": "adamw"},
-    "AdamW, checkpointing": {"optimizer": "adamw", "rematerialize": True},
-    "GaLore": {"optimizer": "galore-adamw", "rematerialize": True},
-    "layer-wise GaLore": {"optimizer": "galore-adamw", **_LAYERWISE},
-    "8-bit GaLore": {"optimizer": "galore-adamw8bit", **_LAYERWISE},
-    "Q-GaLore": _Q_GALORE,
-    "12 GB card": {**_Q_GALORE, "moment_bits": 4},
-    "10 GB card": {**_Q_GALORE, "moment_bits": 4, "side": "larger", "embedding_bits": 8},
-}
 
 
 def programs_of(config: Resolved, card: Card | None = None) -> Programs:
@@ -85,18 +77,11 @@ def planned(
     The program's text is written to `dump`. Raises ValueError if it cannot be compiled.
     """
     programs = programs_of(config, card)
-    if card is None and config.dtype == "bfloat16" and _on_a_cpu(programs):
+    if card is None and _is_estimated(config, programs):
         if dump is not None:
             raise ValueError("--dump with an estimate, in bfloat16 on a CPU: name a GPU with --gpu")
         return estimate(config, programs), {}
-    try:
-        compiled = compiled_steps(programs)
-    except RuntimeError as error:
-        if card is None:
-            raise
-        raise ValueError(
-            f"the step cannot be compiled for {card.kind}: {str(error)[:300]}; {EXTRA}"
-        ) from error
+    compiled = _compiled(programs, card)
     # What most steps run: without a refresh.
     one, text = plan(config, programs, compiled), compiled[-1].as_text() or ""
     if dump is not None:
@@ -109,46 +94,70 @@ def planned(
     return one, done if peak else {**done, "floor_seconds": None}
 
 
+def _plan_of_largest(config: Resolved, card: Card | None) -> MemoryPlan:
+    """The plan of a step, from the larger one of its programs: that which refreshes subspaces."""
+    programs = dataclasses.replace(programs_of(config, card), step_without_refresh=None)
+    if card is None and _is_estimated(config, programs):
+        return estimate(config, programs)
+    return plan(config, programs, _compiled(programs, card))
+
+
+def _is_estimated(config: Resolved, programs: Programs) -> bool:
+    return config.dtype == "bfloat16" and programs.mesh.devices.flat[0].platform == "cpu"
+
+
+def _compiled(programs: Programs, card: Card | None) -> list[jax.stages.Compiled]:
+    try:
+        return compiled_steps(programs)
+    except RuntimeError as error:
+        if card is None:
+            raise
+        raise ValueError(
+            f"the step cannot be compiled for {card.kind}: {str(error)[:300]}; {EXTRA}"
+        ) from error
+
+
 def main(config: Plan) -> int:
     """Prints the plan; returns the exit code: 0; 1 if nothing fits the card."""
-    if config.dump is not None:
-        _check_dump(config)
+    _check_files(config)
     if config.card is not None:
         return _for_card(config, config.card)
     card = None if config.gpu is None else find_card(config.gpu)
-    names = dict.fromkeys((config.optimizer, *config.compare))
+    names = dict.fromkeys((config.optimizer or Pretrain.optimizer, *config.compare))
     settings = {name: _resolved(config, optimizer=name) for name in names}
-    name = short_name(settings[config.optimizer].model)
+    first = next(iter(settings.values()))
     found = {name: planned(one, card, config.dump) for name, one in settings.items()}
     plans = {name: one for name, (one, _) in found.items()}
     if config.plot is not None:
         sizes = {name: one.parts() for name, one in plans.items()}
-        plot_plan(sizes, Path(config.plot), f"{name}: memory of one device")
+        plot_plan(sizes, Path(config.plot), _title(short_name(first.model)))
     if config.json:
         texts = {name: {**one.as_json(), **does} for name, (one, does) in found.items()}
         print(json.dumps(texts if len(texts) > 1 else next(iter(texts.values())), indent=1))
     else:
-        print_plans(name, plans)
+        print_plans(first, short_name(first.model), plans)
         for name, (_, does) in found.items():
             if does:
                 print(f"{name}: {_in_words(does)}")
     return 0
 
 
-def _check_dump(config: Plan) -> None:
-    """Raises ValueError unless the file can be written when the program is compiled."""
-    assert config.dump is not None
+def _check_files(config: Plan) -> None:
+    """Raises ValueError unless the files can be written when the steps are compiled."""
+    for name in ("dump", "plot"):
+        if (file := getattr(config, name)) is not None and not Path(file).parent.is_dir():
+            raise ValueError(
+                f"{flag(name)} {file!r}: there is no folder {str(Path(file).parent)!r}"
+            )
+    if config.plot is not None:
+        check_picture(config.plot, "--plot")
+    if config.dump is None:
+        return
     if config.compare or config.card is not None:
         raise ValueError("--dump writes one program: leave out --compare and --card")
     path = Path(config.dump)
     if path.exists() or path.is_symlink():
         raise ValueError(f"--dump {config.dump!r} is there already: choose another name")
-    if not path.parent.is_dir():
-        raise ValueError(f"--dump {config.dump!r}: there is no folder {str(path.parent)!r}")
-
-
-def _on_a_cpu(programs: Programs) -> bool:
-    return programs.mesh.devices.flat[0].platform == "cpu"
 
 
 def _in_words(does: Mapping[str, Any]) -> str:
@@ -169,25 +178,32 @@ def _in_words(does: Mapping[str, Any]) -> str:
     )
 
 
-def print_plans(title: str, plans: Mapping[str, MemoryPlan]) -> None:
+def print_plans(config: Resolved, title: str, plans: Mapping[str, MemoryPlan]) -> None:
     """Prints a table with a row for each plan."""
     from rich.console import Console
     from rich.table import Table
 
     compiled_for = next(iter(plans.values())).device
-    table = Table(title=f"{title}: memory of one device ({compiled_for}), GB")
+    table = Table(title=f"{_title(title)} ({compiled_for}), GiB")
     table.add_column("", no_wrap=True)
-    for name in ("weights", "bases", "moments", "grads", "acts", "temps", "peak", "GiB card"):
+    for name in ("weights", "bases", "moments", "grads", "acts", "temps", "peak", "card"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, one in plans.items():
         bases, moments = one.states["projections"], one.states["moments"]
         rest = one.temporaries + one.batch + one.states["counters"]
         sizes = one.weights, bases, moments, one.gradients, one.activations, rest, one.peak
         card = next((str(size) for size in SIZES if one.fits(size)), "none")
-        table.add_row(name, *(f"{size / 1e9:,.3f}" for size in sizes), card)
+        table.add_row(name, *(f"{size / 2**30:,.3f}" for size in sizes), card)
     Console(width=max(Console().width, 105)).print(table)  # no number is truncated
+    tokenizer = load_tokenizer(config.tokenizer, config.end_token)
+    if note := vocabulary_note(model_config(config, tokenizer), tokenizer):
+        print(note)
     if any(one.estimate for one in plans.values()):
         print(ESTIMATE)
+
+
+def _title(name: str) -> str:
+    return f"{name}: memory of one device"
 
 
 def _resolved(config: Plan, **changes: Any) -> Resolved:
@@ -196,38 +212,94 @@ def _resolved(config: Plan, **changes: Any) -> Resolved:
 
 
 def _for_card(config: Plan, size: float) -> int:
-    """Prints the first recipe that fits the card, with its largest batch."""
+    """Prints the first recipe that fits the card; returns 1 if none has the optimizer asked for."""
     if not (math.isfinite(size) and size > 0):
         raise ValueError(f"--card {size:g}: expected the size of a card in GiB, such as 12")
-    if config.compare or config.plot:
-        raise ValueError("--card finds one plan: leave out --compare and --plot")
-    for name in sorted({key for recipe in RECIPES.values() for key in recipe}):
-        if getattr(config, name) != getattr(Plan, name):
-            raise ValueError(f"{flag(name)} with --card, which chooses it: leave out one of them")
+    if config.compare:
+        raise ValueError("--card finds one plan: leave out --compare")
     gpu = None
     if config.gpu is not None:
         gpu = find_card(config.gpu)
     elif can_compile():
         gpu = card_of_size(size)
+    found = _search(config, size, gpu, config.optimizer)
+    other = found is None and config.optimizer is not None
+    if other:
+        said = f"--optimizer {config.optimizer} does not fit {size:g} GiB"
+        print(f"{said}; looking for another one", file=sys.stderr, flush=True)
+        found = _search(config, size, gpu, None)
+    if found is None:
+        return 1
+    name, method, (resolved, one) = found
+    command = _command(config, method, resolved)
+    model = short_name(resolved.model)
+    if config.plot is not None:
+        plot_plan({resolved.optimizer: one.parts()}, Path(config.plot), _title(model))
+    if config.json:
+        said = {"recipe": name, "command": command, "as_asked": not other}
+        print(json.dumps({**said, **one.as_json()}, indent=1))
+    else:
+        print_plans(resolved, f"{model} by the recipe {name!r}", {resolved.optimizer: one})
+        if other:
+            print(f"--optimizer {config.optimizer} does not fit; this does:")
+        print(command)
+    return 1 if other else 0
+
+
+def _search(
+    config: Plan, size: float, gpu: Card | None, optimizer: str | None
+) -> tuple[str, dict[str, Any], Fit] | None:
+    """The name and settings of the first recipe that fits, and its plan.
+
+    What the user set stays; recipes that it contradicts are left out. Only `optimizer` is tried, if
+    given.
+    """
+    methods: dict[str, dict[str, Any]] = {}
+    errors: list[ValueError] = []
     for name, recipe in RECIPES.items():
-        found = _largest(config, recipe, size, gpu)
-        if found is None:
-            print(f"{name}: does not fit {size:g} GiB", file=sys.stderr, flush=True)
-            continue
-        resolved, one = found
-        chosen = {"model": resolved.model, **recipe, "batch_size": resolved.batch_size}
-        if resolved.init is not None:
-            chosen["init"] = resolved.init
-        command = "python -m train.pretrain " + shlex.join(_flags({**chosen, "accumulate": 1}))
-        if config.json:
-            print(json.dumps({"recipe": name, "command": command, **one.as_json()}, indent=1))
+        own = {k: v for k in recipe if (v := getattr(config, k)) != getattr(Plan, k)}
+        own = {**recipe, **own, "optimizer": optimizer or recipe["optimizer"]}
+        if own in methods.values() or (optimizer is None and own["optimizer"] == config.optimizer):
+            continue  # the latter has been tried
+        try:
+            _resolved(config, **own)
+        except ValueError as error:
+            errors.append(error)
         else:
-            print_plans(
-                f"{short_name(resolved.model)} by the recipe {name!r}", {resolved.optimizer: one}
-            )
-            print(command)
-        return 0
-    return 1
+            methods[name if own == recipe else shlex.join(_flags(own))] = own
+    if not methods and errors:
+        raise errors[0]
+    for name, own in methods.items():
+        if (found := _fit(config, own, size, gpu)) is not None:
+            return name, own, found
+        print(f"{name}: does not fit {size:g} GiB", file=sys.stderr, flush=True)
+    return None
+
+
+def _fit(config: Plan, method: Mapping[str, Any], size: float, gpu: Card | None) -> Fit | None:
+    """The method's settings that fit, of the batch asked for or the largest below the default."""
+    batch = _resolved(config, **method).batch_size
+    axes = parse_mesh(config.mesh)
+    shards = axes.get("data", 1) * axes.get("fsdp", 1)
+    pairs = splits(batch, config.accumulate, shards, config.batch_size is not None)
+    tried = [_resolved(config, **method, batch_size=b, accumulate=a) for b, a in pairs]
+    # Refused if no batch can be split as asked.
+    programs = programs_of(tried[-1] if tried else _resolved(config, **method), gpu)
+    return first_fit(
+        tried,
+        size * 2**30 - CONTEXT,
+        lambda one: known(one, programs),
+        lambda one: _plan_of_largest(one, gpu),
+    )
+
+
+def _command(config: Plan, method: Mapping[str, Any], found: Resolved) -> str:
+    """The command that trains by the method, with all else that the user set."""
+    base = load(config.config) if config.config else Pretrain()
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(Pretrain)}
+    said = {name: value for name, value in own.items() if value != getattr(base, name)}
+    sizes = {"batch_size": found.batch_size, "accumulate": found.accumulate}
+    return f"python -m train.pretrain {shlex.join(_flags({**said, **method, **sizes}))}"
 
 
 def _flags(values: Mapping[str, Any]) -> Iterator[str]:
@@ -237,43 +309,12 @@ def _flags(values: Mapping[str, Any]) -> Iterator[str]:
             yield str(value)
 
 
-def _largest(
-    config: Plan, recipe: Mapping[str, Any], size: float, gpu: Card | None
-) -> tuple[Resolved, MemoryPlan] | None:
-    """The plan with the largest batch that fits; None if a single sequence does not."""
-
-    def asked(batch_size: int) -> Resolved:
-        return _resolved(config, **recipe, batch_size=batch_size, accumulate=1)
-
-    def with_batch(batch_size: int) -> tuple[Resolved, MemoryPlan]:
-        resolved = asked(batch_size)
-        return resolved, planned(resolved, gpu)[0]
-
-    room = size * 2**30 - CONTEXT
-    weights, states = stored(programs_of(asked(1), gpu))
-    if weights + sum(states.values()) > room:
-        return None
-    best = with_batch(1)
-    if best[1].peak > room:
-        return None
-    # A sequence takes nearly the same in a batch of any size: about three compilations, not ten.
-    guess, found, first = 8, with_batch(8), True
-    while True:
-        each = max(1, (found[1].peak - best[1].peak) / (guess - 1))
-        most = int(1 + (room - best[1].peak) // each)
-        fits = found[1].peak <= room
-        if fits and (most <= guess or not first):
-            return found
-        guess, first = most if fits else min(most, guess - 1), False
-        if guess <= 1:
-            return best
-        found = with_batch(guess)
-
-
 def load_plan(path: str) -> Plan:
     """Reads a run's config.json as the settings of a plan."""
     return Plan(**vars(load(path)))
 
 
 if __name__ == "__main__":
+    # Python would hear Ctrl-C only after a compilation, and there is nothing to save.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     run(main, Plan, "python -m train.plan", load=load_plan)

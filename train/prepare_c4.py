@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from train.run.directory import check_can_be_made
+
 VERSION = "3.0.1"
 # Without validation shards, one document in this many is kept for validation.
 VALIDATION_EVERY = 100
@@ -50,6 +52,7 @@ def main(config: PrepareC4) -> None:
             f"data_dir={str(config.data_dir)!r} has a data set c4/en already ({', '.join(there)} "
             f"in {home}): give another folder or delete that one"
         )
+    check_can_be_made(home.absolute(), "--data-dir")  # before anything is downloaded
     shards = find_shards(config.input, data_dir / "downloads")
     unfinished.mkdir(parents=True)
     try:

@@ -1,16 +1,20 @@
 """Memory plans: what they are made of, what they find, and what a run does with its own."""
 
+import dataclasses
 import json
+import shlex
 
 import pytest
 from small_run import ADAMW, NO_SUBSPACE, small
 
 from train import plan as plan_module
 from train.config.optimizers import OPTIMIZERS
-from train.config.resolve import resolve
+from train.config.resolve import load, resolve
+from train.config.settings import Pretrain, to_json
 from train.memory import cards
 from train.memory.cards import can_compile, find_card
-from train.memory.plan import CONTEXT, MemoryPlan, plan, stored
+from train.memory.fit import RECIPES, first_fit
+from train.memory.plan import MemoryPlan, plan, stored
 from train.memory.program import count
 from train.plan import Plan, load_plan, main, programs_of
 from train.pretrain import main as pretrain
@@ -125,46 +129,130 @@ def test_several_optimizers_stand_side_by_side_in_a_table_and_a_picture(capsys, 
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "each", "batch"),
-    [("adamw", 1000, 101), ("galore-adamw8bit", 60_000, 2), ("adamw", 9000, 5)],
-)
-def test_a_card_gets_a_command_with_the_largest_batch_that_fits(
-    optimizer, each, batch, capsys, monkeypatch
-):
-    def pretended(config, card):  # one that grows with the batch, by more for larger ones
-        rows = config.batch_size
-        first = 200_000 if config.optimizer == optimizer else 2**30
+def pretend(monkeypatch, fits):
+    """Has a step take no more than there is if `fits` is true of its settings."""
+    compiled = []
+
+    def plan_of(config, card):
+        compiled.append(config)
         states = {"projections": 0, "moments": 0, "counters": 0}
-        return MemoryPlan(0, states, 0, 0, 0, 0, first + each * rows + 1000 * (rows > 8)), {}
+        return MemoryPlan(2**30, states, 0, 0, 0, 0, 2**30 if fits(config) else 12 * 2**30)
 
     monkeypatch.setattr(plan_module, "can_compile", lambda: False)
-    monkeypatch.setattr(plan_module, "planned", pretended)
-    monkeypatch.setattr(plan_module, "stored", lambda programs: (0, {}))
-    room = 200_000 + each * batch + 1000 + 500
-    card = (room + CONTEXT) / 2**30
-    assert words("--card", str(card), "--json") == 0
-    out = capsys.readouterr()
-    found = json.loads(out.out)
-    assert found["peak_bytes"] <= room < found["peak_bytes"] + each
-    command = found["command"].split()
-    assert command[:3] == ["python", "-m", "train.pretrain"]
-    assert command[command.index("--batch-size") + 1] == str(batch)
-    assert command[command.index("--optimizer") + 1] == optimizer
-    assert ("AdamW: does not fit" in out.err) == (optimizer != "adamw")
+    monkeypatch.setattr(plan_module, "_plan_of_largest", plan_of)
+    monkeypatch.setattr(plan_module, "programs_of", lambda config, card: None)
+    monkeypatch.setattr(plan_module, "known", lambda config, programs: 0)
+    return compiled
+
+
+def command_of(capsys, *args, code=0):
+    """The command that the planner prints, parsed by the program that it is for."""
+    assert words("--card", "12", "--json", *args) == code
+    found = json.loads(capsys.readouterr().out)
+    typed = shlex.split(found["command"])
+    assert typed[:3] == ["python", "-m", "train.pretrain"]
+    seen = []
+    with pytest.raises(SystemExit) as stop:
+        run(seen.append, Pretrain, "train", load=load, args=typed[3:])
+    assert not stop.value.code
+    return resolve(seen[0])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_command_for_each_recipe_is_parsed_and_trains_by_it(recipe, capsys, monkeypatch):
+    wanted = resolve(Pretrain(**RECIPES[recipe]))
+
+    def fits(config):
+        return all(getattr(config, k) == getattr(wanted, k) for r in RECIPES.values() for k in r)
+
+    pretend(monkeypatch, fits)
+    found = command_of(capsys)
+    assert dataclasses.replace(found, accumulate=1) == wanted
+
+
+def test_a_card_keeps_what_the_user_said(capsys, monkeypatch):
+    pretend(monkeypatch, lambda config: config.batch_size // config.accumulate <= 3)
+    said = ["--data", "c4", "--data-dir", "/my data", "--steps", "1e3", "--out", "a b"]
+    said += ["--optimizer", "galore-adafactor", "--seed", "7", "--batch-size", "24"]
+    said += ["--stochastic-rounding", "False"]
+    found = command_of(capsys, *said)
+    kept = (found.data, found.data_dir, found.steps, found.out, found.optimizer, found.seed)
+    assert kept == ("c4", "/my data", 1000, "a b", "galore-adafactor", 7)
+    assert (found.batch_size, found.accumulate) == (24, 8)
+    assert not found.stochastic_rounding
+
+
+def test_a_card_keeps_a_config_json(capsys, monkeypatch, tmp_path):
+    pretend(monkeypatch, lambda config: config.layerwise)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_json(resolve(Pretrain(rank=7, steps=30)))))
+    found = command_of(capsys, "--config", str(file))
+    assert (found.rank, found.steps, found.optimizer) == (7, 30, "galore-adamw")
+    assert found.layerwise
+
+
+def test_without_room_for_the_default_batch_the_batch_gets_smaller_and_a_given_one_stays(
+    capsys, monkeypatch
+):
+    pretend(monkeypatch, lambda config: config.layerwise and config.batch_size <= 5)
+    assert command_of(capsys).batch_size == 4  # the largest that divides the default
+    assert words("--card", "12", "--batch-size", "6") == 1
+    assert "10 GB card: does not fit" in capsys.readouterr().err
+
+
+def test_another_optimizer_than_asked_is_offered_not_substituted(capsys, monkeypatch):
+    pretend(monkeypatch, lambda config: config.optimizer == "galore-adamw8bit")
+    assert command_of(capsys, "--optimizer", "adamw", code=1).optimizer == "galore-adamw8bit"
+    assert words("--card", "12", "--optimizer", "adamw") == 1
+    out, err = capsys.readouterr()
+    assert "--optimizer adamw does not fit 12 GiB" in err
+    assert "--optimizer adamw does not fit; this does:\npython -m train.pretrain" in out
+
+
+def test_a_setting_that_some_recipes_refuse_leaves_these_out(capsys, monkeypatch):
+    pretend(monkeypatch, lambda config: True)
+    found = command_of(capsys, "--rank", "8", "--rematerialize")
+    assert (found.optimizer, found.rank, found.rematerialize) == ("galore-adamw", 8, True)
+
+
+def test_few_steps_are_compiled_to_find_a_batch():
+    compiled = []
+
+    def planned(config):
+        compiled.append(config.batch_size)
+        return MemoryPlan(0, {}, 0, 0, 0, 0, 700 + 10 * config.batch_size)
+
+    def known(config):
+        return 600 + 8 * config.batch_size
+
+    tried = [resolve(Pretrain(batch_size=2**n, accumulate=1)) for n in range(9, -1, -1)]
+    assert first_fit(tried, 900, known, planned).config.batch_size == 16
+    assert compiled == [32, 16]
+    compiled.clear()
+    assert first_fit(tried, 620, known, planned) is None
+    assert compiled == [1]
+
+
+def test_the_plan_of_a_card_is_drawn(capsys, monkeypatch, tmp_path):
+    pretend(monkeypatch, lambda config: True)
+    assert words("--card", "12", "--plot", str(tmp_path / "plan.png")) == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "GiB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--card", "-1"], "--card -1: expected the size"),
-        (["--card", "12", "--optimizer", "adamw"], "--optimizer with --card"),
-        (["--card", "12", "--plot", "x.png"], "leave out --compare and --plot"),
+        (["--card", "12", "--compare", "adamw"], "leave out --compare"),
+        (["--card", "12", "--mesh", "data=3", "--batch-size", "4"], "choose a multiple of 3"),
         (["--card", "142"], "--card 142: no card is as large"),
         (["--gpu", "rtx-1"], "--gpu 'rtx-1': expected one of rtx-3060-12gb"),
         (["--dump", "x", "--compare", "adamw"], "--dump writes one program"),
         (["--dump", "README.md"], "--dump 'README.md' is there already"),
         (["--dump", "nowhere/x"], "--dump 'nowhere/x': there is no folder 'nowhere'"),
+        (["--plot", "nowhere/x.png"], "--plot 'nowhere/x.png': there is no folder 'nowhere'"),
+        (["--plot", "x.xyz"], "--plot 'x.xyz': expected a name that ends in ."),
         (["--dump", "x", "--dtype", "bfloat16"], "--dump with an estimate"),
         (["--compare", "sgd"], "--optimizer 'sgd': choose one of"),
         (["--batch-size", "3", "--accumulate", "2"], "--batch-size 3 with --accumulate 2"),
@@ -177,14 +265,15 @@ def test_wrong_use_ends_with_one_line(args, message, capsys):
     assert error.count("\n") == 1
 
 
-def test_nothing_fits_a_card_without_room(capsys):
-    assert words("--seq-len", "16", "--card", "0.6") == 1
+def test_nothing_fits_a_card_without_room(capsys, monkeypatch):
+    pretend(monkeypatch, lambda config: True)
+    assert words("--seq-len", "16", "--card", "0.5") == 1
     assert "10 GB card: does not fit" in capsys.readouterr().err
 
 
 def test_a_run_says_its_plan_and_is_refused_where_it_will_not_fit(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "device_memory", lambda device: 1000)
-    with pytest.raises(OSError, match=r"would take .* GB of 0\.0: try a smaller"):
+    with pytest.raises(OSError, match=r"would take .* GiB of 0\.0: try a smaller"):
         pretrain(small(tmp_path / "run"))
     assert "at its peak" in capsys.readouterr().out
     assert not (tmp_path / "run" / "config.json").exists()

@@ -131,7 +131,7 @@ def stopped_in_evaluation(step: int, config: Pretrain) -> None:
 def test_an_evaluation_that_is_stopped_is_done_after_resuming(finished, tmp_path, step, capsys):
     out = tmp_path / "run"
     stopped_in_evaluation(step, small(out))
-    assert f"stopped by signal 15 after step {step}" in capsys.readouterr().out
+    assert f"stopped by SIGTERM after step {step}" in capsys.readouterr().out
     assert ("eval_loss", step) not in losses(out)
     assert main(small(out, resume=True)) == 0
     assert list(losses(out).items()) == list(losses(finished).items())
@@ -439,7 +439,8 @@ def test_the_same_settings_from_config_json_give_the_same_run_and_lines(finished
     said = capsys.readouterr().out
     for line in read_metrics(out):
         if "loss" in line:
-            assert f"step {line['step']:2d}/14  loss {line['loss']:.4f}  lr " in said
+            assert f"step {line['step']:2d}/14  loss {line['loss']:.4f} (smoothed " in said
+            assert f"  gradient norm {line['grad_norm']:.2f}  lr " in said
             assert f"  {line['tokens_per_second']:,.0f} tokens/s" in said
         else:
             assert f"evaluation after step {line['step']}: loss {line['eval_loss']:.4f}" in said

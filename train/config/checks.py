@@ -20,9 +20,10 @@ _AT_LEAST = {
     "rank": 1, "update_proj_gap": 1, "steps": 1, "warmup_steps": 0, "batch_size": 1,
     "accumulate": 1, "seq_len": 1, "eval_every": 1, "eval_tokens": 1, "save_every": 1,
     "keep": 1, "log_every": 1, "max_skipped": 1, "workers": 0, "seed": 0,
-    "gradient_rank": 1, "restart_every": 1, "restart_warmup": 0,
+    "gradient_rank": 1, "restart_every": 1, "restart_warmup": 0, "decay_steps": 1,
 }  # fmt: skip
-_POSITIVE = ("scale", "learning_rate", "clip_norm", "alpha")
+_POSITIVE = ("scale", "learning_rate", "clip_norm", "alpha", "eps")
+_SHARES = ("b1", "b2", "dropout")
 _BITS = ("moment_bits", "projection_bits", "weight_bits", "embedding_bits")
 
 # Settings that only some optimizers or adapters use.
@@ -73,6 +74,19 @@ def check_unused(config: Pretrain, used: Collection[str]) -> None:
             )
 
 
+def check_clip_and_schedule(config: Pretrain) -> None:
+    """Checks that no setting of clipping and schedule is set that the others leave no use for."""
+    if config.clip_norm is None and config.clip is not None:
+        said = "--clip-norm none clips nothing; leave one of them out"
+        raise ValueError(f"--clip {config.clip} has no effect: {said}")
+    if config.schedule == "constant" and config.floor is not None:
+        said = "--schedule constant never falls; choose cosine, linear or wsd"
+        raise ValueError(f"--floor {config.floor} has no effect: {said}")
+    if config.schedule != "wsd" and config.decay_steps is not None:
+        said = f"--schedule {config.schedule} has no such part; choose wsd"
+        raise ValueError(f"--decay-steps {config.decay_steps} has no effect: {said}")
+
+
 def check_values(config: Resolved) -> None:
     """Checks each value, the values that contradict each other, and those against the model."""
     for error in itertools.chain(_ranges(config), _conflicts(config), _sizes(config)):
@@ -96,8 +110,11 @@ def _ranges(c: Resolved) -> Iterator[str]:
     for name in _BITS:
         if getattr(c, name) not in (None, 4, 8):
             yield f"{flag(name)} {getattr(c, name)}: choose 4 or 8"
-    if c.dropout is not None and not 0 <= c.dropout < 1:
-        yield f"--dropout {c.dropout}: expected a share from 0 to below 1"
+    for name in _SHARES:
+        if (value := getattr(c, name)) is not None and not 0 <= value < 1:
+            yield f"{flag(name)} {value}: expected a share from 0 to below 1"
+    if c.floor is not None and not 0 <= c.floor <= 1:
+        yield f"--floor {c.floor}: expected a share of --learning-rate, from 0 to 1"
     if c.weight_decay is not None and not 0 <= c.weight_decay <= _LARGEST:
         yield f"--weight-decay {c.weight_decay}: expected 0 or more, {_LARGEST:.1e} at most"
     try:
@@ -132,7 +149,16 @@ def _conflicts(c: Resolved) -> Iterator[str]:
     if c.layerwise and adapter is not None:
         reason = "the gradients of adapters are small, and frozen weights have none"
         yield f"--layerwise has no effect with --adapter {adapter}: {reason}; leave one of them out"
-    if c.clip != "exact" and not c.layerwise:
+    if c.decay_steps is not None and c.warmup_steps + c.decay_steps > c.steps:
+        both = f"--warmup-steps {c.warmup_steps} and --decay-steps {c.decay_steps}"
+        yield f"{both}: expected at most --steps {c.steps} together"
+    if c.stagger and c.update_proj_gap == 1:
+        yield "--stagger has no effect with --update-proj-gap 1: each step refreshes all matrices"
+    gap = c.update_proj_gap
+    if gap is not None and c.moments is not None and not c.stagger and gap >= c.steps:
+        reason = f"with --update-proj-gap {gap} of --steps {c.steps} there is one refresh"
+        yield f"--moments {c.moments} has no effect: {reason}, the first; leave it out"
+    if c.clip not in ("exact", None) and not c.layerwise:
         yield f"--clip {c.clip} has an effect with --layerwise only; any other step clips exactly"
     users = [name for name, recipe in OPTIMIZERS.items() if "scale" in recipe.options]
     if c.accumulate_in_subspace and c.optimizer not in users:

@@ -1,5 +1,6 @@
 """The table of optimizers by name, each with the flags that it uses, and how a run builds one."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -48,19 +49,22 @@ _OF_WEIGHTS = ("weight_bits", "embedding_bits", "stochastic_rounding")
 
 # `train.config.resolve` has these defaults: they depend on the dtype of the weights.
 _FLOATS = {"state_dtype": None}
-_ADAMW = {"weight_decay": 0.0, "stochastic_rounding": None}
+_DECAY = {"weight_decay": 0.0, "stochastic_rounding": None}
+_BETAS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+_ADAMW = {**_DECAY, **_BETAS}
 _IN_SUBSPACE = {
     "update_proj_gap": None, "scale": None, "side": "smaller", "projection_bits": None,
-    "adaptive_refresh": False, **_ADAMW,
+    "subspace": "randomized", "moments": None, "stagger": False, "adaptive_refresh": False,
+    **_DECAY,
 }  # fmt: skip
 _GALORE = {"rank": None, **_IN_SUBSPACE}
-_GALORE_8BIT = {**_GALORE, "moment_bits": 8}
+_GALORE_8BIT = {**_GALORE, **_BETAS, "moment_bits": 8}
 _GALORE_FLOATS = {**_GALORE, **_FLOATS}
 _Q_GALORE = {
     **_GALORE_8BIT, "projection_bits": 4, "adaptive_refresh": True, "weight_bits": 8,
     "embedding_bits": None, "stochastic_rounding": True,
 }  # fmt: skip
-_LORP = {"gradient_rank": None, **_IN_SUBSPACE, "moment_bits": None, **_FLOATS}
+_LORP = {"gradient_rank": None, **_IN_SUBSPACE, **_BETAS, "moment_bits": None, **_FLOATS}
 _PLAIN = Recipe(_cast(optax.adamw), {**_ADAMW, **_FLOATS})
 # As published code for language models has it: a given learning rate and a first moment.
 _ADAFACTOR = partial(
@@ -76,7 +80,7 @@ OPTIMIZERS: Mapping[str, Recipe] = {
     "adafactor": Recipe(
         _cast(_ADAFACTOR), {"stochastic_rounding": None, **_FLOATS}, stacks=param_axes
     ),
-    "galore-adamw": Recipe(galore_optax.galore_adamw, _GALORE_FLOATS),
+    "galore-adamw": Recipe(galore_optax.galore_adamw, {**_GALORE_FLOATS, **_BETAS}),
     "galore-adamw8bit": Recipe(galore_optax.galore_adamw8bit, _GALORE_8BIT, stacks=_vectors),
     "galore-adafactor": Recipe(_GALORE_ADAFACTOR, _GALORE_FLOATS, stacks=_vectors),
     "q-galore-adamw8bit": Recipe(galore_optax.q_galore_adamw8bit, _Q_GALORE, stacks=_vectors),
@@ -88,24 +92,36 @@ OPTIMIZERS: Mapping[str, Recipe] = {
 
 
 def learning_rate_schedule(config: Resolved) -> optax.Schedule:
-    """Linear warm-up, then a cosine to a tenth of the peak.
+    """Linear warm-up, then what `--schedule` names.
 
     Update t (from 0) of the warm-up uses (t + 1) / (warmup + 1) of the peak: never zero. After each
-    restart of adapters such a warm-up leads back to the cosine (ReLoRA, arXiv:2307.05695, sec. 3).
+    restart of adapters such a warm-up leads back to the schedule (ReLoRA, arXiv:2307.05695,
+    sec. 3).
     """
-    peak, first = config.learning_rate, config.warmup_steps
-    cosine = optax.warmup_cosine_decay_schedule(
-        peak / (first + 1), peak, first, decay_steps=config.steps, end_value=peak / 10
-    )
+    schedule = _without_restarts(config)
     every, warmup = config.restart_every, config.restart_warmup
     if every is None or warmup is None:
-        return cosine
+        return schedule
 
     def restarted(count: Any) -> Any:
         rise = jnp.minimum((count % every + 1) / (warmup + 1), 1)
-        return cosine(count) * jnp.where(count < every, 1, rise)
+        return schedule(count) * jnp.where(count < every, 1, rise)
 
     return restarted
+
+
+def _without_restarts(config: Resolved) -> optax.Schedule:
+    peak, first, steps = config.learning_rate, config.warmup_steps, config.steps
+    end = peak * (1 if config.floor is None else config.floor)
+    start = peak / (first + 1)
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(start, peak, first, steps, end)
+    falls = {"linear": steps - first, "constant": 0, "wsd": config.decay_steps or 0}
+    fall = falls[config.schedule]
+    parts = [(first, start, peak), (steps - first - fall, peak, peak), (fall, peak, end)]
+    parts = [(length, optax.linear_schedule(a, b, length)) for length, a, b in parts if length]
+    ends = itertools.accumulate(length for length, _ in parts[:-1])
+    return optax.join_schedules([part for _, part in parts], list(ends))
 
 
 def make_recipe(config: Resolved, refreshes: bool = True) -> optax.GradientTransformation:
@@ -117,6 +133,8 @@ def make_recipe(config: Resolved, refreshes: bool = True) -> optax.GradientTrans
     names = [name for name in recipe.options if name not in _OF_WEIGHTS]
     options = {_ARGUMENTS.get(name, name): getattr(config, name) for name in names}
     if "rank" in options:
+        if options.pop("stagger"):
+            options["update_proj_gap"] = galore_optax.Staggered(options["update_proj_gap"])
         if options.pop("adaptive_refresh"):
             options["update_proj_gap"] = galore_optax.Adaptive(options["update_proj_gap"])
         options["seed"] = config.seed
@@ -131,5 +149,9 @@ def make_optimizer(
     config: Resolved, refreshes: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """The named optimizer of gradients clipped by their global norm; see `make_recipe`."""
-    recipe = make_recipe(config, refreshes)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), recipe)
+    return optax.chain(clipping(config.clip_norm), make_recipe(config, refreshes))
+
+
+def clipping(norm: float | None) -> optax.GradientTransformation:
+    """Clips gradients to a global norm; None leaves them."""
+    return optax.identity() if norm is None else optax.clip_by_global_norm(norm)

@@ -9,7 +9,7 @@ from models.llama.axes import smaller_sides
 from train.config import checks
 from train.config.defaults import DEFAULTS, PAPER
 from train.config.optimizers import OPTIMIZERS
-from train.config.settings import NOT_STORED, Pretrain, Resolved, read_fields
+from train.config.settings import NOT_STORED, Pretrain, Resolved, expand_home, read_fields
 from train.config.source import short_name, sizes, with_model
 from train.config.weights import ADAPTERS
 
@@ -17,6 +17,7 @@ from train.config.weights import ADAPTERS
 def resolve(config: Pretrain) -> Resolved:
     """Fills in the defaults, and checks each value that can be checked without the data."""
     checks.check_types(config)
+    config = expand_home(config)
     checks.check_adapter(config)
     config = with_model(config)
     recipe = OPTIMIZERS[config.optimizer]
@@ -24,6 +25,7 @@ def resolve(config: Pretrain) -> Resolved:
     config = dataclasses.replace(config, adapter=adapter)  # pyrefly: ignore[bad-argument-type]
     options = {**recipe.options, **(ADAPTERS[adapter].options if adapter else {})}
     checks.check_unused(config, options)
+    checks.check_clip_and_schedule(config)
 
     defaults = {**PAPER, **(DEFAULTS.get(str(config.model)) or _of_size(config, bool(adapter)))}
     family = "galore" if "scale" in recipe.options else "full"
@@ -45,13 +47,19 @@ def resolve(config: Pretrain) -> Resolved:
         "weight_dtype": weight_dtype,
         "accumulate": next(parts, 1),
         "warmup_steps": steps // 10,
-        "clip": "previous" if config.layerwise and config.accumulate_in_subspace else "exact",
+        "floor": None if config.schedule == "constant" else 0.1,
+        "decay_steps": max(1, steps // 5) if config.schedule == "wsd" else None,
         "eval_every": eval_every,
         "save_every": eval_every,
         "log_every": max(1, steps // 50),
         "eval_tokens": 10_000_000 if config.data == "c4" else None,
         "out": _default_out(config),
     }
+    if config.clip_norm is not None:
+        in_subspace = config.layerwise and config.accumulate_in_subspace
+        others["clip"] = "previous" if in_subspace else "exact"
+    if "moments" in options and (config.stagger or steps > (config.update_proj_gap or 0)):
+        others["moments"] = "rotate"
     if "stochastic_rounding" in options:
         others["stochastic_rounding"] = weight_dtype == "bfloat16"
     if "state_dtype" in options and config.moment_bits is None:

@@ -12,6 +12,14 @@ Optimizer = Literal[
     "q-galore-adamw8bit", "gradnorm-lorp-adamw", "lora-adamw", "relora-adamw", "qlora-adamw",
 ]  # fmt: skip
 
+# The groups of flags in the help, by the field that each begins with.
+GROUPS = {
+    "model": "model and data", "optimizer": "optimizer", "adapter": "adapters",
+    "update_proj_gap": "GaLore", "moment_bits": "low-bit numbers",
+    "learning_rate": "learning rate, steps and batch", "dtype": "memory and devices",
+    "eval_every": "the run", "gpu": "the plan",
+}  # fmt: skip
+
 # How a run is started, not what it is: these are not in config.json.
 NOT_STORED = ("out", "resume", "config")
 # What a resumed run may change: none of it changes the updates beyond rounding.
@@ -32,7 +40,7 @@ class Pretrain:
     """Folder with the weights to begin with: a LLaMA or Mistral of transformers, or a run of
     train.pretrain. Default: random weights."""
     data: Literal["builtin", "c4"] = "builtin"
-    """`builtin`: text that ships with Python, about 2 MB. `c4`: the TFDS data set in --data-dir."""
+    """`builtin`: text that ships with Python, about 2 MB; `c4`: the TFDS data set in --data-dir."""
     data_dir: str | None = None
     """Folder of the data set; `python -m train.prepare_c4` writes one."""
     tokenizer: str | None = None
@@ -41,7 +49,7 @@ class Pretrain:
     """Token of the tokenizer.json that ends a document, such as </s>. Default: the one that it and
     the files beside it name, else its one special token with a common name."""
     sequences: Literal["packed", "document"] = "packed"
-    """`packed`: no padding, no attention across documents. `document`: one document per row,
+    """`packed`: no padding, no attention across documents; `document`: one document per row,
     truncated or padded, as published."""
     optimizer: Optimizer = "galore-adamw"
     """Optimizer; the last four come with the adapter of their name."""
@@ -71,7 +79,16 @@ class Pretrain:
     tiny."""
     scale: float | None = None
     """Factor of GaLore's projected updates. Default: 0.25."""
-    side: Literal["smaller", "larger", "left", "right"] | None = None
+    subspace: Literal["randomized", "power", "svd", "random"] | None = None
+    """How GaLore finds a subspace: a randomized range finder, the same from the last basis (power:
+    the fastest), the exact SVD (as published), or at random. Default: randomized."""
+    moments: Literal["rotate", "keep", "reset"] | None = None
+    """What GaLore does to moments at a refresh: carry them over, keep them (as published) or reset
+    them. Default: rotate."""
+    stagger: bool | None = None
+    """Spread the refreshes of the matrices over the steps of --update-proj-gap, so that no step
+    carries all. Default: no."""
+    side: Literal["smaller", "larger", "left", "right", "both"] | None = None
     """Side of a matrix that GaLore projects; `larger` takes the least memory. Default: smaller, as
     published."""
     moment_bits: int | None = None
@@ -97,15 +114,27 @@ class Pretrain:
     learning_rate: float | None = None
     """Peak learning rate. Default: the paper's for GaLore (tiny: 0.02), 0.001 or 0.0005 for the
     others."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Learning rate after the warm-up: a cosine or a line down to --floor, constant, or constant
+    with a line down to --floor in the last --decay-steps (wsd)."""
+    floor: float | None = None
+    """Share of --learning-rate with which --schedule ends. Default: 0.1."""
+    decay_steps: int | None = None
+    """Last steps, in which --schedule wsd lowers the learning rate. Default: a fifth of --steps."""
+    b1: float | None = None
+    """Decay rate of AdamW's first moment. Default: 0.9."""
+    b2: float | None = None
+    """Decay rate of AdamW's second moment. Default: 0.999."""
+    eps: float | None = None
+    """Added to the root of AdamW's second moment. Default: 1e-8."""
     weight_decay: float | None = None
-    """Decoupled weight decay of AdamW, multiplied by the learning rate. Default: 0."""
-    clip_norm: float = 1.0
-    """Gradients are clipped to this global norm."""
+    """Decoupled weight decay, multiplied by the learning rate. Default: 0."""
+    clip_norm: float | None = 1.0
+    """Gradients are clipped to this global norm; none: not clipped."""
     steps: int | None = None
     """Updates of the weights. Default: the paper's for the model; 600 for tiny."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up; a cosine then lowers the learning rate to a tenth. Default: a tenth
-    of --steps."""
+    """Steps of linear warm-up, before --schedule. Default: a tenth of --steps."""
     batch_size: int | None = None
     """Sequences per step, over all devices and microbatches. Default: the paper's 512; 16 for
     tiny."""
@@ -185,8 +214,30 @@ class Resolved(Pretrain):
     eval_every: int
     save_every: int
     log_every: int
-    clip: Literal["exact", "previous"]
     out: str
+
+
+def expand_home(config: Any) -> Any:
+    """A command's settings with ~ in the fields of paths as the home folder."""
+    own = {name: getattr(config, name, None) for name in _PATHS}
+    paths = {name: os.path.expanduser(p) for name, p in own.items() if isinstance(p, str)}
+    return dataclasses.replace(config, **paths)
+
+
+# Fields of any command that name a file or a folder.
+_PATHS = (
+    "model",
+    "data_dir",
+    "tokenizer",
+    "out",
+    "config",
+    "init",
+    "run",
+    "gpu",
+    "dump",
+    "plot",
+    "data",
+)
 
 
 def flag(name: str) -> str:

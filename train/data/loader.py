@@ -42,7 +42,7 @@ class TrainingData:
     batch_size: int  # rows, over all devices and processes
     seq_len: int  # tokens in a row
     mode: str = "packed"  # no padding, no attention across documents; or "document": one per row
-    seed: int = 0  # of the order of the documents
+    seed: int = 0  # of the order of the documents and of their rows
     workers: int = 0  # processes that read and tokenize; 0: this process does both
     vocab_size: int | None = None  # the model's; default: the tokenizer's
 
@@ -61,7 +61,10 @@ class TrainingData:
         make, separator = MODES[self.mode], self.tokenizer.separator
         sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
         with closing(self._documents(start.documents)) as documents:
-            for batch, position in make(documents, separator=separator, start=start, **sizes):
+            made = make(documents, separator=separator, start=start, **sizes)
+            if self.mode == "packed":
+                made = sequences.shuffled_rows(made, seed=self.seed, start=start)
+            for batch, position in made:
                 sequences.check_token_ids(batch, self.vocab_size or self.tokenizer.vocab_size)
                 yield batch, position
 

@@ -10,6 +10,7 @@ One separator precedes each document: as an input it is the document's beginning
 end of the previous one. Rows are a fixed function of the documents and the position.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -21,10 +22,12 @@ Document = Int[np.ndarray, " length"]
 
 
 class Position(NamedTuple):
-    """A place in the stream of documents."""
+    """A place in the stream of documents, and in the window of rows that begins there."""
 
     documents: int = 0  # completely read
     tokens: int = 0  # read of the next one, with its separator
+    windows: int = 0  # of `shuffled_rows`, completely used
+    batches: int = 0  # used of the next one
 
 
 START = Position()
@@ -47,7 +50,7 @@ def packed_batches(
     `documents` begin with number `start.documents`; if they end, the last batch is padded.
     """
     size = batch_size * seq_len
-    number, taken = start
+    number, taken = start[:2]
     document, documents = None, iter(documents)
     while True:
         stream, begins, filled = np.full(size + 1, separator, np.int32), np.zeros(size, bool), 0
@@ -57,7 +60,7 @@ def packed_batches(
                     break
                 if taken > len(tokens):
                     raise ValueError(
-                        f"position {tuple(start)} is beyond the {len(tokens) + 1} tokens of its "
+                        f"position {start[:2]} is beyond the {len(tokens) + 1} tokens of its "
                         "document: it was saved with other data or another tokenizer"
                     )
                 if not len(tokens):
@@ -105,7 +108,7 @@ def document_batches(
     """One document per row, truncated or padded, as GaLore's paper does; see `packed_batches`."""
     if start.tokens:
         said = "is inside a document: it was saved in packed mode"
-        raise ValueError(f"position {tuple(start)} {said}")
+        raise ValueError(f"position {start[:2]} {said}")
     number, documents = start.documents, iter(documents)
     while True:
         stream = np.full((batch_size, seq_len + 1), separator, np.int32)
@@ -132,6 +135,43 @@ def document_batches(
 
 
 MODES: dict[str, Callable[..., Batches]] = {"packed": packed_batches, "document": document_batches}
+
+
+# Rows that `shuffled_rows` shuffles together, more than most documents fill, and batches at most.
+_WINDOW, _BATCHES = 4096, 64
+
+
+def shuffled_rows(batches: Batches, *, seed: int, start: Position = START) -> Batches:
+    """Batches of the same rows in another order, so that a long document does not fill whole ones.
+
+    Rows are shuffled within windows of several batches. The order depends on the seed and the
+    window's number alone. `batches` begin at the window in which `start` is, and never end. For
+    each batch one is read, so that no step waits for a whole window; two windows are in memory.
+    """
+    import grain
+
+    first, position = next(batches)
+    size = len(first["inputs"])
+    count = min(_BATCHES, -(-_WINDOW // size))
+    # Grain shuffles with another seed in each epoch.
+    order = grain.MapDataset.range(count * size).shuffle(seed).repeat()
+    ahead = [first]
+    for batch, at in itertools.islice(batches, count - 1):
+        ahead.append(batch)
+        position = at
+    begin, taken = start._replace(batches=0), start.batches
+    while True:
+        rows = {name: np.concatenate([batch[name] for batch in ahead]) for name in first}
+        ahead = []
+        end, at = Position(*position[:2], begin.windows + 1), begin.windows * count * size
+        for used in range(1, count + 1):
+            batch, position = next(batches)
+            ahead.append(batch)
+            if used > taken:
+                chosen = np.array([order[at + i] for i in range((used - 1) * size, used * size)])
+                batch = {name: x[chosen] for name, x in rows.items()}
+                yield batch, end if used == count else begin._replace(batches=used)
+        begin, taken = end, 0
 
 
 def limit_tokens(batches: Iterable[Batch], max_tokens: int) -> Iterator[Batch]:

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import re
+import shlex
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
@@ -55,9 +56,11 @@ class C4Text(Sequence[str]):
         import tensorflow_datasets as tfds
 
         folder = data_dir / "c4" / "en"
-        command = f"`python -m train.prepare_c4 --input 'c4-train.*.json.gz' --data-dir {data_dir}`"
+        to = shlex.quote(str(data_dir))
+        command = f"`python -m train.prepare_c4 --input 'c4-train.*.json.gz' --data-dir {to}`"
         if not folder.is_dir():
             raise ValueError(f"there is no data set c4/en at {folder}: make it with {command}")
+        _check_file_format(folder)
         try:
             records: Any = tfds.data_source("c4/en", data_dir=data_dir, split=split, download=False)
             for file in records.dataset_info.splits[split].filepaths:
@@ -68,8 +71,8 @@ class C4Text(Sequence[str]):
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(
-                f"cannot read split {split!r} of c4/en at {folder} ({reason}): delete what is "
-                f"there and make it again with {command}"
+                f"cannot read split {split!r} of c4/en at {folder} ({reason}): restore its "
+                f"files, or make it again in another folder with {command}"
             ) from error
         self._records = records
 
@@ -83,6 +86,30 @@ class C4Text(Sequence[str]):
             return self._records[number]["text"].decode("utf-8")
         except RuntimeError as error:  # array_record's for a damaged file
             raise OSError(f"cannot read document {number} of {self._records}: {error}") from error
+
+
+def _check_file_format(folder: Path) -> None:
+    """Raises ValueError if a data set's newest version has files that only TensorFlow reads."""
+    newest = max((path.parent for path in folder.glob("*/dataset_info.json")), default=None)
+    if newest is None:
+        return
+    text = (newest / "dataset_info.json").read_text(errors="replace")
+    found = re.search(r'"fileFormat": *"(\w+)"', text)
+    if found is None or found[1] == "array_record":
+        return  # a damaged file is named by its reader
+    data_dir = folder.parents[1]
+    command = ["tfds", "convert_format", "--dataset_version_dir", str(newest)]
+    command += [
+        "--out_file_format",
+        "array_record",
+        "--out_dir",
+        f"{data_dir}-array_record/c4/en/{newest.name}",
+    ]
+    raise ValueError(
+        f"{newest} has the file format {found[1]}, and only array_record can be read by number: "
+        f"convert it with `{shlex.join(command)}` (needs TensorFlow), and give --data-dir "
+        f"{shlex.quote(f'{data_dir}-array_record')}"
+    )
 
 
 @cache

@@ -76,6 +76,23 @@ def stored(programs: Programs) -> tuple[int, dict[str, int]]:
     return _bytes(programs.abstract.params), states
 
 
+def known(config: Resolved, programs: Programs) -> int:
+    """The bytes of a step's peak that are known before it is compiled: all but temporaries.
+
+    `programs` may be those of another batch size and other microbatches.
+    """
+    weights, states = stored(programs)
+    row = dataclasses.replace(config, batch_size=1, accumulate=1)
+    activations = rows_in_memory(config) * _activations(row, programs)
+    return weights + sum(states.values()) + _gradients(config, programs) + activations
+
+
+def rows_in_memory(config: Resolved) -> int:
+    """Sequences whose activations exist at once, over all devices."""
+    # A layer-wise step runs all microbatches through a layer before the next layer.
+    return config.batch_size // (1 if config.layerwise else config.accumulate)
+
+
 def plan(
     config: Resolved, programs: Programs, compiled: Sequence[jax.stages.Compiled] | None = None
 ) -> MemoryPlan:
@@ -213,8 +230,7 @@ def _activations(config: Resolved, programs: Programs) -> int:
     # By variable, since one may be kept for several uses.
     made = {v: v.aval for v in traced.outvars if not isinstance(v, Literal) and v not in given}
     size = sum(aval.size * aval.dtype.itemsize for aval in made.values())
-    # A layer-wise step runs all microbatches through a layer before the next layer.
-    microbatches = config.accumulate if config.layerwise else 1
+    microbatches = rows_in_memory(config) // shape[0]
     return microbatches * size // batch_shards(programs.mesh)
 
 

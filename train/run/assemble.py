@@ -17,7 +17,7 @@ from train.data.sequences import Batch
 from train.data.text import content_of, load_text
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.step.mesh import available_devices, check_batch, make_mesh
-from train.step.programs import Programs, make_programs, model_config
+from train.step.programs import Programs, make_programs, model_config, vocabulary_note
 
 Log = Callable[[str], object]
 
@@ -58,6 +58,8 @@ def assemble(config: Resolved, log: Log) -> Parts:
         f"{len(eval_text):,} to evaluate on ({eval_tokens:,} tokens); tokenizer "
         f"{config.tokenizer}, {tokenizer.vocab_size:,} ids; {config.sequences} sequences"
     )
+    if note := vocabulary_note(model, tokenizer):
+        log(note)
     programs = make_programs(config, model, mesh)
     _log_programs(config, programs, log)
     made_with = {

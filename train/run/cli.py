@@ -1,17 +1,24 @@
 """A command: flags become a frozen dataclass; wrong use ends with one line and exit code 2."""
 
 import contextlib
+import dataclasses
 import gc
 import io
+import itertools
 import logging
 import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import absl.logging
+import jax
+
+import galore_optax
+from train.config.settings import expand_home, flag
+from train.run.help import short_help
 
 Config = TypeVar("Config")
 
@@ -35,16 +42,23 @@ def run(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # '?' for what the terminal's encoding lacks
+    args = sys.argv[1:] if args is None else args
     try:
-        config = _parse(config_type, prog, args)
+        if "--version" in args:
+            print(f"galore-optax {galore_optax.__version__}, jax {jax.__version__}")
+            sys.exit(0)
+        if "--help" in args or "-h" in args:
+            print(short_help(config_type, prog), end="")
+            sys.exit(0)
+        config = expand_home(_parse(config_type, prog, args))
         file = getattr(config, "config", None)
         if load is not None and file:
-            config = _parse(config_type, prog, args, default=load(file))
+            config = expand_home(_parse(config_type, prog, args, default=load(file)))
         code = main(config)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {_with_flags(one_line(error), config_type)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -57,6 +71,16 @@ def run(
 def one_line(error: BaseException) -> str:
     """An exception's message without its line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _with_flags(text: str, config_type: type) -> str:
+    """An error of a function of the library, in the words of the command: `top_k=0` is `--top-k 0`.
+
+    Without the advice to give None, which on the command line is to leave the flag out.
+    """
+    for field in dataclasses.fields(config_type):  # pyrefly: ignore[bad-argument-type]
+        text = re.sub(rf"(?<![\w.-]){field.name}=(?=\S)", f"{flag(field.name)} ", text)
+    return re.sub(r",? or None\b", ", or leave it out", text)
 
 
 def _quiet_libraries() -> None:
@@ -78,7 +102,7 @@ def _quiet_libraries() -> None:
 
 
 def _parse(
-    config_type: type[Config], prog: str, args: Sequence[str] | None, default: Config | None = None
+    config_type: type[Config], prog: str, args: Sequence[str], default: Config | None = None
 ) -> Config:
     import tyro
 
@@ -90,7 +114,8 @@ def _parse(
     try:
         with contextlib.redirect_stderr(words), contextlib.redirect_stdout(help_text):
             known = {} if default is None else {"default": default}
-            options = (tyro.conf.FlagCreatePairsOff,)
+            options = (tyro.conf.FlagConversionOff,)
+            args = _with_values(config_type, args)
             return tyro.cli(config_type, prog=prog, args=args, config=options, **known)  # pyrefly: ignore[no-matching-overload]
     except SystemExit as stop:
         if not stop.code:  # --help
@@ -104,6 +129,51 @@ def _parse(
         text = " ".join(" ".join(lines).split())
         text = re.sub(r" For full helptext, run:? (.*)", r" (help: \1)", text)
         raise ValueError(text) from None
+
+
+def _with_values(config_type: type, args: Sequence[str]) -> list[str]:
+    """The arguments with a value for each flag of a bool: `--x` is `--x True`, `--no-x` False.
+
+    A number such as 1e3 is an integer, and `none` is None. Raises ValueError for other numbers.
+    """
+    kinds = {flag(k): get_args(t) or (t,) for k, t in get_type_hints(config_type).items()}
+    result: list[str] = []
+    before = ""  # the flag whose value is next
+    for arg, after in itertools.zip_longest(args, args[1:], fillvalue=""):
+        name, equals, value = arg.partition("=")
+        name = name.replace("_", "-") if arg.startswith("--") else ""
+        positive = name.replace("--no-", "--", 1)
+        if name == "--help-all":
+            result.append("--help")
+        elif bool in kinds.get(name, ()) and not equals:
+            result += [name] if after in ("True", "False", "None") else [name, "True"]
+        elif name not in kinds and bool in kinds.get(positive, ()) and not equals:
+            result += [positive, "False"]
+        elif name in kinds and equals:
+            result.append(f"{name}={_number(name, value, kinds[name])}")
+        elif not name and before in kinds:
+            result.append(_number(before, arg, kinds[before]))
+        else:
+            result.append(arg)
+        before = "" if equals else name
+    return result
+
+
+def _number(name: str, text: str, kinds: tuple[Any, ...]) -> str:
+    """A flag's value as tyro reads it; text that is not for an integer or a number stays."""
+    if str in kinds or not {int, float} & {*kinds}:
+        return text
+    if type(None) in kinds and text in ("none", "None"):
+        return "None"
+    try:
+        if float in kinds or text.lstrip("+-").isdecimal():
+            return str(float(text)) if float in kinds else text
+        if float(text).is_integer():
+            return str(int(float(text)))
+    except (ValueError, OverflowError):
+        pass
+    kind = "a number" if float in kinds else "an integer, such as 1000 or 1e3"
+    raise ValueError(f"{name} {text}: expected {kind}")
 
 
 def _without_none(help_text: str) -> str:

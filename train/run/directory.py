@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -91,9 +91,27 @@ def _check(config: Resolved) -> str | None:
 
 
 def _check_writable(out: Path) -> None:
-    existing = next(p for p in (out, *out.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"--out {out}: cannot write into {existing}; name another folder")
+    check_can_be_made(out, "--out")
+
+
+def check_can_be_made(folder: Path, name: str) -> None:
+    """Raises OSError with the flag's name if a folder cannot be made or written; leaves nothing."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    problem = f"{name} {folder}: cannot write into {there}"
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise OSError(f"{problem}; name another folder")
+    made: list[Path] = []
+    try:
+        for path in reversed((folder, *folder.parents)):
+            if not path.exists():
+                path.mkdir()
+                made.append(path)
+    except OSError as error:
+        raise OSError(f"{problem} ({error.strerror}); name another folder") from None
+    finally:
+        for path in reversed(made):
+            with suppress(OSError):  # another process uses it already
+                path.rmdir()
 
 
 def write_config(config: Resolved) -> None:

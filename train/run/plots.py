@@ -42,18 +42,27 @@ def plot_plan(plans: Mapping[str, Mapping[str, int]], path: Path, title: str) ->
     axes = figure.add_subplot()
     left = np.zeros(len(plans))
     for part in next(iter(plans.values())):
-        sizes = np.array([parts[part] / 1e9 for parts in plans.values()])
+        sizes = np.array([parts[part] / 2**30 for parts in plans.values()])
         if sizes.max() > left.max() / 1000:
             axes.barh(list(plans), sizes, left=left, label=part)
         left += sizes
     beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
     for i, peak in enumerate(left):
         axes.annotate(f"{peak:,.2f}", (peak, i), **beside)
-    axes.set(xlabel="GB", title=title, xlim=(0, 1.12 * left.max()))
+    axes.set(xlabel="GiB", title=title, xlim=(0, 1.12 * left.max()))
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")
     axes.legend(frameon=False, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.25))
     figure.savefig(path)
+
+
+def check_picture(file: str, name: str) -> None:
+    """Raises ValueError unless a picture can be written with the file's ending."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    endings = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(file).suffix[1:].lower() not in endings:
+        raise ValueError(f"{name} {file!r}: expected a name that ends in .{', .'.join(endings)}")
 
 
 def smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:

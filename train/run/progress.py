@@ -1,8 +1,11 @@
 """What a run prints while it trains: a progress bar, and a line for each logged step."""
 
 import datetime
+import math
 import time
 from typing import Any
+
+_SHARE = 0.05  # of a step's loss in the smoothed one
 
 
 class Progress:
@@ -30,26 +33,39 @@ class Progress:
         self._task = self.bar.add_task("", total=steps, completed=step, left="?")
         self._steps, self._at_peak = steps, at_peak
         self._first: tuple[int, float] | None = None
+        self._smoothed: float | None = None
+        self._tokens, self._seconds = 0, 0.0  # since the last line
 
     def log(self, text: str) -> None:
         """Prints a line."""
         self.console.print(text, markup=False)
 
-    def step(self, line: dict[str, Any], show: bool) -> None:
-        """Moves the bar, and prints a line if `show`; `line` is the step's in metrics.jsonl."""
+    def step(self, line: dict[str, Any], tokens: int, seconds: float, show: bool) -> None:
+        """Moves the bar, and prints a line if `show`; `line` is the step's in metrics.jsonl.
+
+        The step had so many `tokens` and took so many `seconds`: a printed line has the tokens per
+        second since the line before, and the loss smoothed over about twenty steps.
+        """
         step = line["step"]
+        self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
+        if math.isfinite(line["loss"]):
+            before = line["loss"] if self._smoothed is None else self._smoothed
+            self._smoothed = before + (line["loss"] - before) * _SHARE
         left = self._left(step)
         self.bar.update(self._task, completed=step, left=left)
         if not show:
             return
+        speed, self._tokens, self._seconds = self._tokens / self._seconds, 0, 0.0
+        smoothed = "" if self._smoothed is None else f" (smoothed {self._smoothed:.4f})"
         parts = [
             f"step {step:{len(str(self._steps))}d}/{self._steps}",
-            f"loss {line['loss']:.4f}",
+            f"loss {line['loss']:.4f}{smoothed}",
+            f"gradient norm {line['grad_norm']:.2f}",
             f"lr {line['learning_rate']:.2e}",
-            f"{line['tokens_per_second']:,.0f} tokens/s",
+            f"{speed:,.0f} tokens/s",
         ]
         if self._at_peak:
-            parts.append(f"MFU {line['tokens_per_second'] / self._at_peak:.1%}")
+            parts.append(f"MFU {speed / self._at_peak:.1%}")
         parts.append(f"{left} left")
         if line["skipped"]:
             parts.append(f"{line['skipped']} skipped (not finite)")

@@ -35,6 +35,11 @@ LESS_MEMORY = (
 )
 
 
+def plan_command(config: Resolved, available: int) -> str:
+    """The command that finds what fits into the bytes of a device."""
+    return f"python -m train.plan --model {config.model} --card {available / 2**30:.3g}"
+
+
 @dataclasses.dataclass
 class Host:
     """What the host knows of a run's progress; a checkpoint has all of it but `evaluations`."""
@@ -90,7 +95,7 @@ class Training:
         if config.steps not in self.host.evaluations:
             assert self.stop.signum is not None
             self.log(
-                f"stopped by signal {self.stop.signum} after step {self.host.step}; to resume:\n"
+                f"stopped by {self.stop.name} after step {self.host.step}; to resume:\n"
                 f"  {run_directory.resume_command(config)}"
             )
             return 128 + self.stop.signum
@@ -101,17 +106,17 @@ class Training:
     def compile(self) -> Callable[..., Any]:
         """Compiles the step, prints the memory that it will take; OSError if a device has less."""
         start, parts = time.perf_counter(), self.parts
+        self.log("compiling the step ...")
         compiled = compiled_steps(parts)
         self.log(f"compiled the step in {time.perf_counter() - start:.1f} s")
         planned = plan(self.config, parts, compiled)
-        sizes = ", ".join(f"{name} {size / 1e9:,.3f}" for name, size in planned.parts().items())
-        self.log(f"memory of one device, GB: {sizes}; at its peak {planned.peak / 1e9:,.3f}")
+        sizes = ", ".join(f"{name} {size / 2**30:,.3f}" for name, size in planned.parts().items())
+        self.log(f"memory of one device, GiB: {sizes}; at its peak {planned.peak / 2**30:,.3f}")
         available = device_memory(parts.mesh.devices.flat[0])
         if planned.peak > available:
             raise OSError(
-                f"a step would take {planned.peak / 1e9:,.1f} GB of {available / 1e9:,.1f}: "
-                f"{LESS_MEMORY}; `python -m train.plan --model {self.config.model} --card GIB` "
-                "finds what fits"
+                f"a step would take {planned.peak / 2**30:,.1f} GiB of {available / 2**30:,.1f}: "
+                f"{LESS_MEMORY}; `{plan_command(self.config, available)}` finds what fits"
             )
         return Steps(*compiled) if len(compiled) > 1 else compiled[0]
 
@@ -195,10 +200,12 @@ class Training:
         tokens, in_a_row = round(values["tokens"]), values.pop("skipped_in_a_row")
         self.host.tokens += tokens
         self.host.skipped = values["skipped"]
-        speed = tokens / (self.clock - before)
+        seconds = self.clock - before
+        speed = tokens / seconds
         line = {"step": step, **values, "tokens": self.host.tokens, "tokens_per_second": speed}
         self.metrics.write(line)
-        self.progress.step(line, show=step % self.config.log_every == 0 or in_a_row > 0)
+        show = step % self.config.log_every == 0 or in_a_row > 0
+        self.progress.step(line, tokens, seconds, show)
         if in_a_row >= self.config.max_skipped:
             raise _TooManySkipped(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite; "

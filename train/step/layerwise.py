@@ -38,7 +38,7 @@ def make_optimizer(
         layered_llama(model, mesh),
         make_recipe(config, refreshes),
         clip_norm=config.clip_norm,
-        clip=config.clip,
+        clip=config.clip or "exact",
         accumulate=config.accumulate,
         accumulate_in_subspace=config.accumulate_in_subspace,
         checkpoint=config.rematerialize,

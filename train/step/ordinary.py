@@ -18,6 +18,7 @@ from galore_optax.adapters.lora import with_dropout_keys
 from galore_optax.layerwise.microbatches import over_microbatches, over_microbatches_in_subspace
 from galore_optax.ordering import once_if
 from galore_optax.transformation import SubspaceParts
+from train.config.optimizers import clipping as clip_by
 from train.step import skipping
 from train.step.loss import summed_cross_entropy
 from train.step.mesh import microbatches
@@ -87,7 +88,7 @@ def train_step(
 def train_step_in_subspace(
     forward: Forward,
     recipe: SubspaceParts,
-    clip_norm: float,
+    clip_norm: float | None,
     schedule: optax.Schedule,
     accumulate: int,
     stochastic_rounding: bool,
@@ -105,7 +106,7 @@ def train_step_in_subspace(
     gradients, parts, tokens = _by_microbatch(of_trained, trained, batch, accumulate, mesh)
     gradient, own, losses = over_microbatches_in_subspace(recipe, own, trained, gradients, parts)
     loss, norm = jnp.sum(losses), optax.tree.norm(gradient)
-    clipped, clipping = optax.clip_by_global_norm(clip_norm).update(gradient, clipping)
+    clipped, clipping = clip_by(clip_norm).update(gradient, clipping)
 
     def update(trained: Params, own: Any) -> tuple[Params, Any]:
         updates, own = recipe.update_projected(clipped, own, trained)

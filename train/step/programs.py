@@ -83,6 +83,17 @@ def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
     )
 
 
+def vocabulary_note(model: LlamaConfig, tokenizer: Tokenizer) -> str | None:
+    """What a user may not expect of embedding and head: most of their rows are never used."""
+    if 2 * tokenizer.vocab_size > model.vocab_size:
+        return None
+    return (
+        f"vocabulary: embedding and head have the published {model.vocab_size:,} rows, of which "
+        f"this tokenizer uses {tokenizer.vocab_size:,}: sizes and times are the published model's, "
+        "losses are not; --tokenizer FILE names another one"
+    )
+
+
 def abstract_params(config: Pretrain, model: LlamaConfig) -> tuple[nnx.GraphDef, Params]:
     """The model without its weights, and their shapes as a run stores them."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: llama.Llama(model, rngs=nnx.Rngs(0))), nnx.Param)

@@ -2,13 +2,21 @@
 
 import dataclasses
 import json
+import os
+import re
 from typing import get_args
 
+import optax
 import pytest
 
+from galore_optax import Adaptive, Staggered
 from models.llama.config import SIZES
 from train.config.defaults import DEFAULTS
-from train.config.optimizers import OPTIMIZERS, learning_rate_schedule
+from train.config.optimizers import (
+    OPTIMIZERS,
+    learning_rate_schedule,
+    make_recipe,
+)
 from train.config.resolve import load, resolve
 from train.config.settings import Pretrain, to_json
 from train.run import cli
@@ -81,6 +89,50 @@ def test_warm_up_never_has_a_learning_rate_of_zero_and_none_is_possible():
     rate = learning_rate_schedule(resolve(Pretrain(steps=10, warmup_steps=0, learning_rate=1.0)))
     assert float(rate(0)) == 1.0
     assert float(rate(10)) == pytest.approx(0.1)
+
+
+def test_schedules_rise_to_the_peak_and_fall_to_their_floor():
+    def rates(**own):
+        rate = learning_rate_schedule(
+            resolve(Pretrain(steps=10, warmup_steps=2, learning_rate=1.0, **own))
+        )
+        return [float(rate(t)) for t in range(11)]
+
+    rise = [1 / 3, 2 / 3]
+    assert rates(schedule="constant") == pytest.approx([*rise, *[1.0] * 9])
+    assert rates(schedule="linear", floor=0.2) == pytest.approx(
+        [*rise, *(1 - 0.1 * t for t in range(9))]
+    )
+    wsd = rates(schedule="wsd", floor=0.0, decay_steps=4)
+    assert wsd == pytest.approx([*rise, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    assert rates(floor=0.3)[-1] == pytest.approx(0.3)
+    assert rates()[-1] == pytest.approx(0.1)
+    alone = learning_rate_schedule(resolve(Pretrain(steps=4, warmup_steps=0, schedule="linear")))
+    assert float(alone(0)) == pytest.approx(0.02)
+
+
+def test_what_is_set_reaches_the_optimizer_and_config_json_repeats_it(tmp_path):
+    words = "--b1 0.8 --b2 0.99 --eps 1e-6 --clip-norm none --schedule wsd --moments keep --stagger"
+    words += " --subspace svd --side both --adaptive-refresh --update-proj-gap 5"
+    config = resolve(command(*words.split()))
+    assert config.clip_norm is config.clip is None
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_json(config)))
+    again = resolve(command("--config", str(file)))
+    assert dataclasses.replace(again, config=None) == config
+    seen = {}
+
+    def recipe(learning_rate, **options):
+        seen.update(options)
+        return optax.identity()
+
+    row = OPTIMIZERS[config.optimizer]._replace(make=recipe, stacks=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(OPTIMIZERS, config.optimizer, row)
+        make_recipe(config)
+    assert (seen["b1"], seen["b2"], seen["eps"]) == (0.8, 0.99, 1e-6)
+    assert (seen["moments"], seen["subspace"], seen["side"]) == ("keep", "svd", "both")
+    assert seen["update_proj_gap"] == Adaptive(Staggered(5))
 
 
 def test_bfloat16_has_float32_moments_and_weights_rounded_at_random_unless_told():
@@ -169,7 +221,10 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--dtype float16", "bfloat16"),
         ("--sequences mixed", "packed"),
         ("--rnak 4", "--rnak"),
-        ("--rank four", "four"),
+        ("--rank four", "--rank four: expected an integer, such as 1000 or 1e3"),
+        ("--steps 1.5", "--steps 1.5: expected an integer"),
+        ("--steps inf", "--steps inf: expected an integer"),
+        ("--scale=much", "--scale much: expected a number"),
         ("--rank", "--rank"),
         ("stray", "stray"),
         ("--rank 0", "--rank 0: expected 1 or more"),
@@ -238,6 +293,17 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
             "float32 weights need no rounding; leave it out, or choose --weight-dtype bfloat16",
         ),
         ("--state-dtype float16", "bfloat16"),
+        ("--b1 1", "--b1 1.0: expected a share from 0 to below 1"),
+        ("--eps 0", "--eps 0.0: expected a positive number"),
+        ("--b2 0.9 --optimizer adafactor", "--b2 0.9 has no effect with --optimizer adafactor"),
+        ("--moments keep --optimizer adamw", "--moments keep has no effect"),
+        ("--moments keep --steps 50", "there is one refresh, the first; leave it out"),
+        ("--stagger --update-proj-gap 1", "--stagger has no effect with --update-proj-gap 1"),
+        ("--floor 0.5 --schedule constant", "--floor 0.5 has no effect: --schedule constant"),
+        ("--floor 2", "--floor 2.0: expected a share of --learning-rate, from 0 to 1"),
+        ("--decay-steps 5", "--decay-steps 5 has no effect: --schedule cosine has no such part"),
+        ("--schedule wsd --decay-steps 599", "expected at most --steps 600 together"),
+        ("--clip-norm none --clip exact", "--clip exact has no effect: --clip-norm none clips"),
         ("--weight-bits 3 --optimizer qlora-adamw", "--weight-bits 3: choose 4 or 8"),
         (
             "--restart-every 10 --restart-warmup 10 --optimizer relora-adamw",
@@ -266,12 +332,45 @@ def test_a_wrong_config_json_is_refused_too(capsys, tmp_path, text, says):
     assert says in refused(capsys, "--config", str(tmp_path / "config.json"))
 
 
-def test_help_documents_every_flag(capsys):
+def printed(capsys, *args: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        cli.run(resolve, Pretrain, "python -m train.pretrain", args=["--help"])
+        cli.run(resolve, Pretrain, "python -m train.pretrain", args=args)
     assert stop.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_has_every_flag_in_groups_with_its_default_and_is_short(capsys):
+    text = printed(capsys, "--help")
+    for field in dataclasses.fields(Pretrain):
+        assert f"  --{field.name.replace('_', '-')} " in text
+    assert "None" not in text
+    assert "learning rate, steps and batch:" in text
+    assert "[Default" not in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert len(text.splitlines()) < 2 * len(dataclasses.fields(Pretrain)) + 30
+
+
+def test_the_long_help_explains_every_flag(capsys):
+    text = printed(capsys, "--help-all")
     for field in dataclasses.fields(Pretrain):
         assert f"--{field.name.replace('_', '-')} " in text
     assert "None" not in text
     assert len({len(line) for line in text.splitlines() if line[:1] in set("╭│╰ ")}) == 1
+
+
+def test_the_version_is_printed(capsys):
+    assert re.fullmatch(r"galore-optax [\d.]+\S*, jax [\d.]+\n", printed(capsys, "--version"))
+
+
+def test_numbers_switches_and_home_folders_are_as_people_type_them():
+    words = "--steps 1e3 --batch-size=1.6e1 --seed 7 --learning-rate 1e-2 --clip-norm=none"
+    words += " --rematerialize --no-stochastic-rounding --layerwise False --deterministic"
+    config = command(*words.split(), "--out", "~/runs/a", "--prompt", "~/x", "--tokenizer=~/t.json")
+    assert (config.steps, config.batch_size, config.seed) == (1000, 16, 7)
+    assert (config.learning_rate, config.clip_norm) == (0.01, None)
+    assert (config.rematerialize, config.stochastic_rounding) == (True, False)
+    assert (config.layerwise, config.deterministic) == (False, True)
+    home = os.path.expanduser("~")
+    assert (config.out, config.tokenizer) == (f"{home}/runs/a", f"{home}/t.json")
+    assert config.prompt == "~/x"
+    assert resolve(Pretrain(tokenizer="~/t.json")).tokenizer == f"{home}/t.json"

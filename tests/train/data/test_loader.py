@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 
-from train.data import text
+from train.data import sequences, text
 from train.data.loader import TrainingData, evaluation_batches, prefetch
 from train.data.sequences import START, Position
 from train.data.text import load_text
@@ -48,9 +48,14 @@ def assert_same(got, expected):
 
 def read_order(data, documents):
     """The numbers of the documents in the order in which training reads them."""
-    batches = first(data, documents * 50 // 64 + 1)
-    stream = np.concatenate([batch["inputs"].reshape(-1) for batch, _ in batches])
-    return [int(i) for i in re.findall(r"<(\d+)>", BYTES.decode(stream))][:documents]
+    with closing(data._documents(0)) as stream:
+        read = (re.match(r"<(\d+)>", BYTES.decode(tokens)) for tokens in stream)
+        return [int(found[1]) for found in islice(filter(None, read), documents)]
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    monkeypatch.setattr(sequences, "_BATCHES", 4)
 
 
 # Sources
@@ -70,7 +75,7 @@ def test_builtin_text_is_pythons_documentation_and_needs_no_import():
     assert subprocess.check_output.__doc__.split("\n")[0] in everything
 
 
-def testbuiltin_documents_are_too_short_to_fill_a_batch_of_tiny():
+def test_builtin_documents_are_too_short_to_fill_a_batch_of_tiny():
     # Of the bytes, a few are in paragraphs that alone are longer than a document is to be.
     lengths = np.sort([len(document) for document in load_text("builtin", "train")])
     assert lengths[lengths > 16 * 128].sum() < 0.05 * lengths.sum()
@@ -126,6 +131,17 @@ def test_a_damaged_c4_is_named_in_one_line_with_the_way_to_make_it(shared_data, 
         load_text("c4", "train", tmp_path)
     assert "python -m train.prepare_c4" in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "delete" not in str(caught.value)
+
+
+def test_a_data_set_in_another_file_format_is_named_as_that(tmp_path):
+    folder = tmp_path / "c4" / "en" / "3.0.1"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text('{"fileFormat": "tfrecord"}')
+    with pytest.raises(ValueError, match="has the file format tfrecord, and only arr") as caught:
+        load_text("c4", "train", tmp_path)
+    assert f"`tfds convert_format --dataset_version_dir {folder} --out_file" in str(caught.value)
+    assert "delete" not in str(caught.value)
 
 
 def test_a_shard_that_breaks_while_training_is_named(shared_data, tmp_path):
@@ -156,7 +172,7 @@ def test_the_seed_decides_the_order():
 
 
 @pytest.mark.parametrize("mode", ["packed", "document"])
-def test_any_position_resumes_the_same_batches_across_epochs(mode):
+def test_any_position_resumes_the_same_batches_across_epochs_and_windows(mode, small_windows):
     data = training_data(mode=mode)
     batches = first(data, 25)
     assert batches[-1][1].documents > 2 * len(DOCUMENTS)
@@ -164,7 +180,21 @@ def test_any_position_resumes_the_same_batches_across_epochs(mode):
         assert_same(first(data, 2, position), first(data, i + 3)[i + 1 :])
 
 
-def test_worker_processes_give_the_same_batches_and_end_when_closed():
+def test_rows_of_a_long_document_are_spread_over_batches_and_each_is_there_once(monkeypatch):
+    monkeypatch.setattr(sequences, "_BATCHES", 20)
+    source = [chr(97 + i) * 32 * 8 for i in range(8)]  # each fills four batches of two rows
+    batches = [batch for batch, _ in first(training_data(source), 40)]
+    alike = [len(set(batch["inputs"][:, 1])) == 1 for batch in batches]
+    assert np.mean(alike) < 0.5
+    rows = [tuple(row) for batch in batches for row in batch["inputs"]]
+    with closing(training_data(source)._documents(0)) as documents:
+        packed = sequences.packed_batches(documents, separator=256, batch_size=2, seq_len=32)
+        unshuffled = [tuple(r) for batch, _ in islice(packed, 40) for r in batch["inputs"]]
+    assert rows != unshuffled
+    assert sorted(rows) == sorted(unshuffled)  # 40 batches are two windows
+
+
+def test_worker_processes_give_the_same_batches_and_end_when_closed(small_windows):
     expected = first(training_data(), 30)
     for workers in (1, 2):
         data = training_data(workers=workers)

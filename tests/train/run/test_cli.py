@@ -77,3 +77,13 @@ def test_the_exit_code_is_mains(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda _: 143, Pretrain, "train", args=[])
     assert stop.value.code == 143
+
+
+def test_errors_of_the_library_name_flags(capsys):
+    def fail(config: Pretrain) -> int:
+        raise ValueError("seq_len=0 or None: give 1 or more; tokenizer='x', not max_seq_len=3")
+
+    with pytest.raises(SystemExit):
+        cli.run(fail, Pretrain, "train", args=[])
+    said = "--seq-len 0, or leave it out: give 1 or more; --tokenizer 'x', not max_seq_len=3"
+    assert capsys.readouterr().err == f"error: {said}\n"

@@ -2,11 +2,13 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 from small_run import small
 
 from train.config.resolve import resolve
+from train.config.settings import Pretrain
 from train.run import directory as run_directory
 
 
@@ -64,3 +66,15 @@ def test_a_run_is_finished_when_its_summary_is_there(tmp_path):
         assert not run_directory.finished(config)
         run_directory.write_json(tmp_path / "run" / "summary.json", {})
     assert run_directory.finished(config)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_folder_that_cannot_be_made_is_named_before_the_data_are_read():
+    config = resolve(Pretrain(out="/proc/self/a/b"))
+    with pytest.raises(OSError, match="--out /proc/self/a/b: cannot write into /proc/"):
+        run_directory.check(config)
+
+
+def test_the_check_of_a_folder_leaves_nothing(tmp_path):
+    assert run_directory.check(resolve(Pretrain(out=str(tmp_path / "a" / "b")))) is None
+    assert not list(tmp_path.iterdir())

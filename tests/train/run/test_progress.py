@@ -1,0 +1,22 @@
+"""The lines of a run: loss and smoothed loss, gradient norm, tokens per second of the interval."""
+
+import math
+
+from train.run.progress import Progress
+
+
+def test_a_line_has_the_smoothed_loss_the_gradient_norm_and_the_speed_of_its_interval(capsys):
+    progress = Progress(0, 40, at_peak=None)
+    for step in range(1, 41):
+        line = {"step": step, "loss": 4.0 if step % 2 else 2.0, "learning_rate": 0.01}
+        line |= {"grad_norm": 0.5, "skipped": 0, "tokens_per_second": 7}
+        if step == 30:
+            line["loss"] = math.nan
+        # Twice as fast in the second half.
+        progress.step(line, tokens=100, seconds=1.0 if step <= 20 else 0.5, show=step % 20 == 0)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 20/40  loss 2.0000 (smoothed 3.3")
+    assert "  gradient norm 0.50  " in first
+    assert "  100 tokens/s" in first
+    assert "  200 tokens/s" in second
+    assert "nan" not in second
