@@ -229,7 +229,9 @@ def test_an_error_in_a_worker_is_raised_in_the_run():
 def test_text_that_a_tokenizer_cannot_encode_is_met_in_training(tmp_path, workers):
     path = tmp_path / "tokenizer.json"
     model = {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1}, "unk_token": "<unk>"}
-    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    end = {"id": 0, "content": "</s>", "special": True, **dict.fromkeys(flags, False)}
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [end], "model": model}))
     data = TrainingData(
         ["a"] * 200 + ["b"], load_tokenizer(path), batch_size=1, seq_len=2, workers=workers
     )
