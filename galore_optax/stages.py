@@ -214,8 +214,7 @@ class _Call:
                 grads[i],
                 bases[i],
                 tuple(tuple(inner_leaves[moment.position] for moment in own) for own in carried[i]),
-                # A tensor without an axis above the rank has nothing to refresh.
-                now.reshape(plan.view.batch_shape) & bool(plan.modes),
+                now.reshape(plan.view.batch_shape),
                 jnp.uint32(keys.number_of(plan.path)),
             )
             # Automatic axes are not in a type. Those of one path but for numbers are sharded alike.

@@ -1,15 +1,18 @@
 """Leaves of equal shape are refreshed by one program, each as it would be alone."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from galore_optax import (
     GaLoreDimensionNumbers,
+    TuckerDimensionNumbers,
     galore,
     q_galore_adamw8bit,
     quantize_state,
+    subspace_parts,
 )
 
 
@@ -55,3 +58,11 @@ def test_layers_of_a_list_share_one_compiled_refresh():
         return lowered.compile().as_text().count("cholesky")
 
     assert factorizations(2) == factorizations(6) > 0
+
+
+def test_a_tensor_without_an_axis_above_the_rank_is_not_due_for_ever():
+    params = {"small": jnp.ones((4, 4, 4)), "matrix": jnp.ones((16, 32))}
+    numbers = {"small": TuckerDimensionNumbers((0, 1, 2)), "matrix": GaLoreDimensionNumbers()}
+    tx = galore(8, optax.adam(1e-2), weight_dimension_numbers=numbers)
+    _, state = tx.update(params, tx.init(params), params)
+    assert not subspace_parts(tx).is_due(state)
