@@ -339,7 +339,8 @@ def printed(capsys, *args: str) -> str:
     return capsys.readouterr().out
 
 
-def test_help_has_every_flag_in_groups_with_its_default_and_is_short(capsys):
+def test_help_has_every_flag_in_groups_with_its_default_and_is_short(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     text = printed(capsys, "--help")
     for field in dataclasses.fields(Pretrain):
         assert f"  --{field.name.replace('_', '-')} " in text
