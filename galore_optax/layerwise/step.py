@@ -270,26 +270,26 @@ class _Layers:
             # a refresh frees those before (7B's recipe for 10 GB takes 0.2 GB less).
             part, projected = {self.key: own}, True
             small, state = self.update.projected(part, state, gradient, ok, **self._of(i))
-        changing = self._changing(state)
 
-        def update(params: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
+        def update(params: Any, small: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
             part, before = {self.key: params}, self._whole(state, changing)
             of = {"projected": projected, **self._of(i)}
             updates, after = self.update.updates(part, before, small, **of)
             return updates, self._changing(after)
 
-        def late(gradient: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
-            updates, changing = update(own, changing)
-            return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, gradient), changing
+        def late(memory: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
+            # The gradient that updates overwrite; read from outside, it is copied (26 GB for 7B).
+            updates, changing = update(own, memory if small is gradient else small, changing)
+            return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, memory), changing
 
         def at_once(params: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
-            updates, changing = update(params, changing)
+            updates, changing = update(params, small, changing)
             return self.update.applied({self.key: params}, updates, i)[self.key], changing
 
         if self._late(own):
-            updates, changing = once_if(ok, late, gradient, changing)
+            updates, changing = once_if(ok, late, gradient, self._changing(state))
             return _Layer(own, updates[self.key], changing, ok)
-        params, changing = once_if(ok, at_once, own, changing)
+        params, changing = once_if(ok, at_once, own, self._changing(state))
         return _Layer(params, None, changing, ok)
 
     def written(self, stacks: Any, i: Array | int, one: _Layer) -> Any:
