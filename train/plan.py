@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 
+from train.config.flags import Optimizer
 from train.config.resolve import load, resolve
-from train.config.settings import Optimizer, Pretrain, Resolved, flag
+from train.config.settings import Pretrain, Resolved, flag
 from train.config.source import short_name
 from train.data.tokenizer import load_tokenizer
 from train.memory.cards import EXTRA, Card, can_compile, card_of_size, devices, find_card

@@ -9,7 +9,7 @@ import shutil
 import textwrap
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from train.config.settings import GROUPS, flag
+from train.config.settings import flag
 
 _COLUMN = 34  # where texts begin
 _WORDS = {int: "N", float: "X", bool: "", str: "TEXT"}
@@ -18,28 +18,45 @@ _WORDS = {int: "N", float: "X", bool: "", str: "TEXT"}
 def short_help(config_type: type, prog: str) -> str:
     """The help of a dataclass's command: for each field its flag, first sentence and default."""
     explained, hints = documentation(config_type), get_type_hints(config_type)
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
     lines = [f"usage: {prog} [FLAGS]", "", *_wrapped(_first(config_type.__doc__ or ""), 0)]
-    for field in dataclasses.fields(config_type):
-        if field.name in GROUPS:
-            lines += ["", f"{GROUPS[field.name]}:"]
-        elif field is dataclasses.fields(config_type)[0]:
-            lines.append("")
-        text = explained[field.name]
-        default = re.search(r"Default: (.*?)\.(?: |$)", text)
-        if default is not None:
-            shown = f" [{default[1]}]"
-        elif field.default is dataclasses.MISSING:
-            shown = " [required]"
-        else:
-            silent = field.default is None or field.default is False or field.default in ("", ())
-            shown = "" if silent else f" [{field.default}]"
-        lines += _line(f"{flag(field.name)} {_values(hints[field.name])}", _first(text) + shown)
+    for title, names in groups(config_type).items():
+        lines += ["", *([f"{title}:"] if title else [])]
+        for name in names:
+            lines += _line(f"{flag(name)} {_values(hints[name])}", _shown(fields[name], explained))
     lines.append("")
     if switches := [name for name, hint in hints.items() if bool in (hint, *get_args(hint))]:
         name = flag(switches[0])
         lines.append(f"A switch stands alone: {name}; --no-{name[2:]} turns it off.")
     lines += ["--help-all explains each flag at length; --version prints the version."]
     return "\n".join(lines) + "\n"
+
+
+def groups(config_type: type) -> dict[str, list[str]]:
+    """The fields of a dataclass by the first sentence of the base's docstring that has them first.
+
+    Its own fields have no title where there is no other group.
+    """
+    found: dict[str, list[str]] = {}
+    for base in reversed(config_type.__mro__):
+        known = {name for names in found.values() for name in names}
+        if own := [name for name in inspect.get_annotations(base) if name not in known]:
+            title = _first(base.__doc__ or "").rstrip(".")
+            if base is config_type:
+                title = "Of this command" if found else ""
+            found.setdefault(title, []).extend(own)
+    return found
+
+
+def _shown(field: dataclasses.Field[Any], explained: dict[str, str]) -> str:
+    """A field's first sentence and its default."""
+    text = explained[field.name]
+    silent = field.default is None or field.default is False or field.default in ("", ())
+    if default := re.search(r"Default: (.*?)\.(?: |$)", text):
+        return f"{_first(text)} [{default[1]}]"
+    if field.default is dataclasses.MISSING:
+        return f"{_first(text)} [required]"
+    return _first(text) if silent else f"{_first(text)} [{field.default}]"
 
 
 def documentation(config_type: type) -> dict[str, str]:

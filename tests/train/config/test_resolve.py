@@ -345,7 +345,7 @@ def test_help_has_every_flag_in_groups_with_its_default_and_is_short(capsys, mon
     for field in dataclasses.fields(Pretrain):
         assert f"  --{field.name.replace('_', '-')} " in text
     assert "None" not in text
-    assert "learning rate, steps and batch:" in text
+    assert text.count("\nLearning rate, steps and batch:\n") == 1
     assert "[Default" not in text
     assert max(map(len, text.splitlines())) <= 100
     assert len(text.splitlines()) < 2 * len(dataclasses.fields(Pretrain)) + 30
