@@ -22,7 +22,7 @@ import jax
 from train.config.resolve import resolve
 from train.config.settings import Pretrain
 from train.memory.plan import stored
-from train.run.assemble import Parts, assemble
+from train.run.assemble import TextParts, assemble
 from train.step.mesh import put_batch
 
 _BF16 = {"dtype": "bfloat16"}
@@ -62,7 +62,7 @@ class BFloat16:
     """Validation tokens."""
 
 
-def perplexity(step: Any, parts: Parts, first: Parts, seed: int, steps: int) -> float:
+def perplexity(step: Any, parts: TextParts, first: TextParts, seed: int, steps: int) -> float:
     """Of one run on the data of `parts`, with the programs of `first`."""
     state = first.init(jax.random.key(seed))
     for i, (batch, _) in enumerate(parts.data.batches()):

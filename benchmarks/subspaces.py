@@ -29,7 +29,6 @@ from train.config.settings import Pretrain, Resolved
 from train.run.assemble import Parts, assemble
 from train.step.mesh import put_batch
 from train.step.ordinary import loss_and_gradient
-from train.step.programs import abstract_params, make_forward
 
 SIDES = ("smaller", "larger", "both")
 Gradients = dict[str, Float[Array, "layers n m"]]
@@ -96,11 +95,10 @@ def recorded(config: Comparison) -> Iterator[tuple[int, Gradients, Gradients]]:
 
 def gradient_of_matrices(parts: Parts, settings: Resolved):
     """A function of params and a batch: the gradients of the matrices that GaLore projects."""
-    forward = make_forward(abstract_params(settings, parts.model)[0], settings.sequences)
 
     @jax.jit
     def gradient(params, batch) -> Gradients:
-        _, grads, _ = loss_and_gradient(forward, params, batch)
+        _, grads, _ = loss_and_gradient(parts.loss, params, batch)
         return {**grads["layers"]["attention"], **grads["layers"]["mlp"]}
 
     return gradient

@@ -13,8 +13,8 @@ from train.config.resolve import resolve
 from train.config.settings import Pretrain
 from train.data.text import C4Text
 from train.run import cli
+from train.run.assemble import plan_command
 from train.run.directory import resume_command
-from train.run.training import plan_command
 
 TEXTS = [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *(ROOT / "docs").glob("*.md")]
 

@@ -69,6 +69,24 @@ def test_a_run_learns_and_leaves_what_the_readme_promises(finished):
     assert {p.name for p in (finished / "checkpoints").iterdir()} >= {"12", "14"}
 
 
+def test_patience_ends_a_run_after_evaluations_that_are_no_better(tmp_path, monkeypatch, capsys):
+    # The compiled step is that of the run above.
+    found = iter([5.0, 4.0, 4.0, 4.5])
+    evaluated = assemble.Evaluation({"eval_loss": 0.0, "eval_perplexity": 1.0}, "")
+    values = evaluated.values
+    monkeypatch.setattr(
+        assemble.TextParts,
+        "evaluate",
+        lambda *_: evaluated._replace(values=values | {"eval_loss": next(found)}),
+    )
+    out = tmp_path / "run"
+    config = small(out, eval_every=2, save_every=4, patience=2)
+    assert main(config) == 0
+    assert "ended after step 6: no better in 2 evaluations" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["steps"] == 6
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"4", "6"}
+
+
 def test_the_learning_rate_rises_then_falls_to_a_tenth(finished):
     rates = [line["learning_rate"] for line in read_metrics(finished) if "loss" in line]
     assert np.argmax(rates) == 2

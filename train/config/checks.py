@@ -2,15 +2,16 @@
 
 import itertools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from models.llama.axes import smaller_sides
 from models.llama.config import SIZES
+from train.config.flags import TrainingFlags
 from train.config.optimizers import OPTIMIZERS
-from train.config.settings import Pretrain, Resolved, flag
+from train.config.settings import Pretrain, Resolved, ResolvedTraining, flag
 from train.config.source import short_name, sizes
 from train.config.weights import ADAPTERS
 
@@ -19,7 +20,7 @@ _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float3
 _AT_LEAST = {
     "rank": 1, "update_proj_gap": 1, "steps": 1, "warmup_steps": 0, "batch_size": 1,
     "accumulate": 1, "seq_len": 1, "eval_every": 1, "eval_tokens": 1, "save_every": 1,
-    "keep": 1, "log_every": 1, "max_skipped": 1, "workers": 0, "seed": 0,
+    "keep": 1, "log_every": 1, "patience": 1, "max_skipped": 1, "workers": 0, "seed": 0,
     "gradient_rank": 1, "restart_every": 1, "restart_warmup": 0, "decay_steps": 1,
 }  # fmt: skip
 _POSITIVE = ("scale", "learning_rate", "clip_norm", "alpha", "eps")
@@ -30,9 +31,9 @@ _BITS = ("moment_bits", "projection_bits", "weight_bits", "embedding_bits")
 OPTIONS = {name for t in (OPTIMIZERS, ADAPTERS) for row in t.values() for name in row.options}
 
 
-def check_types(config: Pretrain) -> None:
+def check_types(config: TrainingFlags) -> None:
     """Checks the fields' types: tyro has checked flags, a config.json or a program can have any."""
-    for name, hint in get_type_hints(Pretrain).items():
+    for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         accepted = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
         if get_origin(accepted[0]) is Literal:
@@ -42,6 +43,10 @@ def check_types(config: Pretrain) -> None:
         elif type(value) not in accepted and not (type(value) is int and float in accepted):
             kinds = " or ".join("null" if t is type(None) else t.__name__ for t in accepted)
             raise ValueError(f"{flag(name)} {value!r}: expected {kinds}")
+
+
+def check_model(config: Pretrain) -> None:
+    """Checks that --model names a size or a file."""
     if config.model is not None and not (config.model in SIZES or config.model.endswith(".json")):
         raise ValueError(
             f"--model {config.model!r}: choose one of {', '.join(SIZES)}, or give the path of a "
@@ -49,7 +54,7 @@ def check_types(config: Pretrain) -> None:
         )
 
 
-def check_adapter(config: Pretrain) -> None:
+def check_adapter(config: TrainingFlags) -> None:
     """Checks that the optimizer can train the adapter."""
     recipe = OPTIMIZERS[config.optimizer]
     has_rank = "rank" in recipe.options
@@ -62,7 +67,7 @@ def check_adapter(config: Pretrain) -> None:
         )
 
 
-def check_unused(config: Pretrain, used: Collection[str]) -> None:
+def check_unused(config: TrainingFlags, used: Collection[str]) -> None:
     """Checks that no option is set that the optimizer and the adapter do not use."""
     for name in sorted(OPTIONS - set(used)):
         if getattr(config, name) is not None:
@@ -74,7 +79,7 @@ def check_unused(config: Pretrain, used: Collection[str]) -> None:
             )
 
 
-def check_clip_and_schedule(config: Pretrain) -> None:
+def check_clip_and_schedule(config: TrainingFlags) -> None:
     """Checks that no setting of clipping and schedule is set that the others leave no use for."""
     if config.clip_norm is None and config.clip is not None:
         said = "--clip-norm none clips nothing; leave one of them out"
@@ -89,14 +94,31 @@ def check_clip_and_schedule(config: Pretrain) -> None:
 
 def check_values(config: Resolved) -> None:
     """Checks each value, the values that contradict each other, and those against the model."""
-    for error in itertools.chain(_ranges(config), _conflicts(config), _sizes(config)):
+    size, name = sizes(config)[0], short_name(config.model)
+    own = itertools.chain(_text(config), _by_layers(config))
+    check_training(config, smaller_sides(size), size.max_length, name, own)
+
+
+def check_training(
+    config: ResolvedTraining,
+    sides: list[int],
+    max_length: int,
+    name: str,
+    own: Iterable[str] = (),
+) -> None:
+    """The same for what all commands that train have, and errors of the command's `own`.
+
+    `sides` are the smaller sides of the matrices of the model, whose name is `name`.
+    """
+    sized = _sizes(config, sides, max_length, name)
+    for error in itertools.chain(_ranges(config), _conflicts(config), own, sized):
         raise ValueError(error)
 
 
-def _ranges(c: Resolved) -> Iterator[str]:
+def _ranges(c: ResolvedTraining) -> Iterator[str]:
     """An error for each value that is out of its range."""
     for name, least in _AT_LEAST.items():
-        value = getattr(c, name)
+        value = getattr(c, name, None)
         limit = 32 if name == "seed" else 31  # unsigned; the others are, or count in, int32
         if value is not None and value < least:
             yield f"{flag(name)} {value}: expected {least} or more"
@@ -124,7 +146,7 @@ def _ranges(c: Resolved) -> Iterator[str]:
         yield f"--adapter-pattern {c.adapter_pattern}: {error}; {expected}"
 
 
-def _conflicts(c: Resolved) -> Iterator[str]:
+def _conflicts(c: ResolvedTraining) -> Iterator[str]:
     """An error for each pair of settings that contradict each other."""
     adapter, every, pause = c.adapter, c.restart_every, c.restart_warmup
     quantized = c.weight_bits is not None and adapter is None
@@ -146,9 +168,6 @@ def _conflicts(c: Resolved) -> Iterator[str]:
         yield f"--restart-warmup {pause} has no effect: {reason}; leave it out"
     if c.warmup_steps >= c.steps:
         yield f"--warmup-steps {c.warmup_steps}: expected fewer than --steps {c.steps}"
-    if c.layerwise and adapter is not None:
-        reason = "the gradients of adapters are small, and frozen weights have none"
-        yield f"--layerwise has no effect with --adapter {adapter}: {reason}; leave one of them out"
     if c.decay_steps is not None and c.warmup_steps + c.decay_steps > c.steps:
         both = f"--warmup-steps {c.warmup_steps} and --decay-steps {c.decay_steps}"
         yield f"{both}: expected at most --steps {c.steps} together"
@@ -158,6 +177,14 @@ def _conflicts(c: Resolved) -> Iterator[str]:
     if gap is not None and c.moments is not None and not c.stagger and gap >= c.steps:
         reason = f"with --update-proj-gap {gap} of --steps {c.steps} there is one refresh"
         yield f"--moments {c.moments} has no effect: {reason}, the first; leave it out"
+
+
+def _by_layers(c: Resolved) -> Iterator[str]:
+    """The same for the settings of `LayerwiseFlags`."""
+    if c.layerwise and c.adapter is not None:
+        reason = "the gradients of adapters are small, and frozen weights have none"
+        none = f"--layerwise has no effect with --adapter {c.adapter}"
+        yield f"{none}: {reason}; leave one of them out"
     if c.clip not in ("exact", None) and not c.layerwise:
         yield f"--clip {c.clip} has an effect with --layerwise only; any other step clips exactly"
     users = [name for name, recipe in OPTIMIZERS.items() if "scale" in recipe.options]
@@ -170,6 +197,10 @@ def _conflicts(c: Resolved) -> Iterator[str]:
             "--clip exact with --layerwise --accumulate-in-subspace: the norm of the projected sum "
             "is not known before the new subspaces are; choose previous, or leave one of them out"
         )
+
+
+def _text(c: Resolved) -> Iterator[str]:
+    """The same for the data."""
     if c.data == "c4" and c.data_dir is None:
         advice = "`python -m train.prepare_c4` writes one; --data builtin needs none"
         yield f"--data c4 needs --data-dir, the folder of the data set: {advice}"
@@ -177,12 +208,10 @@ def _conflicts(c: Resolved) -> Iterator[str]:
         yield "--data-dir has no effect with --data builtin: leave it out, or choose --data c4"
 
 
-def _sizes(c: Resolved) -> Iterator[str]:
+def _sizes(c: ResolvedTraining, sides: list[int], max_length: int, name: str) -> Iterator[str]:
     """An error if length or rank exceed the model's sizes."""
-    size, name = sizes(c)[0], short_name(c.model)
-    sides = smaller_sides(size)
-    if c.seq_len > size.max_length:
-        yield f"--seq-len {c.seq_len}: {name} takes at most {size.max_length} tokens"
+    if c.seq_len > max_length:
+        yield f"--seq-len {c.seq_len}: {name} takes at most {max_length} tokens"
     if c.rank is not None and c.adapter is None and c.rank >= max(sides):
         yield (
             f"--rank {c.rank}: a rank of {max(sides)} or more compresses no matrix of {name}; "

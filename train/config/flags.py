@@ -208,6 +208,9 @@ class RunFlags:
     log_every: int | None = None
     """Steps between two lines on the screen; metrics.jsonl has every step. Default: a fiftieth of
     --steps."""
+    patience: int | None = None
+    """The run ends after this many evaluations in a row that were no better than the best before.
+    Default: it never ends early."""
     max_skipped: int = 10
     """The run stops after this many steps in a row whose loss or gradient is not finite."""
     seed: int = 0
@@ -238,3 +241,10 @@ class TrainingFlags(
     RunFlags, MemoryFlags, ScheduleFlags, LowBitFlags, GaLoreFlags, AdapterFlags, OptimizerFlags
 ):
     """What every command that trains takes, whatever its model and data."""
+
+    command = ""  # the module that `python -m` runs
+    less_memory = ""  # what to try if the memory is too small
+    # For commands without `LayerwiseFlags`.
+    layerwise = False
+    accumulate_in_subspace = False
+    clip = None

@@ -12,7 +12,7 @@ import optax
 import galore_optax
 from galore_optax.layerwise.unstacked import ParamAxes
 from models.llama.axes import dimension_numbers, param_axes
-from train.config.settings import Resolved
+from train.config.settings import ResolvedTraining
 
 
 class Recipe(NamedTuple):
@@ -91,7 +91,7 @@ OPTIMIZERS: Mapping[str, Recipe] = {
 }
 
 
-def learning_rate_schedule(config: Resolved) -> optax.Schedule:
+def learning_rate_schedule(config: ResolvedTraining) -> optax.Schedule:
     """Linear warm-up, then what `--schedule` names.
 
     Update t (from 0) of the warm-up uses (t + 1) / (warmup + 1) of the peak: never zero. After each
@@ -110,7 +110,7 @@ def learning_rate_schedule(config: Resolved) -> optax.Schedule:
     return restarted
 
 
-def _without_restarts(config: Resolved) -> optax.Schedule:
+def _without_restarts(config: ResolvedTraining) -> optax.Schedule:
     peak, first, steps = config.learning_rate, config.warmup_steps, config.steps
     end = peak * (1 if config.floor is None else config.floor)
     start = peak / (first + 1)
@@ -124,7 +124,7 @@ def _without_restarts(config: Resolved) -> optax.Schedule:
     return optax.join_schedules([part for _, part in parts], list(ends))
 
 
-def make_recipe(config: Resolved, refreshes: bool = True) -> optax.GradientTransformation:
+def make_recipe(config: ResolvedTraining, refreshes: bool = True) -> optax.GradientTransformation:
     """Makes the named optimizer without clipping; it treats each layer separately, in any step.
 
     Without `refreshes` it is for steps in which no subspace is refreshed.
@@ -146,7 +146,7 @@ def make_recipe(config: Resolved, refreshes: bool = True) -> optax.GradientTrans
 
 
 def make_optimizer(
-    config: Resolved, refreshes: bool = True
+    config: ResolvedTraining, refreshes: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """The named optimizer of gradients clipped by their global norm; see `make_recipe`."""
     return optax.chain(clipping(config.clip_norm), make_recipe(config, refreshes))

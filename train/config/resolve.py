@@ -3,79 +3,107 @@
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from models.llama.axes import smaller_sides
 from train.config import checks
 from train.config.defaults import DEFAULTS, PAPER
+from train.config.flags import TrainingFlags
 from train.config.optimizers import OPTIMIZERS
 from train.config.settings import NOT_STORED, Pretrain, Resolved, expand_home, read_fields
 from train.config.source import short_name, sizes, with_model
 from train.config.weights import ADAPTERS
 
+Config = TypeVar("Config", bound=TrainingFlags)
+
 
 def resolve(config: Pretrain) -> Resolved:
     """Fills in the defaults, and checks each value that can be checked without the data."""
     checks.check_types(config)
+    checks.check_model(config)
     config = expand_home(config)
     checks.check_adapter(config)
     config = with_model(config)
-    recipe = OPTIMIZERS[config.optimizer]
-    adapter = config.adapter or recipe.adapter
-    config = dataclasses.replace(config, adapter=adapter)  # pyrefly: ignore[bad-argument-type]
-    options = {**recipe.options, **(ADAPTERS[adapter].options if adapter else {})}
-    checks.check_unused(config, options)
-    checks.check_clip_and_schedule(config)
+    config, options = with_options(config)
 
-    defaults = {**PAPER, **(DEFAULTS.get(str(config.model)) or _of_size(config, bool(adapter)))}
-    family = "galore" if "scale" in recipe.options else "full"
-    if "weight_bits" in recipe.options:
-        family = "q_galore"
-    defaults["learning_rate"] = defaults[family]
-    for name in checks.OPTIONS - set(options):
-        defaults.pop(name, None)
-    config = _fill(config, {**options, **defaults})
+    adapter = config.adapter is not None
+    defaults = {**PAPER, **(DEFAULTS.get(str(config.model)) or _of_size(config, adapter))}
+    config = fill(config, options, defaults)
     if config.steps is None:
         raise ValueError(f"--steps has no default for {short_name(config.model)}: give it")
 
-    steps, batch = config.steps, config.batch_size or 0
+    batch = config.batch_size or 0
     most = min(int(defaults["microbatch"] or batch), batch)
     parts = (batch // n for n in range(most, 0, -1) if batch % n == 0)
-    eval_every = config.eval_every or max(1, steps // 10)
-    weight_dtype = config.weight_dtype or config.dtype
     others: dict[str, Any] = {
-        "weight_dtype": weight_dtype,
         "accumulate": next(parts, 1),
-        "warmup_steps": steps // 10,
-        "floor": None if config.schedule == "constant" else 0.1,
-        "decay_steps": max(1, steps // 5) if config.schedule == "wsd" else None,
-        "eval_every": eval_every,
-        "save_every": eval_every,
-        "log_every": max(1, steps // 50),
+        "eval_every": max(1, config.steps // 10),
         "eval_tokens": 10_000_000 if config.data == "c4" else None,
         "out": _default_out(config),
     }
     if config.clip_norm is not None:
         in_subspace = config.layerwise and config.accumulate_in_subspace
         others["clip"] = "previous" if in_subspace else "exact"
+    config = fill_rest(_fill(config, others), options, defaults["adamw_state"])
+    resolved = Resolved(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+    checks.check_values(resolved)
+    # Absolute, so that a run can be resumed from another folder.
+    data_dir = None if config.data_dir is None else os.path.abspath(config.data_dir)
+    return dataclasses.replace(resolved, data_dir=data_dir)
+
+
+def with_options(config: Config) -> tuple[Config, dict[str, Any]]:
+    """The settings with the optimizer's adapter, and the options that both use, with defaults.
+
+    ValueError if the settings have an option that is not used.
+    """
+    recipe = OPTIMIZERS[config.optimizer]
+    adapter = config.adapter or recipe.adapter
+    config = dataclasses.replace(config, adapter=adapter)
+    options = {**recipe.options, **(ADAPTERS[adapter].options if adapter else {})}
+    checks.check_unused(config, options)
+    checks.check_clip_and_schedule(config)
+    return config, options
+
+
+def fill(config: Config, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Config:
+    """Fills in the options' defaults, and those of a row of `train.config.defaults`."""
+    family = "galore" if "scale" in OPTIMIZERS[config.optimizer].options else "full"
+    if "weight_bits" in OPTIMIZERS[config.optimizer].options:
+        family = "q_galore"
+    unused = checks.OPTIONS - set(options)
+    used = {name: value for name, value in defaults.items() if name not in unused}
+    return _fill(config, {**options, **used, "learning_rate": defaults[family]})
+
+
+def fill_rest(config: Config, options: Mapping[str, Any], adamw_state: Any) -> Config:
+    """Fills in what follows from other settings, of which steps and eval_every are known.
+
+    `adamw_state` is the dtype of AdamW's moments of bfloat16 weights.
+    """
+    steps, adapter = config.steps or 0, config.adapter
+    weight_dtype = config.weight_dtype or config.dtype
+    others: dict[str, Any] = {
+        "weight_dtype": weight_dtype,
+        "warmup_steps": steps // 10,
+        "floor": None if config.schedule == "constant" else 0.1,
+        "decay_steps": max(1, steps // 5) if config.schedule == "wsd" else None,
+        "save_every": config.eval_every,
+        "log_every": max(1, steps // 50),
+    }
     if "moments" in options and (config.stagger or steps > (config.update_proj_gap or 0)):
         others["moments"] = "rotate"
     if "stochastic_rounding" in options:
         others["stochastic_rounding"] = weight_dtype == "bfloat16"
     if "state_dtype" in options and config.moment_bits is None:
         whole = config.optimizer == "adamw" and adapter is None and weight_dtype == "bfloat16"
-        others["state_dtype"] = defaults["adamw_state"] if whole else "float32"
+        others["state_dtype"] = adamw_state if whole else "float32"
     if "gradient_rank" in options:
         others["gradient_rank"] = max(1, (config.rank or 0) // 4)
     if "restart_every" in options:
         every = config.restart_every or max(1, steps // 5)
         others |= {"restart_every": every, "restart_warmup": every // 10 if every < steps else None}
-    config = _fill(config, others)
-    resolved = Resolved(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
-    checks.check_values(resolved)
-    # Absolute, so that a run can be resumed from another folder.
-    data_dir = None if config.data_dir is None else os.path.abspath(config.data_dir)
-    return dataclasses.replace(resolved, data_dir=data_dir)
+    return _fill(config, others)
 
 
 def load(path: str | os.PathLike[str]) -> Pretrain:
@@ -86,6 +114,7 @@ def load(path: str | os.PathLike[str]) -> Pretrain:
         raise ValueError(f"{path} is not a config.json of train.pretrain: unknown {unknown}")
     config = Pretrain(**fields)
     checks.check_types(config)
+    checks.check_model(config)
     return config
 
 
@@ -108,7 +137,7 @@ def _of_size(config: Pretrain, adapter: bool) -> dict[str, Any]:
     }
 
 
-def _fill(config: Pretrain, defaults: Mapping[str, Any]) -> Pretrain:
+def _fill(config: Config, defaults: Mapping[str, Any]) -> Config:
     names = {f.name for f in dataclasses.fields(config)} & set(defaults)
     missing = {name: defaults[name] for name in names if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)

@@ -14,7 +14,7 @@ NOT_STORED = ("out", "resume", "config")
 # What a resumed run may change: none of it changes the updates beyond rounding.
 MAY_CHANGE = (
     "data_dir", "mesh", "workers", "rematerialize", "deterministic",
-    "save_every", "keep", "log_every", "max_skipped", "prompt",
+    "save_every", "keep", "log_every", "patience", "max_skipped", "prompt",
 )  # fmt: skip
 
 
@@ -22,13 +22,17 @@ MAY_CHANGE = (
 class Pretrain(TextRunFlags, LayerwiseFlags, TrainingFlags, TextFlags):
     """Pre-train a LLaMA. Without any flag: `tiny` with GaLore on text that ships with Python."""
 
+    command = "train.pretrain"
+    less_memory = (
+        "try a smaller --batch-size or a larger --accumulate, a shorter --seq-len, --layerwise, "
+        "--rematerialize, --dtype bfloat16, an 8-bit --optimizer or a smaller --model"
+    )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Resolved(Pretrain):
+class ResolvedTraining(TrainingFlags):
     """Settings with defaults filled in: None only where the optimizer or the data have no use."""
 
-    model: str
-    tokenizer: str
     learning_rate: float
     steps: int
     warmup_steps: int
@@ -42,6 +46,14 @@ class Resolved(Pretrain):
     save_every: int
     log_every: int
     out: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resolved(ResolvedTraining, Pretrain):
+    """Settings of a pre-training with defaults filled in."""
+
+    model: str
+    tokenizer: str
 
 
 def expand_home(config: Any) -> Any:
@@ -72,12 +84,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def to_json(config: Pretrain) -> dict[str, Any]:
+def to_json(config: TrainingFlags) -> dict[str, Any]:
     """The content of config.json."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_STORED}
 
 
-def lasting(config: Pretrain) -> dict[str, Any]:
+def lasting(config: TrainingFlags) -> dict[str, Any]:
     """The settings that a resumed run may not change."""
     return {k: v for k, v in to_json(config).items() if k not in MAY_CHANGE}
 

@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray
 
 from galore_optax import DoRA, GradNormLoRP, LoRA, LowRank, adapt, quantize_nf4, quantize_weights
 from galore_optax.adapters.base import Adapter
-from train.config.settings import Pretrain
+from train.config.flags import TrainingFlags
 
 Params = dict[str, Any]
 
@@ -36,7 +36,10 @@ ADAPTERS: Mapping[str, Kind] = {
 
 
 def stored_weights(
-    config: Pretrain, params: Params, dimension_numbers: Callable[[Params], Any], key: PRNGKeyArray
+    config: TrainingFlags,
+    params: Params,
+    dimension_numbers: Callable[[Params], Any],
+    key: PRNGKeyArray,
 ) -> Params:
     """The params as a run stores them.
 

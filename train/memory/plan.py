@@ -16,11 +16,10 @@ from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.quantization.weights import sources, with_sources
 from train.config.optimizers import make_recipe
-from train.config.settings import Resolved
+from train.config.settings import Resolved, ResolvedTraining
 from train.step import layerwise
 from train.step.mesh import batch_shards
-from train.step.ordinary import summed_loss
-from train.step.programs import Programs, abstract_params, make_forward, make_programs
+from train.step.programs import Programs, make_programs
 
 # Bytes of a card that a program cannot use: the CUDA context's.
 CONTEXT = 0.6 * 2**30
@@ -76,7 +75,7 @@ def stored(programs: Programs) -> tuple[int, dict[str, int]]:
     return _bytes(programs.abstract.params), states
 
 
-def known(config: Resolved, programs: Programs) -> int:
+def known(config: ResolvedTraining, programs: Programs) -> int:
     """The bytes of a step's peak that are known before it is compiled: all but temporaries.
 
     `programs` may be those of another batch size and other microbatches.
@@ -87,14 +86,16 @@ def known(config: Resolved, programs: Programs) -> int:
     return weights + sum(states.values()) + _gradients(config, programs) + activations
 
 
-def rows_in_memory(config: Resolved) -> int:
+def rows_in_memory(config: ResolvedTraining) -> int:
     """Sequences whose activations exist at once, over all devices."""
     # A layer-wise step runs all microbatches through a layer before the next layer.
     return config.batch_size // (1 if config.layerwise else config.accumulate)
 
 
 def plan(
-    config: Resolved, programs: Programs, compiled: Sequence[jax.stages.Compiled] | None = None
+    config: ResolvedTraining,
+    programs: Programs,
+    compiled: Sequence[jax.stages.Compiled] | None = None,
 ) -> MemoryPlan:
     """The memory that the training step will take of a device of the mesh.
 
@@ -163,7 +164,7 @@ def device_memory(device: jax.Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _gradients(config: Resolved, programs: Programs) -> int:
+def _gradients(config: ResolvedTraining, programs: Programs) -> int:
     """Bytes of the gradients that exist at once: all, or the largest part that is updated."""
     trained, _ = split(programs.abstract.params)
 
@@ -183,7 +184,7 @@ def _gradients(config: Resolved, programs: Programs) -> int:
     return max([size("layers") // layers, *rest])
 
 
-def _share_summed(config: Resolved, part: PyTree) -> float:
+def _share_summed(config: ResolvedTraining, part: PyTree) -> float:
     """The size of the sum of gradients as a share of a gradient's."""
     if not config.accumulate_in_subspace:
         return 1
@@ -199,29 +200,29 @@ def _share_summed(config: Resolved, part: PyTree) -> float:
     return summed / whole
 
 
-def _activations(config: Resolved, programs: Programs) -> int:
+def _activations(config: ResolvedTraining, programs: Programs) -> int:
     """Bytes that the forward pass of a microbatch keeps for the backward pass."""
     shape = config.batch_size // config.accumulate, config.seq_len
     batch = {k: x.update(shape=shape, sharding=None) for k, x in programs.batch.items()}
     params = jax.tree.map(lambda x: x.update(sharding=None), programs.abstract.params)
     if config.layerwise:
+        assert isinstance(config, Resolved)
+        mode = config.sequences
         model = layerwise.layered_llama(programs.model, programs.mesh)
 
         def kept(params: Any, batch: Any) -> Any:
             batches = jax.tree.map(lambda x: x[None], batch)
             tokens = jnp.sum(batch["weights"])
-            batches = layerwise.with_sequences(programs.model, config.sequences, batches, tokens)
+            batches = layerwise.with_sequences(programs.model, mode, batches, tokens)
             passed = forward(model, params, batches, checkpoint=config.rematerialize)
             return passed.kept, passed.last
     else:
-        graph, _ = abstract_params(config, programs.model)
-        whole = make_forward(graph, config.sequences)
 
         def kept(params: Any, batch: Any) -> Any:
             trained, frozen = split(params)
 
             def loss(own: Any) -> Any:
-                return summed_loss(whole, join(with_sources(trained, own), frozen), batch)
+                return programs.loss(join(with_sources(trained, own), frozen), batch)
 
             return jax.vjp(loss, sources(trained))[1]
 

@@ -1,42 +1,83 @@
 """All that a run needs before its first step, none of it on disk yet: data, model, programs."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
+import numpy as np
+from flax import nnx
 
-from galore_optax.adapters.base import split
-from galore_optax.memory import tree_bytes
-from models.llama.config import count_params
+from galore_optax.adapters.base import merge
+from models.llama.config import flops_per_token
 from train.config.settings import Resolved, lasting
 from train.config.source import made_of, short_name
 from train.data.loader import TrainingData, evaluation_batches
 from train.data.sequences import Batch
 from train.data.text import content_of, load_text
 from train.data.tokenizer import Tokenizer, load_tokenizer
-from train.step.mesh import available_devices, check_batch, make_mesh
-from train.step.programs import Programs, make_programs, model_config, vocabulary_note
+from train.run import directory as run_directory
+from train.run.initial import initial_state
+from train.run.metrics import read_metrics
+from train.run.parts import Evaluation, Log, Parts, log_devices, log_programs
+from train.run.trained import sample_text
+from train.step.mesh import check_batch, make_mesh
+from train.step.programs import abstract_params, make_programs, model_config, vocabulary_note
+from train.step.state import Params, TrainState
 
-Log = Callable[[str], object]
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextParts(Parts):
+    """What a run that trains a language model computes with."""
 
-@dataclasses.dataclass(frozen=True)
-class Parts(Programs):
-    """What a run computes with, and its data."""
-
+    config: Resolved
     tokenizer: Tokenizer
-    data: TrainingData
     evaluation: list[Batch]
-    made_with: dict[str, Any]  # what must be equal when the run is resumed
+
+    def evaluate(self, params: Params, stopped: Callable[[], bool]) -> Evaluation | None:
+        """The mean loss of all tokens, and the perplexity."""
+        sums = self.run_evaluation(params, self.evaluation, stopped)
+        if sums is None:
+            return None
+        losses, tokens = zip(*sums, strict=True)
+        mean = float(np.sum(losses, dtype=np.float64) / np.sum(tokens))
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        said = f"loss {mean:.4f}, perplexity {perplexity:,.2f}"
+        return Evaluation({"eval_loss": mean, "eval_perplexity": perplexity}, said)
+
+    def leave(self, state: TrainState, log: Log) -> dict[str, Any]:
+        """Prints a sample of text; the summary has the last evaluation."""
+        config, tokenizer, prompt = self.config, self.tokenizer, self.config.prompt
+        graph, _ = abstract_params(config, self.model)
+        model = nnx.merge(graph, merge(state.params))
+        new = max(1, config.seq_len - 1 - len(tokenizer.encode(prompt)))
+        how = {"max_new_tokens": new, "temperature": 0.5, "seed": config.seed}
+        log(f"sample: {sample_text(model, tokenizer, prompt, **how)}")
+        lines = read_metrics(run_directory.directory(config))
+        last = [line for line in lines if "eval_loss" in line][-1]
+        return {name: value for name, value in last.items() if name != "step"}
+
+    def flops_per_token(self) -> float:
+        """The operations to train on one token."""
+        return flops_per_token(self.model, self.config.seq_len)
+
+    def less_memory(self, available: int) -> str:
+        """What to do if a step takes more than the bytes of a device."""
+        found = f"`{plan_command(self.config, available)}` finds what fits"
+        return f"{self.config.less_memory}; {found}"
 
 
-def assemble(config: Resolved, log: Log) -> Parts:
+def plan_command(config: Resolved, available: int) -> str:
+    """The command that finds what fits into the bytes of a device."""
+    return f"python -m train.plan --model {config.model} --card {available / 2**30:.3g}"
+
+
+def assemble(config: Resolved, log: Log) -> TextParts:
     """Builds a run from its settings, checks what can be checked, and writes nothing."""
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulate, mesh)  # before the data are read
-    _log_devices(config, mesh, log)
+    log_devices(config, mesh, log)
 
     tokenizer = load_tokenizer(config.tokenizer, config.end_token)
     model = model_config(config, tokenizer)
@@ -61,50 +102,22 @@ def assemble(config: Resolved, log: Log) -> Parts:
     if note := vocabulary_note(model, tokenizer):
         log(note)
     programs = make_programs(config, model, mesh)
-    _log_programs(config, programs, log)
+    said = f"{short_name(config.model)}, attention by {programs.model.attention}"
+    weights = "random weights" if config.init is None else f"weights of {config.init}"
+    log_programs(config, programs, said, weights, log)
     made_with = {
         **lasting(config),
         **made_of(config, model),
         "content of the tokenizer": tokenizer.content,
         "content of the text": content_of(train_text),
     }
-    own = {"tokenizer": tokenizer, "data": data, "evaluation": evaluation, "made_with": made_with}
-    return Parts(**vars(programs), **own)
-
-
-def _log_devices(config: Resolved, mesh: Mesh, log: Log) -> None:
-    device = mesh.devices.flat[0]
-    layout = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    available = len(available_devices())
-    unused = f" of {available} (--mesh data={available} uses all)"
-    same = "numbers to rounding (--deterministic: the same bits)"
-    log(
-        f"devices: {mesh.size}{unused if mesh.size < available else ''} x {device.device_kind} "
-        f"({device.platform}){', mesh ' + layout if layout else ''}; a repeated or resumed run "
-        f"gives the same {'bits' if device.platform == 'cpu' or config.deterministic else same}"
-    )
-
-
-def _log_programs(config: Resolved, programs: Programs, log: Log) -> None:
-    params, optimizer = programs.abstract.params, programs.abstract.optimizer
-    for note in programs.notes:
-        log(f"sharding: {note}")
-    log(
-        f"model: {short_name(config.model)}, {count_params(programs.model):,} params, "
-        f"{config.dtype}, {tree_bytes(params) / 1e6:,.1f} MB; attention by "
-        f"{programs.model.attention}; "
-        + ("random weights" if config.init is None else f"weights of {config.init}")
-    )
-    if config.adapter is not None:
-        trained = sum(x.size for x in jax.tree.leaves(split(params)[0]))
-        every = config.restart_every
-        log(
-            f"adapter: {config.adapter}, rank {config.rank}, {trained:,} params trained"
-            + (f", merged and reset every {every} steps" if every else "")
-        )
-    rank = config.rank if config.gradient_rank is None else config.gradient_rank
-    gap = config.update_proj_gap
-    log(
-        f"optimizer: {config.optimizer}, state of {tree_bytes(optimizer) / 1e6:,.1f} MB"
-        + (f", rank {rank}, a subspace every {gap} steps" if gap else "")
+    return TextParts(
+        **vars(programs),
+        name=short_name(config.model),
+        initial=partial(initial_state, config, programs),
+        data=data,
+        made_with=made_with,
+        config=config,
+        tokenizer=tokenizer,
+        evaluation=evaluation,
     )

@@ -15,14 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from train.config.settings import Resolved, differences, read_fields, to_json
+from train.config.settings import ResolvedTraining, differences, read_fields, to_json
 
 # It stays in the folder, empty: if it were deleted, two processes could each lock a file.
 _LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def check(config: Resolved) -> str | None:
+def check(config: ResolvedTraining) -> str | None:
     """Checks that the run may use its folder, and changes nothing.
 
     Returns what the user of a resumed run may not expect, or None. Raises ValueError if another
@@ -37,7 +37,7 @@ def check(config: Resolved) -> str | None:
 
 
 @contextmanager
-def hold(config: Resolved) -> Iterator[str | None]:
+def hold(config: ResolvedTraining) -> Iterator[str | None]:
     """Makes the run's folder, and keeps other processes out of it while entered.
 
     Checks again, since another process may have used it, with the results and errors of `check`.
@@ -68,7 +68,7 @@ def _lock(file: TextIO) -> None:
         raise OSError(f"--out {out}: cannot be locked ({reason}); {advice}") from error
 
 
-def _check(config: Resolved) -> str | None:
+def _check(config: ResolvedTraining) -> str | None:
     out = directory(config)
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder")
@@ -114,17 +114,17 @@ def check_can_be_made(folder: Path, name: str) -> None:
                 path.rmdir()
 
 
-def write_config(config: Resolved) -> None:
+def write_config(config: ResolvedTraining) -> None:
     """Writes config.json into the folder, which exists."""
     write_json(directory(config) / "config.json", to_json(config))
 
 
-def finished(config: Resolved) -> bool:
+def finished(config: ResolvedTraining) -> bool:
     """Whether the run in the folder is finished: summary.json is written last, and at once."""
     return (directory(config) / "summary.json").is_file()
 
 
-def directory(config: Resolved) -> Path:
+def directory(config: ResolvedTraining) -> Path:
     """The run's folder, absolute."""
     return Path(config.out).absolute()
 
@@ -144,10 +144,10 @@ def write_at_once(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def resume_command(config: Resolved) -> str:
+def resume_command(config: ResolvedTraining) -> str:
     """The command that resumes the run."""
     python, file = sys.executable or "python", str(directory(config) / "config.json")
-    return shlex.join([python, "-m", "train.pretrain", "--config", file, "--resume"])
+    return shlex.join([python, "-m", config.command, "--config", file, "--resume"])
 
 
 def _draft(path: Path) -> Path:

@@ -15,7 +15,7 @@ from galore_optax.quantization.array import dequantized
 from models.hugging_face.llama import read_weights
 from models.llama.axes import dimension_numbers
 from models.llama.config import LlamaConfig, weight_table
-from train.config.settings import Resolved
+from train.config.settings import Resolved, ResolvedTraining
 from train.config.source import is_run
 from train.config.weights import stored_weights
 from train.run.trained import load_trained
@@ -29,22 +29,30 @@ Weights = Iterator[tuple[tuple[str, ...], Float[np.ndarray, "..."]]]
 def initial_state(config: Resolved, programs: Programs) -> TrainState:
     """Returns the train state before the first step; each device gets its own part of the weights.
 
-    Weights are read, and quantized, a stack at a time, so that neither the host nor the devices
-    have all of them in floats besides. ValueError if those of --init do not fit the model.
+    ValueError if those of --init do not fit the model.
+    """
+    if config.init is None:
+        return programs.init(jax.random.key(config.seed))
+    read = _of_run if is_run(config.init) else read_weights
+    return state_from(config, programs, read(Path(config.init), programs.model))
+
+
+def state_from(config: ResolvedTraining, programs: Programs, weights: Weights) -> TrainState:
+    """Returns the train state before the first step, from all weights of the model by path.
+
+    They are read, and quantized, a stack at a time, so that neither the host nor the devices have
+    all of them in floats besides.
     """
     key = jax.random.key(config.seed)
-    if config.init is None:
-        return programs.init(key)
-    read = _of_run if is_run(config.init) else read_weights
     wanted: dict[Any, Any] = flatten_dict(programs.abstract.params)
     params = {}
-    for path, array in read(Path(config.init), programs.model):
+    for path, array in weights:
         params[path] = _stored(config, path, array, wanted[path], programs.mesh, key)
     return programs.start(unflatten_dict(params), key)
 
 
 def _stored(
-    config: Resolved,
+    config: ResolvedTraining,
     path: tuple[str, ...],
     array: Float[np.ndarray, "..."],
     wanted: Any,

@@ -76,13 +76,26 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def evaluation_losses(directory: Path) -> dict[int, float]:
-    """The loss of each evaluation in a run's metrics.jsonl, by step; NaN if it was not finite."""
-    return {
-        line["step"]: math.nan if line["eval_loss"] is None else line["eval_loss"]
-        for line in read_metrics(directory)
-        if "eval_loss" in line
-    }
+def evaluation_losses(directory: Path, metric: str | None = None) -> dict[int, float]:
+    """The loss of each evaluation in a run's metrics.jsonl, by step; NaN if it was not finite.
+
+    With a `metric`, of which the highest is the best, the negative of that instead.
+    """
+    lines = (line for line in read_metrics(directory) if "eval_loss" in line)
+    return {line["step"]: score(line, metric) for line in lines}
+
+
+def score(evaluation: Mapping[str, float | None], metric: str | None = None) -> float:
+    """The number of an evaluation's line of which the lowest is the best."""
+    value = evaluation[metric or "eval_loss"]
+    return math.nan if value is None else value if metric is None else -value
+
+
+def stalled(losses: Mapping[int, float], patience: int) -> bool:
+    """Whether the last `patience` evaluations were no better than the best before them."""
+    values = [math.inf if math.isnan(losses[step]) else losses[step] for step in sorted(losses)]
+    before, last = values[:-patience], values[-patience:]
+    return bool(before) and min(last) >= min(before)
 
 
 def tokens_per_second(lines: Iterable[Mapping[str, Any]]) -> float | None:

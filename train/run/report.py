@@ -1,4 +1,4 @@
-"""What a finished run leaves: summary.json, loss.png, a sample of text, a table of state bytes."""
+"""What a finished run leaves: summary.json, loss.png, a table of state bytes."""
 
 import math
 import resource
@@ -6,40 +6,38 @@ import sys
 
 import jax
 import optax
-from flax import nnx
 
 from galore_optax import cast_state
-from galore_optax.adapters.base import merge, split
+from galore_optax.adapters.base import split
 from galore_optax.memory import state_bytes, tree_bytes
-from galore_optax.quantization.array import dequantized, is_quantized
-from models.llama.config import count_params
-from train.config.settings import Resolved
-from train.config.source import short_name
+from galore_optax.quantization.array import is_quantized
+from train.config.settings import ResolvedTraining
 from train.run import directory as run_directory
-from train.run.assemble import Log, Parts
 from train.run.metrics import read_metrics, tokens_per_second
+from train.run.parts import Log, Parts, count, whole_params
 from train.run.plots import plot_loss
-from train.run.trained import sample_text
-from train.step.programs import abstract_params
 from train.step.state import TrainState
 
 
 def report(
-    config: Resolved, parts: Parts, state: TrainState, log: Log, tokens: int, peak: tuple[int, str]
+    config: ResolvedTraining,
+    parts: Parts,
+    state: TrainState,
+    log: Log,
+    tokens: int,
+    peak: tuple[int, str],
 ) -> None:
-    """Writes plot and summary, prints sample and table; `peak` is that of `peak_memory`."""
+    """Writes plot and summary, prints the table; `peak` is that of `peak_memory`."""
     directory = run_directory.directory(config)
     lines = read_metrics(directory)
-    last = [line for line in lines if "eval_loss" in line][-1]
     ours = state_bytes(parts.abstract.optimizer.inner_state)
     trained, _ = split(parts.abstract.params)
-    whole = jax.eval_shape(lambda params: dequantized(merge(params)), parts.abstract.params)
+    whole = whole_params(parts.abstract.params)
     plain = cast_state(optax.adamw(1e-3), config.state_dtype or config.weight_dtype)
     adamw = state_bytes(jax.eval_shape(plain.init, whole))
     summary = {
-        "eval_loss": last["eval_loss"],
-        "eval_perplexity": last["eval_perplexity"],
-        "params": count_params(parts.model),
+        **parts.leave(state, log),
+        "params": count(parts.abstract.params),
         "trained_params": sum(x.size for x in jax.tree.leaves(trained, is_leaf=is_quantized)),
         "optimizer_state_bytes": sum(ours.values()),
         "adamw_state_bytes": sum(adamw.values()),
@@ -47,21 +45,17 @@ def report(
         "peak_memory_bytes": peak[0],
         "peak_memory_source": peak[1],
         "tokens_per_second": tokens_per_second(lines),
-        "steps": config.steps,
+        "steps": int(state.step),
         "tokens": tokens,
         "skipped": int(state.optimizer.total_notfinite),
     }
-    plot_loss(lines, directory / "loss.png", f"{short_name(config.model)}, {config.optimizer}")
-    graph, _ = abstract_params(config, parts.model)
-    model, tokenizer, prompt = nnx.merge(graph, merge(state.params)), parts.tokenizer, config.prompt
-    new = max(1, config.seq_len - 1 - len(tokenizer.encode(prompt)))
-    how = {"max_new_tokens": new, "temperature": 0.5, "seed": config.seed}
-    log(f"sample: {sample_text(model, tokenizer, prompt, **how)}")
+    plot_loss(lines, directory / "loss.png", f"{parts.name}, {config.optimizer}")
     _print_table(config.optimizer, ours, adamw)
     # Last, because it says that the run is finished.
     run_directory.write_json(directory / "summary.json", summary)
-    perplexity = last["eval_perplexity"]
-    log(f"perplexity {math.nan if perplexity is None else perplexity:.2f}; see {directory}")
+    name = parts.metric or "eval_perplexity"
+    value = math.nan if summary[name] is None else summary[name]
+    log(f"{name.removeprefix('eval_')} {value:.{4 if parts.metric else 2}f}; see {directory}")
 
 
 def peak_memory(device: jax.Device) -> tuple[int, str]:

@@ -1,43 +1,30 @@
 """A run's training: the loop over its batches, with evaluations, checkpoints and the report."""
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from models.llama.config import flops_per_token
-from train.config.settings import Resolved
+from train.config.settings import ResolvedTraining
 from train.data.loader import prefetch
 from train.data.sequences import START, Position
 from train.memory.cards import peak_flops
 from train.memory.plan import compiled_steps, device_memory, plan
 from train.run import directory as run_directory
-from train.run.assemble import Log, Parts
 from train.run.checkpoint import Checkpoints
-from train.run.initial import initial_state
-from train.run.metrics import MetricsLog, evaluation_losses
+from train.run.metrics import MetricsLog, evaluation_losses, score, stalled
+from train.run.parts import Log, Parts
 from train.run.progress import Progress
 from train.run.report import peak_memory, report
 from train.run.signals import StopRequest
-from train.step.choice import Steps
+from train.step.choice import BySize, Steps
 from train.step.mesh import put_batch
 from train.step.skipping import skipping
 from train.step.state import TrainState
-
-LESS_MEMORY = (
-    "try a smaller --batch-size or a larger --accumulate, a shorter --seq-len, --layerwise, "
-    "--rematerialize, --dtype bfloat16, an 8-bit --optimizer or a smaller --model"
-)
-
-
-def plan_command(config: Resolved, available: int) -> str:
-    """The command that finds what fits into the bytes of a device."""
-    return f"python -m train.plan --model {config.model} --card {available / 2**30:.3g}"
 
 
 @dataclasses.dataclass
@@ -49,41 +36,77 @@ class Host:
     position: Position = START  # of the next batch
     peak_memory: tuple[int, str] = (0, "")  # most bytes of any process, and how they were found
     skipped: int = 0  # as far as metrics have been read
-    evaluations: dict[int, float] = dataclasses.field(default_factory=dict)  # loss by step
+    evaluations: dict[int, float] = dataclasses.field(default_factory=dict)  # `score` by step
     saved: int | None = None  # step of the newest checkpoint
+
+
+Config = TypeVar("Config", bound=ResolvedTraining)
 
 
 class _TooManySkipped(Exception):
     """--max-skipped steps in a row were not finite."""
 
 
+def train(config: Config, assemble: Callable[[Config, Log], Parts], log: Log) -> int:
+    """Starts or resumes a run, of which `assemble` makes the parts.
+
+    Returns the exit code: 0; 1 if too many steps in a row were not finite; 128 + the signal's
+    number after SIGTERM or Ctrl-C. Raises ValueError for wrong use, before anything is written, and
+    OSError if the run's folder cannot be written or the memory is too small.
+    """
+    run_directory.check(config)
+    if run_directory.finished(config):
+        log(f"the run in {run_directory.directory(config)} is finished: nothing is left to do")
+        return 0
+    # Before the data and the model are built, so that a signal during that ends the run well, too.
+    with StopRequest() as stop, _out_of_memory_as_os_error(config.less_memory):
+        parts = assemble(config, log)
+        with run_directory.hold(config) as note:
+            if note:
+                log(note)
+            return Training(config, parts, stop, log).run()
+
+
+@contextmanager
+def _out_of_memory_as_os_error(advice: str) -> Iterator[None]:
+    """Raises NumPy's and XLA's errors as one that names the flags that help."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        raise OSError(f"out of memory ({reason}): {advice}") from error
+
+
 class Training:
     """One process's part of a run: from its first step or its newest checkpoint on."""
 
-    def __init__(self, config: Resolved, parts: Parts, stop: StopRequest, log: Log):
+    def __init__(self, config: ResolvedTraining, parts: Parts, stop: StopRequest, log: Log):
         self.config, self.parts, self.stop, self.log = config, parts, stop, log
         self.host = Host()
         self.directory = run_directory.directory(config)
         self.folder = self.directory / "checkpoints"
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.clock = 0.0
+        self.ended = False  # all steps are done, or --patience is over
 
     def run(self) -> int:
         """Trains, writes all that a run leaves, and returns the exit code."""
         config, parts = self.config, self.parts
         train_step = self.compile()
         # Before anything is written: weights of --init may not fit.
-        state = self._restore() or initial_state(config, parts)
+        state = self._restore() or parts.initial()
         with ExitStack() as stack:
             run_directory.write_config(config)
             self.metrics = stack.enter_context(closing(MetricsLog(self.directory, self.host.step)))
-            self.host.evaluations = evaluation_losses(self.directory)
+            self.host.evaluations = evaluation_losses(self.directory, parts.metric)
             checkpoints = Checkpoints(
                 self.folder, config.keep, self.log, self.host.evaluations, run=parts.made_with
             )
             self.checkpoints = stack.enter_context(checkpoints)
             peak = peak_flops(parts.mesh.devices.flat[0].device_kind, config.dtype)
-            at_peak = peak and peak * parts.mesh.size / flops_per_token(parts.model, config.seq_len)
+            at_peak = peak and peak * parts.mesh.size / parts.flops_per_token()
             self.progress = Progress(self.host.step, config.steps, at_peak)
             stack.enter_context(self.progress.bar)
             try:
@@ -92,7 +115,7 @@ class Training:
                 self.progress.log(f"stopped: {error}")
                 return 1
             self.checkpoints.wait()
-        if config.steps not in self.host.evaluations:
+        if not self.ended:
             assert self.stop.signum is not None
             self.log(
                 f"stopped by {self.stop.name} after step {self.host.step}; to resume:\n"
@@ -116,9 +139,11 @@ class Training:
         if planned.peak > available:
             raise OSError(
                 f"a step would take {planned.peak / 2**30:,.1f} GiB of {available / 2**30:,.1f}: "
-                f"{LESS_MEMORY}; `{plan_command(self.config, available)}` finds what fits"
+                + parts.less_memory(available)
             )
-        return Steps(*compiled) if len(compiled) > 1 else compiled[0]
+        programs = [parts.train_step, parts.step_without_refresh]
+        steps = [BySize(p, parts.batch, c) for p, c in zip(programs, compiled, strict=False)]
+        return Steps(*steps) if len(steps) > 1 else steps[0]
 
     def _restore(self) -> TrainState | None:
         """The newest checkpoint's state, and what the host knew; None for a new run."""
@@ -154,9 +179,12 @@ class Training:
                     self.report_pending()
                 if evaluates and host.step not in host.evaluations:
                     self.evaluate(state)
+                if not last and self.out_of_patience():
+                    last = saves = True
                 # While steps are skipped, the weights may be unusable.
                 if saves and (last or not skipping(state.optimizer)):
                     self._save(state)
+                self.ended = last and host.step in host.evaluations
                 if last or self.stop.signum is not None:
                     break
                 try:
@@ -178,6 +206,14 @@ class Training:
             if self.stop.signum is not None:
                 self._save(state)
         return state
+
+    def out_of_patience(self) -> bool:
+        """Whether the last --patience evaluations were no better than the best before."""
+        patience = self.config.patience
+        if patience is None or not stalled(self.host.evaluations, patience):
+            return False
+        self.progress.log(f"ended after step {self.host.step}: no better in {patience} evaluations")
+        return True
 
     def restart_due(self) -> bool:
         """Whether the number of applied updates is a multiple of --restart-every."""
@@ -223,19 +259,13 @@ class Training:
 
     def evaluate(self, state: TrainState) -> None:
         """Evaluates the weights, unless a stop is requested meanwhile: then nothing is noted."""
-        sums = []
-        for batch in self.parts.evaluation:
-            sums.append(self.parts.eval_step(state.params, put_batch(self.parts.mesh, batch)))
-            if self.stop.signum is not None:
-                return  # --resume repeats it
-        losses, tokens = zip(*jax.device_get(sums), strict=True)
-        mean = float(np.sum(losses, dtype=np.float64) / np.sum(tokens))
+        found = self.parts.evaluate(state.params, lambda: self.stop.signum is not None)
+        if found is None:
+            return  # --resume repeats it
         step = self.host.step
-        self.host.evaluations[step] = mean
-        perplexity = math.exp(mean) if mean < 700 else math.inf
-        self.metrics.write({"step": step, "eval_loss": mean, "eval_perplexity": perplexity})
-        said = f"loss {mean:.4f}, perplexity {perplexity:,.2f}"
-        self.progress.log(f"evaluation after step {step}: {said}")
+        self.host.evaluations[step] = score(found.values, self.parts.metric)
+        self.metrics.write({"step": step, **found.values})
+        self.progress.log(f"evaluation after step {step}: {found.said}")
         self.clock = time.perf_counter()
 
     def _save(self, state: TrainState) -> None:

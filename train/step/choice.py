@@ -1,6 +1,6 @@
 """Which program runs a step: the one that can refresh subspaces, or the one that cannot."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,26 @@ from galore_optax import GaLoreState
 from train.step.state import Batch, Metrics, TrainState
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class BySize:
+    """A program for batches of several sizes, each compiled at its first use.
+
+    `compiled` is the one for batches like `batch`.
+    """
+
+    def __init__(self, program: Any, batch: Mapping[str, Any], compiled: Any):
+        self._program, self._compiled = program, {_size(batch): compiled}
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Runs a step."""
+        if (size := _size(batch)) not in self._compiled:
+            self._compiled[size] = self._program.lower(state, batch).compile()
+        return self._compiled[size](state, batch)
+
+
+def _size(batch: Mapping[str, Any]) -> tuple[int, ...]:
+    return batch["inputs"].shape
 
 
 class Steps:

@@ -24,8 +24,10 @@ from train.step.loss import summed_cross_entropy
 from train.step.mesh import microbatches
 from train.step.state import Batch, Metrics, Params, TrainState, step_key, step_metrics
 
-# Microbatches, of shape (B / A, L), also have their number as `microbatch`.
 Forward = Callable[[Params, Batch], tuple[Float[Array, "B L D"], Float[Array, "V D"]]]
+# Σ w · loss over a batch. Microbatches, of shape (B / A, L), also have their number as
+# `microbatch`, and in a training step a random key as `key`.
+Loss = Callable[[Params, Batch], Float[Array, ""]]
 
 
 def summed_loss(forward: Forward, params: Params, batch: Batch) -> Float[Array, ""]:
@@ -35,22 +37,24 @@ def summed_loss(forward: Forward, params: Params, batch: Batch) -> Float[Array, 
 
 
 def loss_and_gradient(
-    forward: Forward, params: Params, batch: Batch, accumulate: int = 1, mesh: Mesh | None = None
+    summed: Loss, params: Params, batch: Batch, accumulate: int = 1, mesh: Mesh | None = None
 ) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
     """A batch's loss, its gradient, summed in float32, and the number of targets that count."""
-    gradients, parts, tokens = _by_microbatch(forward, params, batch, accumulate, mesh)
+    gradients, parts, tokens = _by_microbatch(summed, params, batch, accumulate, mesh)
     gradient, losses = over_microbatches(gradients, parts)
     return jnp.sum(losses), gradient, tokens
 
 
 def _by_microbatch(
-    forward: Forward, params: Params, batch: Batch, accumulate: int, mesh: Mesh | None
+    summed: Loss, params: Params, batch: Batch, accumulate: int, mesh: Mesh | None
 ) -> tuple[Callable[[Batch], tuple[Params, Float[Array, ""]]], Batch, Float[Array, ""]]:
     """The function from a microbatch to its gradient and loss, all microbatches, and the tokens."""
-    tokens = jnp.sum(batch["weights"])
+    counted = jnp.sum(batch["weights"])
+    # A classifier's targets are not its tokens.
+    tokens = jnp.sum(batch["mask"].astype(jnp.float32)) if "mask" in batch else counted
 
     def objective(params: Params, microbatch: Batch) -> Array:
-        return summed_loss(forward, params, microbatch) / jnp.maximum(tokens, 1)
+        return summed(params, microbatch) / jnp.maximum(counted, 1)
 
     def gradient_and_loss(microbatch: Batch) -> tuple[Params, Array]:
         loss, gradient = value_and_grad(objective)(params, microbatch)
@@ -61,7 +65,7 @@ def _by_microbatch(
 
 
 def train_step(
-    forward: Forward,
+    summed: Loss,
     tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     accumulate: int,
@@ -71,7 +75,7 @@ def train_step(
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """One update. A loss or gradient that is not finite changes neither params nor moments."""
-    trained, of_trained, applied, updated = _trainable(forward, stochastic_rounding, state)
+    trained, of_trained, applied, updated = _trainable(summed, stochastic_rounding, state)
     loss, gradient, tokens = loss_and_gradient(of_trained, trained, batch, accumulate, mesh)
     finite = skipping.all_finite(loss, gradient)
 
@@ -86,7 +90,7 @@ def train_step(
 
 
 def train_step_in_subspace(
-    forward: Forward,
+    summed: Loss,
     recipe: SubspaceParts,
     clip_norm: float | None,
     schedule: optax.Schedule,
@@ -101,7 +105,7 @@ def train_step_in_subspace(
     The optimizer's state is that of `train_step`. If the sum is not finite, a basis that the first
     microbatch has refreshed stays, with the moments carried over, and nothing else changes.
     """
-    trained, of_trained, applied, updated = _trainable(forward, stochastic_rounding, state)
+    trained, of_trained, applied, updated = _trainable(summed, stochastic_rounding, state)
     clipping, own = state.optimizer.inner_state
     gradients, parts, tokens = _by_microbatch(of_trained, trained, batch, accumulate, mesh)
     gradient, own, losses = over_microbatches_in_subspace(recipe, own, trained, gradients, parts)
@@ -120,15 +124,15 @@ def train_step_in_subspace(
 
 
 def _trainable(
-    forward: Forward, stochastic_rounding: bool, state: TrainState
-) -> tuple[Params, Forward, Callable[..., Params], Callable[..., TrainState]]:
-    """The trained params, the model as a function of them, their update, and the state after it."""
+    summed: Loss, stochastic_rounding: bool, state: TrainState
+) -> tuple[Params, Loss, Callable[..., Params], Callable[..., TrainState]]:
+    """The trained params, the loss as a function of them, their update, and the state after it."""
     trained, frozen = split(state.params)
     rounding, dropout = (step_key(state.key, state.step, use) for use in range(2))
 
-    def of_trained(trained: Params, batch: Batch) -> tuple[Array, Array]:
+    def of_trained(trained: Params, batch: Batch) -> Array:
         own = jax.random.fold_in(dropout, batch["microbatch"])
-        return forward(with_dropout_keys(join(trained, frozen), own), batch)
+        return summed(with_dropout_keys(join(trained, frozen), own), {**batch, "key": own})
 
     def applied(trained: Params, updates: optax.Updates) -> Params:
         key = rounding if stochastic_rounding else None

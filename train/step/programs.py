@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from train.config.optimizers import (
     make_optimizer,
     make_recipe,
 )
-from train.config.settings import Pretrain, Resolved
+from train.config.settings import Pretrain, Resolved, ResolvedTraining
 from train.config.source import sizes
 from train.config.weights import ADAPTERS, stored_weights
 from train.data.tokenizer import Tokenizer
@@ -35,18 +35,34 @@ from train.step.mesh import (
     heads_sharding,
     param_shardings,
 )
-from train.step.ordinary import Forward, summed_loss, train_step, train_step_in_subspace
-from train.step.state import Params, TrainState, step_key
+from train.step.ordinary import Forward, Loss, summed_loss, train_step, train_step_in_subspace
+from train.step.state import Batch, Params, TrainState, step_key
+
+# The init of an optimizer, the shardings of its state, and the step.
+Optimizer = tuple[Callable[[Params], Any], Any, Callable[..., Any]]
+
+
+class Network(NamedTuple):
+    """A model as the programs need it."""
+
+    model: Any  # its configuration
+    shapes: Params  # `ShapeDtypeStruct`s as a run stores the weights
+    axes: Params  # logical axes of each, keys of `train.step.mesh.RULES`
+    init: Callable[[Key[Array, ""]], Params]  # random weights from the run's key
+    loss: Loss
+    evaluate: Callable[[Params, Batch], Any]
+    batch: dict[str, jax.ShapeDtypeStruct]  # of a step; other lengths are compiled when they come
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """What a run computes with."""
 
-    model: LlamaConfig
+    model: Any  # the configuration, such as a `LlamaConfig`
     mesh: Mesh
     abstract: TrainState  # `ShapeDtypeStruct`s with their shardings
     batch: dict[str, jax.ShapeDtypeStruct]
+    loss: Loss
     init: Callable[[Key[Array, ""]], TrainState]  # from the run's key
     # From weights as the run stores them, which it overwrites, and the run's key.
     start: Callable[[Params, Key[Array, ""]], TrainState]
@@ -56,7 +72,7 @@ class Programs:
     step_without_refresh: Any | None
     # Merges and resets adapters, in a program of its own, so that no step pays for it.
     restart: Callable[[TrainState], TrainState] | None
-    eval_step: Any  # from params and a batch to the summed loss and the number of tokens
+    eval_step: Any  # from params and a batch; a LLaMA's: the summed loss and the number of tokens
     notes: list[str]  # a line for each param that is not split over the devices as its axes say
 
 
@@ -132,7 +148,6 @@ def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:
 
 def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
     """What a run computes with, checked against the mesh; nothing is compiled or allocated yet."""
-    check_batch(config.batch_size, config.accumulate, mesh)
     attention = attention_implementation(model, mesh.devices.flat[0], config.seq_len)
     model = dataclasses.replace(
         model,
@@ -141,9 +156,36 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
         heads_at=heads_sharding(mesh, model.kv_heads),
     )
     graph, shapes = abstract_params(config, model)
-    forward = make_forward(graph, config.sequences)
-    params_at, notes = param_shardings(mesh, shapes, logical_axes(shapes))
-    optimizer = partial(_optimizer, config, model, mesh, forward, shapes, params_at)
+    loss = partial(summed_loss, make_forward(graph, config.sequences))
+
+    def evaluate(params: Params, batch: Any) -> tuple[Array, Array]:
+        return loss(params, batch), jnp.sum(batch["weights"])
+
+    network = Network(
+        model,
+        shapes,
+        logical_axes(shapes),
+        init=partial(_init_params, config, model),
+        loss=loss,
+        evaluate=evaluate,
+        batch=abstract_batch(config.batch_size, config.seq_len, mesh),
+    )
+    by_layers = partial(_by_layers, config, model, mesh) if config.layerwise else None
+    return programs_of(config, network, mesh, by_layers)
+
+
+def programs_of(
+    config: ResolvedTraining,
+    network: Network,
+    mesh: Mesh,
+    by_layers: Callable[..., Optimizer] | None = None,
+) -> Programs:
+    """The programs that train a network; `by_layers` makes another optimizer and step for it."""
+    check_batch(config.batch_size, config.accumulate, mesh)
+    shapes = network.shapes
+    params_at, notes = param_shardings(mesh, shapes, network.axes)
+    ordinary = partial(_ordinary, config, network, mesh)
+    optimizer = partial(by_layers or ordinary, shapes, params_at)
     init_optimizer, optimizer_at, step = optimizer()
     whole, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, BATCH)
     state_at = TrainState(params_at, skipping.shardings(mesh, optimizer_at), whole, whole)  # pyrefly: ignore
@@ -153,7 +195,7 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
         return TrainState(params, optimizer, jnp.zeros((), jnp.int32), key)
 
     def init(key: Key[Array, ""]) -> TrainState:
-        return start(_init_params(config, model, key), key)
+        return start(network.init(key), key)
 
     def restarted(state: TrainState) -> TrainState:
         key, keep = step_key(state.key, state.step, 2), ADAPTERS[config.adapter or ""].keep
@@ -161,10 +203,7 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
         params, inner = restart(make_optimizer(config), state.params, inner, key, keep=keep)
         return state._replace(params=params, optimizer=state.optimizer._replace(inner_state=inner))
 
-    def evaluate(params: Params, batch: Any) -> tuple[Array, Array]:
-        return summed_loss(forward, params, batch), jnp.sum(batch["weights"])
-
-    jit = partial(jax.jit, compiler_options=_compiler_options(config, mesh))
+    jit = partial(jax.jit, compiler_options=_compiler_options(config, mesh, by_layers is not None))
     advance = partial(jit, donate_argnums=0)
     state = jax.eval_shape(init, jax.random.key(0))
     abstract = jax.tree.map(lambda x, at: x.update(sharding=at, weak_type=False), state, state_at)
@@ -179,21 +218,24 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
         )
     again = advance(restarted, in_shardings=(state_at,), out_shardings=state_at)
     return Programs(
-        model=model,
+        model=network.model,
         mesh=mesh,
         abstract=abstract,
-        batch=abstract_batch(config.batch_size, config.seq_len, mesh),
+        batch=network.batch,
+        loss=network.loss,
         init=jit(init, out_shardings=state_at),
         start=advance(start, out_shardings=state_at),
         train_step=advance(step, in_shardings=(state_at, by_rows), out_shardings=(state_at, whole)),
         step_without_refresh=lean,
         restart=again if config.restart_every is not None else None,
-        eval_step=jit(evaluate, in_shardings=(params_at, by_rows), out_shardings=whole),
+        eval_step=jit(network.evaluate, in_shardings=(params_at, by_rows), out_shardings=whole),
         notes=notes,
     )
 
 
-def _compiler_options(config: Resolved, mesh: Mesh) -> dict[str, bool | str]:
+def _compiler_options(
+    config: ResolvedTraining, mesh: Mesh, layerwise: bool
+) -> dict[str, bool | str]:
     options: dict[str, bool | str] = {}
     if config.deterministic:
         options["xla_gpu_deterministic_ops"] = True
@@ -201,33 +243,42 @@ def _compiler_options(config: Resolved, mesh: Mesh) -> dict[str, bool | str]:
         # It begins where a program takes 80% of a card, and a step is to take all of it: slices of
         # weights were made twice, 17% more bytes for 7B with 8-bit GaLore, for 0.3% less memory.
         options["xla_disable_hlo_passes"] = "rematerialization"
-    if mesh.devices.flat[0].platform == "gpu" and config.layerwise:
+    if mesh.devices.flat[0].platform == "gpu" and layerwise:
         # Products with one operand would be made as one, and each gradient cut out of the result.
         options["xla_gpu_dot_merger_threshold_mb"] = "0"
     return options
 
 
-def _optimizer(
+def _by_layers(
     config: Resolved,
     model: LlamaConfig,
     mesh: Mesh,
-    forward: Forward,
     shapes: Params,
     at: Params,
     refreshes: bool = True,
-) -> tuple[Callable[[Params], Any], Any, Callable[..., Any]]:
-    """The optimizer's init, its state's shardings from the params' `at`, and the step."""
-    if config.layerwise:
-        by_layers = layerwise.make_optimizer(config, model, mesh, refreshes)
-        step = layerwise.make_step(by_layers, config, model, mesh)
-        return by_layers.init, layerwise_shardings(by_layers, shapes, at), step
+) -> Optimizer:
+    """The optimizer and the step of `--layerwise`."""
+    by_layers = layerwise.make_optimizer(config, model, mesh, refreshes)
+    step = layerwise.make_step(by_layers, config, model, mesh)
+    return by_layers.init, layerwise_shardings(by_layers, shapes, at), step
+
+
+def _ordinary(
+    config: ResolvedTraining,
+    network: Network,
+    mesh: Mesh,
+    shapes: Params,
+    at: Params,
+    refreshes: bool = True,
+) -> Optimizer:
+    """The optimizer and the step that updates all params after the backward pass."""
     tx = make_optimizer(config, refreshes)
     optimizer_at = state_shardings(tx, split(shapes)[0], split(at)[0])
     schedule, rounds = learning_rate_schedule(config), bool(config.stochastic_rounding)
     how = schedule, config.accumulate, rounds, mesh
     if not config.accumulate_in_subspace:
-        return tx.init, optimizer_at, partial(train_step, forward, tx, *how)
+        return tx.init, optimizer_at, partial(train_step, network.loss, tx, *how)
     recipe = subspace_parts(make_recipe(config, refreshes))
     assert recipe is not None
-    step = partial(train_step_in_subspace, forward, recipe, config.clip_norm, *how)
+    step = partial(train_step_in_subspace, network.loss, recipe, config.clip_norm, *how)
     return tx.init, optimizer_at, step

@@ -33,7 +33,7 @@ from galore_optax.layerwise.microbatches import over_microbatches, over_microbat
 from galore_optax.layerwise.step import Layerwise
 from galore_optax.transformation import subspace_parts
 from train.step.mesh import make_mesh
-from train.step.ordinary import train_step_in_subspace
+from train.step.ordinary import summed_loss, train_step_in_subspace
 from train.step.state import TrainState
 
 MICROBATCHES = 3
@@ -207,7 +207,14 @@ def trainer(forward, tx, clip_norm, accumulate):
     schedule = optax.constant_schedule(0.1)
     parts, mesh = subspace_parts(tx), make_mesh(None)
     return partial(
-        train_step_in_subspace, forward, parts, clip_norm, schedule, accumulate, False, mesh
+        train_step_in_subspace,
+        partial(summed_loss, forward),
+        parts,
+        clip_norm,
+        schedule,
+        accumulate,
+        False,
+        mesh,
     )
 
 

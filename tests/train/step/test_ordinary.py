@@ -12,10 +12,14 @@ from train.step import loss as loss_module
 from train.step import skipping
 from train.step.loss import summed_cross_entropy
 from train.step.mesh import make_mesh, put_batch, replicated
-from train.step.ordinary import loss_and_gradient, train_step
+from train.step.ordinary import loss_and_gradient, summed_loss, train_step
 from train.step.state import TrainState
 
 B, L, V, D = 8, 6, 12, 5
+
+
+def gradient_of(forward, *rest):
+    return loss_and_gradient(partial(summed_loss, forward), *rest)
 
 
 def forward(params, batch):
@@ -92,7 +96,7 @@ def test_no_array_as_large_as_all_logits_is_kept():
 
 
 def test_the_loss_is_the_mean_over_targets_that_count(params, batch):
-    loss, _, tokens = loss_and_gradient(forward, params, batch)
+    loss, _, tokens = gradient_of(forward, params, batch)
     hidden, head = forward(params, batch)
     nll = -np.asarray(jax.nn.log_softmax(hidden @ head.T))
     picked = np.take_along_axis(nll, batch["targets"][..., None], -1)[..., 0]
@@ -103,8 +107,8 @@ def test_the_loss_is_the_mean_over_targets_that_count(params, batch):
 def test_padding_counts_for_nothing_whatever_is_in_it(params, batch):
     other = dict(batch, targets=np.where(batch["weights"] > 0, batch["targets"], V - 1))
     for a, b in zip(
-        jax.tree.leaves(loss_and_gradient(forward, params, batch)),
-        jax.tree.leaves(loss_and_gradient(forward, params, other)),
+        jax.tree.leaves(gradient_of(forward, params, batch)),
+        jax.tree.leaves(gradient_of(forward, params, other)),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
@@ -118,8 +122,8 @@ def test_accumulated_microbatches_give_the_gradient_of_the_whole_batch(
     mesh = make_mesh(mesh)
     if mesh.size > 1:
         batch = {k: np.concatenate([v] * accumulate) for k, v in batch.items()}
-    whole = loss_and_gradient(forward, params, batch)
-    step = jax.jit(lambda p, b: loss_and_gradient(forward, p, b, accumulate, mesh))
+    whole = gradient_of(forward, params, batch)
+    step = jax.jit(lambda p, b: gradient_of(forward, p, b, accumulate, mesh))
     parts = step(jax.device_put(params, replicated(mesh)), put_batch(mesh, batch))
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # float32 sums in another order
@@ -130,7 +134,7 @@ def test_every_microbatch_has_its_number(params, batch):
         hidden, head = forward(params, batch)
         return hidden * (1 + batch["microbatch"]), head
 
-    loss, *_ = loss_and_gradient(numbered, params, batch, 4)
+    loss, *_ = gradient_of(numbered, params, batch, 4)
     hidden, head = forward(params, batch)
     by_row = 1 + np.arange(B) % 4  # row i goes to microbatch i mod 4
     nll = -np.asarray(jax.nn.log_softmax(hidden * by_row[:, None, None] @ head.T))
@@ -145,14 +149,15 @@ def one_step(params, batch, forward=forward, accumulate=1):
     optimizer = skipping.init(tx.init(params))
     state = TrainState(params, optimizer, jnp.int32(0), jax.random.key(0))
     step = jax.jit(
-        partial(train_step, forward, tx, schedule, accumulate, False, mesh), donate_argnums=0
+        partial(train_step, partial(summed_loss, forward), tx, schedule, accumulate, False, mesh),
+        donate_argnums=0,
     )
     return step, jax.tree.map(jnp.array, state), put_batch(mesh, batch)
 
 
 def test_a_step_is_optax_on_that_gradient(params, batch):
     step, state, placed = one_step(params, batch)
-    _, gradient, _ = loss_and_gradient(forward, params, batch)
+    _, gradient, _ = gradient_of(forward, params, batch)
     tx = optax.adam(1.0)
     updates, _ = tx.update(gradient, tx.init(params))
     after, metrics = step(state, placed)
@@ -219,6 +224,8 @@ def test_bfloat16_gradients_are_summed_in_float32(batch):
         hidden = params["w"].astype(jnp.float32) * jnp.ones((*batch["inputs"].shape, 1))
         return hidden, jnp.array([[-1.5], [1.5]])
 
-    one = loss_and_gradient(linear, params, jax.tree.map(jnp.asarray, rows))[1]["w"]
-    many = loss_and_gradient(linear, params, jax.tree.map(jnp.asarray, rows), n)[1]["w"]
+    one = gradient_of(linear, params, jax.tree.map(jnp.asarray, rows))[1]["w"]
+    many = loss_and_gradient(
+        partial(summed_loss, linear), params, jax.tree.map(jnp.asarray, rows), n
+    )[1]["w"]
     assert float(one) == float(many) == 1.5
