@@ -62,8 +62,8 @@ def topics(split: str) -> list[str]:
     return [text for i, text in enumerate(paragraphs) if (i % 20 == 0) == (split == "validation")]
 
 
-def load_few(name: str, split: str, data_dir: str | None = None) -> Sequence[str]:
-    return topics(split) if name == "builtin" else load_text(name, split, data_dir)
+def load_few(name: str, split: str, *where: str | None) -> Sequence[str]:
+    return topics(split) if name == "builtin" else load_text(name, split, *where)
 
 
 assemble.load_text = load_few

@@ -204,8 +204,14 @@ def _text(c: Resolved) -> Iterator[str]:
     if c.data == "c4" and c.data_dir is None:
         advice = "`python -m train.prepare_c4` writes one; --data builtin needs none"
         yield f"--data c4 needs --data-dir, the folder of the data set: {advice}"
+    if c.data == "text" and c.data_dir is None:
+        yield "--data text needs --data-dir, a folder, a file or a pattern, such as 'texts/*.txt'"
     if c.data == "builtin" and c.data_dir is not None:
-        yield "--data-dir has no effect with --data builtin: leave it out, or choose --data c4"
+        choice = "choose --data c4 or text"
+        yield f"--data-dir has no effect with --data builtin: leave it out, or {choice}"
+    if c.data != "text" and c.eval_data is not None:
+        advice = "leave it out, or choose --data text"
+        yield f"--eval-data has no effect with --data {c.data}: {advice}"
 
 
 def _sizes(c: ResolvedTraining, sides: list[int], max_length: int, name: str) -> Iterator[str]:

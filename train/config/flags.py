@@ -22,10 +22,15 @@ class TextFlags:
     init: str | None = None
     """Folder with the weights to begin with: a LLaMA or Mistral of transformers, or a run of
     train.pretrain. Default: random weights."""
-    data: Literal["builtin", "c4"] = "builtin"
-    """`builtin`: text that ships with Python, about 2 MB; `c4`: the TFDS data set in --data-dir."""
+    data: Literal["builtin", "c4", "text"] = "builtin"
+    """`builtin`: text that ships with Python, about 2 MB; `c4`: the TFDS data set in --data-dir;
+    `text`: your own files there."""
     data_dir: str | None = None
-    """Folder of the data set; `python -m train.prepare_c4` writes one."""
+    """Folder of the data set, as `python -m train.prepare_c4` writes one. With --data text: a
+    folder, a file or a pattern such as 'texts/*.jsonl': plain text (.txt, .md), JSON lines or
+    Parquet with `text`, also as .gz. All is read into memory."""
+    eval_data: str | None = None
+    """The same for evaluation, with --data text. Default: each twentieth document of --data-dir."""
     tokenizer: str | None = None
     """`bytes`, or the path of a tokenizer.json. Default: bytes, or that of --init."""
     end_token: str | None = None

@@ -49,7 +49,8 @@ def resolve(config: Pretrain) -> Resolved:
     checks.check_values(resolved)
     # Absolute, so that a run can be resumed from another folder.
     data_dir = None if config.data_dir is None else os.path.abspath(config.data_dir)
-    return dataclasses.replace(resolved, data_dir=data_dir)
+    eval_data = None if config.eval_data is None else os.path.abspath(config.eval_data)
+    return dataclasses.replace(resolved, data_dir=data_dir, eval_data=eval_data)
 
 
 def with_options(config: Config) -> tuple[Config, dict[str, Any]]:

@@ -13,7 +13,7 @@ from train.config.flags import LayerwiseFlags, TextFlags, TextRunFlags, Training
 NOT_STORED = ("out", "resume", "config")
 # What a resumed run may change: none of it changes the updates beyond rounding.
 MAY_CHANGE = (
-    "data_dir", "mesh", "workers", "rematerialize", "deterministic",
+    "data_dir", "eval_data", "mesh", "workers", "rematerialize", "deterministic",
     "save_every", "keep", "log_every", "patience", "max_skipped", "prompt",
 )  # fmt: skip
 
@@ -60,7 +60,10 @@ def expand_home(config: Any) -> Any:
     """A command's settings with ~ in the fields of paths as the home folder."""
     own = {name: getattr(config, name, None) for name in _PATHS}
     paths = {name: os.path.expanduser(p) for name, p in own.items() if isinstance(p, str)}
-    return dataclasses.replace(config, **paths)
+    files = {
+        name: tuple(map(os.path.expanduser, p)) for name, p in own.items() if isinstance(p, tuple)
+    }
+    return dataclasses.replace(config, **paths, **files)
 
 
 # Fields of any command that name a file or a folder.
@@ -76,6 +79,7 @@ _PATHS = (
     "dump",
     "plot",
     "data",
+    "eval_data",
 )
 
 

@@ -1,4 +1,4 @@
-"""The sources of text: the documentation that ships with Python, or C4 in TFDS' layout."""
+"""The sources of text: documentation that ships with Python, C4 in TFDS' layout, or own files."""
 
 import ast
 import hashlib
@@ -11,28 +11,41 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-SOURCES = ("builtin", "c4")
+from train.data.files import read_texts
+
+SOURCES = ("builtin", "c4", "text")
 SPLITS = ("train", "validation")
 
-# One page of the built-in text in this many is kept for validation.
-_VALIDATION_EVERY = 20
+# One page of the built-in text, and one document of own text, in this many is for validation.
+VALIDATION_EVERY = 20
 # Characters in a document of the built-in text, the unit of shuffling: whole pages, up to 70,000
 # characters long, would each fill many batches alone, and the loss would follow their subjects.
 _DOCUMENT_LENGTH = 512
+# The most of files of plain text, which may be books; half of it up to a blank line.
+_OWN_LENGTH = 8192
 # Top-level folders beside the library itself: installed packages, tests, an application, and two
 # packages that newer Pythons no longer ship.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "idlelib", "lib2to3", "distutils"}
 
 
-def load_text(name: str, split: str, data_dir: str | Path | None = None) -> Sequence[str]:
+def load_text(
+    name: str, split: str, data_dir: str | Path | None = None, eval_data: str | None = None
+) -> Sequence[str]:
     """The documents of a source, by number; none is in both splits.
 
     Sources: "builtin", the documentation of Python's standard library (about 2 MB, different for
-    each Python version), and "c4", the TFDS data set c4/en in `data_dir`.
+    each Python version); "c4", the TFDS data set c4/en in `data_dir`; and "text", `own_documents`
+    of the files that `data_dir` names, with those that `eval_data` names for validation.
     """
     for argument, value, known in (("data", name, SOURCES), ("split", split, SPLITS)):
         if value not in known:
             raise ValueError(f"{argument}={value!r} is unknown: choose one of {', '.join(known)}")
+    if name == "text":
+        if data_dir is None:
+            raise ValueError("data='text' needs data_dir, which names files of text")
+        return own_documents(str(data_dir), eval_data)[split]
+    if eval_data is not None:
+        raise ValueError(f"eval_data={eval_data!r} is not used by data={name!r}: leave it out")
     if name == "c4":
         if data_dir is None:
             raise ValueError("data='c4' needs data_dir, the folder that holds c4/en")
@@ -120,8 +133,51 @@ def builtin_documents() -> dict[str, list[str]]:
     splits: dict[str, str] = {}
     for number, page in enumerate(pages):
         for document in documents_of(page):
-            splits.setdefault(document, SPLITS[number % _VALIDATION_EVERY == 0])
+            splits.setdefault(document, SPLITS[number % VALIDATION_EVERY == 0])
     return {s: [document for document, split in splits.items() if split == s] for s in SPLITS}
+
+
+@cache
+def own_documents(files: str, eval_files: str | None) -> dict[str, list[str]]:
+    """The documents of each split of the files of a folder, a pattern, or of one file.
+
+    Files of plain text are cut into documents of a few pages. Without `eval_files` each twentieth
+    document is for validation. Equal documents belong to one split, that of the first, or of
+    `eval_files`. ValueError if a split has none, or a file cannot be read.
+    """
+
+    def documents(name: str) -> list[str]:
+        texts = (_cut(text) if plain else [text] for plain, text in read_texts([name]))
+        return [document for text in texts for document in text if document.strip()]
+
+    found = documents(files)
+    if eval_files is not None:
+        validation = documents(eval_files)
+        splits = dict.fromkeys(validation, "validation")
+        found = [document for document in found if document not in splits]
+    else:
+        splits: dict[str, str] = {}
+        for number, document in enumerate(dict.fromkeys(found)):
+            splits[document] = SPLITS[number % VALIDATION_EVERY == 0]
+        validation = [document for document in found if splits[document] == "validation"]
+        found = [document for document in found if splits[document] == "train"]
+    if not found or not validation:
+        known = "that is not for validation" if validation else "for validation"
+        raise ValueError(f"{files} has no document {known}: name other files with --eval-data")
+    return {"train": found, "validation": validation}
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Cuts a text after a blank line, or after any line where there is none in half a document."""
+    lines, size = [], 0
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+        after_blank = bool(lines) and not lines[-1].strip()
+        if lines and size + len(line) > (_OWN_LENGTH // 2 if after_blank else _OWN_LENGTH):
+            yield "".join(lines)
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line)
+    yield "".join(lines)
 
 
 def documents_of(page: str) -> Iterator[str]:
@@ -151,7 +207,7 @@ def _builtin_pages() -> list[str]:
         if new := [text for text in _docstrings(path) if text not in seen]:
             seen.update(new)
             pages.append("\n\n".join(new))
-    if len(pages) < 2 * _VALIDATION_EVERY:
+    if len(pages) < 2 * VALIDATION_EVERY:
         said = f"found no source files of Python's standard library at {library}"
         raise ValueError(f"data='builtin' {said}: use data='c4' with a data_dir")
     return pages

@@ -85,17 +85,21 @@ def assemble(config: Resolved, log: Log) -> TextParts:
     if prompt >= model.max_length:
         raise ValueError(f"--prompt of {prompt} tokens: the model takes {model.max_length}")
     common = {"seq_len": config.seq_len, "mode": config.sequences, "vocab_size": model.vocab_size}
-    train_text = load_text(config.data, "train", config.data_dir)
-    eval_text = load_text(config.data, "validation", config.data_dir)
+    where = config.data_dir, config.eval_data
+    train_text = load_text(config.data, "train", *where)
+    eval_text = load_text(config.data, "validation", *where)
     own = {name: getattr(config, name) for name in ("batch_size", "seed", "workers")}
     data = TrainingData(train_text, tokenizer, **own, **common)
     sizes = {"batch_size": config.batch_size // config.accumulate, "max_tokens": config.eval_tokens}
     evaluation = evaluation_batches(eval_text, tokenizer, **sizes, **common)
     eval_tokens = int(sum(batch["weights"].sum() for batch in evaluation))
-    builtin = "the documentation of Python's standard library"
-    source = builtin if config.data == "builtin" else f"C4 (c4/en) in {config.data_dir}"
+    sources = {
+        "builtin": "the documentation of Python's standard library",
+        "c4": f"C4 (c4/en) in {config.data_dir}",
+        "text": str(config.data_dir),
+    }
     log(
-        f"data: {source}, {len(train_text):,} documents to train on, "
+        f"data: {sources[config.data]}, {len(train_text):,} documents to train on, "
         f"{len(eval_text):,} to evaluate on ({eval_tokens:,} tokens); tokenizer "
         f"{config.tokenizer}, {tokenizer.vocab_size:,} ids; {config.sequences} sequences"
     )
@@ -110,6 +114,7 @@ def assemble(config: Resolved, log: Log) -> TextParts:
         **made_of(config, model),
         "content of the tokenizer": tokenizer.content,
         "content of the text": content_of(train_text),
+        **({"content of --eval-data": content_of(eval_text)} if config.eval_data else {}),
     }
     return TextParts(
         **vars(programs),

@@ -255,6 +255,8 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--workers -1", "expected 0 or more"),
         ("--data c4", "needs --data-dir"),
         ("--data-dir x", "no effect with --data builtin"),
+        ("--data text", "--data text needs --data-dir, a folder, a file or a pattern"),
+        ("--eval-data x", "no effect with --data builtin"),
         ("--config missing.json", "missing.json"),
         ("--adapter vera", "low-rank"),
         ("--adapter lora", "galore-adamw has a rank of its own; choose one of adamw, adamw8bit,"),

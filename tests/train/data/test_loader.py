@@ -95,6 +95,36 @@ def test_c4_is_read_without_tensorflow(shared_data):
     assert "tensorflow" not in sys.modules
 
 
+def test_own_text_has_each_twentieth_document_for_validation_and_none_in_both(tmp_path):
+    texts = [f"{i % 30}" for i in range(50)]  # twenty of them twice
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train, validation = (load_text("text", split, str(file)) for split in text.SPLITS)
+    assert validation == ["0", "20", "0"]
+    assert train == [x for x in texts if x not in validation]
+    (tmp_path / "b.txt").write_text("7")
+    train, validation = (
+        load_text("text", split, str(file), str(tmp_path / "b.txt")) for split in text.SPLITS
+    )
+    assert validation == ["7"]
+    assert train == [x for x in texts if x != "7"]
+    with pytest.raises(ValueError, match=r"b.txt has no document that is not for validation: name"):
+        load_text("text", "train", str(tmp_path / "b.txt"))
+
+
+def test_own_plain_text_is_cut_between_paragraphs_or_else_lines_and_none_is_lost(tmp_path):
+    paragraphs = [f"{i} {'x' * 500}\n\n" for i in range(60)]
+    lines = [f"{i} {'y' * 500}\n" for i in range(60)]
+    for name, parts in (("a", paragraphs), ("b", lines)):
+        (tmp_path / f"{name}.txt").write_text("".join(parts))
+        splits = [load_text("text", split, str(tmp_path / f"{name}.txt")) for split in text.SPLITS]
+        documents = [*splits[1], *splits[0]]  # the first is for validation
+        assert "".join(documents) == "".join(parts)
+        assert len(documents) > 3
+        assert max(map(len, documents)) <= 8192
+        assert name == "b" or all(document.endswith("\n\n") for document in documents)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -102,6 +132,8 @@ def test_c4_is_read_without_tensorflow(shared_data):
         (("c4", "test", "data"), "split='test' is unknown: choose one of train, validation"),
         (("c4", "train", None), "data='c4' needs data_dir"),
         (("builtin", "train", "data"), "data_dir='data' is not used by data='builtin'"),
+        (("text", "train", None), "data='text' needs data_dir"),
+        (("c4", "train", "data", "more"), "eval_data='more' is not used by data='c4'"),
         (("c4", "train", "/nowhere"), "no data set c4/en at /nowhere/c4/en: make it with `python"),
     ],
 )

@@ -1,0 +1,102 @@
+"""Own text: plain files, JSON and Parquet."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from train.data.files import find_files, read_examples, read_files
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+
+
+def lines(*objects) -> str:
+    return "".join(json.dumps(x) + "\n\n" for x in objects)
+
+
+def test_a_plain_file_is_a_document_and_each_json_object_is_one(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffone\n\ntwo\n")
+    objects = [{"text": "drei", "url": "x"}, {"text": "vier ä", "prompt": None}]
+    (tmp_path / "b.jsonl").write_text(lines(*objects))
+    with gzip.open(tmp_path / "c.json.gz", "wt") as file:
+        file.write(lines(*objects))
+    (tmp_path / "d.json").write_text(json.dumps(objects, indent=2))
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{**x, "id": 1} for x in objects]), tmp_path / "e.parquet"
+    )
+    names = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.json.gz")]
+    both = ["drei", "vier ä"]
+    assert read_files(names) == ["one\n\ntwo\n", *both, *both]
+    assert read_files([str(tmp_path / "d.json"), str(tmp_path / "e.parquet")]) == [*both, *both]
+
+
+def test_examples_have_their_kind_in_json_and_parquet(tmp_path):
+    objects = [{"prompt": "1 + 1 = ", "completion": "2"}, {"messages": CHAT}]
+    (tmp_path / "a.jsonl").write_text(lines(*objects))
+    for i, row in enumerate(objects):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / f"{i}.parquet")
+    expected = [
+        ("prompt", ("1 + 1 = ", "2")),
+        ("messages", (("user", "Hi"), ("assistant", "Ho"))),
+    ]
+    for names in (["a.jsonl"], ["0.parquet", "1.parquet"]):
+        found = read_examples([str(tmp_path / name) for name in names])
+        assert [(x.kind, x.content) for x in found] == expected
+    with pytest.raises(ValueError, match=r"a.jsonl:1 has `prompt` and `completion`, and only `te"):
+        read_files([str(tmp_path / "a.jsonl")])
+
+
+def test_folders_and_patterns_give_each_file_once_sorted_and_without_hidden_ones(tmp_path):
+    for name in ("b.txt", "a.md", "sub/c.jsonl.gz", ".git/d.txt", "image.png", ".e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_files([str(tmp_path / "b.txt"), str(tmp_path), str(tmp_path / "*.md")])
+    assert [str(p.relative_to(tmp_path)) for p in found] == ["b.txt", "a.md", "sub/c.jsonl.gz"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"body": "x", "id": 1}\n',
+            "a.jsonl:2 has `body` and `id`: ex",
+        ),
+        ("a.jsonl", b'{"text": "x", "messages": []}\n', "a.jsonl:1 has `text` and `messages`: ex"),
+        ("a.jsonl", b'{"prompt": "x"}\n', "a.jsonl:1 has no `completion`"),
+        ("a.jsonl", b'{"text": 1}\n', "a.jsonl:1: `text` is a number, not a string"),
+        ("a.jsonl", b'"text"\n', "a.jsonl:1 is a string, not an object with `text`"),
+        ("a.json", b'{\n "text": "x"\n}\n', "a.json:1 is not JSON"),
+        ("a.json", b'[{"text": "x"}, 3]\n', "a.json: element 1 is a number"),
+        ("a.jsonl", b'{"messages": []}\n', "`messages` is an empty list"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user"}]}\n',
+            r"`messages\[0\]`: `content` is missing",
+        ),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "x", "content": "y", "tool_calls": [1]}]}\n',
+            r"a.jsonl:1: `messages\[0\]` has `tool_calls`: only `role` and `content`",
+        ),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "x", "content": "y"}], "tools": [1]}\n',
+            "`tools` beside `messages` is not supported",
+        ),
+        ("a.txt", b"ab\xff", r"a.txt is not text in UTF-8 \(byte 2 is none\)"),
+        ("a.txt.gz", b"ab", "a.txt.gz: the gzip file is damaged"),
+        ("a.parquet", b"ab", "a.parquet is not a readable Parquet file"),
+        ("a.pdf", b"ab", "a.pdf has none of the names that are read, .txt, .md, .jsonl"),
+        ("b/a.txt", None, "a.txt cannot be read: No such file"),
+        ("*.txt", None, r"\*.txt is a pattern that fits no file"),
+        (".", None, "has no file of .txt, .md"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        read_files([str(tmp_path / name)])
