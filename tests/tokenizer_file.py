@@ -30,3 +30,15 @@ def write_tokenizer(path, vocabulary, special=(), ordinary=(), **settings):
     }
     path.write_text(json.dumps(content | settings))
     return path
+
+
+def with_first(name, token):
+    """A post-processor that puts a token before a text."""
+    first = {"SpecialToken": {"id": name, "type_id": 0}}
+    a, b = ({"Sequence": {"id": x, "type_id": 0}} for x in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, a],
+        "pair": [first, a, b],
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}},
+    }

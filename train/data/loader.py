@@ -58,10 +58,10 @@ class TrainingData:
 
     def batches(self, start: Position = START) -> Generator[tuple[Batch, Position]]:
         """Batches from a position on, each with the position after; closing it ends the workers."""
-        make, separator = MODES[self.mode], self.tokenizer.separator
+        make, tokens = MODES[self.mode], _separators(self.tokenizer)
         sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
         with closing(self._documents(start.documents)) as documents:
-            made = make(documents, separator=separator, start=start, **sizes)
+            made = make(documents, **tokens, start=start, **sizes)
             if self.mode == "packed":
                 made = sequences.shuffled_rows(made, seed=self.seed, start=start)
             for batch, position in made:
@@ -144,13 +144,18 @@ def evaluation_batches(
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: give at least 1")
     documents = (tokenizer.encode(source[i]) for i in range(len(source)))
-    kept = (batch for batch, _ in MODES[mode](documents, separator=tokenizer.separator, **sizes))
+    made = MODES[mode](documents, **_separators(tokenizer), **sizes)
+    kept = (batch for batch, _ in made)
     result = list(kept if max_tokens is None else sequences.limit_tokens(kept, max_tokens))
     if not result:
         raise ValueError("every document of the validation text is empty")
     for batch in result:
         sequences.check_token_ids(batch, vocab_size or tokenizer.vocab_size)
     return result
+
+
+def _separators(tokenizer: Tokenizer) -> dict[str, int]:
+    return {"separator": tokenizer.separator, "begin": tokenizer.begin}
 
 
 def _check(

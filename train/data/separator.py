@@ -1,7 +1,9 @@
-"""Which token of a `tokenizer.json` ends a document, and that its name in a text is text."""
+"""Which tokens of a `tokenizer.json` begin and end a document, and that their names are text."""
 
+import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,22 @@ def find_separator(tokenizer: Any, path: Path, named: str | None) -> int:
         known = f"such as {END_TOKENS[0]} (special: {_list(tokenizer, {*special.values()})})"
         problem = f"no special token that is known to end a document, {known}"
     raise ValueError(f"tokenizer={str(path)!r} has {problem}; {give}")
+
+
+def find_beginning(tokenizer: Any, path: Path, separator: int) -> int:
+    """Returns the id of the token that begins a document: transformers puts it before a prompt.
+
+    It is what the post-processor puts before a text, or else the separator. ValueError if the
+    post-processor puts several tokens there.
+    """
+    first = _first_tokens(json.loads(tokenizer.to_str())["post_processor"])
+    if len(first) > 1:
+        names = _list(tokenizer, {*first})
+        raise ValueError(
+            f"tokenizer={str(path)!r} puts {len(first)} tokens before a text ({names}), and only "
+            "one is supported: change its post_processor"
+        )
+    return first[0] if first else separator
 
 
 def _of_tokenizer(tokenizer: Any, path: Path, beside: Path | None) -> dict[str, set[int]]:
@@ -92,6 +110,23 @@ def _last_token(post_processor: dict[str, Any] | None) -> int | None:
         case {"sep": [_, i]}:  # BertProcessing and RobertaProcessing
             return i
     return None
+
+
+def _first_tokens(post_processor: dict[str, Any] | None) -> list[int]:
+    """The ids of the tokens that a post-processor puts before a text."""
+    match post_processor:
+        case {"type": "Sequence", "processors": parts}:
+            return [i for part in reversed(parts) for i in _first_tokens(part)]
+        case {"type": "TemplateProcessing", "single": parts}:
+            names = [part["SpecialToken"]["id"] for part in _until_text(parts)]
+            return [i for name in names for i in post_processor["special_tokens"][name]["ids"]]
+        case {"cls": [_, i]}:  # BertProcessing and RobertaProcessing
+            return [i]
+    return []
+
+
+def _until_text(parts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return itertools.takewhile(lambda part: "SpecialToken" in part, parts)
 
 
 def _list(tokenizer: Any, ids: set[int]) -> str:

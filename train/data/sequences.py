@@ -6,8 +6,9 @@ A batch is a dict of arrays, all (batch, length):
   segment_ids: int32, from 1 in each row, one for each document in it; 0 is padding.
   weights: float32, 1 if the target counts, 0 for padding.
 
-One separator precedes each document: as an input it is the document's beginning, as a target the
-end of the previous one. Rows are a fixed function of the documents and the position.
+One separator precedes each document: as an input it is the document's beginning (or the token
+`begin` is), as a target the end of the previous one. Rows are a fixed function of the documents and
+the position.
 """
 
 import itertools
@@ -38,6 +39,7 @@ def packed_batches(
     documents: Iterable[Document],
     *,
     separator: int,
+    begin: int | None = None,
     batch_size: int,
     seq_len: int,
     start: Position = START,
@@ -77,7 +79,16 @@ def packed_batches(
             return
         if document is not None:  # else a separator follows
             stream[size] = document[taken]
-        yield _packed_batch(stream, begins, filled, (batch_size, seq_len)), Position(number, taken)
+        batch = _packed_batch(stream, begins, filled, (batch_size, seq_len))
+        yield _begun(batch, separator, begin), Position(number, taken)
+
+
+def _begun(batch: Batch, separator: int, begin: int | None) -> Batch:
+    """The batch in which `begin` is before each document: no text gives the separator."""
+    if begin is None or begin == separator:
+        return batch
+    inputs = batch["inputs"]
+    return batch | {"inputs": np.where(inputs == separator, np.int32(begin), inputs)}
 
 
 def _packed_batch(
@@ -101,6 +112,7 @@ def document_batches(
     documents: Iterable[Document],
     *,
     separator: int,
+    begin: int | None = None,
     batch_size: int,
     seq_len: int,
     start: Position = START,
@@ -131,7 +143,7 @@ def document_batches(
             "segment_ids": valid.astype(np.int32),
             "weights": valid.astype(np.float32),
         }
-        yield batch, Position(number)
+        yield _begun(batch, separator, begin), Position(number)
 
 
 MODES: dict[str, Callable[..., Batches]] = {"packed": packed_batches, "document": document_batches}

@@ -1,20 +1,23 @@
 """From text to token ids and back: plain bytes, or any `tokenizer.json`.
 
-`separator` is the id of the token between two documents; `vocab_size` is above all ids of texts;
-`content` differs between tokenizers that give other ids.
+`separator` is the id of the token that ends a document, `begin` of that which begins one, and may
+be the same; `vocab_size` is above all ids of texts; `content` differs between tokenizers that give
+other ids.
 """
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from train.data.separator import find_separator, spell_out
+from train.data.separator import find_beginning, find_separator, spell_out
 
 
 def load_tokenizer(name: str | Path, end_token: str | None = None) -> "Tokenizer":
@@ -33,7 +36,8 @@ def load_tokenizer(name: str | Path, end_token: str | None = None) -> "Tokenizer
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255; 256 separates documents."""
 
-    vocab_size, separator, content = 257, 256, "bytes"
+    vocab_size, separator, begin, content = 257, 256, 256, "bytes"
+    special: tuple[str, ...] = ()
 
     def encode(self, text: str) -> Int[np.ndarray, " length"]:
         """Token ids of a text. Lone surrogates, which UTF-8 lacks, become '?'."""
@@ -42,6 +46,10 @@ class ByteTokenizer:
     def decode(self, ids: Int[np.ndarray, " length"]) -> str:
         """The text of the ids below 256; incomplete characters become '�'."""
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what a chat template has made: the same, as no byte is special."""
+        return self.encode(text).tolist()
 
 
 class FileTokenizer:
@@ -66,6 +74,7 @@ class FileTokenizer:
         if getattr(tokenizer.model, "dropout", None):  # merges left out at random
             tokenizer.model.dropout = None
         self.separator = find_separator(tokenizer, path, end_token)
+        self.begin = find_beginning(tokenizer, path, self.separator)
         self._name = str(tokenizer.id_to_token(self.separator))
         tokenizer.add_special_tokens([self._name])
         added = tokenizer.get_added_tokens_decoder().items()
@@ -76,8 +85,11 @@ class FileTokenizer:
         if unknown == self.separator:
             raise ValueError(self._reached("each unknown character"))
         ordinary = [i for i in tokenizer.get_vocab().values() if i not in special]
-        self.vocab_size: int = 1 + max([self.separator, unknown or 0, *ordinary])
+        self.vocab_size: int = 1 + max([self.separator, self.begin, unknown or 0, *ordinary])
         self.content = f"{sha256(path.read_bytes()).hexdigest()[:16]}, {self._name}"
+        if self.begin != self.separator:
+            self.content += f", after {tokenizer.id_to_token(self.begin)}"
+        self.special = tuple(special.values())
         self._tokenizer = tokenizer
 
     def __reduce__(self):
@@ -96,6 +108,20 @@ class FileTokenizer:
         if end - start < 2:
             raise ValueError(self._reached(f"{text[start:end]!r} in a text"))
         return np.concatenate([self.encode(text[: start + 1]), self.encode(text[start + 1 :])])
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what a chat template has made: names of special tokens are these tokens."""
+        with self._errors_named():
+            return self._as_written.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _as_written(self) -> Any:
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def _reached(self, text: str) -> str:
         return (

@@ -58,7 +58,6 @@ def sample_text(
     model: Llama, tokenizer: Tokenizer, prompt: str, *, seed: int = 0, stop: bool = False, **how
 ) -> str:
     """A document that begins with the prompt, to its end if `stop`; `how`: see `generate`."""
-    # In training, the separator begins each document.
-    ids = jnp.asarray([[tokenizer.separator, *tokenizer.encode(prompt)]], jnp.int32)
+    ids = jnp.asarray([[tokenizer.begin, *tokenizer.encode(prompt)]], jnp.int32)
     stop_id, key = tokenizer.separator if stop else None, jax.random.key(seed)
     return tokenizer.decode(np.asarray(generate(model, ids, key=key, stop_id=stop_id, **how)[0]))

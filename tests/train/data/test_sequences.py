@@ -100,6 +100,18 @@ def test_batches_go_on_from_every_position(texts, size, make):
                 np.testing.assert_array_equal(got[field], value)
 
 
+@pytest.mark.parametrize("make", [packed_batches, document_batches])
+def test_a_token_that_begins_documents_is_an_input_and_the_separator_stays_the_target(make):
+    texts = [np.array([1, 2, 3]), np.array([4])]
+    sizes = {"separator": SEPARATOR, "batch_size": 1, "seq_len": 6}
+    made, plain = (
+        [batch for batch, _ in make(texts, **sizes, **begin)] for begin in ({"begin": 77}, {})
+    )
+    assert flat([(batch, 0) for batch in made], "inputs") == [77, 1, 2, 3, 77, 4]
+    for field in FIELDS[1:]:
+        assert [x[field].tolist() for x in made] == [x[field].tolist() for x in plain]
+
+
 def test_packing_reads_no_further_than_the_batch():
     def stream():
         yield np.arange(3)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_file import write_tokenizer
+from tokenizer_file import with_first, write_tokenizer
 
 from train.data.text import load_text
 from train.data.tokenizer import load_tokenizer
@@ -82,6 +82,23 @@ def test_a_words_vocabulary_does_not_give_special_tokens_either(tmp_path):
     tokenizer = load_tokenizer(path)
     assert (tokenizer.separator, tokenizer.vocab_size) == (3, 4)
     assert tokenizer.encode("hello <eos> hello").tolist() == [1, 0, 2, 1]
+
+
+def test_the_token_that_a_post_processor_puts_first_begins_a_document(tmp_path):
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}
+    special, path = ["<s>", "</s>"], tmp_path / "tokenizer.json"
+    plain = load_tokenizer(write_tokenizer(path, vocabulary, special), "</s>")
+    assert plain.begin == plain.separator == 2
+    first = with_first("<s>", 1)
+    settings = {"post_processor": {"type": "Sequence", "processors": [first]}}
+    tokenizer = load_tokenizer(write_tokenizer(path, vocabulary, special, **settings), "</s>")
+    assert (tokenizer.begin, tokenizer.separator) == (1, 2)
+    assert tokenizer.content.endswith(", </s>, after <s>")
+    assert tokenizer.encode("<s> a").tolist() == [0, 0, 3]  # no text gives it
+    first["single"].insert(0, first["single"][0])
+    write_tokenizer(path, vocabulary, special, post_processor=first)
+    with pytest.raises(ValueError, match="puts 2 tokens before a text"):
+        load_tokenizer(path, "</s>")
 
 
 def test_what_a_file_says_on_length_and_added_tokens_is_not_applied(tmp_path):
