@@ -182,20 +182,33 @@ def adapt(
     )
 
 
-def split(params: PyTree, *, adapters_only: bool = False) -> tuple[PyTree, Frozen]:
+def split(
+    params: PyTree,
+    *,
+    adapters_only: bool = False,
+    trains: Callable[[str], bool] = lambda path: True,
+) -> tuple[PyTree, Frozen]:
     """Splits params into a trained and a frozen part; `join` is the inverse.
 
-    The trained part has None instead of each adapter's base, and with `adapters_only` instead of
-    each leaf that has no adapter. Differentiate `lambda trained: loss(join(trained, frozen))`.
+    The trained part has None instead of each adapter's base, with `adapters_only` instead of each
+    leaf that has no adapter, and instead of each leaf or adapter for whose path, such as
+    "layers/mlp/up", `trains` returns False. Differentiate `lambda trained: loss(join(trained,
+    frozen))`.
     """
     checks.choice(adapters_only, "adapters_only", (False, True))
+    checks.function(trains, "trains")
     frozen: Frozen = {}
 
     def trained(path: Any, x: Any) -> Any:
-        if not is_adapter(x) and not adapters_only:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        whole = is_adapter(x) or not adapters_only
+        if not whole or not checks.called(trains, "trains", name):
+            frozen[jax.tree_util.keystr(path)] = x
+            return None
+        if not is_adapter(x):
             return x
-        frozen[jax.tree_util.keystr(path)] = x.base if is_adapter(x) else x
-        return dataclasses.replace(x, base=None) if is_adapter(x) else None
+        frozen[jax.tree_util.keystr(path)] = x.base
+        return dataclasses.replace(x, base=None)
 
     def is_leaf(x: Any) -> bool:
         return is_adapter(x) or is_quantized(x)

@@ -15,6 +15,7 @@ from galore_optax.quantization.array import dequantized
 from models.hugging_face.llama import load_llama
 from models.hugging_face.peft import load_adapters
 from train.config.resolve import resolve
+from train.config.weights import ADAPTERS_ONLY
 from train.export import Export
 from train.export import main as export
 from train.generate import Generate
@@ -62,6 +63,48 @@ def test_frozen_weights_stay_bit_for_bit_and_have_no_moments(name):
         jax.tree.map(np.testing.assert_array_equal, old.base, new.base)
         assert not np.array_equal(old.b, new.b)
     assert not np.array_equal(first.params["head"], last.params["head"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({**RUNS["qlora"], "train": ADAPTERS_ONLY}, {"layers/attention/query", "layers/mlp/up"}),
+        (
+            {"optimizer": "galore-adamw8bit", "train": "layers|norm", "freeze": "mlp/|query"},
+            {
+                "norm", "layers/attention/key", "layers/attention/out", "layers/attention/value",
+                "layers/attention_norm", "layers/mlp_norm",
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_only_what_the_flags_name_changes_and_has_a_gradient_and_moments(settings, kept):
+    parts, first, last, _ = trained(2, **settings)
+    changed = set()
+    flat = (jax.tree.leaves_with_path(x.params, is_leaf=is_adapter) for x in (first, last))
+    for (path, old), (_, new) in zip(*flat, strict=True):
+        same = all(map(np.array_equal, jax.tree.leaves(old), jax.tree.leaves(new)))
+        changed |= set() if same else {jax.tree_util.keystr(path, simple=True, separator="/")}
+    assert changed == kept
+    whole = sum(x.size for x in jax.tree.leaves(parts.abstract.params))
+    assert sum(x.size for x in jax.tree.leaves(parts.abstract.optimizer)) < whole / 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"train": "layer/"},
+            "--train layer/ matches no param; these are embedding, head, layers/",
+        ),
+        ({"freeze": "."}, "leave no param to be trained"),
+        ({"freeze": "("}, r"--freeze \(: .*; expected a regular expression"),
+        ({"freeze": "head", "layerwise": True}, "--freeze head with --layerwise: it trains all"),
+    ],
+)
+def test_patterns_that_name_nothing_or_leave_nothing_are_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        assemble(resolve(small("unused", **settings)), lambda _: None)
 
 
 @pytest.mark.parametrize("optimizer", ["lora-adamw", "gradnorm-lorp-adamw"])

@@ -139,11 +139,12 @@ def _ranges(c: ResolvedTraining) -> Iterator[str]:
         yield f"--floor {c.floor}: expected a share of --learning-rate, from 0 to 1"
     if c.weight_decay is not None and not 0 <= c.weight_decay <= _LARGEST:
         yield f"--weight-decay {c.weight_decay}: expected 0 or more, {_LARGEST:.1e} at most"
-    try:
-        re.compile(c.adapter_pattern or "")
-    except (re.error, OverflowError) as error:
-        expected = "expected a regular expression, such as query|value"
-        yield f"--adapter-pattern {c.adapter_pattern}: {error}; {expected}"
+    for name in ("adapter_pattern", "train", "freeze"):
+        try:
+            re.compile(getattr(c, name) or "")
+        except (re.error, OverflowError) as error:
+            expected = "expected a regular expression, such as query|value"
+            yield f"{flag(name)} {getattr(c, name)}: {error}; {expected}"
 
 
 def _conflicts(c: ResolvedTraining) -> Iterator[str]:
@@ -185,6 +186,10 @@ def _by_layers(c: Resolved) -> Iterator[str]:
         reason = "the gradients of adapters are small, and frozen weights have none"
         none = f"--layerwise has no effect with --adapter {c.adapter}"
         yield f"{none}: {reason}; leave one of them out"
+    for name in ("train", "freeze"):
+        if c.layerwise and getattr(c, name) is not None:
+            said = f"{flag(name)} {getattr(c, name)} with --layerwise"
+            yield f"{said}: it trains all params; leave one of them out"
     if c.clip not in ("exact", None) and not c.layerwise:
         yield f"--clip {c.clip} has an effect with --layerwise only; any other step clips exactly"
     users = [name for name, recipe in OPTIMIZERS.items() if "scale" in recipe.options]

@@ -77,6 +77,18 @@ class AdapterFlags:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainedFlags:
+    """What is trained."""
+
+    train: str | None = None
+    """Regular expression for the paths of the params that are trained besides adapters, such as
+    layers|norm; paths are like layers/mlp/up, where all layers are one array. Default: all."""
+    freeze: str | None = None
+    """Regular expression for the paths of params that are not trained, such as embedding|head. They
+    have no gradient and no optimizer state. Default: none."""
+
+
+@dataclasses.dataclass(frozen=True)
 class GaLoreFlags:
     """GaLore."""
 
@@ -243,7 +255,14 @@ class TextRunFlags:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFlags(
-    RunFlags, MemoryFlags, ScheduleFlags, LowBitFlags, GaLoreFlags, AdapterFlags, OptimizerFlags
+    RunFlags,
+    MemoryFlags,
+    ScheduleFlags,
+    LowBitFlags,
+    GaLoreFlags,
+    TrainedFlags,
+    AdapterFlags,
+    OptimizerFlags,
 ):
     """What every command that trains takes, whatever its model and data."""
 

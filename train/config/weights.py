@@ -1,5 +1,6 @@
 """How a run stores its weights: as arrays, quantized, or frozen with an adapter on each matrix."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -7,10 +8,14 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from galore_optax import DoRA, GradNormLoRP, LoRA, LowRank, adapt, quantize_nf4, quantize_weights
-from galore_optax.adapters.base import Adapter
+from galore_optax.adapters.base import Adapter, Frozen, is_adapter, split
+from galore_optax.quantization.array import is_quantized
 from train.config.flags import TrainingFlags
 
 Params = dict[str, Any]
+
+ADAPTERS_ONLY = "(?!)"
+"""The pattern of `--train` that matches no path."""
 
 
 class Kind(NamedTuple):
@@ -33,6 +38,34 @@ ADAPTERS: Mapping[str, Kind] = {
     "low-rank": Kind(LowRank.create, _FACTORS),
     "gradnorm-lorp": Kind(GradNormLoRP.create, {**_FACTORS, "weight_bits": None, **_RESTARTS}),
 }
+
+
+def split_params(config: TrainingFlags, params: Params) -> tuple[Params, Frozen]:
+    """Splits params into what --train and --freeze leave to be trained, and the rest."""
+    leaves = jax.tree.leaves_with_path(params, is_leaf=is_adapter)
+    adapted = {_name(path) for path, x in leaves if is_adapter(x)}
+
+    def trains(name: str) -> bool:
+        chosen = name in adapted or re.search(config.train or "", name)
+        return bool(chosen) and not (config.freeze and re.search(config.freeze, name))
+
+    return split(params, trains=trains)
+
+
+def check_trained(config: TrainingFlags, params: Params) -> None:
+    """Raises ValueError if --train or --freeze match no param, or leave none to be trained."""
+    leaves = jax.tree.leaves_with_path(params, is_leaf=lambda x: is_adapter(x) or is_quantized(x))
+    names = [_name(path) for path, _ in leaves]
+    for option, pattern in (("--train", config.train), ("--freeze", config.freeze)):
+        found = pattern in (None, ADAPTERS_ONLY) or any(re.search(pattern, x) for x in names)
+        if not found:
+            raise ValueError(f"{option} {pattern} matches no param; these are {', '.join(names)}")
+    if not jax.tree.leaves(split_params(config, params)[0]):
+        raise ValueError("--train and --freeze leave no param to be trained")
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def stored_weights(

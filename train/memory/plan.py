@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import PyTree
 
-from galore_optax import join, split, state_bytes, subspace_parts
+from galore_optax import join, state_bytes, subspace_parts
 from galore_optax.layerwise.backward import forward
 from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.quantization.weights import sources, with_sources
 from train.config.optimizers import make_recipe
 from train.config.settings import Resolved, ResolvedTraining
+from train.config.weights import split_params
 from train.step import layerwise
 from train.step.mesh import batch_shards
 from train.step.programs import Programs, make_programs
@@ -166,7 +167,7 @@ def device_memory(device: jax.Device) -> int:
 
 def _gradients(config: ResolvedTraining, programs: Programs) -> int:
     """Bytes of the gradients that exist at once: all, or the largest part that is updated."""
-    trained, _ = split(programs.abstract.params)
+    trained, _ = split_params(config, programs.abstract.params)
 
     def size(name: str) -> int:
         numbers = [
@@ -219,7 +220,7 @@ def _activations(config: ResolvedTraining, programs: Programs) -> int:
     else:
 
         def kept(params: Any, batch: Any) -> Any:
-            trained, frozen = split(params)
+            trained, frozen = split_params(config, params)
 
             def loss(own: Any) -> Any:
                 return programs.loss(join(with_sources(trained, own), frozen), batch)

@@ -9,10 +9,11 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from galore_optax.adapters.base import merge, split
+from galore_optax.adapters.base import merge
 from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized
 from train.config.settings import ResolvedTraining
+from train.config.weights import split_params
 from train.data.sequences import START, Batch, Position
 from train.step.mesh import available_devices, put_batch
 from train.step.programs import Programs
@@ -110,13 +111,15 @@ def log_programs(
         f"model: {model}, {count(params):,} params, {config.dtype}, "
         f"{tree_bytes(params) / 1e6:,.1f} MB; {weights}"
     )
+    trained = sum(x.size for x in jax.tree.leaves(split_params(config, params)[0]))
     if config.adapter is not None:
-        trained = sum(x.size for x in jax.tree.leaves(split(params)[0]))
         every = config.restart_every
         log(
             f"adapter: {config.adapter}, rank {config.rank}, {trained:,} params trained"
             + (f", merged and reset every {every} steps" if every else "")
         )
+    elif config.train is not None or config.freeze is not None:
+        log(f"frozen: all but {trained:,} params")
     rank = config.rank if config.gradient_rank is None else config.gradient_rank
     gap = config.update_proj_gap
     log(

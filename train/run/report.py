@@ -8,10 +8,10 @@ import jax
 import optax
 
 from galore_optax import cast_state
-from galore_optax.adapters.base import split
 from galore_optax.memory import state_bytes, tree_bytes
 from galore_optax.quantization.array import is_quantized
 from train.config.settings import ResolvedTraining
+from train.config.weights import split_params
 from train.run import directory as run_directory
 from train.run.metrics import read_metrics, tokens_per_second
 from train.run.parts import Log, Parts, count, whole_params
@@ -31,7 +31,7 @@ def report(
     directory = run_directory.directory(config)
     lines = read_metrics(directory)
     ours = state_bytes(parts.abstract.optimizer.inner_state)
-    trained, _ = split(parts.abstract.params)
+    trained, _ = split_params(config, parts.abstract.params)
     whole = whole_params(parts.abstract.params)
     plain = cast_state(optax.adamw(1e-3), config.state_dtype or config.weight_dtype)
     adamw = state_bytes(jax.eval_shape(plain.init, whole))

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from galore_optax import apply_updates, join, split, value_and_grad
+from galore_optax.adapters.base import Frozen
 from galore_optax.adapters.lora import with_dropout_keys
 from galore_optax.layerwise.microbatches import over_microbatches, over_microbatches_in_subspace
 from galore_optax.ordering import once_if
@@ -28,6 +29,7 @@ Forward = Callable[[Params, Batch], tuple[Float[Array, "B L D"], Float[Array, "V
 # Σ w · loss over a batch. Microbatches, of shape (B / A, L), also have their number as
 # `microbatch`, and in a training step a random key as `key`.
 Loss = Callable[[Params, Batch], Float[Array, ""]]
+Split = Callable[[Params], tuple[Params, Frozen]]  # into the trained params and the frozen ones
 
 
 def summed_loss(forward: Forward, params: Params, batch: Batch) -> Float[Array, ""]:
@@ -73,9 +75,10 @@ def train_step(
     mesh: Mesh,
     state: TrainState,
     batch: Batch,
+    divided: Split = split,
 ) -> tuple[TrainState, Metrics]:
     """One update. A loss or gradient that is not finite changes neither params nor moments."""
-    trained, of_trained, applied, updated = _trainable(summed, stochastic_rounding, state)
+    trained, of_trained, applied, updated = _trainable(summed, stochastic_rounding, state, divided)
     loss, gradient, tokens = loss_and_gradient(of_trained, trained, batch, accumulate, mesh)
     finite = skipping.all_finite(loss, gradient)
 
@@ -99,13 +102,14 @@ def train_step_in_subspace(
     mesh: Mesh,
     state: TrainState,
     batch: Batch,
+    divided: Split = split,
 ) -> tuple[TrainState, Metrics]:
     """One update, from microbatches' gradients that are projected, summed and then clipped.
 
     The optimizer's state is that of `train_step`. If the sum is not finite, a basis that the first
     microbatch has refreshed stays, with the moments carried over, and nothing else changes.
     """
-    trained, of_trained, applied, updated = _trainable(summed, stochastic_rounding, state)
+    trained, of_trained, applied, updated = _trainable(summed, stochastic_rounding, state, divided)
     clipping, own = state.optimizer.inner_state
     gradients, parts, tokens = _by_microbatch(of_trained, trained, batch, accumulate, mesh)
     gradient, own, losses = over_microbatches_in_subspace(recipe, own, trained, gradients, parts)
@@ -124,10 +128,10 @@ def train_step_in_subspace(
 
 
 def _trainable(
-    summed: Loss, stochastic_rounding: bool, state: TrainState
+    summed: Loss, stochastic_rounding: bool, state: TrainState, divided: Split
 ) -> tuple[Params, Loss, Callable[..., Params], Callable[..., TrainState]]:
     """The trained params, the loss as a function of them, their update, and the state after it."""
-    trained, frozen = split(state.params)
+    trained, frozen = divided(state.params)
     rounding, dropout = (step_key(state.key, state.step, use) for use in range(2))
 
     def of_trained(trained: Params, batch: Batch) -> Array:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
-from galore_optax import layerwise_shardings, restart, split, state_shardings, subspace_parts
+from galore_optax import layerwise_shardings, restart, state_shardings, subspace_parts
 from models.llama import model as llama
 from models.llama.attention import attention_implementation
 from models.llama.axes import dimension_numbers, logical_axes
@@ -24,7 +24,7 @@ from train.config.optimizers import (
 )
 from train.config.settings import Pretrain, Resolved, ResolvedTraining
 from train.config.source import sizes
-from train.config.weights import ADAPTERS, stored_weights
+from train.config.weights import ADAPTERS, check_trained, split_params, stored_weights
 from train.data.tokenizer import Tokenizer
 from train.step import layerwise, skipping
 from train.step.mesh import (
@@ -183,6 +183,7 @@ def programs_of(
     """The programs that train a network; `by_layers` makes another optimizer and step for it."""
     check_batch(config.batch_size, config.accumulate, mesh)
     shapes = network.shapes
+    check_trained(config, shapes)
     params_at, notes = param_shardings(mesh, shapes, network.axes)
     ordinary = partial(_ordinary, config, network, mesh)
     optimizer = partial(by_layers or ordinary, shapes, params_at)
@@ -191,7 +192,7 @@ def programs_of(
     state_at = TrainState(params_at, skipping.shardings(mesh, optimizer_at), whole, whole)  # pyrefly: ignore
 
     def start(params: Params, key: Key[Array, ""]) -> TrainState:
-        optimizer = skipping.init(init_optimizer(split(params)[0]))
+        optimizer = skipping.init(init_optimizer(split_params(config, params)[0]))
         return TrainState(params, optimizer, jnp.zeros((), jnp.int32), key)
 
     def init(key: Key[Array, ""]) -> TrainState:
@@ -273,12 +274,15 @@ def _ordinary(
 ) -> Optimizer:
     """The optimizer and the step that updates all params after the backward pass."""
     tx = make_optimizer(config, refreshes)
-    optimizer_at = state_shardings(tx, split(shapes)[0], split(at)[0])
+    divided = partial(split_params, config)
+    optimizer_at = state_shardings(tx, divided(shapes)[0], divided(at)[0])
     schedule, rounds = learning_rate_schedule(config), bool(config.stochastic_rounding)
     how = schedule, config.accumulate, rounds, mesh
     if not config.accumulate_in_subspace:
-        return tx.init, optimizer_at, partial(train_step, network.loss, tx, *how)
+        return tx.init, optimizer_at, partial(train_step, network.loss, tx, *how, divided=divided)
     recipe = subspace_parts(make_recipe(config, refreshes))
     assert recipe is not None
-    step = partial(train_step_in_subspace, network.loss, recipe, config.clip_norm, *how)
+    step = partial(
+        train_step_in_subspace, network.loss, recipe, config.clip_norm, *how, divided=divided
+    )
     return tx.init, optimizer_at, step

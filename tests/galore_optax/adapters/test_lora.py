@@ -80,6 +80,23 @@ def test_adapters_go_where_the_pattern_says(pattern, names):
     assert sorted(adapters_of(adapted(LoRA, pattern=pattern))) == [f"layers/{n}" for n in names]
 
 
+def test_what_a_function_of_the_path_freezes_is_whole_and_joined_again():
+    params = adapted(LoRA, pattern="query|up")
+    names = []
+
+    def trains(path: str) -> bool:
+        names.append(path)
+        return path in ("layers/mlp/up", "norm")
+
+    part, frozen = split(params, trains=trains)
+    assert "layers/attention/query" in names
+    assert jax.tree.leaves(part["layers"]["attention"]) == []  # the adapter there, too
+    assert {x.size for x in jax.tree.leaves(part)} == {32, 2 * 32 * 4, 2 * 4 * 48}
+    jax.tree.map(np.testing.assert_array_equal, join(part, frozen), params)
+    with pytest.raises(ValueError, match="trains"):
+        split(params, trains="norm")
+
+
 def test_all_matrices_of_the_layers_are_adapted_by_default_each_with_its_own_factors():
     adapters = adapters_of(adapted(LoRA))
     assert len(adapters) == 7
