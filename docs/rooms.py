@@ -28,6 +28,7 @@ ROWS = (
     ("train.step",),
     ("train.config", "train.data"),
     ("models.hugging_face",),
+    ("models.encoder",),
     ("models.llama",),
     ("galore_optax.explanation", "galore_optax.memory", "galore_optax.recipes"),
     ("galore_optax.layerwise", "galore_optax.adapters"),

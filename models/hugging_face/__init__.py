@@ -1,5 +1,6 @@
-"""Weights in Hugging Face's formats, read and written: LLaMA checkpoints and PEFT's adapters."""
+"""Weights in Hugging Face's formats, read and written: LLaMA, RoBERTa, BERT, PEFT's adapters."""
 
 from models.hugging_face.llama import load_llama, save_llama
+from models.hugging_face.roberta import load_roberta, save_roberta
 
-__all__ = ["load_llama", "save_llama"]
+__all__ = ["load_llama", "load_roberta", "save_llama", "save_roberta"]

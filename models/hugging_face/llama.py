@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import groupby
 from pathlib import Path
 from types import EllipsisType
@@ -92,15 +92,9 @@ def read_weights(
     Yields the path and the array of each of `weight_table`, one at a time, so that the host never
     has a second copy of the model; errors as for `load_llama`.
     """
-    files, places = _tensor_files(directory), _places(config)
+    files, places = tensor_files(directory), _places(config)
     known = places.keys() | _frequency_names(config) | ({_HEAD} if config.tied else set())
-    missing, unexpected = places.keys() - files.keys(), files.keys() - known
-    for what, names in (("missing", missing), ("unexpected", unexpected)):
-        if names:
-            some = ", ".join(sorted(names)[:3] + ["..."] * (len(names) > 3))
-            raise ValueError(
-                f"{len(names)} tensors are {what}: {some}; config.json and weights must match"
-            )
+    check_names(missing=places.keys() - files.keys(), unexpected=files.keys() - known)
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:
         tensor = read_tensor(files[name], name)
@@ -123,6 +117,16 @@ def read_weights(
         yield path, stack
 
 
+def check_names(**wrong: Collection[str]) -> None:
+    """Raises ValueError if a kind of tensors, such as those that are missing, has a name."""
+    for what, names in wrong.items():
+        if names:
+            some = ", ".join(sorted(names)[:3] + ["..."] * (len(names) > 3))
+            raise ValueError(
+                f"{len(names)} tensors are {what}: {some}; config.json and weights must match"
+            )
+
+
 def save_llama(
     model: Llama, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000
 ) -> None:
@@ -136,27 +140,44 @@ def save_llama(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: must be at least 1, such as 5e9")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    stored = ("config.json", "adapter_config.json", "*.safetensors*")
-    if present := sorted(path for name in stored for path in directory.glob(name)):
-        raise ValueError(
-            f"directory={directory} already has a model in it ({present[0].name}); nothing was "
-            "written, choose another directory"
-        )
+    check_no_model(directory)
     params: dict[Any, Any] = flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    _check_params(params, model.config)
+    check_params(params, flatten_dict(weight_table(model.config)))
     places = _places(model.config)
     sizes = {
         name: math.prod(place.shape) * params[place.path].dtype.itemsize
         for name, place in places.items()
     }
-    shards = _shards(sizes, max_shard_bytes)
 
     def array(name: str) -> Shaped[np.ndarray, "..."]:
         path, layer, _ = places[name]
         ours = np.asarray(params[path][layer])
         return np.ascontiguousarray(ours if layer is ... else ours.T)
 
+    dtype = jnp.result_type(*(weight.dtype for weight in params.values()))
+    config = to_theirs(dataclasses.replace(model.config, param_dtype=dtype))
+    write_checkpoint(directory, _shards(sizes, max_shard_bytes), array, config, sum(sizes.values()))
+
+
+def check_no_model(directory: Path) -> None:
+    """Raises ValueError if a directory has a model in it."""
+    stored = ("config.json", "adapter_config.json", "*.safetensors*")
+    if present := sorted(path for name in stored for path in directory.glob(name)):
+        raise ValueError(
+            f"directory={directory} already has a model in it ({present[0].name}); nothing was "
+            "written, choose another directory"
+        )
+
+
+def write_checkpoint(
+    directory: Path,
+    shards: dict[str, list[str]],
+    array: Callable[[str], Shaped[np.ndarray, "..."]],
+    config: dict[str, Any],
+    total_size: int,
+) -> None:
+    """Writes the tensors of each file, by the file's name, and the content of config.json."""
+    directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="partial-", dir=directory) as partial:
         partial, weight_map = Path(partial), {}
         for file, names in shards.items():
@@ -164,11 +185,9 @@ def save_llama(
             save_file(tensors, partial / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(names, file)
         if len(shards) > 1:
-            metadata = {"total_size": sum(sizes.values())}
+            metadata = {"total_size": total_size}
             write_json(partial / _INDEX, {"metadata": metadata, "weight_map": weight_map})
-        dtype = jnp.result_type(*(weight.dtype for weight in params.values()))
-        config = dataclasses.replace(model.config, param_dtype=dtype)
-        write_json(partial / "config.json", to_theirs(config))
+        write_json(partial / "config.json", config)
         # config.json comes last: without it nothing reads the directory as a model.
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(directory / path.name)
@@ -183,9 +202,8 @@ def _check_tied(file: Path, embedding: Shaped[np.ndarray, "V D"]) -> None:
         )
 
 
-def _check_params(params: dict[Any, Any], config: LlamaConfig) -> None:
-    """Raises ValueError unless the weights can be written as they are."""
-    expected: dict[Any, Any] = flatten_dict(weight_table(config))
+def check_params(params: dict[Any, Any], expected: dict[Any, Any]) -> None:
+    """Raises ValueError unless the weights can be written as they are; `expected` has each's."""
     for path, (shape, *_) in expected.items():
         weight, name = params[path], "/".join(path)
         if not isinstance(weight, jax.Array | np.ndarray):
@@ -200,7 +218,7 @@ def _check_params(params: dict[Any, Any], config: LlamaConfig) -> None:
             )
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
+def tensor_files(directory: Path) -> dict[str, Path]:
     """Returns the file of each tensor, by the tensor's name; no other weights may lie beside."""
     single, index = directory / "model.safetensors", directory / _INDEX
     expected = None

@@ -22,7 +22,7 @@ _SIZES = {
 # Keys with their own rules below.
 _ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
 _READ = {*_SIZES, *_ROPE, "model_type", "head_dim", "sliding_window"}
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 # What transformers takes for a key that is absent, by the type of the model.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "sliding_window": None},
@@ -58,8 +58,8 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     # Of SmolLM.
     "is_llama_config": (True,),
     "rope_interleaved": (False,),
-    "dtype": _DTYPES,
-    "torch_dtype": _DTYPES,
+    "dtype": DTYPES,
+    "torch_dtype": DTYPES,
 }
 # A Mistral never has biases, whatever its config.json says.
 _ACCEPTED_OF_MISTRAL: dict[str, tuple[Any, ...]] = _ACCEPTED | {
@@ -69,7 +69,7 @@ _ACCEPTED_OF_MISTRAL: dict[str, tuple[Any, ...]] = _ACCEPTED | {
 }
 # Keys of transformers 4 and 5 that leave the logits as they are: of training, generation, labels,
 # the tokenizer and the library itself.
-_NO_EFFECT = {
+NO_EFFECT = {
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
     "_commit_hash", "_flash_attn_2_enabled", "_name_or_path", "attn_implementation",
     "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "cross_attention_hidden_size",
@@ -94,31 +94,27 @@ def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaConfi
     That is also so if it has a key that is not known here, or two keys that contradict each other.
     """
     kind = theirs.get("model_type")
-    _check("model_type", kind, (*_DEFAULTS,))
+    check("model_type", kind, (*_DEFAULTS,))
     theirs = _DEFAULTS[str(kind)] | theirs
-    _check("sliding_window", theirs["sliding_window"], (None,))
+    check("sliding_window", theirs["sliding_window"], (None,))
     if theirs.get("num_key_value_heads") is None:
         theirs["num_key_value_heads"] = theirs.get("num_attention_heads")
     theirs = {k: v for k, v in theirs.items() if v is not None or k == "rope_theta"}
     accepted = _ACCEPTED_OF_MISTRAL if kind == "mistral" else _ACCEPTED
     for name in accepted.keys() & theirs.keys():
-        _check(name, theirs[name], accepted[name])
-    if unknown := sorted({*theirs} - _READ - {*_ACCEPTED} - _NO_EFFECT):
-        raise ValueError(
-            f"config.json: {unknown[0]}={theirs[unknown[0]]!r} is not known here and could change "
-            "what the model computes; delete it if it does not, or load another checkpoint"
-        )
-    _check_agreement({x: theirs[x] for x in ("dtype", "torch_dtype") if x in theirs})
+        check(name, theirs[name], accepted[name])
+    check_known(theirs, _READ | {*_ACCEPTED} | NO_EFFECT)
+    check_agreement({x: theirs[x] for x in ("dtype", "torch_dtype") if x in theirs})
 
     for name in _SIZES:
-        _check_number(name, theirs.get(name), real=name == "rms_norm_eps")
+        check_number(name, theirs.get(name), real=name == "rms_norm_eps")
     fields: dict[str, Any] = {ours: theirs[name] for name, ours in _SIZES.items()}
     fields["rope_theta"], scaling = _rope(theirs)
     fields["rope_scaling"] = scaling
     if scaling is not None and scaling.kind == "dynamic":  # the model is to exceed this length
         fields["max_length"] = int(scaling.factor * theirs["max_position_embeddings"])
     if "head_dim" in theirs:
-        _check_number("head_dim", theirs["head_dim"])
+        check_number("head_dim", theirs["head_dim"])
         implied = fields["width"] / fields["heads"]
         fields["head_dim"] = None if theirs["head_dim"] == implied else theirs["head_dim"]
     fields["tied"] = theirs.get("tie_word_embeddings", False)
@@ -146,20 +142,20 @@ def _rope(theirs: dict[str, Any]) -> tuple[float, RopeScaling | None]:
             if value is not None or name == "rope_theta":
                 found.setdefault(same, {})[f"{key}.{name}"] = value
     for places in found.values():
-        _check_agreement(places)
+        check_agreement(places)
     said = {same: next(iter(places.items())) for same, places in found.items()}
     place, kind = said.pop("rope_type", ("rope_type", "default"))
-    _check(place, kind, (*_SCALED_BY,))
+    check(place, kind, (*_SCALED_BY,))
     theta = said.pop("rope_theta", ("rope_theta", 10_000.0))
-    _check_number(*theta, real=True)
-    _check(*said.pop("partial_rotary_factor", ("partial_rotary_factor", 1.0)), (1.0,))
+    check_number(*theta, real=True)
+    check(*said.pop("partial_rotary_factor", ("partial_rotary_factor", 1.0)), (1.0,))
     fields: dict[str, Any] = {}
     if kind == "dynamic":
         fields["original_length"] = theirs["max_position_embeddings"]
     for same, (name, value) in said.items():
         if same not in _SCALED_BY[kind]:
-            _check(name, value, ())
-        _check_number(name, value, real=same != "original_max_position_embeddings")
+            check(name, value, ())
+        check_number(name, value, real=same != "original_max_position_embeddings")
         fields[_SCALING[same]] = value
     if absent := sorted(_SCALED_BY[kind] - said.keys()):
         raise ValueError(
@@ -169,7 +165,7 @@ def _rope(theirs: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     return float(theta[1]), None if kind == "default" else RopeScaling(kind, **fields)
 
 
-def _check_number(name: str, value: Any, *, real: bool = False) -> None:
+def check_number(name: str, value: Any, *, real: bool = False) -> None:
     """Raises ValueError unless a value is a positive and finite integer or, if `real`, number."""
     if type(value) is not int and not (real and type(value) is float):
         needed = "a number" if real else "an integer"
@@ -178,7 +174,7 @@ def _check_number(name: str, value: Any, *, real: bool = False) -> None:
         raise ValueError(f"config.json: {name}={value!r}: must be positive and finite")
 
 
-def _check(name: str, found: Any, accepted: tuple[Any, ...]) -> None:
+def check(name: str, found: Any, accepted: tuple[Any, ...]) -> None:
     """Raises ValueError unless a value is accepted; 0 is 0.0, but not false."""
     if not any(found == x and isinstance(found, bool) == isinstance(x, bool) for x in accepted):
         only = f", only {' or '.join(map(repr, accepted))}" if accepted else ""
@@ -188,7 +184,16 @@ def _check(name: str, found: Any, accepted: tuple[Any, ...]) -> None:
         )
 
 
-def _check_agreement(found: dict[str, Any]) -> None:
+def check_known(theirs: dict[str, Any], known: set[str]) -> None:
+    """Raises ValueError if a config.json has a key that is not known."""
+    if unknown := sorted({*theirs} - known):
+        raise ValueError(
+            f"config.json: {unknown[0]}={theirs[unknown[0]]!r} is not known here and could change "
+            "what the model computes; delete it if it does not, or load another checkpoint"
+        )
+
+
+def check_agreement(found: dict[str, Any]) -> None:
     """Raises ValueError if places that have the same value, by name, differ."""
     for name, value in found.items():
         first, expected = next(iter(found.items()))

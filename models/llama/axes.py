@@ -34,14 +34,15 @@ def param_axes(params: Params) -> Params:
     return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
 
 
-def logical_axes(params: Params) -> Params:
+def logical_axes(params: Params, table: dict[str, Any] | None = None) -> Params:
     """Returns a tree like `params` of tuples of logical axis names, for sharding rules.
 
-    The names are "layer", "vocab", "embed", "heads" and "mlp"; None is an axis that is never split.
-    An adapter of a weight (layer, in, out) has factors (layer, in, None) and (layer, None, out).
+    `table` is the model's `weight_table`, by default a LLaMA's. The names are "layer", "vocab",
+    "embed", "heads" and "mlp"; None is an axis that is never split. An adapter of a weight
+    (layer, in, out) has factors (layer, in, None) and (layer, None, out).
     """
-    # Names do not depend on the size.
-    table = weight_table(dataclasses.replace(SIZES["tiny"], attention_bias=True, mlp_bias=True))
+    if table is None:  # names do not depend on the size
+        table = weight_table(dataclasses.replace(SIZES["tiny"], attention_bias=True, mlp_bias=True))
 
     def choose(path: Any, x: Any) -> Any:
         entry: Any = table
@@ -62,7 +63,11 @@ def logical_axes(params: Params) -> Params:
 
 def smaller_sides(config: LlamaConfig) -> list[int]:
     """Returns the smaller side of each matrix that GaLore projects; a rank below it compresses."""
-    table = weight_table(config)
+    return sides_in(weight_table(config))
+
+
+def sides_in(table: dict[str, Any]) -> list[int]:
+    """The same from the `weight_table` of any model."""
     weights = jax.tree.leaves_with_path(table, is_leaf=lambda x: isinstance(x, Weight))
     return [min(x.shape[-2:]) for path, x in weights if _names(path) & _MATRICES]
 

@@ -26,8 +26,8 @@ _PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-def _keep_products(primitive: Any, *args: Any, **params: Any) -> Any:
-    """Keeps products, and what cuDNN's attention makes of products."""
+def keep_products(primitive: Any, *args: Any, **params: Any) -> Any:
+    """A policy of `jax.checkpoint`: keeps products, and what cuDNN's attention makes of them."""
     return "dot_product_attention_fwd" in primitive.name or _PRODUCTS(primitive, *args, **params)
 
 
@@ -52,7 +52,7 @@ def training_layer(
         layer = jax.checkpoint(layer, prevent_cse=False)
     else:
         # Norms, rotations and softmax take less time to compute again than to write and read.
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=_keep_products)
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=keep_products)
     return layer(params, hidden)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from galore_optax.quantization.array import dequantized
 from models.llama.attention import rotary_angles, sequences_of
@@ -135,7 +135,18 @@ def init_params(
     key: PRNGKeyArray,
     store: Callable[[Params, PRNGKeyArray], Params] = lambda part, _: part,
 ) -> Params:
-    """Draws random weights, a layer at a time, so that temporaries have the size of one layer.
+    """Draws random weights of a LLaMA; see `draw_params`."""
+    return draw_params(weight_table(config), config.layers, config.param_dtype, key, store)
+
+
+def draw_params(
+    table: dict[str, Any],
+    layers: int,
+    dtype: DTypeLike,
+    key: PRNGKeyArray,
+    store: Callable[[Params, PRNGKeyArray], Params] = lambda part, _: part,
+) -> Params:
+    """Draws the weights of a table, a layer at a time, so that temporaries have one layer's size.
 
     `store` gets one layer's params under "layers", or all other params, and a key, and returns them
     as they are to be stored, such as quantized.
@@ -143,14 +154,14 @@ def init_params(
 
     def draw(weight: Weight, shape: tuple[int, ...], key: PRNGKeyArray) -> Float[Array, "..."]:
         if weight.fill is not None:
-            return jnp.full(shape, weight.fill, config.param_dtype)
+            return jnp.full(shape, weight.fill, dtype)
         parts = math.gcd(shape[0], 32) if math.prod(shape) > 2**24 else 1
         rows = (shape[0] // parts, *shape[1:])
 
         def normal(key: PRNGKeyArray) -> Array:
             # In float32: JAX makes a bfloat16 normal number from 7 random bits.
-            wide = jnp.promote_types(config.param_dtype, jnp.float32)
-            return (0.02 * jax.random.normal(key, rows, wide)).astype(config.param_dtype)
+            wide = jnp.promote_types(dtype, jnp.float32)
+            return (0.02 * jax.random.normal(key, rows, wide)).astype(dtype)
 
         return jax.lax.map(normal, jax.random.split(key, parts)).reshape(shape)
 
@@ -160,8 +171,8 @@ def init_params(
         pairs = zip(weights, keys, strict=True)
         return store(tree.unflatten([draw(w, w.shape[stacked:], k) for w, k in pairs]), own)
 
-    table = weight_table(config)
-    layers = {"layers": table.pop("layers")}
-    key, *keys = jax.random.split(key, 1 + config.layers)
-    stack = jax.lax.map(lambda key: part(layers, 1, key)["layers"], jnp.stack(keys))
-    return {**part(table, 0, key), "layers": stack}
+    own = {"layers": table["layers"]}
+    others = {name: weights for name, weights in table.items() if name != "layers"}
+    key, *keys = jax.random.split(key, 1 + layers)
+    stack = jax.lax.map(lambda key: part(own, 1, key)["layers"], jnp.stack(keys))
+    return {**part(others, 0, key), "layers": stack}
