@@ -191,7 +191,18 @@ class MemoryFlags:
     """Recompute activations in the backward pass instead of storing them. Default: only for
     llama-7b."""
     mesh: str | None = None
-    """Devices, such as data=2,fsdp=4 (axes: data, fsdp, tensor). Default: one device."""
+    """Devices, such as data=2,fsdp=4 (axes: data, fsdp, tensor). Default: one device; with several
+    processes data=N over all of theirs."""
+    processes: int | None = None
+    """Processes of the run, on one or several hosts, each started with the same flags, and with the
+    same files at the same paths. Default: 1."""
+    process: int | None = None
+    """Number of this process, from 0. The first prints, and writes what is not a checkpoint."""
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 listens and the others find it."""
+    launcher: bool = False
+    """Take --processes, --process and --coordinator from the environment, as SLURM, Open MPI,
+    Kubernetes (indexed jobs, with the package kubernetes) or torchrun set it."""
     deterministic: bool = False
     """Use only operations that give the same bits each time, on GPUs too."""
 

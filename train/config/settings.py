@@ -10,7 +10,7 @@ from typing import Any, Literal
 from train.config.flags import LayerwiseFlags, TextFlags, TextRunFlags, TrainingFlags
 
 # How a run is started, not what it is: these are not in config.json.
-NOT_STORED = ("out", "resume", "config")
+NOT_STORED = ("out", "resume", "config", "processes", "process", "coordinator", "launcher")
 # What a resumed run may change: none of it changes the updates beyond rounding.
 MAY_CHANGE = (
     "data_dir", "eval_data", "mesh", "workers", "rematerialize", "deterministic",

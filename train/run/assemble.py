@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from train.data.sequences import Batch
 from train.data.text import content_of, load_text
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.run import directory as run_directory
+from train.run import hosts
 from train.run.initial import initial_state
 from train.run.metrics import read_metrics
 from train.run.parts import Evaluation, Log, Parts, log_devices, log_programs
@@ -49,12 +51,25 @@ class TextParts(Parts):
     def leave(self, state: TrainState, log: Log) -> dict[str, Any]:
         """Prints a sample of text; the summary has the last evaluation."""
         config, tokenizer, prompt = self.config, self.tokenizer, self.config.prompt
-        graph, _ = abstract_params(config, self.model)
-        model = nnx.merge(graph, merge(state.params))
-        new = max(1, config.seq_len - 1 - len(tokenizer.encode(prompt)))
-        how = {"max_new_tokens": new, "temperature": 0.5, "seed": config.seed}
-        log(f"sample: {sample_text(model, tokenizer, prompt, **how)}")
-        lines = read_metrics(run_directory.directory(config))
+        directory = run_directory.directory(config)
+        if hosts.several():  # each has a part of the weights
+            command = [
+                "python",
+                "-m",
+                "train.generate",
+                "--run",
+                str(directory),
+                "--prompt",
+                prompt,
+            ]
+            log(f"sample: {shlex.join(command)}")
+        else:
+            graph, _ = abstract_params(config, self.model)
+            model = nnx.merge(graph, merge(state.params))
+            new = max(1, config.seq_len - 1 - len(tokenizer.encode(prompt)))
+            how = {"max_new_tokens": new, "temperature": 0.5, "seed": config.seed}
+            log(f"sample: {sample_text(model, tokenizer, prompt, **how)}")
+        lines = read_metrics(directory)
         last = [line for line in lines if "eval_loss" in line][-1]
         return {name: value for name, value in last.items() if name != "step"}
 

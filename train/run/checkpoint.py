@@ -75,6 +75,8 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None:
             self.wait()
+        elif jax.process_count() > 1:
+            return  # closing it would wait for the other processes
         self._manager.close()
 
     def save(

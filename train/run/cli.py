@@ -18,6 +18,7 @@ import jax
 
 import galore_optax
 from train.config.settings import expand_home, flag
+from train.run import hosts
 from train.run.help import short_help
 
 Config = TypeVar("Config")
@@ -60,9 +61,11 @@ def run(
             raise
         print(f"error: {_with_flags(one_line(error), config_type)}", file=sys.stderr)
         code = 2
+        hosts.end_alone(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
+        hosts.end_alone(code)
     # The error's frames may refer to Grain's shared memory, of which Python would warn at its end.
     gc.collect()
     sys.exit(code)

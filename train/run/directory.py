@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from train.config.settings import ResolvedTraining, differences, read_fields, to_json
+from train.config.settings import ResolvedTraining, differences, flag, read_fields, to_json
 
 # It stays in the folder, empty: if it were deleted, two processes could each lock a file.
 _LOCK = ".lock"
@@ -145,9 +145,15 @@ def write_at_once(path: Path, text: str) -> None:
 
 
 def resume_command(config: ResolvedTraining) -> str:
-    """The command that resumes the run."""
+    """The command that resumes the run, or this process of it."""
     python, file = sys.executable or "python", str(directory(config) / "config.json")
-    return shlex.join([python, "-m", config.command, "--config", file, "--resume"])
+    command = [python, "-m", config.command, "--config", file, "--resume"]
+    if config.launcher:
+        command.append("--launcher")
+    for name in ("coordinator", "processes", "process"):
+        if (value := getattr(config, name)) is not None:
+            command += [flag(name), str(value)]
+    return shlex.join(command)
 
 
 def _draft(path: Path) -> Path:

@@ -92,11 +92,13 @@ def log_devices(config: ResolvedTraining, mesh: Mesh, log: Log) -> None:
     layout = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     available = len(available_devices())
     unused = f" of {available} (--mesh data={available} uses all)"
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     same = "numbers to rounding (--deterministic: the same bits)"
     log(
         f"devices: {mesh.size}{unused if mesh.size < available else ''} x {device.device_kind} "
-        f"({device.platform}){', mesh ' + layout if layout else ''}; a repeated or resumed run "
-        f"gives the same {'bits' if device.platform == 'cpu' or config.deterministic else same}"
+        f"({device.platform}){processes}{', mesh ' + layout if layout else ''}; a repeated or "
+        "resumed run gives the same "
+        f"{'bits' if device.platform == 'cpu' or config.deterministic else same}"
     )
 
 

@@ -12,14 +12,14 @@ class Progress:
     """A live progress bar on a terminal, shown while `bar` is entered, and lines that stay.
 
     `step` of `steps` were done before; `at_peak` is the tokens per second at all devices' peak
-    FLOP/s, None if unknown.
+    FLOP/s, None if unknown. If `quiet`, nothing is printed.
     """
 
-    def __init__(self, step: int, steps: int, at_peak: float | None):
+    def __init__(self, step: int, steps: int, at_peak: float | None, *, quiet: bool = False):
         from rich import progress
         from rich.console import Console
 
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = Console(soft_wrap=True, highlight=False, quiet=quiet)
         self.bar = progress.Progress(
             progress.TextColumn("training"),
             progress.BarColumn(),

@@ -1,6 +1,7 @@
 """A run's training: the loop over its batches, with evaluations, checkpoints and the report."""
 
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -15,12 +16,13 @@ from train.data.sequences import START, Position
 from train.memory.cards import peak_flops
 from train.memory.plan import compiled_steps, device_memory, plan
 from train.run import directory as run_directory
+from train.run import hosts
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import MetricsLog, evaluation_losses, score, stalled
 from train.run.parts import Log, Parts
 from train.run.progress import Progress
 from train.run.report import peak_memory, report
-from train.run.signals import StopRequest
+from train.run.signals import NAMES, StopRequest
 from train.step.choice import BySize, Steps
 from train.step.mesh import put_batch
 from train.step.skipping import skipping
@@ -54,17 +56,29 @@ def train(config: Config, assemble: Callable[[Config, Log], Parts], log: Log) ->
     number after SIGTERM or Ctrl-C. Raises ValueError for wrong use, before anything is written, and
     OSError if the run's folder cannot be written or the memory is too small.
     """
-    run_directory.check(config)
+    hosts.join(config)
+    log = log if hosts.is_first() else _silent
+    with hosts.together():
+        if hosts.is_first():
+            run_directory.check(config)
     if run_directory.finished(config):
         log(f"the run in {run_directory.directory(config)} is finished: nothing is left to do")
         return 0
     # Before the data and the model are built, so that a signal during that ends the run well, too.
-    with StopRequest() as stop, _out_of_memory_as_os_error(config.less_memory):
-        parts = assemble(config, log)
-        with run_directory.hold(config) as note:
-            if note:
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        stack.enter_context(_out_of_memory_as_os_error(config.less_memory))
+        stack.enter_context(hosts.peers_loss_as_os_error())
+        with hosts.together():
+            parts = assemble(config, log)
+        with hosts.together():
+            if hosts.is_first() and (note := stack.enter_context(run_directory.hold(config))):
                 log(note)
-            return Training(config, parts, stop, log).run()
+        return Training(config, parts, stop, log).run()
+
+
+def _silent(_: str) -> None:
+    """Prints nothing: what the run's first process prints."""
 
 
 @contextmanager
@@ -88,6 +102,9 @@ class Training:
         self.directory = run_directory.directory(config)
         self.folder = self.directory / "checkpoints"
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.shared_stop = hosts.SharedStop(stop, parts.mesh)
+        self.stopped_by: signal.Signals | None = None
+        self.metrics: MetricsLog | None = None
         self.clock = 0.0
         self.ended = False  # all steps are done, or --patience is over
 
@@ -98,8 +115,11 @@ class Training:
         # Before anything is written: weights of --init may not fit.
         state = self._restore() or parts.initial()
         with ExitStack() as stack:
-            run_directory.write_config(config)
-            self.metrics = stack.enter_context(closing(MetricsLog(self.directory, self.host.step)))
+            with hosts.together():
+                if hosts.is_first():
+                    run_directory.write_config(config)
+                    log = MetricsLog(self.directory, self.host.step)
+                    self.metrics = stack.enter_context(closing(log))
             self.host.evaluations = evaluation_losses(self.directory, parts.metric)
             checkpoints = Checkpoints(
                 self.folder, config.keep, self.log, self.host.evaluations, run=parts.made_with
@@ -107,7 +127,8 @@ class Training:
             self.checkpoints = stack.enter_context(checkpoints)
             peak = peak_flops(parts.mesh.devices.flat[0].device_kind, config.dtype)
             at_peak = peak and peak * parts.mesh.size / parts.flops_per_token()
-            self.progress = Progress(self.host.step, config.steps, at_peak)
+            quiet = not hosts.is_first()
+            self.progress = Progress(self.host.step, config.steps, at_peak, quiet=quiet)
             stack.enter_context(self.progress.bar)
             try:
                 state = self._train(train_step, state)
@@ -116,14 +137,15 @@ class Training:
                 return 1
             self.checkpoints.wait()
         if not self.ended:
-            assert self.stop.signum is not None
+            assert self.stopped_by is not None
             self.log(
-                f"stopped by {self.stop.name} after step {self.host.step}; to resume:\n"
+                f"stopped by {NAMES[self.stopped_by]} after step {self.host.step}; to resume:\n"
                 f"  {run_directory.resume_command(config)}"
             )
-            return 128 + self.stop.signum
+            return 128 + self.stopped_by
         self._note_peak_memory()
-        report(config, parts, state, self.log, self.host.tokens, self.host.peak_memory)
+        if hosts.is_first():
+            report(config, parts, state, self.log, self.host.tokens, self.host.peak_memory)
         return 0
 
     def compile(self) -> Callable[..., Any]:
@@ -135,7 +157,7 @@ class Training:
         planned = plan(self.config, parts, compiled)
         sizes = ", ".join(f"{name} {size / 2**30:,.3f}" for name, size in planned.parts().items())
         self.log(f"memory of one device, GiB: {sizes}; at its peak {planned.peak / 2**30:,.3f}")
-        available = device_memory(parts.mesh.devices.flat[0])
+        available = device_memory(parts.mesh.local_devices[0])
         if planned.peak > available:
             raise OSError(
                 f"a step would take {planned.peak / 2**30:,.1f} GiB of {available / 2**30:,.1f}: "
@@ -185,14 +207,16 @@ class Training:
                 if saves and (last or not skipping(state.optimizer)):
                     self._save(state)
                 self.ended = last and host.step in host.evaluations
-                if last or self.stop.signum is not None:
+                self.stopped_by = self.shared_stop()
+                if last or self.stopped_by is not None:
                     break
                 try:
                     batch, host.position = next(batches)
                 except Exception:
                     # Ctrl-C reaches the worker processes too, and ends them.
-                    if self.stop.signum is None:
+                    if self.stop.signum is None or hosts.several():
                         raise
+                    self.stopped_by = signal.Signals(self.stop.signum)
                     break
                 if self.parts.restart is not None and self.restart_due():
                     state = self.parts.restart(state)
@@ -203,7 +227,7 @@ class Training:
                 self.report_pending()  # the step before, while this one runs
                 self.pending = (host.step, metrics)
             self.report_pending()
-            if self.stop.signum is not None:
+            if self.stopped_by is not None:
                 self._save(state)
         return state
 
@@ -239,7 +263,7 @@ class Training:
         seconds = self.clock - before
         speed = tokens / seconds
         line = {"step": step, **values, "tokens": self.host.tokens, "tokens_per_second": speed}
-        self.metrics.write(line)
+        self.write(line)
         show = step % self.config.log_every == 0 or in_a_row > 0
         self.progress.step(line, tokens, seconds, show)
         if in_a_row >= self.config.max_skipped:
@@ -248,6 +272,11 @@ class Training:
                 f"{self._last_good(step - in_a_row)}; "
                 "try a lower --learning-rate, a longer --warmup-steps or --dtype float32"
             )
+
+    def write(self, line: dict[str, float]) -> None:
+        """Writes a line of metrics, in the run's first process."""
+        if self.metrics is not None:
+            self.metrics.write(line)
 
     def _last_good(self, applied: int) -> str:
         """Names the newest checkpoint before the last applied step, whose weights may be ruined."""
@@ -259,14 +288,18 @@ class Training:
 
     def evaluate(self, state: TrainState) -> None:
         """Evaluates the weights, unless a stop is requested meanwhile: then nothing is noted."""
-        found = self.parts.evaluate(state.params, lambda: self.stop.signum is not None)
+        found = self.parts.evaluate(state.params, self._stops_evaluation)
         if found is None:
             return  # --resume repeats it
         step = self.host.step
         self.host.evaluations[step] = score(found.values, self.parts.metric)
-        self.metrics.write({"step": step, **found.values})
+        self.write({"step": step, **found.values})
         self.progress.log(f"evaluation after step {step}: {found.said}")
         self.clock = time.perf_counter()
+
+    def _stops_evaluation(self) -> bool:
+        # Several processes would notice a signal at different batches.
+        return self.stop.signum is not None and not hosts.several()
 
     def _save(self, state: TrainState) -> None:
         host = self.host
@@ -280,5 +313,5 @@ class Training:
         self.clock = time.perf_counter()
 
     def _note_peak_memory(self) -> None:
-        here = peak_memory(self.parts.mesh.devices.flat[0])
+        here = peak_memory(self.parts.mesh.local_devices[0])
         self.host.peak_memory = max(self.host.peak_memory, here)

@@ -51,9 +51,13 @@ def parse_mesh(text: str | None) -> dict[str, int]:
 def make_mesh(text: str | None, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh of `--mesh`, such as `data=2,fsdp=4` over all devices; None: the first alone.
 
-    `devices` are others than those of this process, which a program is to be compiled for.
+    With several processes all devices are those of all, and None is `data=N`. `devices` are others
+    than those of this process, which a program is to be compiled for.
     """
-    sizes, devices = parse_mesh(text), available_devices() if devices is None else devices
+    if devices is None:
+        devices = available_devices()
+        text = f"data={len(devices)}" if text is None and jax.process_count() > 1 else text
+    sizes = parse_mesh(text)
     devices = devices[:1] if text is None else devices
     product = math.prod(sizes.values())
     if product != len(devices):

@@ -1,0 +1,119 @@
+"""Runs of two processes, over Gloo: as one process's, and nothing lost when one is killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from paths import ROOT
+from small_run import losses, small
+
+from train.config.resolve import resolve
+from train.pretrain import main
+from train.run import hosts
+from train.run.directory import resume_command
+
+SETTINGS = {"optimizer": "galore-adamw8bit", "mesh": "data=2,fsdp=4", "layerwise": True}
+OTHERS = {"coordinator": "127.0.0.1:1", "processes": 2, "process": 0}
+
+
+def pair(out: Path, **settings) -> list[subprocess.Popen]:
+    """The two processes of a run, with four devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"coordinator": f"127.0.0.1:{free.getsockname()[1]}", "processes": 2}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    own = [json.dumps({**SETTINGS, **settings, **where, "process": i}) for i in range(2)]
+    script = [sys.executable, str(ROOT / "tests/small_run.py")]
+    return [
+        subprocess.Popen(
+            [*script, text[:-1] + f', "out": "{out}"}}', "metrics", "-1", "SIGTERM"],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for text in own
+    ]
+
+
+def end(processes: list[subprocess.Popen], out: Path, step: int, which: int, signum: int):
+    """Sends one process a signal once a step's metrics are written; the exit codes and stderr."""
+    file, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not (file.exists() and f'"step": {step},' in file.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    processes[which].send_signal(signum)
+    ended = [process.communicate(timeout=60) for process in processes]
+    return [process.returncode for process in processes], [stderr for _, stderr in ended]
+
+
+def test_a_pair_killed_and_stopped_goes_on_with_one_process_and_repeats_its_losses(tmp_path):
+    # One of two dies in mid-step: the other ends within a minute, saying why.
+    out = tmp_path / "pair"
+    codes, errors = end(pair(out), out, 5, which=1, signum=signal.SIGKILL)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] != 0
+    assert "another one has ended" in errors[0] or "another process of the run" in errors[0]
+    # SIGTERM to the first stops both after the same step, which both save.
+    codes, errors = end(pair(out, resume=True), out, 8, which=0, signum=signal.SIGTERM)
+    assert codes == [128 + signal.SIGTERM] * 2, errors
+    # One process resumes on its eight devices, and gives what it would have given alone.
+    assert main(small(out, **SETTINGS, resume=True)) == 0
+    assert main(small(tmp_path / "alone", **SETTINGS)) == 0
+    found, wanted = losses(out), losses(tmp_path / "alone")
+    assert found.keys() == wanted.keys()
+    np.testing.assert_allclose(list(found.values()), [wanted[k] for k in found], rtol=1e-5)
+
+
+@pytest.mark.parametrize("left_out", list(OTHERS))
+def test_a_process_of_several_must_say_where_it_is(left_out):
+    given = {k: v for k, v in OTHERS.items() if k != left_out}
+    with pytest.raises(ValueError, match=r"without the others: .* --launcher"):
+        hosts.join(small("unused", **given))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({**OTHERS, "launcher": True}, "--launcher says what --coordinator, --processes, --proc"),
+        ({**OTHERS, "process": 2}, "--process 2: expected 0 to 1, below --processes"),
+        ({**OTHERS, "coordinator": "host"}, "--coordinator host: expected HOST:PORT"),
+    ],
+)
+def test_what_names_no_processes_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        hosts.join(small("unused", **settings))
+
+
+def test_a_launcher_that_is_not_there_is_an_error_of_one_line():
+    command = [sys.executable, "-m", "train.pretrain", "--launcher"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --launcher: the environment has no launcher's variables")
+    assert done.stderr.count("\n") == 1
+
+
+def test_torchruns_variables_say_where_a_process_is(monkeypatch):
+    known = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "WORLD_SIZE": "8", "RANK": "3"}
+    for name, value in {**known, "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    given: list = []
+    monkeypatch.setattr(hosts, "_initialize", lambda **found: given.append(found))
+    hosts.join(small("unused", launcher=True))
+    assert given == [{"coordinator": "10.0.0.1:29500", "count": 8, "index": 3, "devices": 1}]
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(ValueError, match=r"--launcher: .*RANK in the environment: .*'first'"):
+        hosts.join(small("unused", launcher=True))
+
+
+def test_the_command_that_resumes_is_that_process_s():
+    config = resolve(small("unused", **OTHERS))
+    assert resume_command(config).endswith("--coordinator 127.0.0.1:1 --processes 2 --process 0")

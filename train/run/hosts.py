@@ -1,0 +1,234 @@
+"""The processes of a run on several hosts: how they join, and what they do and decide together.
+
+Each process is started with the same flags, reads the same stream of text and puts its own rows of
+a batch on its devices. All compute and write checkpoints; the first alone prints, and writes the
+other files of the run.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from train.config.settings import Pretrain, flag
+from train.run.signals import StopRequest
+
+# A process that is silent for so long is taken for dead, and ends the others.
+_HEARTBEAT_SECONDS = 30
+# What is in an error of a collective whose other side is gone.
+_LOST = ("Gloo", "NCCL", "UNAVAILABLE")
+# What the processes of torchrun, and of launchers like it, find in their environment.
+_TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
+
+_AT_END: list[Callable[[], None]] = []
+
+
+def join(config: Pretrain) -> None:
+    """Joins the run's other processes, before JAX is used; without flags for it there are none.
+
+    Raises ValueError if the flags, or what the launcher says, do not name the processes, and
+    OSError if the others do not answer.
+    """
+    where = {name: getattr(config, name) for name in ("coordinator", "processes", "process")}
+    given = [flag(name) for name, value in where.items() if value is not None]
+    if config.launcher and given:
+        raise ValueError(f"--launcher says what {', '.join(given)} says: leave one of them out")
+    if not config.launcher and len(given) not in (0, len(where)):
+        raise ValueError(
+            f"{', '.join(given)} without the others: a run of several processes needs "
+            "--coordinator HOST:PORT, --processes and --process, or --launcher"
+        )
+    if config.launcher:
+        _initialize(**_of_launcher())
+    elif given:
+        count, index = config.processes, config.process
+        assert count is not None
+        assert index is not None
+        if not 0 <= index < count:
+            raise ValueError(f"--process {index}: expected 0 to {count - 1}, below --processes")
+        _initialize(config.coordinator, count, index)
+
+
+def _of_launcher() -> dict[str, Any]:
+    """The arguments of `_initialize` that torchrun gives; the others are found by JAX."""
+    found = {name: os.environ[name] for name in _TORCHRUN if name in os.environ}
+    if len(found) < len(_TORCHRUN):
+        return {}
+    address, port, *numbers = found.values()
+    local = os.environ.get("LOCAL_RANK")
+    try:
+        count, index = map(int, numbers)
+        devices = None if local is None else int(local)
+    except ValueError as error:
+        raise ValueError(
+            f"--launcher: {', '.join(_TORCHRUN)} in the environment: {error}"
+        ) from None
+    where = {"coordinator": f"{address}:{port}", "count": count, "index": index}
+    return {**where, "devices": devices}
+
+
+def _initialize(
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    devices: int | None = None,
+) -> None:
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        raise ValueError(f"--coordinator {coordinator}: expected HOST:PORT, such as 10.0.0.1:29500")
+    # On CPUs two programs' collectives may not run at once: Gloo would mix up their messages.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    _say_if_aborted()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            local_device_ids=devices,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+            # There alone, and not at all addresses of the host, as JAX does.
+            coordinator_bind_address=coordinator,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"--launcher: the environment has no launcher's variables ({_one_line(error)}): "
+            "give --coordinator HOST:PORT, --processes and --process"
+        ) from error
+    except RuntimeError as error:
+        at = "" if coordinator is None else f" at {coordinator}"
+        raise OSError(f"the processes of the run do not meet{at}: {_one_line(error)}") from error
+
+
+def _say_if_aborted() -> None:
+    """Has a process say what has happened if JAX, Gloo or NCCL aborts this one.
+
+    Where another process of the run is gone, they do, from C++ and with a page of its stack.
+    """
+    code = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
+    text = (
+        "error: this process of the run was ended from outside or with an error above, most likely "
+        "because another one has ended: start all of them again with --resume"
+    )
+    listener = subprocess.Popen(
+        [sys.executable, "-c", code, text], stdin=subprocess.PIPE, start_new_session=True, text=True
+    )
+
+    def end_well() -> None:
+        assert listener.stdin is not None
+        with contextlib.suppress(OSError):
+            listener.stdin.write("ended by itself")
+            listener.stdin.close()
+        listener.wait()
+
+    atexit.register(end_well)
+    _AT_END.append(end_well)
+
+
+def end_alone(code: int) -> None:
+    """Ends a process of several with an error of its own; does nothing if there is one process.
+
+    Python would wait at its end for the others, which wait for what this one was to compute.
+    """
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for function in _AT_END:
+            function()
+        os._exit(code)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def several() -> bool:
+    """Whether the run has several processes."""
+    return jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints, and writes what all would write alike."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """All processes leave this without an error, or each with one: none waits for one that ended.
+
+    Raises OSError in those that have no error of their own.
+    """
+    error: ValueError | OSError | None = None
+    try:
+        yield
+    except (ValueError, OSError) as raised:
+        error = raised
+    if several():
+        from jax.experimental.multihost_utils import process_allgather
+
+        failed = process_allgather(np.asarray(error is not None)).nonzero()[0]
+        if error is None and failed.size:
+            error = OSError(f"process {failed[0]} of the run has stopped: it says why")
+        if error is not None:
+            jax.distributed.shutdown()
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def peers_loss_as_os_error() -> Iterator[None]:
+    """Raises what JAX raises when another process has ended as an OSError that says so."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = _one_line(error)
+        if not several() or not any(
+            name in text for name in ("Gloo", "NCCL", "nccl", "UNAVAILABLE")
+        ):
+            raise
+        raise OSError(
+            "another process of the run has ended, or cannot be reached: start all of them again "
+            f"with --resume ({text[:200]})"
+        ) from error
+
+
+class SharedStop:
+    """The signal on which all processes of a run stop, after the same step.
+
+    A signal reaches one process, or all at different steps. So before each step they take the
+    largest number of a signal that any has noted, and read it before the next one, so that no step
+    waits for it.
+    """
+
+    def __init__(self, stop: StopRequest, mesh: Mesh):
+        self._stop, self._mesh = stop, mesh
+        self._asked: jax.Array | None = None
+
+    def __call__(self) -> signal.Signals | None:
+        """The signal to stop on now, if there is one; each process calls this equally often."""
+        own = self._stop.signum
+        if not several():
+            return None if own is None else signal.Signals(own)
+        before, self._asked = self._asked, self._largest(own or 0)
+        found = 0 if before is None else int(before)
+        return signal.Signals(found) if found else None
+
+    @cached_property
+    def _maximum(self) -> Callable[[jax.Array], jax.Array]:
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        return jax.jit(partial(jax.numpy.max, initial=0), out_shardings=whole)
+
+    def _largest(self, number: int) -> jax.Array:
+        by_device = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+        own = np.full(self._mesh.size, number, np.int32)
+        numbers = jax.make_array_from_callback(own.shape, by_device, own.__getitem__)
+        return self._maximum(numbers)
