@@ -48,7 +48,8 @@ def test_a_second_signal_ends_the_process_while_a_step_is_compiled():
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline().startswith("Ctrl-C: the run stops")
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        # By the signal itself if Python has run its handler, before it began to compute.
+        assert process.wait(20) in (130, -signal.SIGINT)
 
 
 def test_what_was_there_before_is_back():
