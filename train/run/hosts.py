@@ -20,7 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from train.config.settings import Pretrain, flag
+from train.config.flags import TrainingFlags
+from train.config.settings import flag
 from train.run.signals import StopRequest
 
 # A process that is silent for so long is taken for dead, and ends the others.
@@ -33,7 +34,7 @@ _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 _AT_END: list[Callable[[], None]] = []
 
 
-def join(config: Pretrain) -> None:
+def join(config: TrainingFlags) -> None:
     """Joins the run's other processes, before JAX is used; without flags for it there are none.
 
     Raises ValueError if the flags, or what the launcher says, do not name the processes, and
