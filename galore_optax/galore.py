@@ -8,6 +8,8 @@ GaLore (arXiv:2403.03507, algorithm 2), for a weight W with gradient G and every
     W ← W + scale · P N             learning rate and sign are the inner's
 """
 
+from collections.abc import Sequence
+
 import jax
 import optax
 from jaxtyping import PRNGKeyArray
@@ -18,7 +20,7 @@ from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.leaf import SIDES, Rank, checked_rank
 from galore_optax.projection.moments import RULES, MomentsFunction
 from galore_optax.projection.schedule import Adaptive, RefreshGap, Staggered, check_gap
-from galore_optax.projection.subspace import SUBSPACES, FindSubspace
+from galore_optax.projection.subspace import BY_PRODUCTS, SUBSPACES, FindSubspace
 from galore_optax.sharding import explain_sharding_errors
 from galore_optax.stages import GaLore
 from galore_optax.transformation import transformation
@@ -37,6 +39,7 @@ def galore(
     projection_bits: int | None = None,
     decoupled_decay: bool | None = None,
     seed: int | PRNGKeyArray = 0,
+    sum_over: str | Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs `inner` on the gradient of each weight matrix, projected into `rank` dimensions.
 
@@ -94,6 +97,9 @@ def galore(
             False for something else. None decides by the rule.
         seed: An integer, or a key of JAX (typed or raw). Random numbers are folded from it, the
             step, the leaf's path and the matrix's index.
+        sum_over: Mesh axes of `jax.shard_map` over which to sum the gradients: each device gives
+            that of its own part of a batch, and all get the updates and the state of the sum. R is
+            all-reduced instead of G, and for a refresh products of G with `rank` columns.
 
     Returns:
         The transformation; its state is a `GaLoreState`. `subspace_parts` gives the parts of its
@@ -140,6 +146,14 @@ def galore(
             "its learning "
             "rate, such as optax.adamw(1e-2)"
         )
+    sum_over = (sum_over,) if isinstance(sum_over, str) else tuple(sum_over)
+    for axis in sum_over:
+        checks.instance(axis, "sum_over", str)
+    if sum_over and not callable(subspace) and subspace not in BY_PRODUCTS:
+        raise ValueError(
+            f"subspace={subspace!r} needs the gradient itself, which sum_over={sum_over} avoids: "
+            f"choose one of {', '.join(BY_PRODUCTS)}, or leave sum_over out"
+        )
     check_gap(update_proj_gap, Staggered, Adaptive)
     tx = explain_sharding_errors(optax.with_extra_args_support(inner))
     return transformation(
@@ -153,5 +167,6 @@ def galore(
             numbers=weight_dimension_numbers,
             bits=projection_bits,
             seed=seed,
+            sum_over=sum_over,
         )
     )

@@ -8,7 +8,7 @@ under automatic axes: XLA shards their products without gathering a weight or a 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -78,21 +78,26 @@ def sharded_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(sharded, tree, like)
 
 
-def varying_alike(tree: Any) -> Any:
+def varying_alike(tree: Any, but: Sequence[str] = ()) -> Any:
     """Makes arrays vary over each mesh axis of `jax.shard_map` over which one of them varies.
 
     The branches of a conditional must agree in that, as must a loop's carry and what the loop makes
-    of it.
+    of it. What varies over the axes `but` is summed over them.
     """
     if not within_shard_map():
         return tree
     leaves, structure = jax.tree.flatten(tree)
     own = [jax.typeof(x).manual_axis_type.varying for x in leaves]
-    missing = [tuple(frozenset().union(*own) - axes) for axes in own]
+    missing = [tuple(frozenset().union(*own) - axes - {*but}) for axes in own]
     pairs = zip(leaves, missing, strict=True)
     return structure.unflatten(
         [jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in pairs]
     )
+
+
+def sum_of_all(tree: Any, axes: Sequence[str]) -> Any:
+    """The sums over the devices along mesh axes of `jax.shard_map`; the tree if there is none."""
+    return jax.lax.psum(tree, tuple(axes)) if axes else tree
 
 
 def within_shard_map() -> bool:

@@ -24,7 +24,7 @@ from galore_optax.projection.moments import CarryOver, Moment, MomentsOf, reset
 from galore_optax.projection.refresh import Leaf, Refresh, Refreshed, check_subspace, refresh
 from galore_optax.projection.subspace import SUBSPACES, FindSubspace
 from galore_optax.quantization.array import dequantized, is_quantized
-from galore_optax.sharding import sharded_like, varying_alike
+from galore_optax.sharding import sharded_like, sum_of_all, varying_alike
 
 
 class GaLoreState(NamedTuple):
@@ -71,6 +71,7 @@ class GaLore:
     numbers: WeightDimensionNumbers
     bits: int | None
     seed: Any
+    sum_over: tuple[str, ...] = ()
 
     def init(self, params: optax.Params) -> GaLoreState:
         """The first state: bases are random, and every refresh is due."""
@@ -114,7 +115,8 @@ class GaLore:
         """All stages."""
         call, grads = _Call(self, updates, state, params, **extra_args), jax.tree.leaves(updates)
         state = call.refresh(grads, state, in_groups=True)
-        return call.finish(call.project(grads, state), state, grads)
+        small = sum_of_all(call.project(grads, state), self.sum_over)
+        return call.finish(small, state, grads)
 
     # The same in parts: `galore_optax.transformation.SubspaceParts`.
 
@@ -256,6 +258,7 @@ class _Call:
             find=SUBSPACES[find] if isinstance(find, str) else find,
             carry_over=CarryOver(plan, self.galore.inner.rule, tuple(moments)) if moments else None,
             similarity=schedule.SIMILARITIES[gap.similarity] if adaptive else None,
+            sum_over=self.galore.sum_over,
         )
 
     def finish(

@@ -25,7 +25,7 @@ from galore_optax.projection.moments import CarryOver, transition
 from galore_optax.projection.schedule import Similarity
 from galore_optax.projection.subspace import FindSubspace, refreshed
 from galore_optax.quantization.array import dequantized, stored_like
-from galore_optax.sharding import specs, varying_alike, with_automatic_axes
+from galore_optax.sharding import specs, sum_of_all, varying_alike, with_automatic_axes
 
 Moments = tuple[tuple[Any, ...], ...]
 """The moments of all matrices together, or of each, in the inner's state."""
@@ -59,12 +59,14 @@ class Refresh:
         find: Finds a basis of one gradient `(n, m)`, the projected side first.
         carry_over: What becomes of the moments; None leaves them.
         similarity: Compares the new basis with the old one; None does not.
+        sum_over: Mesh axes along which each device has a summand of the gradient.
     """
 
     projection: Projection
     find: FindSubspace
     carry_over: CarryOver | None
     similarity: Similarity | None
+    sum_over: tuple[str, ...] = ()
 
     def __call__(self, leaves: Sequence[Leaf], key: Array, first: Array) -> list[Refreshed]:
         """Of each leaf; see `refresh`.
@@ -156,7 +158,13 @@ class Refresh:
         """Of one matrix new bases and moments, whether they are new, and the similarity."""
         old = dequantized(bases)
         pairs = [
-            refreshed(self.find, unfold(gradient, mode), basis, jax.random.fold_in(key, mode))
+            refreshed(
+                self.find,
+                unfold(gradient, mode),
+                basis,
+                jax.random.fold_in(key, mode),
+                self.sum_over,
+            )
             for mode, basis in zip(self.projection.modes, old, strict=True)
         ]
         found = jnp.all(jnp.array([ok for _, ok in pairs]))
@@ -186,6 +194,7 @@ class Refresh:
         def carry() -> tuple[Any, ...]:
             if carry_over.rule == "reset":
                 small = projected(gradient, self.projection.modes, [new for _, new in change])
+                small = sum_of_all(small, self.sum_over)
                 return carry_over((), moments, small)
             return carry_over([transition(old, new) for old, new in change], moments)
 
@@ -216,7 +225,7 @@ def refresh(
     Into the key of the step, the number of a leaf's path and the index of each matrix are folded.
     Indices start at `first`, which is not 0 if other layers are before.
     """
-    leaves, none = varying_alike(leaves), PartitionSpec()
+    leaves, none = varying_alike(leaves, how.sum_over), PartitionSpec()
     out = [Refreshed._make((specs(leaf.bases), specs(leaf.moments), none, none)) for leaf in leaves]
     return with_automatic_axes(how, lambda _: out, leaves, key, first)
 

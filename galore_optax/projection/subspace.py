@@ -7,7 +7,7 @@ products and small factorizations only, so that it works on a sharded gradient w
 The energy that a basis P keeps of a gradient G is ‖PᵀG‖² / ‖G‖² (Frobenius norms).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -175,28 +175,60 @@ def _with_noise(sketch: Basis, noise: Basis) -> Basis:
     return sketch + _in(sketch.dtype, _NOISE) * largest / sketch.shape[0] ** 0.5 * noise
 
 
+# Those that only multiply with the gradient, so that it may be a `Summed`.
+BY_PRODUCTS = ("randomized", "power", "random")
 # Another method needs an entry here; it is a name of `galore(subspace=)` then.
 SUBSPACES = {"randomized": randomized, "svd": svd, "power": power, "random": random}
 
 
+class Summed:
+    """A gradient of which each device has a summand, within `jax.shard_map`: its products.
+
+    A product of a sum is the sum of the products, which is smaller: a sketch, not the gradient.
+    """
+
+    def __init__(self, part: Gradient, axes: Sequence[str]):
+        self._part, self._axes = part, axes
+        self.shape, self.dtype, self.ndim = part.shape, part.dtype, part.ndim
+
+    @property
+    def T(self) -> "Summed":
+        """The transpose."""
+        return Summed(self._part.T, self._axes)
+
+    def __matmul__(self, other: Float[Array, "m c"]) -> Float[Array, "n c"]:
+        return jax.lax.psum(self._part @ other, self._axes)
+
+    def __rmatmul__(self, other: Float[Array, "c n"]) -> Float[Array, "c m"]:
+        return jax.lax.psum(other @ self._part, self._axes)
+
+
 def refreshed(
-    find: FindSubspace, gradient: Gradient, basis: Basis, key: PRNGKeyArray
+    find: FindSubspace,
+    gradient: Gradient,
+    basis: Basis,
+    key: PRNGKeyArray,
+    sum_over: Sequence[str] = (),
 ) -> tuple[Basis, Bool[Array, ""]]:
     """A new basis for a gradient, and whether one was found.
 
     A gradient that is zero or not finite has no subspace: the present basis stays, and the caller
     tries again at the next step. Computed in float32 (float64 for float64 gradients), after a
-    division by the largest magnitude, so that no gradient leaves the dtype's range.
+    division by the largest magnitude, so that no gradient leaves the dtype's range. The gradient is
+    the sum of those of the devices along the mesh axes `sum_over`.
     """
     wide = jnp.promote_types(gradient.dtype, jnp.float32)
     largest = jnp.max(jnp.abs(gradient)).astype(wide)
+    if sum_over:
+        largest = jax.lax.pmax(largest, sum_over)
 
     def search() -> tuple[Basis, Array]:
         # By a power of two first, where the inverse would leave the dtype's range.
         safe = jnp.where(largest > 1e30, 2.0**-60, jnp.where(largest < 1e-30, 2.0**60, 1.0))
         unit = gradient.astype(wide) * safe.astype(wide) / (largest * safe.astype(wide))
+        whole: Any = Summed(unit, sum_over) if sum_over else unit
         # A basis that does not depend on the gradient varies over as many devices nevertheless.
-        found, _ = varying_alike((find(unit, basis.astype(wide), key), largest))
+        found, _ = varying_alike((find(whole, basis.astype(wide), key), largest))
         usable = jnp.all(jnp.isfinite(found))
         return jnp.where(usable, found.astype(basis.dtype), basis), usable
 

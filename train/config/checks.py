@@ -7,6 +7,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from galore_optax.projection.subspace import BY_PRODUCTS
 from models.llama.axes import smaller_sides
 from models.llama.config import SIZES
 from train.config.flags import TrainingFlags
@@ -194,10 +195,20 @@ def _by_layers(c: Resolved) -> Iterator[str]:
     if c.clip not in ("exact", None) and not c.layerwise:
         yield f"--clip {c.clip} has an effect with --layerwise only; any other step clips exactly"
     users = [name for name, recipe in OPTIMIZERS.items() if "scale" in recipe.options]
-    if c.accumulate_in_subspace and c.optimizer not in users:
-        reason = f"--optimizer {c.optimizer} has no subspace"
-        choice = f"leave it out or choose one of {', '.join(users)}"
-        yield f"--accumulate-in-subspace: {reason}; {choice}"
+    for name in ("accumulate_in_subspace", "compress_gradients"):
+        if getattr(c, name) and c.optimizer not in users:
+            reason = f"--optimizer {c.optimizer} has no subspace"
+            choice = f"leave it out or choose one of {', '.join(users)}"
+            yield f"{flag(name)}: {reason}; {choice}"
+    if c.compress_gradients and c.layerwise:
+        reason = "a layer's gradient is summed before its update"
+        yield f"--compress-gradients with --layerwise: {reason}; leave one of them out"
+    if c.compress_gradients and c.subspace not in BY_PRODUCTS:
+        reason = f"--subspace {c.subspace} needs the gradient itself"
+        yield f"--compress-gradients: {reason}; choose one of {', '.join(BY_PRODUCTS)}"
+    if c.compress_gradients and c.adapter is not None:
+        reason = "the gradients of adapters are small"
+        yield f"--compress-gradients with --adapter {c.adapter}: {reason}; leave one of them out"
     if c.clip == "exact" and c.layerwise and c.accumulate_in_subspace:
         yield (
             "--clip exact with --layerwise --accumulate-in-subspace: the norm of the projected sum "

@@ -214,6 +214,9 @@ class LayerwiseFlags:
     accumulate_in_subspace: bool = False
     """Sum the microbatches' gradients projected, a fraction of their size, and clip them by their
     norm there; the first microbatch gives a new subspace. With --layerwise: for the layers only."""
+    compress_gradients: bool = False
+    """With --mesh data=N, all-reduce gradients projected, a fraction of their size, and clip them
+    by their norm there. Microbatches are summed as with --accumulate-in-subspace."""
     layerwise: bool = False
     """Update each layer as soon as the backward pass has its gradient: only one layer's gradient is
     in memory."""
@@ -282,4 +285,5 @@ class TrainingFlags(
     # For commands without `LayerwiseFlags`.
     layerwise = False
     accumulate_in_subspace = False
+    compress_gradients = False
     clip = None

@@ -138,6 +138,8 @@ def make_recipe(config: ResolvedTraining, refreshes: bool = True) -> optax.Gradi
         if options.pop("adaptive_refresh"):
             options["update_proj_gap"] = galore_optax.Adaptive(options["update_proj_gap"])
         options["seed"] = config.seed
+        if config.compress_gradients:
+            options["sum_over"] = "data"
         if recipe.adapter is None:
             options["weight_dimension_numbers"] = dimension_numbers
     tx = recipe.make(learning_rate_schedule(config), **options)

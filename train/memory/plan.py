@@ -15,6 +15,7 @@ from galore_optax.layerwise.backward import forward
 from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.quantization.weights import sources, with_sources
+from models.llama.axes import dimension_numbers
 from train.config.optimizers import make_recipe
 from train.config.settings import Resolved, ResolvedTraining
 from train.config.weights import split_params
@@ -187,7 +188,8 @@ def _gradients(config: ResolvedTraining, programs: Programs) -> int:
 
 def _share_summed(config: ResolvedTraining, part: PyTree) -> float:
     """The size of the sum of gradients as a share of a gradient's."""
-    if not config.accumulate_in_subspace:
+    in_subspace = config.accumulate_in_subspace or config.compress_gradients
+    if not (in_subspace and jax.tree.leaves(dimension_numbers(part))):
         return 1
     recipe = make_recipe(config)
     parts = subspace_parts(recipe)

@@ -4,7 +4,7 @@ Loss: the mean of -log p(target) over the targets that count, Σ w · nll / Σ w
 Letters: A microbatches, B batch, L length, D width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from galore_optax.adapters.base import Frozen
 from galore_optax.adapters.lora import with_dropout_keys
 from galore_optax.layerwise.microbatches import over_microbatches, over_microbatches_in_subspace
 from galore_optax.ordering import once_if
+from galore_optax.sharding import sum_of_all
 from galore_optax.transformation import SubspaceParts
 from train.config.optimizers import clipping as clip_by
 from train.step import skipping
@@ -48,12 +49,18 @@ def loss_and_gradient(
 
 
 def _by_microbatch(
-    summed: Loss, params: Params, batch: Batch, accumulate: int, mesh: Mesh | None
+    summed: Loss,
+    params: Params,
+    batch: Batch,
+    accumulate: int,
+    mesh: Mesh | None,
+    sum_over: Sequence[str] = (),
 ) -> tuple[Callable[[Batch], tuple[Params, Float[Array, ""]]], Batch, Float[Array, ""]]:
     """The function from a microbatch to its gradient and loss, all microbatches, and the tokens."""
-    counted = jnp.sum(batch["weights"])
-    # A classifier's targets are not its tokens.
-    tokens = jnp.sum(batch["mask"].astype(jnp.float32)) if "mask" in batch else counted
+    counted = sum_of_all(jnp.sum(batch["weights"]), sum_over)
+    tokens = counted
+    if "mask" in batch:  # a classifier's targets are not its tokens
+        tokens = sum_of_all(jnp.sum(batch["mask"].astype(jnp.float32)), sum_over)
 
     def objective(params: Params, microbatch: Batch) -> Array:
         return summed(params, microbatch) / jnp.maximum(counted, 1)
@@ -99,21 +106,28 @@ def train_step_in_subspace(
     schedule: optax.Schedule,
     accumulate: int,
     stochastic_rounding: bool,
-    mesh: Mesh,
+    mesh: Mesh | None,
     state: TrainState,
     batch: Batch,
     divided: Split = split,
+    sum_over: Sequence[str] = (),
 ) -> tuple[TrainState, Metrics]:
     """One update, from microbatches' gradients that are projected, summed and then clipped.
 
     The optimizer's state is that of `train_step`. If the sum is not finite, a basis that the first
-    microbatch has refreshed stays, with the moments carried over, and nothing else changes.
+    microbatch has refreshed stays, with the moments carried over, and nothing else changes. Within
+    `jax.shard_map` each device has its own rows of `batch`, to be summed over the mesh axes
+    `sum_over`: its gradients are, projected.
     """
-    trained, of_trained, applied, updated = _trainable(summed, stochastic_rounding, state, divided)
+    trained, of_trained, applied, updated = _trainable(
+        summed, stochastic_rounding, state, divided, sum_over
+    )
     clipping, own = state.optimizer.inner_state
-    gradients, parts, tokens = _by_microbatch(of_trained, trained, batch, accumulate, mesh)
+    how = accumulate, mesh, sum_over
+    gradients, parts, tokens = _by_microbatch(of_trained, trained, batch, *how)
     gradient, own, losses = over_microbatches_in_subspace(recipe, own, trained, gradients, parts)
-    loss, norm = jnp.sum(losses), optax.tree.norm(gradient)
+    gradient, loss = sum_of_all((gradient, jnp.sum(losses)), sum_over)
+    norm = optax.tree.norm(gradient)
     clipped, clipping = clip_by(clip_norm).update(gradient, clipping)
 
     def update(trained: Params, own: Any) -> tuple[Params, Any]:
@@ -128,11 +142,17 @@ def train_step_in_subspace(
 
 
 def _trainable(
-    summed: Loss, stochastic_rounding: bool, state: TrainState, divided: Split
+    summed: Loss,
+    stochastic_rounding: bool,
+    state: TrainState,
+    divided: Split,
+    sum_over: Sequence[str] = (),
 ) -> tuple[Params, Loss, Callable[..., Params], Callable[..., TrainState]]:
     """The trained params, the loss as a function of them, their update, and the state after it."""
     trained, frozen = divided(state.params)
     rounding, dropout = (step_key(state.key, state.step, use) for use in range(2))
+    for axis in sum_over:  # each device drops others
+        dropout = jax.random.fold_in(dropout, jax.lax.axis_index(axis))
 
     def of_trained(trained: Params, batch: Batch) -> Array:
         own = jax.random.fold_in(dropout, batch["microbatch"])

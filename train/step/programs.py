@@ -152,8 +152,9 @@ def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
     model = dataclasses.replace(
         model,
         attention=attention,
-        batch_shards=batch_shards(mesh),
-        heads_at=heads_sharding(mesh, model.kv_heads),
+        # With --compress-gradients each device computes with its own rows alone.
+        batch_shards=1 if config.compress_gradients else batch_shards(mesh),
+        heads_at=None if config.compress_gradients else heads_sharding(mesh, model.kv_heads),
     )
     graph, shapes = abstract_params(config, model)
     loss = partial(summed_loss, make_forward(graph, config.sequences))
@@ -278,11 +279,23 @@ def _ordinary(
     optimizer_at = state_shardings(tx, divided(shapes)[0], divided(at)[0])
     schedule, rounds = learning_rate_schedule(config), bool(config.stochastic_rounding)
     how = schedule, config.accumulate, rounds, mesh
-    if not config.accumulate_in_subspace:
+    if not (config.accumulate_in_subspace or config.compress_gradients):
         return tx.init, optimizer_at, partial(train_step, network.loss, tx, *how, divided=divided)
     recipe = subspace_parts(make_recipe(config, refreshes))
     assert recipe is not None
+    given = network.loss, recipe, config.clip_norm
+    if not config.compress_gradients:
+        step = partial(train_step_in_subspace, *given, *how, divided=divided)
+        return tx.init, optimizer_at, step
+    if mesh.size == 1 or mesh.shape["data"] != mesh.size:
+        said = "there is nothing to all-reduce" if mesh.size == 1 else "weights must not be split"
+        raise ValueError(f"--compress-gradients with --mesh {config.mesh}: {said}; give data=N")
     step = partial(
-        train_step_in_subspace, network.loss, recipe, config.clip_norm, *how, divided=divided
+        train_step_in_subspace, *given, *how[:-1], None, divided=divided, sum_over=("data",)
+    )
+    specs = PartitionSpec(), BATCH
+    # Typed by what varies over devices, a derivative by replicated weights would be all-reduced.
+    step = jax.shard_map(
+        step, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
     )
     return tx.init, optimizer_at, step

@@ -1,0 +1,78 @@
+"""`sum_over`: devices' gradients are summed projected, with the updates of their sum."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from galore_optax import Adaptive, GaLoreDimensionNumbers, galore, galore_adamw
+
+PARAMS = {
+    "w": jax.random.normal(jax.random.key(0), (64, 96)),
+    "stack": jax.random.normal(jax.random.key(1), (3, 80, 48)),
+    "b": jnp.zeros(96),
+}
+NUMBERS = {"w": GaLoreDimensionNumbers(0, 1), "stack": GaLoreDimensionNumbers(1, 2), "b": None}
+
+
+def parts(step: int) -> dict:
+    """Each device's gradient, of another size each."""
+
+    def draw(x):
+        key = jax.random.fold_in(jax.random.key(2 + x.ndim), step)
+        return jax.random.normal(key, (8, *x.shape)) * jnp.arange(1.0, 9).reshape(8, *[1] * x.ndim)
+
+    return jax.tree.map(draw, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("options", "typed"),
+    [
+        (dict(update_proj_gap=2, bits=8), True),
+        (dict(update_proj_gap=Adaptive(1), moments="reset", side="both"), True),
+        (dict(update_proj_gap=2, subspace="power", projection_bits=4), False),
+    ],
+    ids=["8 bits", "reset on both sides", "power, not typed by shard_map"],
+)
+def test_devices_gradients_give_the_update_of_their_sum_and_no_gradient_is_sent(options, typed):
+    options |= dict(weight_dimension_numbers=NUMBERS, weight_decay=0.1)
+    alone = galore_adamw(1e-2, 8, **options)
+    shared = galore_adamw(1e-2, 8, **options, sum_over="data")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+
+    def own(gradients, state, params):
+        return shared.update(jax.tree.map(lambda x: x[0], gradients), state, params)
+
+    update = jax.jit(
+        jax.shard_map(
+            own, mesh=mesh, in_specs=(rows, whole, whole), out_specs=whole, check_vma=typed
+        )
+    )
+    summed = jax.jit(alone.update)
+    ours, theirs = (PARAMS, shared.init(PARAMS)), (PARAMS, alone.init(PARAMS))
+    for step in range(3):
+        gradients = parts(step)
+        steps = update(gradients, ours[1], ours[0])
+        ours = optax.apply_updates(ours[0], steps[0]), steps[1]
+        total = jax.tree.map(lambda x: x.sum(0), gradients)
+        steps = summed(total, theirs[1], theirs[0])
+        theirs = optax.apply_updates(theirs[0], steps[0]), steps[1]
+    for x, y in zip(*map(jax.tree.leaves, (ours[0], theirs[0])), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    text = update.lower(gradients, ours[1], ours[0]).compile().as_text()
+    sent = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+    shapes = {shape for line in sent for shape in re.findall(r"f32\[([\d,]*)\]", line)}
+    assert "96" in shapes  # the bias, as it is
+    assert not shapes & {"64,96", "96,64", "80,48", "48,80", "3,80,48"}
+
+
+def test_what_needs_the_gradient_itself_is_refused():
+    with pytest.raises(ValueError, match="subspace='svd' needs the gradient itself"):
+        galore(8, optax.sgd(1.0), subspace="svd", sum_over="data")
+    with pytest.raises(ValueError, match="sum_over=3 is not of type str"):
+        galore(8, optax.sgd(1.0), sum_over=(3,))

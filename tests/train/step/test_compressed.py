@@ -1,0 +1,46 @@
+"""`--compress-gradients`: data-parallel devices sum their gradients projected."""
+
+import re
+
+import numpy as np
+import pytest
+from small_run import ADAMW, small, train
+
+from train.config.resolve import resolve
+from train.plan import programs_of
+
+COMPRESSED = {"compress_gradients": True, "mesh": "data=8", "clip_norm": 0.5, "batch_size": 16}
+
+
+def test_losses_are_those_of_gradients_summed_whole():
+    # Clipped by the projected gradient's norm, too.
+    whole = {"accumulate_in_subspace": True, "compress_gradients": False, "mesh": None}
+    np.testing.assert_allclose(train(**COMPRESSED), train(**COMPRESSED | whole), rtol=2e-5)
+
+
+def test_no_gradient_of_a_projected_matrix_is_sent():
+    programs = programs_of(resolve(small("unused", **COMPRESSED, rank=2)))
+    text = programs.train_step.lower(programs.abstract, programs.batch).compile().as_text()
+    sent = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+    numbers = [
+        np.prod([int(n) for n in shape.split(",") if n])
+        for line in sent
+        for shape in re.findall(r"f32\[([\d,]*)\]", line)
+    ]
+    # Embedding and head are sent as they are; of matrices at most a sketch of both layers.
+    assert set(numbers) - {257 * 32} <= set(range(2 * 2 * 48 + 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": None}, "--compress-gradients with --mesh None: there is nothing to all-reduce"),
+        ({"mesh": "data=2,fsdp=4"}, "weights must not be split; give data=N"),
+        (ADAMW, "--compress-gradients: --optimizer adamw has no subspace"),
+        ({"subspace": "svd"}, "--subspace svd needs the gradient itself"),
+        ({"layerwise": True}, "--compress-gradients with --layerwise: a layer's gradient"),
+    ],
+)
+def test_what_cannot_be_compressed_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        programs_of(resolve(small("unused", **COMPRESSED | changes)))
