@@ -1,4 +1,4 @@
-"""A tokenizer.json for tests."""
+"""Tokenizer files for tests."""
 
 import json
 
@@ -30,6 +30,20 @@ def write_tokenizer(path, vocabulary, special=(), ordinary=(), **settings):
     }
     path.write_text(json.dumps(content | settings))
     return path
+
+
+def write_byte_level(path, vocabulary=257):
+    """A tokenizer.json of all bytes, as many unused ids as are asked for, and </s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    more = [f"extra{i}" for i in range(vocabulary - 257)]
+    vocab = {name: i for i, name in enumerate([*characters, *more])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(path))
 
 
 def with_first(name, token):

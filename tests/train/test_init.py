@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from small_run import ADAMW, MICRO, losses, small
+from tokenizer_file import write_byte_level as write_tokenizer
 
 from galore_optax import quantize_weights
 from galore_optax.adapters.base import is_adapter, merge
@@ -40,19 +41,6 @@ def folder(tmp_path_factory) -> Path:
     save_llama(Llama(TIED, rngs=nnx.Rngs(1)), out)
     write_tokenizer(out / "tokenizer.json")
     return out
-
-
-def write_tokenizer(path: Path, vocabulary: int = 257) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    more = [f"extra{i}" for i in range(vocabulary - 257)]
-    vocab = {name: i for i, name in enumerate([*characters, *more])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["</s>"])
-    tokenizer.save(str(path))
 
 
 def begun(folder: Path, **changes):

@@ -12,7 +12,14 @@ from models.llama.axes import smaller_sides
 from models.llama.config import SIZES
 from train.config.flags import TrainingFlags
 from train.config.optimizers import OPTIMIZERS
-from train.config.settings import Pretrain, Resolved, ResolvedTraining, flag
+from train.config.settings import (
+    Pretrain,
+    Resolved,
+    ResolvedFinetuneLM,
+    ResolvedText,
+    ResolvedTraining,
+    flag,
+)
 from train.config.source import short_name, sizes
 from train.config.weights import ADAPTERS
 
@@ -37,6 +44,10 @@ def check_types(config: TrainingFlags) -> None:
     """Checks the fields' types: tyro has checked flags, a config.json or a program can have any."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
+        if get_origin(hint) is tuple:
+            if type(value) is not tuple or not all(type(x) is str for x in value):
+                raise ValueError(f"{flag(name)} {value!r}: expected a list of strings")
+            continue
         accepted = (hint,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
         if get_origin(accepted[0]) is Literal:
             choices = get_args(accepted[0])
@@ -99,6 +110,12 @@ def check_values(config: Resolved) -> None:
     size, name = sizes(config)[0], short_name(config.model)
     own = itertools.chain(_text(config), _by_layers(config))
     check_training(config, smaller_sides(size), size.max_length, name, own)
+
+
+def check_finetuning(config: ResolvedFinetuneLM) -> None:
+    """The same for a fine-tuning of a language model."""
+    size, name = sizes(config)[0], short_name(config.model)
+    check_training(config, smaller_sides(size), size.max_length, name, _by_layers(config))
 
 
 def check_training(
@@ -182,7 +199,7 @@ def _conflicts(c: ResolvedTraining) -> Iterator[str]:
         yield f"--moments {c.moments} has no effect: {reason}, the first; leave it out"
 
 
-def _by_layers(c: Resolved) -> Iterator[str]:
+def _by_layers(c: ResolvedText) -> Iterator[str]:
     """The same for the settings of `LayerwiseFlags`."""
     if c.layerwise and c.adapter is not None:
         reason = "the gradients of adapters are small, and frozen weights have none"

@@ -15,6 +15,14 @@ PAPER = dict(
     batch_size=512, microbatch=None, seq_len=256, dtype="float32", rematerialize=False,
     adamw_state="float32",
 )  # fmt: skip
+# For fine-tuning a language model of any size. Full fine-tuning has the learning rate and epochs
+# of Alpaca (2e-5, 3; github.com/tatsu-lab/stanford_alpaca), adapters QLoRA's learning rate for 7B
+# (2e-4; arXiv:2305.14314, appendix B). GaLore fine-tunes with AdamW's learning rate, and at rank 8
+# with the scale 2 (arXiv:2403.03507, appendix D), unlike in pre-training.
+FINETUNING = dict(
+    PAPER, scale=2.0, galore=2e-5, q_galore=2e-5, full=2e-5, adapters=2e-4,
+    batch_size=16, microbatch=4, seq_len=512, epochs=3.0, adapter_rank=16,
+)  # fmt: skip
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "tiny": dict(
         rank=32, update_proj_gap=100, galore=0.02, q_galore=0.02, full=0.001,

@@ -42,6 +42,33 @@ class TextFlags:
 
 
 @dataclasses.dataclass(frozen=True)
+class OwnTextFlags:
+    """Model and data."""
+
+    init: str | None = None
+    """Folder with the weights to begin with: a LLaMA or Mistral of transformers, or a run of
+    train.pretrain or train.finetune_lm. Needed."""
+    data: tuple[str, ...] = ()
+    """Files to learn from, folders or patterns such as 'chats/*.jsonl': JSON lines or Parquet with
+    `text`, `prompt` and `completion`, or `messages`; plain text (.txt, .md). Needed."""
+    eval_data: tuple[str, ...] = ()
+    """The same for evaluation. Default: each twentieth example of --data, which is not learnt."""
+    tokenizer: str | None = None
+    """`bytes`, or the path of a tokenizer.json. Default: that of --init."""
+    end_token: str | None = None
+    """Token of the tokenizer.json that ends an answer, such as <|eot_id|>. Default: the one that it
+    and the files beside it name."""
+    chat_template: str | None = None
+    """File with the chat template, in Jinja, that writes `messages`. Default: the one beside the
+    tokenizer.json."""
+    sequences: Literal["packed", "document"] = "packed"
+    """`packed`: several whole examples in a row, without attention across; `document`: one example
+    per row. What exceeds a row is cut off, of `text` continued in another row."""
+    epochs: float | None = None
+    """Passes over the examples, instead of --steps. Default: 3."""
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerFlags:
     """Optimizer."""
 

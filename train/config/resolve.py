@@ -32,19 +32,14 @@ def resolve(config: Pretrain) -> Resolved:
     if config.steps is None:
         raise ValueError(f"--steps has no default for {short_name(config.model)}: give it")
 
-    batch = config.batch_size or 0
-    most = min(int(defaults["microbatch"] or batch), batch)
-    parts = (batch // n for n in range(most, 0, -1) if batch % n == 0)
     others: dict[str, Any] = {
-        "accumulate": next(parts, 1),
+        "accumulate": fewest_parts(config.batch_size or 0, defaults["microbatch"]),
         "eval_every": max(1, config.steps // 10),
         "eval_tokens": 10_000_000 if config.data == "c4" else None,
-        "out": _default_out(config),
+        "out": default_out(config, config.model),
+        "clip": default_clip(config),
     }
-    if config.clip_norm is not None:
-        in_subspace = config.layerwise and config.accumulate_in_subspace
-        others["clip"] = "previous" if in_subspace else "exact"
-    config = fill_rest(_fill(config, others), options, defaults["adamw_state"])
+    config = fill_rest(fill_open(config, others), options, defaults["adamw_state"])
     resolved = Resolved(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     checks.check_values(resolved)
     # Absolute, so that a run can be resumed from another folder.
@@ -74,7 +69,7 @@ def fill(config: Config, options: Mapping[str, Any], defaults: Mapping[str, Any]
         family = "q_galore"
     unused = checks.OPTIONS - set(options)
     used = {name: value for name, value in defaults.items() if name not in unused}
-    return _fill(config, {**options, **used, "learning_rate": defaults[family]})
+    return fill_open(config, {**options, **used, "learning_rate": defaults[family]})
 
 
 def fill_rest(config: Config, options: Mapping[str, Any], adamw_state: Any) -> Config:
@@ -104,7 +99,7 @@ def fill_rest(config: Config, options: Mapping[str, Any], adamw_state: Any) -> C
     if "restart_every" in options:
         every = config.restart_every or max(1, steps // 5)
         others |= {"restart_every": every, "restart_warmup": every // 10 if every < steps else None}
-    return _fill(config, others)
+    return fill_open(config, others)
 
 
 def load(path: str | os.PathLike[str]) -> Pretrain:
@@ -119,11 +114,24 @@ def load(path: str | os.PathLike[str]) -> Pretrain:
     return config
 
 
-def _default_out(config: Pretrain) -> str:
+def fewest_parts(batch: int, rows: Any) -> int:
+    """The fewest equal microbatches of at most so many rows, default all; 1 for an empty batch."""
+    most = min(rows or batch, batch)
+    return next((batch // n for n in range(most, 0, -1) if batch % n == 0), 1)
+
+
+def default_clip(config: TrainingFlags) -> str | None:
+    """The norm by which a step clips, if it does."""
+    in_subspace = config.layerwise and config.accumulate_in_subspace
+    return None if config.clip_norm is None else "previous" if in_subspace else "exact"
+
+
+def default_out(config: TrainingFlags, model: str | None) -> str:
+    """The folder of a run of a model."""
     if config.resume and config.config is not None:
         return os.path.dirname(config.config) or "."
     named = config.adapter != OPTIMIZERS[config.optimizer].adapter
-    parts = [short_name(config.model), *([config.adapter] if named and config.adapter else [])]
+    parts = [short_name(model), *([config.adapter] if named and config.adapter else [])]
     return os.path.join("runs", "-".join([*parts, config.optimizer]))
 
 
@@ -138,7 +146,8 @@ def _of_size(config: Pretrain, adapter: bool) -> dict[str, Any]:
     }
 
 
-def _fill(config: Config, defaults: Mapping[str, Any]) -> Config:
+def fill_open(config: Config, defaults: Mapping[str, Any]) -> Config:
+    """Fills in defaults by name where a setting is None."""
     names = {f.name for f in dataclasses.fields(config)} & set(defaults)
     missing = {name: defaults[name] for name in names if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)

@@ -7,10 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from train.config.flags import LayerwiseFlags, TextFlags, TextRunFlags, TrainingFlags
+from train.config.flags import (
+    LayerwiseFlags,
+    OwnTextFlags,
+    TextFlags,
+    TextRunFlags,
+    TrainingFlags,
+)
 
-# How a run is started, not what it is: these are not in config.json.
-NOT_STORED = ("out", "resume", "config", "processes", "process", "coordinator", "launcher")
+# How a run is started, not what it is: these are not in config.json. The steps say the epochs.
+NOT_STORED = (
+    "out", "resume", "config", "epochs", "processes", "process", "coordinator", "launcher",
+)  # fmt: skip
 # What a resumed run may change: none of it changes the updates beyond rounding.
 MAY_CHANGE = (
     "data_dir", "eval_data", "mesh", "workers", "rematerialize", "deterministic",
@@ -26,6 +34,46 @@ class Pretrain(TextRunFlags, LayerwiseFlags, TrainingFlags, TextFlags):
     less_memory = (
         "try a smaller --batch-size or a larger --accumulate, a shorter --seq-len, --layerwise, "
         "--rematerialize, --dtype bfloat16, an 8-bit --optimizer or a smaller --model"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneLM(LayerwiseFlags, TrainingFlags, OwnTextFlags):
+    """Fine-tune a LLaMA on your own text, on prompts with completions, or on chats.
+
+    Of prompts and chats only the answers are learnt.
+    """
+
+    rank: int | None = None
+    """Rank of GaLore, below the width of the model, or of the adapter. Default: a quarter of the
+    width; 16 for an adapter."""
+    scale: float | None = None
+    """Factor of GaLore's projected updates. Default: 2."""
+    update_proj_gap: int | None = None
+    """Steps between two refreshes of GaLore's subspaces. Default: 200."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: 2e-5, with an adapter 2e-4."""
+    steps: int | None = None
+    """Updates of the weights. Default: as many as --epochs take."""
+    batch_size: int | None = None
+    """Rows per step, over all devices and microbatches. Default: 16."""
+    accumulate: int | None = None
+    """Microbatches into which a step's batch is cut to save memory. Default: the fewest of at most
+    4 rows."""
+    seq_len: int | None = None
+    """Tokens per row. Default: 512, or as many as the model takes."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the computation, and by default of weights, gradients and GaLore's bases. Default:
+    float32."""
+    train: str | None = None
+    """Regular expression for the paths of the params that are trained besides adapters, such as
+    layers|norm; paths are like layers/mlp/up, where all layers are one array. Default: all; with an
+    adapter none."""
+
+    command = "train.finetune_lm"
+    less_memory = (
+        "try a smaller --batch-size or a larger --accumulate, a shorter --seq-len, --layerwise, "
+        "--rematerialize, --dtype bfloat16, or an 8-bit --optimizer or one with an adapter"
     )
 
 
@@ -56,6 +104,18 @@ class Resolved(ResolvedTraining, Pretrain):
     tokenizer: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedFinetuneLM(ResolvedTraining, FinetuneLM):
+    """Settings of a fine-tuning of a language model with defaults filled in."""
+
+    init: str
+    model: str
+    tokenizer: str
+
+
+ResolvedText = Resolved | ResolvedFinetuneLM
+
+
 def expand_home(config: Any) -> Any:
     """A command's settings with ~ in the fields of paths as the home folder."""
     own = {name: getattr(config, name, None) for name in _PATHS}
@@ -80,6 +140,7 @@ _PATHS = (
     "plot",
     "data",
     "eval_data",
+    "chat_template",
 )
 
 
@@ -90,7 +151,10 @@ def flag(name: str) -> str:
 
 def to_json(config: TrainingFlags) -> dict[str, Any]:
     """The content of config.json."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_STORED}
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_STORED}
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    named = {"command": config.command} if isinstance(config, FinetuneLM) else {}
+    return named | fields
 
 
 def lasting(config: TrainingFlags) -> dict[str, Any]:

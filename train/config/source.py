@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from models.hugging_face.files import read_json
 from models.hugging_face.llama_config import from_theirs, to_theirs
 from models.llama.config import SIZES, LlamaConfig
-from train.config.settings import Pretrain
+from train.config.settings import Pretrain, ResolvedText
 
 
 class _Folder(NamedTuple):
@@ -64,7 +64,7 @@ def is_run(folder: str) -> bool:
     return "model_type" not in content
 
 
-def sizes(config: Pretrain) -> tuple[LlamaConfig, bool]:
+def sizes(config: Pretrain | ResolvedText) -> tuple[LlamaConfig, bool]:
     """Returns the sizes of a run's model, and whether they include its vocabulary.
 
     A preset leaves the vocabulary to the tokenizer.
@@ -75,7 +75,7 @@ def sizes(config: Pretrain) -> tuple[LlamaConfig, bool]:
     return _read(model), model not in SIZES
 
 
-def made_of(config: Pretrain, model: LlamaConfig) -> dict[str, Any]:
+def made_of(config: Pretrain | ResolvedText, model: LlamaConfig) -> dict[str, Any]:
     """What a checkpoint must agree with besides the settings, where these only name a file."""
     known = config.init is None and config.model in SIZES
     return {} if known else {"sizes of the model": to_theirs(model)}

@@ -11,18 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from train.data.files import read_texts
+from train.data.own import VALIDATION_EVERY, own_documents
 
 SOURCES = ("builtin", "c4", "text")
 SPLITS = ("train", "validation")
 
-# One page of the built-in text, and one document of own text, in this many is for validation.
-VALIDATION_EVERY = 20
 # Characters in a document of the built-in text, the unit of shuffling: whole pages, up to 70,000
 # characters long, would each fill many batches alone, and the loss would follow their subjects.
 _DOCUMENT_LENGTH = 512
-# The most of files of plain text, which may be books; half of it up to a blank line.
-_OWN_LENGTH = 8192
 # Top-level folders beside the library itself: installed packages, tests, an application, and two
 # packages that newer Pythons no longer ship.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "idlelib", "lib2to3", "distutils"}
@@ -55,7 +51,7 @@ def load_text(
     return builtin_documents()[split]
 
 
-def content_of(documents: Sequence[str]) -> str:
+def content_of(documents: Sequence[str] | Sequence[bytes]) -> str:
     """A digest of the number of documents and of up to 65 of them."""
     count = len(documents)
     some = [documents[i] for i in range(0, count, max(1, count // 64))]
@@ -135,49 +131,6 @@ def builtin_documents() -> dict[str, list[str]]:
         for document in documents_of(page):
             splits.setdefault(document, SPLITS[number % VALIDATION_EVERY == 0])
     return {s: [document for document, split in splits.items() if split == s] for s in SPLITS}
-
-
-@cache
-def own_documents(files: str, eval_files: str | None) -> dict[str, list[str]]:
-    """The documents of each split of the files of a folder, a pattern, or of one file.
-
-    Files of plain text are cut into documents of a few pages. Without `eval_files` each twentieth
-    document is for validation. Equal documents belong to one split, that of the first, or of
-    `eval_files`. ValueError if a split has none, or a file cannot be read.
-    """
-
-    def documents(name: str) -> list[str]:
-        texts = (_cut(text) if plain else [text] for plain, text in read_texts([name]))
-        return [document for text in texts for document in text if document.strip()]
-
-    found = documents(files)
-    if eval_files is not None:
-        validation = documents(eval_files)
-        splits = dict.fromkeys(validation, "validation")
-        found = [document for document in found if document not in splits]
-    else:
-        splits: dict[str, str] = {}
-        for number, document in enumerate(dict.fromkeys(found)):
-            splits[document] = SPLITS[number % VALIDATION_EVERY == 0]
-        validation = [document for document in found if splits[document] == "validation"]
-        found = [document for document in found if splits[document] == "train"]
-    if not found or not validation:
-        known = "that is not for validation" if validation else "for validation"
-        raise ValueError(f"{files} has no document {known}: name other files with --eval-data")
-    return {"train": found, "validation": validation}
-
-
-def _cut(text: str) -> Iterator[str]:
-    """Cuts a text after a blank line, or after any line where there is none in half a document."""
-    lines, size = [], 0
-    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
-        after_blank = bool(lines) and not lines[-1].strip()
-        if lines and size + len(line) > (_OWN_LENGTH // 2 if after_blank else _OWN_LENGTH):
-            yield "".join(lines)
-            lines, size = [], 0
-        lines.append(line)
-        size += len(line)
-    yield "".join(lines)
 
 
 def documents_of(page: str) -> Iterator[str]:

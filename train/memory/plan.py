@@ -17,7 +17,7 @@ from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.quantization.weights import sources, with_sources
 from models.llama.axes import dimension_numbers
 from train.config.optimizers import make_recipe
-from train.config.settings import Resolved, ResolvedTraining
+from train.config.settings import ResolvedText, ResolvedTraining
 from train.config.weights import split_params
 from train.step import layerwise
 from train.step.mesh import batch_shards
@@ -126,7 +126,7 @@ def _peak(compiled: jax.stages.Compiled, device: jax.Device) -> int:
     return peak + (min(_ARENAS, temporary) if device.platform == "cpu" else 0)
 
 
-def estimate(config: Resolved, programs: Programs) -> MemoryPlan:
+def estimate(config: ResolvedText, programs: Programs) -> MemoryPlan:
     """The memory that a step in bfloat16 would take of a GPU, by the compiler for this CPU.
 
     That compiler computes bfloat16 in float32 and keeps the converted arrays, many times what a GPU
@@ -209,7 +209,7 @@ def _activations(config: ResolvedTraining, programs: Programs) -> int:
     batch = {k: x.update(shape=shape, sharding=None) for k, x in programs.batch.items()}
     params = jax.tree.map(lambda x: x.update(sharding=None), programs.abstract.params)
     if config.layerwise:
-        assert isinstance(config, Resolved)
+        assert isinstance(config, ResolvedText)
         mode = config.sequences
         model = layerwise.layered_llama(programs.model, programs.mesh)
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from galore_optax.adapters.base import merge
 from models.llama.config import flops_per_token
-from train.config.settings import Resolved, lasting
+from train.config.settings import Resolved, ResolvedText, lasting
 from train.config.source import made_of, short_name
 from train.data.loader import TrainingData, evaluation_batches
 from train.data.sequences import Batch
@@ -33,7 +33,7 @@ from train.step.state import Params, TrainState
 class TextParts(Parts):
     """What a run that trains a language model computes with."""
 
-    config: Resolved
+    config: ResolvedText
     tokenizer: Tokenizer
     evaluation: list[Batch]
 
@@ -49,29 +49,26 @@ class TextParts(Parts):
         return Evaluation({"eval_loss": mean, "eval_perplexity": perplexity}, said)
 
     def leave(self, state: TrainState, log: Log) -> dict[str, Any]:
-        """Prints a sample of text; the summary has the last evaluation."""
-        config, tokenizer, prompt = self.config, self.tokenizer, self.config.prompt
-        directory = run_directory.directory(config)
-        if hosts.several():  # each has a part of the weights
-            command = [
-                "python",
-                "-m",
-                "train.generate",
-                "--run",
-                str(directory),
-                "--prompt",
-                prompt,
-            ]
-            log(f"sample: {shlex.join(command)}")
-        else:
-            graph, _ = abstract_params(config, self.model)
-            model = nnx.merge(graph, merge(state.params))
-            new = max(1, config.seq_len - 1 - len(tokenizer.encode(prompt)))
-            how = {"max_new_tokens": new, "temperature": 0.5, "seed": config.seed}
-            log(f"sample: {sample_text(model, tokenizer, prompt, **how)}")
-        lines = read_metrics(directory)
+        """Prints samples; the summary has the last evaluation."""
+        self.sample(state.params, log)
+        lines = read_metrics(run_directory.directory(self.config))
         last = [line for line in lines if "eval_loss" in line][-1]
         return {name: value for name, value in last.items() if name != "step"}
+
+    def sample(self, params: Params, log: Log) -> None:
+        """Prints a sample of text, or how to make one if processes share the weights."""
+        config, tokenizer = self.config, self.tokenizer
+        assert isinstance(config, Resolved)
+        if hosts.several():  # each has a part of the weights
+            command = ["python", "-m", "train.generate"]
+            command += ["--run", str(run_directory.directory(config)), "--prompt", config.prompt]
+            log(f"sample: {shlex.join(command)}")
+            return
+        graph, _ = abstract_params(config, self.model)
+        model = nnx.merge(graph, merge(params))
+        new = max(1, config.seq_len - 1 - len(tokenizer.encode(config.prompt)))
+        how = {"max_new_tokens": new, "temperature": 0.5, "seed": config.seed}
+        log(f"sample: {sample_text(model, tokenizer, config.prompt, **how)}")
 
     def flops_per_token(self) -> float:
         """The operations to train on one token."""
@@ -83,7 +80,7 @@ class TextParts(Parts):
         return f"{self.config.less_memory}; {found}"
 
 
-def plan_command(config: Resolved, available: int) -> str:
+def plan_command(config: ResolvedText, available: int) -> str:
     """The command that finds what fits into the bytes of a device."""
     return f"python -m train.plan --model {config.model} --card {available / 2**30:.3g}"
 

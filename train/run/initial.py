@@ -15,7 +15,7 @@ from galore_optax.quantization.array import dequantized
 from models.hugging_face.llama import read_weights
 from models.llama.axes import dimension_numbers
 from models.llama.config import LlamaConfig, weight_table
-from train.config.settings import Resolved, ResolvedTraining
+from train.config.settings import ResolvedText, ResolvedTraining
 from train.config.source import is_run
 from train.config.weights import stored_weights
 from train.run.trained import load_trained
@@ -26,7 +26,7 @@ from train.step.state import TrainState
 Weights = Iterator[tuple[tuple[str, ...], Float[np.ndarray, "..."]]]
 
 
-def initial_state(config: Resolved, programs: Programs) -> TrainState:
+def initial_state(config: ResolvedText, programs: Programs) -> TrainState:
     """Returns the train state before the first step; each device gets its own part of the weights.
 
     ValueError if those of --init do not fit the model.

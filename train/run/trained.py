@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 from models.llama.generate import generate
 from models.llama.model import Llama
-from train.config.resolve import load
+from train.config.finetuning import load_run
 from train.config.settings import lasting
 from train.config.source import made_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
@@ -36,7 +37,7 @@ def load_trained(run: str, option: str = "--run") -> Trained:
         raise ValueError(f"{option} {folder} is not a run of train.pretrain (no config.json)")
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"{option} {folder} has no checkpoint yet")
-    settings = load(folder / "config.json")
+    settings = load_run(folder / "config.json")
     tokenizer = load_tokenizer(settings.tokenizer or "bytes", settings.end_token)
     model = model_config(settings, tokenizer)
     place = replicated(make_mesh(None))
@@ -52,6 +53,13 @@ def load_trained(run: str, option: str = "--run") -> Trained:
     with Checkpoints(there, 1, print, evaluations, **how) as checkpoints:
         _, params = checkpoints.restore_params(shapes)
     return Trained(graph, params, tokenizer)
+
+
+def answer(model: Llama, tokenizer: Tokenizer, prompt: Int[np.ndarray, " length"], **how) -> str:
+    """What a model writes after the token ids of a prompt, up to the end; `how`: see `generate`."""
+    ids = jnp.asarray(prompt, jnp.int32)[None]
+    found = generate(model, ids, key=jax.random.key(0), stop_id=tokenizer.separator, **how)
+    return tokenizer.decode(np.asarray(found[0, len(prompt) :]))
 
 
 def sample_text(

@@ -15,7 +15,7 @@ from models.llama.attention import sequences_of
 from models.llama.config import LlamaConfig
 from models.llama.layer import embed, rms_norm, training_layer
 from train.config.optimizers import learning_rate_schedule, make_recipe
-from train.config.settings import Resolved
+from train.config.settings import ResolvedText
 from train.step import skipping
 from train.step.loss import summed_cross_entropy
 from train.step.mesh import BATCH, microbatches
@@ -23,7 +23,7 @@ from train.step.state import Batch, Metrics, Params, TrainState, step_key, step_
 
 
 def make_optimizer(
-    config: Resolved, model: LlamaConfig, mesh: Mesh, refreshes: bool = True
+    config: ResolvedText, model: LlamaConfig, mesh: Mesh, refreshes: bool = True
 ) -> Layerwise:
     """The named optimizer of a run, applied layer by layer; see `make_recipe`."""
     rounding = jax.random.key(config.seed) if config.stochastic_rounding else None
@@ -86,7 +86,7 @@ def with_sequences(
 
 
 def make_step(
-    optimizer: Layerwise, config: Resolved, model: LlamaConfig, mesh: Mesh
+    optimizer: Layerwise, config: ResolvedText, model: LlamaConfig, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes the step. It counts as skipped if `Layerwise` left out any part, as not finite."""
     schedule = learning_rate_schedule(config)

@@ -16,13 +16,14 @@ from models.llama import model as llama
 from models.llama.attention import attention_implementation
 from models.llama.axes import dimension_numbers, logical_axes
 from models.llama.config import LlamaConfig
+from train.config.flags import TrainingFlags
 from train.config.optimizers import (
     OPTIMIZERS,
     learning_rate_schedule,
     make_optimizer,
     make_recipe,
 )
-from train.config.settings import Pretrain, Resolved, ResolvedTraining
+from train.config.settings import Pretrain, ResolvedText, ResolvedTraining
 from train.config.source import sizes
 from train.config.weights import ADAPTERS, check_trained, split_params, stored_weights
 from train.data.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ class Programs:
     notes: list[str]  # a line for each param that is not split over the devices as its axes say
 
 
-def model_config(config: Pretrain, tokenizer: Tokenizer) -> LlamaConfig:
+def model_config(config: Pretrain | ResolvedText, tokenizer: Tokenizer) -> LlamaConfig:
     """The model of a run. The papers' sizes keep their vocabulary if the tokenizer's fits in.
 
     ValueError if that of a config.json or of --init is smaller than the tokenizer's.
@@ -110,7 +111,7 @@ def vocabulary_note(model: LlamaConfig, tokenizer: Tokenizer) -> str | None:
     )
 
 
-def abstract_params(config: Pretrain, model: LlamaConfig) -> tuple[nnx.GraphDef, Params]:
+def abstract_params(config: TrainingFlags, model: LlamaConfig) -> tuple[nnx.GraphDef, Params]:
     """The model without its weights, and their shapes as a run stores them."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: llama.Llama(model, rngs=nnx.Rngs(0))), nnx.Param)
     return graph, jax.eval_shape(partial(_init_params, config, model), jax.random.key(0))
@@ -121,7 +122,7 @@ def weight_keys(key: Key[Array, ""]) -> Key[Array, "2"]:
     return jax.random.split(jax.random.fold_in(key, 0))
 
 
-def _init_params(config: Pretrain, model: LlamaConfig, key: Key[Array, ""]) -> Params:
+def _init_params(config: TrainingFlags, model: LlamaConfig, key: Key[Array, ""]) -> Params:
     own, key = weight_keys(key)
 
     def stored(part: Params, key: Key[Array, ""]) -> Params:
@@ -146,7 +147,7 @@ def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:
     return forward
 
 
-def make_programs(config: Resolved, model: LlamaConfig, mesh: Mesh) -> Programs:
+def make_programs(config: ResolvedText, model: LlamaConfig, mesh: Mesh) -> Programs:
     """What a run computes with, checked against the mesh; nothing is compiled or allocated yet."""
     attention = attention_implementation(model, mesh.devices.flat[0], config.seq_len)
     model = dataclasses.replace(
@@ -252,7 +253,7 @@ def _compiler_options(
 
 
 def _by_layers(
-    config: Resolved,
+    config: ResolvedText,
     model: LlamaConfig,
     mesh: Mesh,
     shapes: Params,

@@ -1,0 +1,23 @@
+"""Fine-tune a LLaMA on your own text: `python -m train.finetune_lm`; `--help` lists the flags.
+
+A run's folder gets what train.pretrain's does, and train.generate and train.export read it.
+"""
+
+from functools import partial
+
+from train.config.finetuning import load_finetuning, resolve_finetuning
+from train.config.settings import FinetuneLM
+from train.run.cli import run
+from train.run.finetuning import assemble, count_steps
+from train.run.training import train
+
+_print = partial(print, flush=True)
+
+
+def main(config: FinetuneLM) -> int:
+    """Starts or resumes a fine-tuning; returns and raises what `train` does."""
+    return train(resolve_finetuning(config, count_steps), assemble, _print)
+
+
+if __name__ == "__main__":
+    run(main, FinetuneLM, "python -m train.finetune_lm", load=load_finetuning)
