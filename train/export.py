@@ -13,6 +13,7 @@ from models.hugging_face.llama import save_llama
 from models.hugging_face.peft import save_adapters
 from train.run.cli import run
 from train.run.directory import check_can_be_made
+from train.run.exported import token_ids, write_beside
 from train.run.trained import load_trained
 
 
@@ -23,7 +24,8 @@ class Export:
     run: str
     """Folder of the run."""
     out: str
-    """Folder to write to, in the format of transformers; adapters are merged."""
+    """Folder to write to, in the format of transformers, with the tokenizer; adapters are
+    merged."""
     adapters: bool = False
     """Write LoRA, DoRA or GradNormLoRP adapters alone, in PEFT's format, into adapters/ of the
     folder, and the model without them into base/."""
@@ -35,8 +37,12 @@ def main(config: Export) -> int:
     trained = load_trained(config.run)
 
     def save(params: Any, out: Path) -> None:
-        save_llama(nnx.merge(trained.graph, dequantized(params)), out)
-        print(f"wrote the model to {out}")
+        model: Any = nnx.merge(trained.graph, dequantized(params))
+        ids = token_ids(trained, model.config.token_ids)
+        model.config = dataclasses.replace(model.config, token_ids=ids)
+        save_llama(model, out)
+        write_beside(trained, ids, Path(config.run), out)
+        print(f"wrote the model and its tokenizer to {out}")
 
     out = Path(config.out).absolute()
     if not config.adapters:

@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -37,6 +38,18 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes an object as JSON."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+    """Writes a safetensors file with the permissions that the umask says.
+
+    safetensors writes files that only their owner may read
+    (https://github.com/safetensors/safetensors/issues/782).
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({**tensors}, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def tensor_names(path: Path) -> set[str]:

@@ -20,9 +20,14 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import DTypeLike, Shaped
-from safetensors.numpy import save_file
 
-from models.hugging_face.files import read_json, read_tensor, tensor_names, write_json
+from models.hugging_face.files import (
+    read_json,
+    read_tensor,
+    tensor_names,
+    write_json,
+    write_tensors,
+)
 from models.hugging_face.llama_config import from_theirs, to_theirs
 from models.llama.config import LlamaConfig, weight_table
 from models.llama.model import Llama
@@ -182,7 +187,7 @@ def write_checkpoint(
         partial, weight_map = Path(partial), {}
         for file, names in shards.items():
             tensors = {name: array(name) for name in names}
-            save_file(tensors, partial / file, metadata={"format": "pt"})
+            write_tensors(partial / file, tensors)
             weight_map |= dict.fromkeys(names, file)
         if len(shards) > 1:
             metadata = {"total_size": total_size}

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from models.llama.config import LlamaConfig
+from models.llama.config import LlamaConfig, TokenIds
 from models.llama.rope import RopeScaling
 
 # Our sizes by their names there.
@@ -21,7 +21,8 @@ _SIZES = {
 }
 # Keys with their own rules below.
 _ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
-_READ = {*_SIZES, *_ROPE, "model_type", "head_dim", "sliding_window"}
+_TOKEN_IDS = {name: f"{name}_token_id" for name in TokenIds._fields}
+_READ = {*_SIZES, *_ROPE, *_TOKEN_IDS.values(), "model_type", "head_dim", "sliding_window"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # What transformers takes for a key that is absent, by the type of the model.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -119,12 +120,21 @@ def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaConfi
         fields["head_dim"] = None if theirs["head_dim"] == implied else theirs["head_dim"]
     fields["tied"] = theirs.get("tie_word_embeddings", False)
     fields |= {name: theirs.get(name, False) for name in ("attention_bias", "mlp_bias")}
+    fields["token_ids"] = TokenIds(**{k: _ids(x, theirs.get(x)) for k, x in _TOKEN_IDS.items()})
     for name, value in overrides.items():
         if name not in (known := LlamaConfig.__dataclass_fields__):
             raise ValueError(
                 f"{name}={value!r} is not a field of LlamaConfig; the fields are {', '.join(known)}"
             )
     return LlamaConfig(**fields | overrides)
+
+
+def _ids(name: str, value: Any) -> int | tuple[int, ...] | None:
+    """The id of a special token, or of several; ValueError if it is something else."""
+    several = tuple(value) if isinstance(value, list) else (value,)
+    if value is not None and not all(type(x) is int for x in several):
+        raise ValueError(f"config.json: {name}={value!r}: must be an integer or a list of these")
+    return several if isinstance(value, list) else value
 
 
 def _rope(theirs: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -225,7 +235,6 @@ def to_theirs(config: LlamaConfig) -> dict[str, Any]:
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         "rope_scaling": None if scaling is None else rope,
         "torch_dtype": jnp.dtype(config.param_dtype).name,
-        # Ids of special tokens belong to the tokenizer; transformers would assume 1 and 2.
-        "bos_token_id": None,
-        "eos_token_id": None,
+        # Transformers would assume 1 and 2 if there were no keys.
+        **{x: getattr(config.token_ids, k) for k, x in _TOKEN_IDS.items()},
     }

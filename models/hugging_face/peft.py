@@ -15,11 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree
-from safetensors.numpy import save_file
 
 from galore_optax import DoRA, GradNormLoRP, LoRA
 from galore_optax.adapters.base import Adapter, is_adapter
-from models.hugging_face.files import read_json, read_tensor, tensor_names, write_json
+from models.hugging_face.files import (
+    read_json,
+    read_tensor,
+    tensor_names,
+    write_json,
+    write_tensors,
+)
 from models.hugging_face.llama import MODULES
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -143,7 +148,7 @@ def save_adapters(
         "inference_mode": True,
     }
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
+    write_tensors(directory / _WEIGHTS, tensors)
     write_json(directory / _CONFIG, config)
 
 

@@ -17,6 +17,17 @@ Params = dict[str, Any]
 AttentionImplementation = Literal["xla", "cudnn"]
 
 
+class TokenIds(NamedTuple):
+    """The ids of special tokens that a checkpoint's config.json names; None: it names none."""
+
+    bos: int | tuple[int, ...] | None = None
+    eos: int | tuple[int, ...] | None = None
+    pad: int | tuple[int, ...] | None = None
+
+
+_NO_IDS = TokenIds()
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Sizes and numerics of a LLaMA, and what depends on the devices that it runs on."""
@@ -40,6 +51,8 @@ class LlamaConfig:
     rematerialize: bool = False  # compute activations within a layer again in the backward pass
     attention: AttentionImplementation = "xla"  # over whole sequences
     batch_shards: int = 1  # devices that a batch is split over
+    # Of the tokenizer; the model itself has no use for them.
+    token_ids: TokenIds = _NO_IDS
     # How queries, keys and values (batch, length, heads, head) are split over devices; cuDNN's
     # attention refuses them if they are split in different ways. None: as XLA chooses.
     heads_at: NamedSharding | None = None

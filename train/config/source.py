@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from models.hugging_face.files import read_json
 from models.hugging_face.llama_config import from_theirs, to_theirs
-from models.llama.config import SIZES, LlamaConfig
+from models.llama.config import SIZES, LlamaConfig, TokenIds
 from train.config.settings import Pretrain, ResolvedText
 
 
@@ -78,7 +78,8 @@ def sizes(config: Pretrain | ResolvedText) -> tuple[LlamaConfig, bool]:
 def made_of(config: Pretrain | ResolvedText, model: LlamaConfig) -> dict[str, Any]:
     """What a checkpoint must agree with besides the settings, where these only name a file."""
     known = config.init is None and config.model in SIZES
-    return {} if known else {"sizes of the model": to_theirs(model)}
+    sizes = dataclasses.replace(model, token_ids=TokenIds())
+    return {} if known else {"sizes of the model": to_theirs(sizes)}
 
 
 def short_name(model: str | None) -> str:
@@ -103,7 +104,7 @@ def _check_same(config: Pretrain, model: str, found: str) -> None:
     ours, theirs = dataclasses.asdict(_read(model)), dataclasses.asdict(_read(found))
     for name, value in ours.items():
         # A preset's vocabulary is the tokenizer's.
-        free = name == "vocab_size" and (model in SIZES or found in SIZES)
+        free = (name == "vocab_size" and (model in SIZES or found in SIZES)) or name == "token_ids"
         if value != theirs[name] and not free:
             raise ValueError(
                 f"--model {config.model} has {name}={value}, but the model in --init "

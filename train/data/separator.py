@@ -65,6 +65,11 @@ def find_beginning(tokenizer: Any, path: Path, separator: int) -> int:
     return first[0] if first else separator
 
 
+def first_and_last(post_processor: dict[str, Any] | None) -> tuple[list[int], int | None]:
+    """The ids of the tokens that a post-processor puts before a text, and of the last after it."""
+    return _first_tokens(post_processor), _last_token(post_processor)
+
+
 def _of_tokenizer(tokenizer: Any, path: Path, beside: Path | None) -> dict[str, set[int]]:
     """The tokens that end a document by the files of a tokenizer."""
     last = _last_token(json.loads(tokenizer.to_str())["post_processor"])

@@ -109,6 +109,10 @@ class FileTokenizer:
             raise ValueError(self._reached(f"{text[start:end]!r} in a text"))
         return np.concatenate([self.encode(text[: start + 1]), self.encode(text[start + 1 :])])
 
+    def name_of(self, token: int) -> str:
+        """The name of a token."""
+        return str(self._tokenizer.id_to_token(token))
+
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of what a chat template has made: names of special tokens are these tokens."""
         with self._errors_named():

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from models.llama.generate import generate
 from models.llama.model import Llama
 from train.config.finetuning import load_run
-from train.config.settings import lasting
+from train.config.settings import Pretrain, ResolvedFinetuneLM, lasting
 from train.config.source import made_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.run.checkpoint import Checkpoints
@@ -28,6 +28,8 @@ class Trained(NamedTuple):
     graph: nnx.GraphDef
     params: Params  # as the run stores them, quantized or with adapters, on one device
     tokenizer: Tokenizer
+    step: int  # of the checkpoint
+    config: Pretrain | ResolvedFinetuneLM  # of the run
 
 
 def load_trained(run: str, option: str = "--run") -> Trained:
@@ -51,8 +53,8 @@ def load_trained(run: str, option: str = "--run") -> Trained:
     }
     there, how = folder / "checkpoints", {"run": made_with, "read_only": True}
     with Checkpoints(there, 1, print, evaluations, **how) as checkpoints:
-        _, params = checkpoints.restore_params(shapes)
-    return Trained(graph, params, tokenizer)
+        step, params = checkpoints.restore_params(shapes)
+    return Trained(graph, params, tokenizer, step, settings)
 
 
 def answer(model: Llama, tokenizer: Tokenizer, prompt: Int[np.ndarray, " length"], **how) -> str:

@@ -1,6 +1,7 @@
 """LLaMA checkpoints against those that transformers wrote (fixtures/make_llama.py)."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -71,10 +72,26 @@ def test_what_is_saved_is_what_transformers_saved(name, tmp_path):
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     for key, value in json.loads((source / "config.json").read_text()).items():
         same = key not in ("architectures", "model_type") or name != "mistral"
-        if key in config and not key.endswith("_token_id") and same:
+        if key in config and same:
             assert config[key] == value, key
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["torch_dtype"] == jnp.dtype(dtype).name
+
+
+def test_ids_of_special_tokens_are_kept_and_their_files_can_be_read_as_the_umask_says(checkpoint):
+    edit(checkpoint / "config.json", bos_token_id=1, eos_token_id=[2, 3], pad_token_id=None)
+    out, before = checkpoint.parent / "saved", os.umask(0o027)
+    try:
+        save_llama(load_llama(checkpoint), out)
+    finally:
+        os.umask(before)
+    config = json.loads((out / "config.json").read_text())
+    ids = {name: config[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
+    assert ids == {"bos": 1, "eos": [2, 3], "pad": None}
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
+    edit(checkpoint / "config.json", eos_token_id="</s>")
+    with pytest.raises(ValueError, match="eos_token_id='</s>': must be an integer or a list"):
+        load_llama(checkpoint)
 
 
 def test_shards_hold_at_most_the_bytes_asked_for_and_read_back(tmp_path):

@@ -1,0 +1,91 @@
+"""What transformers reads of an exported run: tokenizer, ids, chat template, model card."""
+
+import json
+import shlex
+from types import SimpleNamespace
+
+import pytest
+from small_run import ADAMW, small
+from tokenizer_file import with_first, write_byte_level, write_tokenizer
+from tokenizers import Tokenizer
+
+from models.hugging_face.files import write_json
+from models.llama.config import TokenIds
+from train.data.chat import FILE
+from train.data.tokenizer import ByteTokenizer, load_tokenizer
+from train.export import Export
+from train.export import main as export
+from train.pretrain import main as pretrain
+from train.run.exported import write_beside
+
+TEXTS = ["Hello wörld\n\n  two  spaces 漢字 🙂 don't", "", " lead", "a b"]
+
+
+def exported(tokenizer, out, **config):
+    """The files beside the weights, of a run with a tokenizer."""
+    out.mkdir()
+    settings = {"data": "builtin", "init": None, "optimizer": "adamw", "command": "x", **config}
+    trained = SimpleNamespace(tokenizer=tokenizer, config=small("x", **ADAMW), step=3)
+    trained.config = SimpleNamespace(**{**vars(trained.config), **settings})
+    write_beside(trained, TokenIds(tokenizer.begin, tokenizer.separator), out, out)
+    return Tokenizer.from_file(str(out / "tokenizer.json"))
+
+
+def test_a_run_is_exported_with_all_that_transformers_needs(tmp_path):
+    config = small(tmp_path / "run", **ADAMW, steps=2, warmup_steps=1, eval_every=1)
+    assert pretrain(config) == 0
+    export(Export(str(tmp_path / "run"), str(tmp_path / "out")))
+    out = tmp_path / "out"
+    read = {p.name: json.loads(p.read_text()) for p in out.glob("*.json")}
+    assert read["generation_config.json"] == {"bos_token_id": 256, "eos_token_id": 256}
+    assert read["config.json"]["eos_token_id"] == 256
+    assert read["tokenizer_config.json"]["eos_token"] == "<|endoftext|>"
+    card = (out / "README.md").read_text()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert f"Perplexity: {summary['eval_perplexity']:,.2f}" in card
+    words = shlex.split(card.split("```")[1].removeprefix("bash"))
+    assert words[:3] == ["python", "-m", "train.pretrain"]
+    assert words[words.index("--learning-rate") + 1] == "0.01"
+    # It is a model to begin with, too.
+    tokenizer = load_tokenizer(out / "tokenizer.json")
+    assert (tokenizer.begin, tokenizer.separator) == (256, 256)
+
+
+def test_the_exported_tokenizer_gives_our_ids_after_the_token_that_begins_a_text(
+    tmp_path, shared_data
+):
+    write_byte_level(tmp_path / "tokenizer.json")
+    for i, tokenizer in enumerate(
+        (
+            ByteTokenizer(),
+            load_tokenizer(tmp_path / "tokenizer.json"),
+            # Its own file puts the end after each text.
+            load_tokenizer(shared_data / "tokenizers" / "t5_tokenizer.json"),
+        )
+    ):
+        theirs = exported(tokenizer, tmp_path / str(i))
+        for text in TEXTS:
+            ours = tokenizer.encode(text).tolist()
+            assert theirs.encode(text).ids == [tokenizer.begin, *ours]
+            assert theirs.decode([*ours, tokenizer.separator]) == tokenizer.decode(ours)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_tokenizers_own_settings_beginning_and_chat_template_are_kept(tmp_path, named):
+    path = tmp_path / "tokenizer.json"
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}
+    write_tokenizer(path, vocabulary, ["<s>", "</s>"], post_processor=with_first("<s>", 1))
+    own = {"eos_token": "</s>", "pad_token": "<unk>", "add_bos_token": True, "chat_template": "x"}
+    write_json(tmp_path / "tokenizer_config.json", own)
+    (tmp_path / ("named.jinja" if named else FILE)).write_text("{{ messages }}")
+    changes = {"chat_template": str(tmp_path / "named.jinja")} if named else {}
+    theirs = exported(load_tokenizer(path), tmp_path / "out", **changes)
+    assert theirs.encode("a").ids == [1, 3]
+    written, before = (
+        json.loads((p / "tokenizer.json").read_text()) for p in (tmp_path / "out", tmp_path)
+    )
+    assert written["post_processor"] == before["post_processor"]
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (settings["pad_token"], settings["bos_token"]) == ("<unk>", "<s>")
+    assert not {"add_bos_token", "chat_template"} & {*settings}
+    assert (tmp_path / "out" / FILE).read_text() == "{{ messages }}"

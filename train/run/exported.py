@@ -1,0 +1,167 @@
+"""What transformers needs beside a model's weights: tokenizer, ids, and a model card."""
+
+import dataclasses
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from models.hugging_face.files import read_json, write_json
+from models.llama.config import TokenIds
+from train.config.settings import FinetuneLM, Pretrain, flag
+from train.data.chat import FILE as CHAT_TEMPLATE
+from train.data.separator import first_and_last
+from train.data.tokenizer import ByteTokenizer, FileTokenizer
+from train.run.metrics import read_metrics
+from train.run.trained import Trained
+
+# The name that the token which separates documents of bytes gets.
+_END = "<|endoftext|>"
+# Settings by which transformers changes the post-processor of a tokenizer.json, or runs other code.
+_OTHER = ("add_bos_token", "add_eos_token", "auto_map")
+# Settings that say nothing of what is trained.
+_NOT_SHOWN = ("out", "resume", "config", "workers", "keep", "log_every", "max_skipped", "prompt")
+
+
+def token_ids(trained: Trained, before: TokenIds) -> TokenIds:
+    """The ids for a model's config.json: generation stops at the token that ends a text."""
+    return TokenIds(trained.tokenizer.begin, trained.tokenizer.separator, before.pad)
+
+
+def write_beside(trained: Trained, ids: TokenIds, run: Path, out: Path) -> None:
+    """Writes into a model's folder what transformers needs besides, and a model card.
+
+    AutoTokenizer then gives the ids that the model was trained with: a text begins with the token
+    that began the documents. A chat template is kept.
+    """
+    known = {f"{name}_token_id": x for name, x in ids._asdict().items() if x is not None}
+    write_json(out / "generation_config.json", known)
+    content, settings = _tokenizer_files(trained)
+    write_json(out / "tokenizer.json", content)
+    template = _chat_template(trained)
+    if template is not None:
+        settings.pop("chat_template", None)
+        shutil.copyfile(template, out / CHAT_TEMPLATE)
+    write_json(out / "tokenizer_config.json", settings)
+    (out / "README.md").write_text(_card(trained, run))
+
+
+def _tokenizer_files(trained: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of tokenizer.json and of tokenizer_config.json."""
+    tokenizer, settings = trained.tokenizer, {}
+    if isinstance(tokenizer, FileTokenizer):
+        content, settings = read_json(tokenizer.path), _beside(tokenizer, "tokenizer_config.json")
+        begin, end = tokenizer.name_of(tokenizer.begin), tokenizer.name_of(tokenizer.separator)
+        for name, token in ((begin, tokenizer.begin), (end, tokenizer.separator)):
+            _mark_special(content, name, token)
+    else:
+        content, begin, end = _of_bytes(tokenizer), _END, _END
+    if first_and_last(content["post_processor"]) != ([tokenizer.begin], None):
+        content["post_processor"] = _beginning(content["post_processor"], begin, tokenizer.begin)
+    settings = {name: value for name, value in settings.items() if name not in _OTHER}
+    # This class takes tokenizer.json as it is.
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    return content, {"bos_token": begin, "clean_up_tokenization_spaces": False, **settings}
+
+
+def _beside(tokenizer: FileTokenizer, name: str) -> dict[str, Any]:
+    """The content of a file that belongs to a tokenizer.json."""
+    path = tokenizer.path.parent / name
+    return read_json(path) if tokenizer.path.name == "tokenizer.json" and path.is_file() else {}
+
+
+def _chat_template(trained: Trained) -> Path | None:
+    """The file of a chat template, if it is not in tokenizer_config.json."""
+    if (named := getattr(trained.config, "chat_template", None)) is not None:
+        return Path(named)
+    tokenizer = trained.tokenizer
+    if isinstance(tokenizer, FileTokenizer) and tokenizer.path.name == "tokenizer.json":
+        path = tokenizer.path.parent / CHAT_TEMPLATE
+        return path if path.is_file() else None
+    return None
+
+
+def _mark_special(content: dict[str, Any], name: str, token: int) -> None:
+    """Has a token's name in a text be the token, which a decoded text leaves out."""
+    content["added_tokens"] = [x for x in content["added_tokens"] if x["id"] != token]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"].append({"id": token, "content": name, "special": True, **plain})
+    content["added_tokens"].sort(key=lambda x: x["id"])
+
+
+def _beginning(before: dict[str, Any] | None, name: str, token: int) -> dict[str, Any]:
+    """A post-processor that puts a token before a text, and none after it."""
+    parts = before["processors"] if before and before["type"] == "Sequence" else [before]
+    kept = [part for part in parts if part and part["type"] == "ByteLevel"]
+    first, *texts = (
+        {kind: {"id": i, "type_id": 0}}
+        for kind, i in (("SpecialToken", name), ("Sequence", "A"), ("Sequence", "B"))
+    )
+    template = {
+        "type": "TemplateProcessing",
+        "single": [first, texts[0]],
+        "pair": [first, *texts],
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}},
+    }
+    return {"type": "Sequence", "processors": [*kept, template]}
+
+
+def _of_bytes(tokenizer: ByteTokenizer) -> dict[str, Any]:
+    """A tokenizer.json with the ids of bytes; its characters for them are GPT-2's."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = (byte for byte in range(256) if byte not in seen)
+    names = {byte: chr(byte) for byte in seen} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    content: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {**level, "use_regex": True},
+        "post_processor": None,
+        "decoder": {**level, "use_regex": True},
+        "model": {"type": "BPE", "vocab": {names[byte]: byte for byte in range(256)}, "merges": []},
+    }
+    _mark_special(content, _END, tokenizer.separator)
+    return content
+
+
+def _card(trained: Trained, run: Path) -> str:
+    """A model card: what the model was made of, by which command, and how good it is."""
+    config = trained.config
+    lines = [x for x in read_metrics(run) if x["step"] == trained.step and "eval_loss" in x]
+    found = lines[-1]["eval_perplexity"] if lines else None
+    data = config.data
+    if isinstance(config, FinetuneLM):
+        data = " ".join(config.data)
+    elif data != "builtin":
+        data = f"{data} in {config.data_dir}"
+    said = (
+        "not evaluated"
+        if found is None
+        else f"{found:,.2f} per token that is predicted, on text that is not trained on"
+    )
+    begun = "random weights" if config.init is None else f"the weights of {config.init}"
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {run.absolute().name}\n\n"
+        f"Trained by galore-optax (`{config.optimizer}`), from {begun}. This is step "
+        f"{trained.step:,}.\n\n- Data: {data}\n- Perplexity: {said}\n\n"
+        f"```bash\n{_command(config)}\n```\n"
+    )
+
+
+def _command(config: Any) -> str:
+    """The command that repeats a run, with all flags that matter and have no fixed default."""
+    words = ["python", "-m", config.command]
+    kind = FinetuneLM if isinstance(config, FinetuneLM) else Pretrain
+    for field in dataclasses.fields(kind):
+        value = getattr(config, field.name)
+        if field.name in _NOT_SHOWN or value in (None, field.default):
+            continue
+        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        negated = value is False
+        words += [flag(("no_" if negated else "") + field.name)]
+        words += [] if negated else map(str, values)
+    return shlex.join(words)
