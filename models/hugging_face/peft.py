@@ -39,6 +39,7 @@ _TENSORS = {
 # Keys with their own rules below.
 _READ = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+    "rank_pattern", "alpha_pattern",
 }  # fmt: skip
 # Settings that could change the meaning of the weights, with the values that do not; null and no
 # key are as the first.
@@ -52,8 +53,7 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "layers_pattern": ("layers", ["layers"], []),
     **dict.fromkeys(("use_rslora", "use_dora"), (False, True)),
     **dict.fromkeys(("lora_bias", "fan_in_fan_out", "use_qalora", "ensure_weight_tying"), _OFF),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save"), _OFF),
-    **dict.fromkeys(("layer_replication", "target_parameters"), _OFF),
+    **dict.fromkeys(("modules_to_save", "layer_replication", "target_parameters"), _OFF),
     # An empty object turns these on.
     **dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config", "velora_config"), ()),
     **dict.fromkeys(("use_bdlora", "megatron_config"), ()),
@@ -78,8 +78,7 @@ def load_adapters(params: PyTree, directory: str | os.PathLike[str]) -> PyTree:
     config = _read_config(directory / _CONFIG)
     file = directory / _WEIGHTS
     tensors = {name: read_tensor(file, name) for name in tensor_names(file)}
-    rank, kind = config["r"], DoRA if config.get("use_dora") else LoRA
-    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    kind = DoRA if config.get("use_dora") else LoRA
     dropout = float(config.get("lora_dropout", 0.0))
     expected = {"a", "b", "magnitude"} if kind is DoRA else {"a", "b"}
     adapted: dict[Any, Any] = flatten_dict(params)
@@ -88,6 +87,8 @@ def load_adapters(params: PyTree, directory: str | os.PathLike[str]) -> PyTree:
         if is_adapter(base) or not jnp.issubdtype(base.dtype, jnp.floating):
             found = type(base).__name__ if is_adapter(base) else base.dtype
             raise ValueError(f"{'/'.join(path)} is {found}, not a matrix of floats; merge adapters")
+        rank, alpha = (_of_module(config, *names, module, base.shape[0]) for names in _PATTERNS)
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         fields = _take_fields(tensors, module, base.shape, rank)
         for key in map(module.format, range(base.shape[0])):
             if (targeted := _is_targeted(key, config)) != bool(fields):
@@ -115,7 +116,7 @@ def save_adapters(
 ) -> None:
     """Writes a LLaMA's adapters alone, so that `peft.PeftModel.from_pretrained` reads them.
 
-    They are LoRA, DoRA or GradNormLoRP adapters, all of one kind, rank and scale. `base_model`
+    They are LoRA, DoRA or GradNormLoRP adapters, all of one kind and dropout. `base_model`
     tells readers of the file where the base model is. ValueError if the directory has adapters, or
     these cannot be written in this format.
     """
@@ -133,14 +134,18 @@ def save_adapters(
         for i, array in enumerate(np.asarray(getattr(adapter, field, ())))
     }
     first = next(iter(adapters.values()))
-    rank = first.a.shape[-1]
+    ranks = {module: x.a.shape[-1] for module, x in adapters.items()}
+    alphas = {module: ranks[module] * getattr(x, "scale", 1.0) for module, x in adapters.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in adapters}),
+        "target_modules": sorted({_last(module) for module in adapters}),
         "r": rank,
-        "lora_alpha": rank * getattr(first, "scale", 1.0),
+        "lora_alpha": alpha,
+        "rank_pattern": {_last(m): r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {_last(m): a for m, a in alphas.items() if a != alpha},
         "lora_dropout": getattr(first, "dropout", 0.0),
         "use_dora": isinstance(first, DoRA | GradNormLoRP),
         "bias": "none",
@@ -176,6 +181,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         value = config.get(name, 0.0 if name == "lora_dropout" else None)
         if type(value) not in types or not (least <= value < most) or math.isinf(value):
             raise ValueError(f"{path}: {name}={value!r} must be {needed}")
+    _check_patterns(path, config)
     for name, types in (
         ("target_modules", (str, list)),
         ("exclude_modules", (str, list)),
@@ -186,6 +192,45 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{path}: {name}={config[name]!r} must be {types[0].__name__} or a list of these"
             )
     return config
+
+
+_PATTERNS = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+
+
+def _check_patterns(path: Path, config: dict[str, Any]) -> None:
+    """Raises ValueError unless rank_pattern and alpha_pattern have numbers by module names."""
+    for name, types, least in (("rank_pattern", (int,), 1), ("alpha_pattern", (int, float), None)):
+        patterns = config.get(name, {})
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{path}: {name}={patterns!r} must be an object")
+        for key, value in patterns.items():
+            right = type(value) in types and math.isfinite(value)
+            if not right or (least is not None and value < least):
+                raise ValueError(f"{path}: {name}[{key!r}]={value!r} must be a number of its kind")
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"{path}: {name} has {key!r}: {error}") from None
+
+
+def _of_module(config: dict[str, Any], name: str, pattern: str, module: str, layers: int) -> Any:
+    """A setting of a module, which patterns of modules' names may change; the same in all layers.
+
+    The first pattern counts that is a whole name or its end after a dot, as in peft.
+    """
+    patterns: dict[str, Any] = config.get(pattern, {})
+
+    def of(key: str) -> Any:
+        fit = (value for x, value in patterns.items() if re.fullmatch(rf"(.*\.)?({x})", key))
+        return next(fit, config[name])
+
+    values = {of(module.format(layer)) for layer in range(layers)}
+    if len(values) > 1:
+        raise ValueError(
+            f"{_CONFIG}: {pattern} gives {module.format('N')} {name}={min(values)} to {max(values)}"
+            " in its layers; adapters here have one for all layers"
+        )
+    return values.pop()
 
 
 def _is_targeted(key: str, config: dict[str, Any]) -> bool:
@@ -231,18 +276,19 @@ def _take_fields(
     return fields
 
 
+def _last(module: str) -> str:
+    """The last part of a module's name, which is that of one kind of matrix."""
+    return module.rsplit(".", 1)[-1]
+
+
 def _adapters(params: PyTree) -> dict[str, Adapter]:
     """Returns the adapters of params by their modules' names there, with {} for the layer."""
     flat: dict[Any, Any] = flatten_dict(params)
     by_path = {path: x for path, x in flat.items() if is_adapter(x)}
-    kinds = {
-        (type(x), x.a.shape[-1], getattr(x, "scale", 1.0), getattr(x, "dropout", 0.0))
-        for x in by_path.values()
-    }
+    kinds = {(type(x), getattr(x, "dropout", 0.0)) for x in by_path.values()}
     if len(kinds) != 1:
         raise ValueError(
-            f"params have adapters of {len(kinds)} kinds, ranks, scales or dropouts; PEFT's format "
-            "is for one"
+            f"params have adapters of {len(kinds)} kinds or dropouts; PEFT's format is for one"
         )
     for path, x in by_path.items():
         if path not in MODULES.values() or not isinstance(x, LoRA | GradNormLoRP):

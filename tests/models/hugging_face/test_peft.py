@@ -21,7 +21,7 @@ from models.hugging_face.peft import load_adapters, save_adapters
 
 # Of these peft takes the initial factors off the base, or quantizes it.
 CHANGE_THE_BASE = ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "mica"]
-NAMES = ["peft_lora", "peft_dora", "peft_rslora"]
+NAMES = ["peft_lora", "peft_dora", "peft_rslora", "peft_patterns"]
 GRAPH, STATE = nnx.split(load_llama(FIXTURES / "llama"), nnx.Param)
 BASE = nnx.to_pure_dict(STATE)
 
@@ -108,6 +108,9 @@ def test_what_is_saved_is_what_peft_saved(name, tmp_path):
     )
     if name == "peft_rslora":  # written as the plain scale that it is
         wanted["lora_alpha"] = 4
+    if name == "peft_patterns":  # by the names of matrices
+        patterns = {"v_proj": 1, "up_proj": 2}, {"v_proj": 5, "down_proj": 1.5}
+        wanted["rank_pattern"], wanted["alpha_pattern"] = patterns
     wanted["target_modules"] = sorted(wanted["target_modules"])
     assert config == {key: wanted[key] for key in config}
 
@@ -138,7 +141,11 @@ def checkpoint(tmp_path) -> Path:
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"peft_type": None}, "peft_type=None"),
         ({"bias": "all"}, "bias='all' is not supported, only 'none'"),
-        ({"rank_pattern": {"v_proj": 8}}, "rank_pattern="),
+        ({"rank_pattern": {"v_proj": 8}}, r"lora_A.weight is \(16, 2\) in .* must be \(16, 8\)"),
+        ({"rank_pattern": {"0.self_attn.v_proj": 8}}, "r=2 to 8 in its layers; adapters here have"),
+        ({"rank_pattern": {"v_proj": 1.5}}, r"rank_pattern\['v_proj'\]=1.5 must be a number"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern=\[1\] must be an object"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\('"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
         ({"r": None}, "r=None must be an integer of at least 1"),
         ({"r": 0}, "r=0 must be"),
@@ -149,7 +156,6 @@ def checkpoint(tmp_path) -> Path:
         *[({"init_lora_weights": x}, f"init_lora_weights='{x}'.*convert") for x in CHANGE_THE_BASE],
         ({"lora_bias": True}, "lora_bias=True"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
-        ({"alpha_pattern": {"v_proj": 8}}, "alpha_pattern="),
         ({"trainable_token_indices": [0]}, "trainable_token_indices="),
         ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS'"),
         ({"arrow_config": {"top_k": 2}}, "arrow_config="),
@@ -225,7 +231,14 @@ def test_what_has_no_place_in_the_format_is_refused(tmp_path):
 
     for params, message in (
         (BASE, "adapters of 0 kinds"),
-        (adapted(lora(2), adapted(lora(3), pattern="up"), pattern="down"), "of 2 kinds"),
+        (
+            adapted(
+                lambda w, key: DoRA.create(w, key, 2),
+                adapted(lora(2), pattern="up"),
+                pattern="down",
+            ),
+            "of 2 kinds",
+        ),
         (adapted(lora(2, 0.1), adapted(lora(2), pattern="up"), pattern="down"), "or dropouts"),
         (adapted(lambda w, key: LowRank.create(w, key, 2)), "LowRank at layers/mlp/.*; merge"),
     ):
