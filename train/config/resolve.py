@@ -102,15 +102,16 @@ def fill_rest(config: Config, options: Mapping[str, Any], adamw_state: Any) -> C
     return fill_open(config, others)
 
 
-def load(path: str | os.PathLike[str]) -> Pretrain:
-    """Reads a config.json; raises ValueError if it cannot be read as one."""
+def load(path: str | os.PathLike[str], kind: type[Config] = Pretrain) -> Config:
+    """Reads a config.json of a kind of settings; raises ValueError if it cannot be read as one."""
     fields = read_fields(path)
-    known = {f.name for f in dataclasses.fields(Pretrain)} - set(NOT_STORED)
+    known = {f.name for f in dataclasses.fields(kind)} - set(NOT_STORED)
     if unknown := ", ".join(sorted(set(fields) - known)):
-        raise ValueError(f"{path} is not a config.json of train.pretrain: unknown {unknown}")
-    config = Pretrain(**fields)
+        raise ValueError(f"{path} is not a config.json of {kind.command}: unknown {unknown}")
+    config = kind(**fields)
     checks.check_types(config)
-    checks.check_model(config)
+    if isinstance(config, Pretrain):
+        checks.check_model(config)
     return config
 
 

@@ -205,8 +205,10 @@ def _share_summed(config: ResolvedTraining, part: PyTree) -> float:
 
 def _activations(config: ResolvedTraining, programs: Programs) -> int:
     """Bytes that the forward pass of a microbatch keeps for the backward pass."""
-    shape = config.batch_size // config.accumulate, config.seq_len
-    batch = {k: x.update(shape=shape, sharding=None) for k, x in programs.batch.items()}
+    rows = config.batch_size // config.accumulate
+    batch = {
+        k: x.update(shape=(rows, *x.shape[1:]), sharding=None) for k, x in programs.batch.items()
+    }
     params = jax.tree.map(lambda x: x.update(sharding=None), programs.abstract.params)
     if config.layerwise:
         assert isinstance(config, ResolvedText)
@@ -234,7 +236,7 @@ def _activations(config: ResolvedTraining, programs: Programs) -> int:
     # By variable, since one may be kept for several uses.
     made = {v: v.aval for v in traced.outvars if not isinstance(v, Literal) and v not in given}
     size = sum(aval.size * aval.dtype.itemsize for aval in made.values())
-    microbatches = rows_in_memory(config) // shape[0]
+    microbatches = rows_in_memory(config) // rows
     return microbatches * size // batch_shards(programs.mesh)
 
 

@@ -41,6 +41,7 @@ class Evaluation(NamedTuple):
 class Parts(Programs):
     """What a run computes with, and its data."""
 
+    unit: ClassVar[str] = "nats per token"  # of the loss
     metric: ClassVar[str | None] = None  # of evaluations; the highest is the best. None: the loss
 
     name: str  # of the model, in the title of the plot

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 
-def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
+def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str, unit: str) -> None:
     """Plots the lines of `metrics.jsonl`: each step's loss, a smoothed curve, the evaluations."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -26,7 +26,7 @@ def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str) -> Non
         axes.plot(*evals.T, "o-", color="tab:orange", markersize=4, label="evaluation")
         above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right"}
         axes.annotate(f"{evals[-1][1]:.3f}", evals[-1], **above)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if len(train) or len(evals):

@@ -49,13 +49,13 @@ def report(
         "tokens": tokens,
         "skipped": int(state.optimizer.total_notfinite),
     }
-    plot_loss(lines, directory / "loss.png", f"{parts.name}, {config.optimizer}")
+    plot_loss(lines, directory / "loss.png", f"{parts.name}, {config.optimizer}", parts.unit)
     _print_table(config.optimizer, ours, adamw)
     # Last, because it says that the run is finished.
     run_directory.write_json(directory / "summary.json", summary)
-    name = parts.metric or "eval_perplexity"
-    value = math.nan if summary[name] is None else summary[name]
-    log(f"{name.removeprefix('eval_')} {value:.{4 if parts.metric else 2}f}; see {directory}")
+    value = summary[parts.metric or "eval_perplexity"]
+    said = f"{math.nan if value is None else value:.{4 if parts.metric else 2}f}"
+    log(f"{summary.get('metric', 'perplexity')} {said}; see {directory}")
 
 
 def peak_memory(device: jax.Device) -> tuple[int, str]:

@@ -123,14 +123,21 @@ def weight_keys(key: Key[Array, ""]) -> Key[Array, "2"]:
 
 
 def _init_params(config: TrainingFlags, model: LlamaConfig, key: Key[Array, ""]) -> Params:
+    return stored_params(config, partial(llama.init_params, model), key)
+
+
+def stored_params(
+    config: TrainingFlags, draw: Callable[..., Params], key: Key[Array, ""]
+) -> Params:
+    """Random weights as a run stores them; `draw` is like `draw_params` from its key on."""
     own, key = weight_keys(key)
 
     def stored(part: Params, key: Key[Array, ""]) -> Params:
         return stored_weights(config, part, dimension_numbers, key)
 
     if config.adapter is None:  # quantized from the beginning, a layer at a time
-        return llama.init_params(model, key, stored)
-    return stored(llama.init_params(model, key), own)
+        return draw(key, stored)
+    return stored(draw(key), own)
 
 
 def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:

@@ -1,0 +1,167 @@
+"""The tasks of GLUE (arXiv:1804.07461), read from TFDS' data sets or the official TSV files."""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+
+class Task(NamedTuple):
+    """A task: how it is stored, what it predicts, and by what it is measured."""
+
+    folder: str  # of the official TSV files, and the name of its predictions
+    texts: tuple[str, ...]  # features of TFDS with the one text or two
+    labels: tuple[str, ...]  # as the submission has them, by class; none: a number is predicted
+    metrics: tuple[str, ...]  # the first chooses the best checkpoint
+    examples: int  # to train on
+    columns: tuple[str, ...] = ()  # of the TSV files, where these are not `texts`
+    label: str = "label"  # its column there
+
+    @property
+    def classes(self) -> int:
+        """Outputs of the classifier."""
+        return max(1, len(self.labels))
+
+
+_ONE, _TWO = ("sentence",), ("sentence1", "sentence2")
+_YES_NO, _ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
+_MRPC = ("#1 String", "#2 String")
+TASKS: Mapping[str, Task] = {
+    "cola": Task("CoLA", _ONE, _YES_NO, ("matthews_correlation",), 8_551),
+    "sst2": Task("SST-2", _ONE, _YES_NO, ("accuracy",), 67_349),
+    "mrpc": Task("MRPC", _TWO, _YES_NO, ("f1", "accuracy"), 3_668, _MRPC, "Quality"),
+    "qqp": Task(
+        "QQP", ("question1", "question2"), _YES_NO, ("accuracy", "f1"), 363_846,
+        label="is_duplicate",
+    ),
+    "stsb": Task("STS-B", _TWO, (), ("pearson", "spearman"), 5_749, label="score"),
+    "mnli": Task(
+        "MNLI", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
+        ("accuracy",), 392_702, _TWO, "gold_label",
+    ),
+    "qnli": Task("QNLI", ("question", "sentence"), _ENTAILMENT, ("accuracy",), 104_743),
+    "rte": Task("RTE", _TWO, _ENTAILMENT, ("accuracy",), 2_490),
+    "wnli": Task("WNLI", _TWO, _YES_NO, ("accuracy",), 635),
+}  # fmt: skip
+"""Metrics as the papers report them: MRPC by F1, QQP by accuracy, STS-B by Pearson."""
+
+
+class Examples(NamedTuple):
+    """A split: one text or two for each example, and labels."""
+
+    texts: list[tuple[str, ...]]
+    labels: np.ndarray  # int32 classes, or float32 numbers; -1 where the split has none
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def splits(name: str) -> dict[str, tuple[str, ...]]:
+    """The names of the splits of a task; MNLI evaluates on two, the matched one first."""
+    both = ("matched", "mismatched") if name == "mnli" else ()
+    own = {kind: tuple(f"{kind}_{x}" for x in both) or (kind,) for kind in (VALIDATION, TEST)}
+    return {TRAIN: (TRAIN,), **own}
+
+
+def load_examples(name: str, split: str, data_dir: str | Path) -> Examples | None:
+    """The examples of a split; None if the data have no such split, as TFDS' samples have no test.
+
+    `data_dir` is that of TFDS, with glue/mrpc, or has the official TSV files, as MRPC/train.tsv.
+    ValueError if it has neither, or if they cannot be read.
+    """
+    task, data_dir = TASKS[name], Path(data_dir)
+    tsv, tfds = data_dir / task.folder, data_dir / "glue" / name
+    if tsv.is_dir():
+        return _read_tsv(task, tsv, split)
+    if tfds.is_dir():
+        return _read_tfds(task, name, data_dir, split)
+    raise ValueError(
+        f"--data-dir {data_dir} has no task {name}: expected TFDS' folder glue/{name}, or the "
+        f"official files in {task.folder}, such as {task.folder}/train.tsv"
+    )
+
+
+def _read_tfds(task: Task, name: str, data_dir: Path, split: str) -> Examples | None:
+    import tensorflow_datasets as tfds
+
+    folder = data_dir / "glue" / name
+    try:
+        builder: Any = tfds.builder(f"glue/{name}", data_dir=data_dir)
+        # A split that was not written has no files.
+        there = builder.info.splits.get(split)
+        if there is None or not all(file.exists() for file in there.filepaths):
+            if split != TEST and not split.startswith(f"{TEST}_"):
+                raise FileNotFoundError(f"there is no split {split}")
+            return None
+        source = builder.as_data_source(split)
+        records = [source[i] for i in range(len(source))]
+    # TFDS and array_record raise many unrelated types for damaged, incomplete or empty folders.
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"cannot read split {split!r} of {folder} ({reason})") from error
+    texts = [tuple(r[feature].decode("utf-8") for feature in task.texts) for r in records]
+    labels = [record["label"] for record in records]
+    return Examples(texts, np.array(labels, np.int32 if task.labels else np.float32))
+
+
+def _read_tsv(task: Task, folder: Path, split: str) -> Examples | None:
+    path = folder / f"{split.replace(VALIDATION, 'dev')}.tsv"
+    is_test = split.startswith(TEST)
+    if not path.is_file():
+        if is_test:
+            return None
+        raise ValueError(f"{path} is missing: copy GLUE's official files there")
+    columns = task.columns or task.texts
+    texts: list[tuple[str, ...]] = []
+    labels: list[float] = []
+    for number, row in _rows(path, task, is_test):
+        found = [row.get(column) for column in columns]
+        label = "-1" if is_test else row.get(task.label)
+        if None in found or label is None:
+            # A few lines of the official QQP lack columns; all who use it leave them out.
+            if task.folder == "QQP" and split == TRAIN:
+                continue
+            needed = ", ".join((*columns, *(() if is_test else (task.label,))))
+            raise ValueError(f"line {number} of {path} lacks a column: expected {needed}")
+        texts.append(tuple(map(str, found)))
+        labels.append(-1 if is_test else _label(task, label, f"line {number} of {path}"))
+    if not texts:
+        raise ValueError(f"{path} has no example")
+    return Examples(texts, np.array(labels, np.int32 if task.labels else np.float32))
+
+
+def _rows(path: Path, task: Task, is_test: bool) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """The lines of a file with their numbers, as the columns by name."""
+    # CoLA's files have no header, but for the test's.
+    names = ["source", "label", "star", "sentence"]
+    header = None if is_test or task.folder != "CoLA" else names
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.DictReader(file, header, delimiter="\t", quoting=csv.QUOTE_NONE)
+            for row in lines:
+                yield lines.line_num, row
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as tab-separated text: {error}") from None
+
+
+def _label(task: Task, text: str, where: str) -> float:
+    if task.labels:
+        if text in task.labels:
+            return task.labels.index(text)
+        raise ValueError(f"{where} has the label {text!r}: expected {', '.join(task.labels)}")
+    try:
+        if np.isfinite(value := float(text)):
+            return value
+    except ValueError:
+        pass
+    raise ValueError(f"{where} has the score {text!r}: expected a number")
+
+
+def predictions_text(task: Task, outputs: Sequence[Any]) -> str:
+    """Predictions in the format of GLUE's submissions, from classes or numbers."""
+    said = [task.labels[int(x)] if task.labels else f"{min(5, max(0, x)):.3f}" for x in outputs]
+    return "index\tprediction\n" + "".join(f"{i}\t{x}\n" for i, x in enumerate(said))

@@ -1,0 +1,33 @@
+"""Fine-tune an encoder on a task of GLUE: `python -m train.finetune`; `--help` lists the flags.
+
+A run's folder gets what one of train.pretrain gets, and predictions.tsv.
+"""
+
+from functools import partial
+
+from train.config.finetune import Finetune, check_given, resolve
+from train.config.resolve import load
+from train.config.settings import expand_home
+from train.data.glue import TRAIN, load_examples
+from train.run.cli import run
+from train.run.glue import assemble
+from train.run.training import train
+
+_print = partial(print, flush=True)
+
+
+def main(config: Finetune) -> int:
+    """Starts or resumes a fine-tuning.
+
+    Returns and raises what `train.run.training.train` does.
+    """
+    config = expand_home(config)
+    check_given(config)
+    # The steps of an epoch depend on the number of examples.
+    examples = load_examples(str(config.task), TRAIN, str(config.data_dir))
+    assert examples is not None
+    return train(resolve(config, len(examples)), partial(assemble, examples), _print)
+
+
+if __name__ == "__main__":
+    run(main, Finetune, "python -m train.finetune", load=partial(load, kind=Finetune))
