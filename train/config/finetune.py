@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from models.encoder.config import EncoderConfig, weight_table
 from models.hugging_face.roberta import read_config
@@ -14,16 +14,15 @@ from train.config.flags import TrainingFlags
 from train.config.optimizers import OPTIMIZERS
 from train.config.resolve import fill, fill_rest, with_options
 from train.config.settings import ResolvedTraining, expand_home, flag
-from train.data.glue import TASKS
+
+GlueTask = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
 
 
 @dataclasses.dataclass(frozen=True)
 class GlueFlags:
     """Task and data."""
 
-    task: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] | None = (
-        None
-    )
+    task: GlueTask | None = None
     """Task of GLUE."""
     data_dir: str | None = None
     """Folder of TFDS' data sets, with glue/mrpc in it, or of the official TSV files, with
@@ -95,14 +94,14 @@ class Finetune(TrainingFlags, GlueFlags):
 class ResolvedFinetune(ResolvedTraining, Finetune):
     """Settings of a fine-tuning with defaults filled in."""
 
-    task: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+    task: GlueTask
     data_dir: str
     init: str
 
 
 # GaLore, arXiv:2403.03507, table 4's settings: learning rates by rank and task.
 _RATES: Mapping[int, Mapping[str, float]] = {
-    4: dict.fromkeys(TASKS, 1e-5) | {"mrpc": 3e-5, "cola": 3e-5},
+    4: dict.fromkeys(get_args(GlueTask), 1e-5) | {"mrpc": 3e-5, "cola": 3e-5},
     8: {
         "mnli": 1e-5, "cola": 1e-5, "qnli": 1e-5, "stsb": 3e-5,
         "sst2": 2e-5, "mrpc": 2e-5, "qqp": 2e-5, "rte": 2e-5,
@@ -159,7 +158,7 @@ def resolve(config: Finetune, examples: int) -> ResolvedFinetune:
 def check_given(config: Finetune) -> None:
     """Raises ValueError if a setting is missing that has no default, or its folder is."""
     if config.task is None:
-        raise ValueError(f"--task is missing: choose one of {', '.join(TASKS)}")
+        raise ValueError(f"--task is missing: choose one of {', '.join(get_args(GlueTask))}")
     for name, what in (
         ("data_dir", "the folder of the task's data"),
         ("init", "a folder of transformers with a RoBERTa or BERT"),

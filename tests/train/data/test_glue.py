@@ -1,0 +1,94 @@
+"""GLUE's tasks as examples, from TFDS' data sets and from the official files."""
+
+import numpy as np
+import pytest
+
+from train.data.glue import TASKS, load_examples, predictions_text, splits
+
+# The first lines of the official files; CoLA's have no header.
+FILES = {
+    "cola": ("gj04\t1\t\tOur friends.\n", "index\tsentence\n0\tBill.\n"),
+    "sst2": ('sentence\tlabel\na "quoted text \t1\n', "index\tsentence\n0\tit\n"),
+    "mrpc": (
+        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\ta\tb\n",
+        "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t7\t8\ta\tb\n",
+    ),
+    "qqp": (
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\ta\tb\t0\n9\tbroken\n",
+        "id\tquestion1\tquestion2\n0\ta\tb\n",
+    ),
+    "stsb": ("index\tsentence1\tsentence2\tscore\n0\ta\tb\t3.25\n", None),
+    "mnli": ("index\tsentence1\tsentence2\tlabel1\tgold_label\n0\ta\tb\tx\tneutral\n", None),
+    "qnli": ("index\tquestion\tsentence\tlabel\n0\ta\tb\tnot_entailment\n", None),
+    "rte": ("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n", None),
+    "wnli": ("index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n", None),
+}
+LABELS = dict(cola=1, sst2=1, mrpc=1, qqp=0, stsb=3.25, mnli=1, qnli=1, rte=0, wnli=1)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_official_files_are_read_for_each_task(tmp_path, name):
+    task, (train, test) = TASKS[name], FILES[name]
+    (tmp_path / task.folder).mkdir()
+    (tmp_path / task.folder / "train.tsv").write_text(train, encoding="utf-8")
+    found = load_examples(name, "train", tmp_path)
+    assert len(found) == 1
+    assert found.labels.tolist() == [LABELS[name]]
+    assert len(found.texts[0]) == len(task.texts)
+    split = splits(name)["test"][0]
+    assert load_examples(name, split, tmp_path) is None
+    if test is not None:
+        (tmp_path / task.folder / f"{split}.tsv").write_text(test)
+        assert load_examples(name, split, tmp_path).labels.tolist() == [-1]
+    dev = splits(name)["validation"][0]
+    with pytest.raises(ValueError, match=r"dev.*\.tsv is missing"):
+        load_examples(name, dev, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Quality\t#1 String\t#2 String\n2\ta\tb\n", "line 2 .* has the label '2': expected 0, 1"),
+        ("Quality\t#1 String\n1\ta\n", "lacks a column: expected #1 String, #2 String, Quality"),
+        ("Quality\t#1 String\t#2 String\n", "has no example"),
+    ],
+)
+def test_a_file_that_is_not_understood_is_refused_by_its_line(tmp_path, text, message):
+    (tmp_path / "MRPC").mkdir()
+    (tmp_path / "MRPC" / "train.tsv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_examples("mrpc", "train", tmp_path)
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path):
+    (tmp_path / "STS-B").mkdir()
+    file = tmp_path / "STS-B" / "train.tsv"
+    file.write_text("sentence1\tsentence2\tscore\na\tb\tnan\n")
+    with pytest.raises(ValueError, match="'nan': expected a number"):
+        load_examples("stsb", "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "positive"), [("mrpc", 408, 279), ("rte", 277, 131), ("cola", 1043, 721)]
+)
+def test_the_real_data_have_the_official_counts(shared_data, name, labels, positive):
+    found = load_examples(name, "validation", shared_data)
+    assert (len(found), int(found.labels.sum())) == (labels, positive)
+    assert load_examples(name, "test", shared_data) is None  # these have none
+    assert len(load_examples("stsb", "validation", shared_data)) == 1500
+
+
+def test_a_damaged_data_set_of_tfds_is_named(tmp_path):
+    (tmp_path / "glue" / "rte").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"cannot read split 'train' of .*glue/rte"):
+        load_examples("rte", "train", tmp_path)
+
+
+def test_predictions_have_the_format_of_the_submissions():
+    assert predictions_text(TASKS["qnli"], [0, 1]) == (
+        "index\tprediction\n0\tentailment\n1\tnot_entailment\n"
+    )
+    scores = np.array([2.5, 5.4, -0.1])
+    assert predictions_text(TASKS["stsb"], scores).split() == [
+        "index", "prediction", "0", "2.500", "1", "5.000", "2", "0.000",
+    ]  # fmt: skip

@@ -1,0 +1,221 @@
+"""A fine-tuning on GLUE: trained, resumed, predicted, refused."""
+
+import itertools
+import json
+import shutil
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from small_glue import small_glue, write_encoder, write_mrpc
+from small_run import losses, unfinished
+
+from galore_optax.adapters.base import is_adapter
+from models.hugging_face.roberta import read_config
+from train.config.finetune import Finetune, resolve
+from train.config.optimizers import OPTIMIZERS
+from train.config.resolve import load
+from train.config.weights import split_params
+from train.data.glue import load_examples
+from train.finetune import main
+from train.run import cli
+from train.run.glue import assemble
+from train.run.metrics import read_metrics
+from train.step.classifier import make_programs, model_config
+from train.step.mesh import make_mesh
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs_scikit_learn():
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed; the extra train has it")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("glue")
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A run that nothing interrupted, with all of its checkpoints."""
+    assert main(small_glue(folder, out=str(folder / "whole"))) == 0
+    return folder / "whole"
+
+
+def test_a_run_leaves_metrics_the_best_checkpoints_summary_and_predictions(finished):
+    lines = [line for line in read_metrics(finished) if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [0, 4, 8, 12]
+    assert all(line["eval_metric"] == line["eval_f1"] for line in lines)
+    summary = json.loads((finished / "summary.json").read_text())
+    best = max(lines[1:], key=lambda line: line["eval_metric"])  # step 0 has no checkpoint
+    assert summary["metric"] == "f1"
+    assert summary["eval_metric"] == best["eval_metric"]
+    assert summary["eval_accuracy"] == best["eval_accuracy"]
+    assert summary["best_step"] == next(
+        line["step"] for line in reversed(lines) if line["eval_metric"] == best["eval_metric"]
+    )
+    assert summary["last_eval_metric"] == lines[-1]["eval_metric"]
+    assert summary["optimizer_state_bytes"] < summary["adamw_state_bytes"]
+    trained = [line for line in read_metrics(finished) if "loss" in line]
+    # Tokens without padding, not examples.
+    tokens = [line["tokens"] for line in trained]
+    assert all(8 * 9 < b - a < 8 * 26 for a, b in itertools.pairwise(tokens))
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
+    assert trained[-1]["learning_rate"] < 0.2 * 0.01
+    text = (finished / "predictions.tsv").read_text().splitlines()
+    assert text[0] == "index\tprediction"
+    assert [line.split("\t")[0] for line in text[1:]] == [str(i) for i in range(20)]
+    assert {line.split("\t")[1] for line in text[1:]} <= {"0", "1"}
+    assert (finished / "loss.png").is_file()
+
+
+def test_predictions_have_the_metric_of_the_summary(finished, folder):
+    dev = load_examples("mrpc", "validation", folder / "data")
+    lines = (finished / "predictions.tsv").read_text().splitlines()[1:]
+    said = [int(line.split("\t")[1]) for line in lines]
+    accuracy = json.loads((finished / "summary.json").read_text())["eval_accuracy"]
+    assert np.mean(np.array(said) == dev.labels) == pytest.approx(accuracy)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(finished, folder, tmp_path):
+    copy = unfinished(finished, tmp_path, "8", "12")
+    assert main(small_glue(folder, out=str(copy), resume=True)) == 0
+    assert losses(copy) == losses(finished)
+    for name in ("predictions.tsv", "config.json"):
+        assert (copy / name).read_text() == (finished / name).read_text()
+
+
+def test_a_run_does_not_go_on_with_other_examples(finished, folder, tmp_path):
+    copy = unfinished(finished, tmp_path, "12")
+    shutil.copytree(folder / "data", tmp_path / "data")
+    file = tmp_path / "data" / "MRPC" / "train.tsv"
+    file.write_text(file.read_text().replace("w1 ", "w2 "))
+    config = small_glue(folder, out=str(copy), resume=True, data_dir=str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="content of the examples"):
+        main(config)
+
+
+def test_mnli_is_measured_and_predicted_on_both_of_its_splits(tmp_path, capsys):
+    data = tmp_path / "data" / "MNLI"
+    data.mkdir(parents=True)
+    for name in ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched"):
+        label = [] if name.startswith("test") else ["gold_label"]
+        lines = ["\t".join(("index", "sentence1", "sentence2", *label))]
+        for i, kind in enumerate(("entailment", "neutral", "contradiction") * 3):
+            lines.append("\t".join((str(i), f"w{i}", "w1 w2", *([kind] if label else []))))
+        (data / f"{name}.tsv").write_text("\n".join(lines))
+    write_encoder(tmp_path / "encoder", "roberta")
+    config = small_glue(
+        tmp_path, task="mnli", out=str(tmp_path / "run"), optimizer="lora-adamw",
+        update_proj_gap=None, steps=1, warmup_steps=0, eval_every=1,
+    )  # fmt: skip
+    assert main(config) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"eval_accuracy", "eval_mismatched_accuracy", "eval_mismatched_loss"} <= {*summary}
+    for name in ("predictions.tsv", "predictions-mismatched.tsv"):
+        lines = (tmp_path / "run" / name).read_text().splitlines()
+        assert len(lines) == 10
+        assert lines[1].split("\t")[1] in ("entailment", "neutral", "contradiction")
+    said = capsys.readouterr().out
+    assert "new weights" in said
+    assert "pooler, pooler_bias, classifier, classifier_bias" in said
+    assert "predictions of the test" in said
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_is_traced_and_adapters_leave_only_the_head_beside_them(folder, optimizer):
+    changes = {"rank": None} if "rank" not in OPTIMIZERS[optimizer].options else {}
+    if OPTIMIZERS[optimizer].adapter:
+        changes = {"rank": 4}
+    if "update_proj_gap" not in OPTIMIZERS[optimizer].options:
+        changes["update_proj_gap"] = None
+    config = resolve(small_glue(folder, optimizer=optimizer, **changes), 40)
+    model = model_config(config, read_config(folder / "encoder"), 2)
+    programs = make_programs(config, model, make_mesh(None), 32)
+    after, metrics = jax.eval_shape(programs.train_step, programs.abstract, programs.batch)
+    assert jax.tree.structure(after) == jax.tree.structure(programs.abstract)
+    assert {"loss", "grad_norm", "tokens"} <= {*metrics}
+    trained, frozen = split_params(config, programs.abstract.params)
+    if config.adapter is None:
+        assert not frozen
+        return
+    beside = {name for name, x in trained.items() if name != "layers" and jax.tree.leaves(x)}
+    assert beside == {"pooler", "pooler_bias", "classifier", "classifier_bias"}
+    layers = jax.tree.leaves(trained["layers"], is_leaf=lambda x: x is None or is_adapter(x))
+    assert all(is_adapter(x) for x in layers if x is not None)
+
+
+def test_the_published_settings_are_the_defaults(tmp_path):
+    small = Finetune(
+        init=str(write_encoder(tmp_path / "a")), data_dir=str(write_mrpc(tmp_path / "b"))
+    )
+
+    def settings(examples=3668, **changes):
+        fields = {**vars(small), "task": "mrpc", **changes}
+        return resolve(Finetune(**fields), examples)
+
+    mrpc = settings(rank=4)
+    assert (mrpc.learning_rate, mrpc.scale, mrpc.batch_size) == (3e-5, 4, 16)
+    assert (mrpc.steps, mrpc.eval_every, mrpc.floor) == (30 * 230, 230, 0)
+    assert mrpc.update_proj_gap == 500
+    cola = settings(task="cola", examples=8551)
+    assert (cola.rank, cola.learning_rate, cola.scale, cola.batch_size) == (8, 1e-5, 2, 32)
+    assert settings(task="stsb").learning_rate == 3e-5
+    assert settings(task="rte", epochs=2, examples=100).steps == 14
+    assert settings(optimizer="adamw").learning_rate == 2e-5
+    lorp = settings(optimizer="gradnorm-lorp-adamw")
+    assert lorp.restart_every == lorp.steps
+    assert lorp.gradient_rank == 2
+
+
+def test_the_settings_of_a_config_json_are_read_back(finished):
+    assert load(finished / "config.json", Finetune).task == "mrpc"
+    with pytest.raises(ValueError, match=r"not a config.json of train.pretrain: unknown .*task"):
+        load(finished / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "--task is missing: choose one of cola, sst2"),
+        (["--task", "xnli"], "xnli"),
+        (["--task", "rte"], "has no task rte: expected TFDS' folder glue/rte"),
+        (["--init", "nowhere"], "--init nowhere: there is no such folder"),
+        (["--epochs", "2"], "--epochs 2 has no effect"),
+        (["--rank", "32"], "a rank of 32 or more compresses no matrix"),
+        (["--seq-len", "41"], "takes at most 40 tokens"),
+        (["--patience", "0"], "--patience 0: expected 1 or more"),
+        (["--batch-size", "9", "--accumulate", "2"], "choose a multiple of 2"),
+        (["--layerwise"], "--layerwise"),
+    ],
+)
+def test_wrong_use_ends_with_one_line_and_writes_nothing(folder, tmp_path, capsys, args, message):
+    config, out = small_glue(folder), tmp_path / "run"
+    words = ["--out", str(out), "--steps", "2", "--task", "mrpc"][: 6 if args else 4]
+    words += ["--data-dir", str(config.data_dir), "--init", str(config.init)]
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, Finetune, "train.finetune", args=[*words, *args])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not out.exists()
+
+
+def test_an_encoder_without_its_tokenizer_or_with_anothers_is_refused(folder, tmp_path):
+    config = resolve(small_glue(folder, init=str(write_encoder(tmp_path / "a"))), 40)
+    examples = load_examples("mrpc", "train", folder / "data")
+    start = partial(assemble, examples, config, print)
+    file = tmp_path / "a" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["w1"] = 24
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="gives token id 24"):
+        start()
+    file.write_text(json.dumps(content | {"post_processor": None}))
+    with pytest.raises(ValueError, match="adds no special tokens"):
+        start()
+    file.unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        start()
