@@ -20,7 +20,7 @@ def scores(
 
     functions = {
         "accuracy": sk.accuracy_score,
-        "f1": lambda labels, predicted: sk.f1_score(labels, predicted, zero_division=0.0),
+        "f1": lambda labels, predicted: sk.f1_score(labels, predicted, zero_division=0),
         "matthews_correlation": sk.matthews_corrcoef,
         "pearson": lambda labels, predicted: stats.pearsonr(predicted, labels).statistic,
         "spearman": lambda labels, predicted: stats.spearmanr(predicted, labels).statistic,

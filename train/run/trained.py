@@ -1,5 +1,6 @@
 """A trained model: its weights from a checkpoint of a run, and text sampled from it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Trained(NamedTuple):
     config: Pretrain | ResolvedFinetuneLM  # of the run
 
 
-def load_trained(run: str, option: str = "--run") -> Trained:
+def load_trained(run: str, option: str = "--run", log: Callable[[str], object] = print) -> Trained:
     """Reads the best checkpoint of a run, or the newest; ValueError if it has none."""
     folder = Path(run)
     if not (folder / "config.json").is_file():
@@ -52,7 +53,7 @@ def load_trained(run: str, option: str = "--run") -> Trained:
         "content of the tokenizer": tokenizer.content,
     }
     there, how = folder / "checkpoints", {"run": made_with, "read_only": True}
-    with Checkpoints(there, 1, print, evaluations, **how) as checkpoints:
+    with Checkpoints(there, 1, log, evaluations, **how) as checkpoints:
         step, params = checkpoints.restore_params(shapes)
     return Trained(graph, params, tokenizer, step, settings)
 
