@@ -17,22 +17,27 @@ from galore_optax.layerwise.sharding import layerwise_shardings
 from galore_optax.layerwise.step import Layerwise
 from galore_optax.layerwise.unstacked import unstacked
 from galore_optax.memory import state_bytes
+from galore_optax.projection.alice import Alice
+from galore_optax.projection.apollo import Apollo
 from galore_optax.projection.dimension_numbers import (
     GaLoreDimensionNumbers,
     TuckerDimensionNumbers,
 )
+from galore_optax.projection.fira import Fira
+from galore_optax.projection.recover import Matrix
 from galore_optax.projection.schedule import Adaptive, Staggered
 from galore_optax.quantization.array import QuantizedArray, quantize_nf4
 from galore_optax.quantization.state import cast_state, quantize_state
 from galore_optax.quantization.weights import apply_updates, quantize_weights, value_and_grad
-from galore_optax.recipes import (
+from galore_optax.recipes.adafactor import galore_adafactor
+from galore_optax.recipes.fira_apollo import apollo_adamw, apollo_mini_adamw, fira_adamw
+from galore_optax.recipes.galore import (
     adamw8bit,
-    galore_adafactor,
     galore_adamw,
     galore_adamw8bit,
-    gradnorm_lorp_adamw,
     q_galore_adamw8bit,
 )
+from galore_optax.recipes.gradnorm_lorp import gradnorm_lorp_adamw
 from galore_optax.sharding import state_shardings
 from galore_optax.stages import GaLoreState
 from galore_optax.transformation import subspace_parts, without_refresh
@@ -41,8 +46,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adaptive",
+    "Alice",
+    "Apollo",
     "DoRA",
     "Explanation",
+    "Fira",
     "GaLoreDimensionNumbers",
     "GaLoreState",
     "GradNormLoRP",
@@ -50,14 +58,18 @@ __all__ = [
     "Layerwise",
     "LoRA",
     "LowRank",
+    "Matrix",
     "QuantizedArray",
     "Staggered",
     "TuckerDimensionNumbers",
     "adamw8bit",
     "adapt",
+    "apollo_adamw",
+    "apollo_mini_adamw",
     "apply_updates",
     "cast_state",
     "explain",
+    "fira_adamw",
     "galore",
     "galore_adafactor",
     "galore_adamw",

@@ -204,9 +204,13 @@ class _Seen:
         """All leaves, with their parts of the state."""
         arrays = jax.tree.leaves_with_path(node.inner, is_leaf=is_quantized)
         state = _by_param(arrays, self.roles, self.small)
-        triples = zip(self.plans, self.params, self.whole.flatten_up_to(node.bases), strict=True)
+        recovery = [()] * len(self.plans)
+        if jax.tree.leaves(node.recovery):
+            recovery = self.whole.flatten_up_to(node.recovery)
+        owns = zip(self.whole.flatten_up_to(node.bases), recovery, strict=True)
+        triples = zip(self.plans, self.params, owns, strict=True)
         made = []
-        for i, (plan, (path, x), bases) in enumerate(triples):
+        for i, (plan, (path, x), (bases, remembered)) in enumerate(triples):
             k = self.owners.index((i, 0))
             leaf = _unprojected(path, x, self.decays[k], state.get(k, ()))
             if plan is not None:
@@ -218,7 +222,11 @@ class _Seen:
                     rank=plan.ranks,
                     matrices=plan.matrices,
                     together=plan.together,
-                    state=(*(_array("basis", "basis", basis) for basis in bases), *leaf.state),
+                    state=(
+                        *(_array("basis", "basis", basis) for basis in bases),
+                        *(_array("recovery", "other", x) for x in _with_axes(remembered)),
+                        *leaf.state,
+                    ),
                 )
             made.append(leaf)
         return made
@@ -289,6 +297,10 @@ def _by_param(
         short = name if k is None else name.removesuffix(ends[k])
         found.setdefault(k, []).append(_array(short, kind, x))
     return found
+
+
+def _with_axes(tree: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(tree) if x.ndim]
 
 
 def _array(name: str, role: str, x: Any) -> StateArray:

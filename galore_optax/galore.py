@@ -16,14 +16,25 @@ from jaxtyping import PRNGKeyArray
 
 from galore_optax import checks, keys
 from galore_optax.inner import Inner
+from galore_optax.projection.apollo import Apollo
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
+from galore_optax.projection.fira import Fira
 from galore_optax.projection.leaf import SIDES, Rank, checked_rank
 from galore_optax.projection.moments import RULES, MomentsFunction
+from galore_optax.projection.recover import Recover
 from galore_optax.projection.schedule import Adaptive, RefreshGap, Staggered, check_gap
 from galore_optax.projection.subspace import BY_PRODUCTS, SUBSPACES, FindSubspace
 from galore_optax.sharding import explain_sharding_errors
 from galore_optax.stages import GaLore
 from galore_optax.transformation import transformation
+
+# Another way back needs a name here, or is given as a function.
+RECOVERS = {
+    "project": None,
+    "fira": Fira(),
+    "apollo": Apollo(),
+    "apollo-mini": Apollo(per="matrix"),
+}
 
 
 def galore(
@@ -33,6 +44,7 @@ def galore(
     update_proj_gap: RefreshGap = 200,
     scale: float = 0.25,
     subspace: str | FindSubspace = "randomized",
+    recover: str | Recover = "project",
     side: str = "smaller",
     weight_dimension_numbers: WeightDimensionNumbers = None,
     moments: str | MomentsFunction | None = None,
@@ -74,9 +86,18 @@ def galore(
             rarer for matrices whose subspace has stopped turning (Q-GaLore).
         scale: Factor on the update of projected leaves (the paper's α).
         subspace: How to find it: "randomized" (range finder with one power step), "svd" (exact, as
-            published; a sharded matrix is gathered for it, which no other choice does), "power"
-            (one step of subspace iteration from the present basis), "random", or a function from a
-            gradient `(n, m)`, the present basis `(n, r)` and a key to a basis.
+            published), "power" (one step of subspace iteration from the present basis), "random",
+            "switched" (leading directions and random ones, as Alice), "sampled" (singular vectors,
+            drawn by their values, as SARA), "gaussian" (not orthonormal, as APOLLO), or a function
+            from a gradient `(n, m)`, the present basis `(n, r)` and a key to a basis. For "svd" and
+            "sampled" a sharded matrix is gathered.
+        recover: The way back to a whole matrix: "project" is scale · P N; "fira" adds the gradient
+            outside the subspace; "apollo" scales the gradient itself, each column as `inner` scaled
+            that column of R; "apollo-mini" likewise, the whole matrix alike. The last three limit
+            how fast updates grow: if the learning rate is a schedule give it to `Fira` or `Apollo`,
+            as to `Alice`; with all of these `inner` must descend. Or a function from a `Matrix` and
+            a state to an update and the new state. All but "project" need one projected side and
+            the gradient itself, not a sum of projected ones.
         side: Which side of a matrix `(in, out)` is projected: "smaller" (as published), "larger"
             (least memory with one side; as in `optax.contrib.galore`), "left" (input), "right"
             (output) or "both", where R = PᵀGQ is rank by rank. Ties go to the input.
@@ -127,6 +148,8 @@ def galore(
         rank = checked_rank(rank)
     if not callable(subspace):
         checks.choice(subspace, "subspace", tuple(SUBSPACES))
+    if not callable(recover):
+        checks.choice(recover, "recover", tuple(RECOVERS))
     checks.choice(side, "side", SIDES)
     if not (moments is None or callable(moments)):
         checks.choice(moments, "moments", RULES)
@@ -149,6 +172,11 @@ def galore(
     sum_over = (sum_over,) if isinstance(sum_over, str) else tuple(sum_over)
     for axis in sum_over:
         checks.instance(axis, "sum_over", str)
+    if sum_over and recover != "project":
+        raise ValueError(
+            f"recover={checks.said(recover)} needs the gradient itself, which sum_over={sum_over} "
+            'avoids: choose "project", or leave sum_over out'
+        )
     if sum_over and not callable(subspace) and subspace not in BY_PRODUCTS:
         raise ValueError(
             f"subspace={subspace!r} needs the gradient itself, which sum_over={sum_over} avoids: "
@@ -163,6 +191,7 @@ def galore(
             gap=update_proj_gap,
             scale=checks.number(scale, "scale", such_as=0.25),
             subspace=subspace,
+            recover=recover if callable(recover) else RECOVERS[recover],
             side=side,
             numbers=weight_dimension_numbers,
             bits=projection_bits,

@@ -21,8 +21,8 @@ def state_bytes(state: optax.OptState) -> dict[str, int]:
         state: State of any transformation, of arrays or of `jax.ShapeDtypeStruct`.
 
     Returns:
-        `projections` (GaLore's bases), `moments` (all other arrays with axes) and `counters`
-        (scalars, and the steps of GaLore's refreshes).
+        `projections` (GaLore's bases), `moments` (all other arrays with axes, and what `recover`
+        remembers) and `counters` (scalars, and the steps of GaLore's refreshes).
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -44,7 +44,8 @@ def state_bytes(state: optax.OptState) -> dict[str, int]:
         galore = isinstance(part, GaLoreState)
         if galore:
             kinds["projections"] += tree_bytes(part.bases)
-            kinds["counters"] += tree_bytes(part._replace(bases=(), inner=()))
+            kinds["moments"] += tree_bytes(part.recovery)
+            kinds["counters"] += tree_bytes(part._replace(bases=(), recovery=(), inner=()))
         for leaf in jax.tree.leaves(part.inner if galore else part):
             kinds["moments" if leaf.ndim > 0 else "counters"] += tree_bytes(leaf)
     return kinds

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,13 +13,14 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
-from galore_optax import keys, ordering
+from galore_optax import checks, keys, ordering
 from galore_optax.inner import OBSERVER, Inner, InnerCall, decay, with_stacks
 from galore_optax.params import for_init, with_updates, without_variables
 from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
-from galore_optax.projection.leaf import Plans, Projection, Rank, projections
+from galore_optax.projection.leaf import Plans, Projection, Rank, projections, warn_of_left_out
 from galore_optax.projection.moments import CarryOver, Moment, MomentsOf, reset
+from galore_optax.projection.recover import Recover, first_states, recovered, remembers
 from galore_optax.projection.refresh import Leaf, Refresh, Refreshed, check_subspace, refresh
 from galore_optax.projection.subspace import SUBSPACES, FindSubspace
 from galore_optax.quantization.array import dequantized, is_quantized
@@ -40,6 +40,7 @@ class GaLoreState(NamedTuple):
             order of `jax.tree.leaves`; one entry if none is projected.
         refreshes: How many refreshes each matrix has had, in the same order.
         adaptation: The `Adaptation` of `Adaptive`; `()` without it.
+        recovery: Like the bases: what `recover` remembers of each matrix; `()` if it does not.
         inner: The inner transformation's state for the projected params.
 
     Examples:
@@ -55,6 +56,7 @@ class GaLoreState(NamedTuple):
     next_refresh: Int[Array, " matrices"]
     refreshes: Int[Array, " matrices"]
     adaptation: schedule.Adaptation | tuple[()]
+    recovery: Any
     inner: optax.OptState
 
 
@@ -67,6 +69,7 @@ class GaLore:
     gap: schedule.RefreshGap
     scale: Any
     subspace: str | FindSubspace
+    recover: Recover | None  # None: P N
     side: str
     numbers: WeightDimensionNumbers
     bits: int | None
@@ -81,7 +84,7 @@ class GaLore:
         plans = projections(params, self.numbers, self.rank, self.side)
         if callable(self.subspace):
             check_subspace(self.subspace, plans)
-        _warn_of_left_out(leaves, plans, self.numbers)
+        warn_of_left_out(leaves, plans, self.numbers)
         key = keys.of_seed(self.seed)
         bases: list[Any] = [optax.MaskedNode()] * len(leaves)
         for i, plan in enumerate(plans):
@@ -94,6 +97,7 @@ class GaLore:
 
         inner = with_stacks(plans, call)
         inner_state = self.inner.tx.init(inner.project())
+        recovery = first_states(self.recover, plans, leaves, inner_state)
         if any(plans):
             inner.check()
         if (observe := OBSERVER.get()) is not None:
@@ -101,11 +105,12 @@ class GaLore:
         matrices = sum(plan.matrices for plan in plans if plan is not None)
         timing = schedule.first_timing(self.gap, matrices)
         # As after a refresh, which happens where gradients allow it.
-        bases, timing, _ = varying_alike((bases, timing, leaves))
+        bases, timing, recovery, _ = varying_alike((bases, timing, recovery, leaves))
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             bases=tree.unflatten(map(_stored, bases)),
             **timing,
+            recovery=tree.unflatten(recovery) if remembers(self.recover) else (),
             inner=inner_state,
         )
 
@@ -116,9 +121,14 @@ class GaLore:
         call, grads = _Call(self, updates, state, params, **extra_args), jax.tree.leaves(updates)
         state = call.refresh(grads, state, in_groups=True)
         small = sum_of_all(call.project(grads, state), self.sum_over)
-        return call.finish(small, state, grads)
+        return call.finish(small, state, grads, grads)
 
     # The same in parts: `galore_optax.transformation.SubspaceParts`.
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the way back uses the gradient itself."""
+        return self.recover is not None
 
     def is_due(self, state: GaLoreState) -> Bool[Array, ""]:
         """Whether a refresh is due."""
@@ -138,12 +148,23 @@ class GaLore:
         return _Call(self, gradient, state).project(jax.tree.leaves(gradient), state)
 
     def update_projected(
-        self, projected: Any, state: GaLoreState, params: Any, **extra_args: Any
+        self,
+        projected: Any,
+        state: GaLoreState,
+        params: Any,
+        *,
+        gradient: Any = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         """Updates and the new state, from a projected gradient."""
+        if self.needs_gradient and gradient is None:
+            raise ValueError(
+                f"recover={checks.said(self.recover)} needs the gradient itself, and a sum of "
+                'projected gradients is not one: give gradient=, or choose recover="project"'
+            )
         params = dequantized(without_variables(params))
         call = _Call(self, params, state, params, **extra_args)
-        return call.finish(projected, state, jax.tree.leaves(params))
+        return call.finish(projected, state, jax.tree.leaves(params), jax.tree.leaves(gradient))
 
 
 class _Call:
@@ -262,18 +283,18 @@ class _Call:
         )
 
     def finish(
-        self, small: optax.Updates, state: GaLoreState, like: Sequence[Array]
+        self, small: optax.Updates, state: GaLoreState, like: Sequence[Array], grads: Sequence[Any]
     ) -> tuple[optax.Updates, GaLoreState]:
-        """The inner's update, projected back to arrays `like` these, and whole matrices' decay."""
+        """The inner's update, back in arrays `like` these, and whole matrices' decay."""
         params = None if self.weights is None else self.project(self.weights, state)
         small_steps, inner_state, slopes = self.inner.update(small, state.inner, params)
-        steps, bases = self.tree.flatten_up_to(small_steps), self.bases(state)
-        previous = ()
-        for i, plan in enumerate(self.plans):
-            if plan is not None:
-                scaled = jax.tree.map(lambda n: self.galore.scale * n, steps[i])
-                scaled = ordering.after_on_cpu(previous, scaled)  # one product after the other
-                steps[i] = previous = plan.out_of(bases[i], scaled, like[i])
+        steps = self.tree.flatten_up_to(small_steps)
+        if self.galore.recover is None:
+            self._project_back(steps, state, like)
+        else:
+            state = self._recovered(
+                self.galore.recover, steps, self.tree.flatten_up_to(small), state, grads
+            )
         if slopes is not None and self.weights is not None:
             decays = map(decay, self.tree.flatten_up_to(slopes), self.plans, self.weights)
             for i, whole in enumerate(decays):
@@ -283,6 +304,33 @@ class _Call:
             count=optax.safe_increment(state.count),
             inner=sharded_like(inner_state, state.inner),
         )
+
+    def _project_back(self, steps: list[Any], state: GaLoreState, like: Sequence[Array]) -> None:
+        """Replaces N by scale · P N."""
+        bases, previous = self.bases(state), ()
+        for i, plan in enumerate(self.plans):
+            if plan is not None:
+                scaled = jax.tree.map(lambda n: self.galore.scale * n, steps[i])
+                scaled = ordering.after_on_cpu(previous, scaled)  # one product after the other
+                steps[i] = previous = plan.out_of(bases[i], scaled, like[i])
+
+    def _recovered(
+        self,
+        recover: Recover,
+        steps: list[Any],
+        small: Sequence[Any],
+        state: GaLoreState,
+        grads: Sequence[Array],
+    ) -> GaLoreState:
+        """Replaces N by what `recover` makes of it; returns the state with the new one of that."""
+        bases, scalars = self.bases(state), (self.galore.scale, state.count)
+        kept = remembers(recover)
+        own = self.tree.flatten_up_to(state.recovery) if kept else [()] * len(steps)
+        for i, plan in enumerate(self.plans):
+            if plan is not None:
+                given = bases[i], grads[i], (small[i], steps[i]), own[i], scalars
+                steps[i], own[i] = recovered(recover, plan, *given)
+        return state._replace(recovery=self.tree.unflatten(own)) if kept else state
 
 
 def _project(tree: Any, plans: Plans, bases: Sequence[Any], leaves: Sequence[Any]) -> optax.Params:
@@ -299,31 +347,3 @@ def _types(tree: Any) -> Any:
 def _stored(bases: Any) -> Any:
     """One basis is stored as itself, several as a tuple."""
     return bases[0] if isinstance(bases, tuple) and len(bases) == 1 else bases
-
-
-def _warn_of_left_out(leaves: Sequence[Any], plans: Plans, numbers: WeightDimensionNumbers) -> None:
-    if leaves and not any(plans):
-        warnings.warn(
-            "galore projects nothing: none of the params is a matrix; say with "
-            "weight_dimension_numbers which axes of which leaves are matrices",
-            stacklevel=3,
-        )
-    several = [leaf.shape for leaf in leaves if len(leaf.shape) > 2]
-    if several and numbers is None:
-        warnings.warn(
-            f"galore leaves {len(several)} params with three or more axes unprojected, the first "
-            f"of shape {several[0]}; say with weight_dimension_numbers which axes are matrices, or "
-            "None to leave a leaf out knowingly",
-            stacklevel=3,
-        )
-        pairs = zip(leaves, plans, strict=True)
-        left_out = [x for x, plan in pairs if plan is None and len(x.shape) == 2 and x.size]
-        vectors = [x.shape for x in left_out if jnp.issubdtype(x.dtype, jnp.inexact)]
-        if vectors:
-            warnings.warn(
-                f"galore takes {len(vectors)} params with two axes for stacks of vectors, such as "
-                f"the layers' biases, and does not project them: the first of shape {vectors[0]}, "
-                "since other params are stacks of as many; say with weight_dimension_numbers which "
-                "leaves are matrices",
-                stacklevel=3,
-            )

@@ -43,6 +43,10 @@ class SubspaceParts(Protocol):
         >>> params = optax.apply_updates(params, updates)
     """
 
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether an update from a projected gradient needs the gradient, too."""
+
     def is_due(self, state: Any) -> Any:
         """Whether a refresh of any matrix is due, a boolean scalar."""
 
@@ -58,9 +62,18 @@ class SubspaceParts(Protocol):
         """The projected gradient: R at a projected leaf, a tuple of them for a stack."""
 
     def update_projected(
-        self, projected: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
+        self,
+        projected: optax.Updates,
+        state: Any,
+        params: optax.Params,
+        *,
+        gradient: optax.Updates | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        """Updates and the new state, from a projected gradient or a sum of such."""
+        """Updates and the new state, from a projected gradient or a sum of such.
+
+        With `needs_gradient` a ValueError if the gradient is not given.
+        """
 
 
 def transformation(owner: Any) -> optax.GradientTransformationExtraArgs:
@@ -102,6 +115,7 @@ class _WithoutRefresh:
     def __init__(self, tx: optax.GradientTransformation, parts: SubspaceParts):
         self.init, self._parts = tx.init, parts
         self.project, self.update_projected = parts.project, parts.update_projected
+        self.needs_gradient = parts.needs_gradient
 
     def update(
         self, updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -110,7 +124,8 @@ class _WithoutRefresh:
         if params is None:
             raise ValueError("params: they are needed for an update without a refresh; give them")
         own = with_updates(params, updates)
-        return self.update_projected(self.project(updates, state), state, own, **extra_args)
+        projected = self.project(updates, state)
+        return self.update_projected(projected, state, own, gradient=updates, **extra_args)
 
     def is_due(self, state: Any) -> Any:
         """Whether a refresh is due, which is not made here."""

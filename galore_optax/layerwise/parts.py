@@ -31,17 +31,29 @@ class PartUpdate:
     loss: Float[Array, ""]  # given to the transformation as `value`
 
     def updates(
-        self, part: Params, state: Any, gradient: Params, *, projected: bool = False, **layer: Any
+        self,
+        part: Params,
+        state: Any,
+        gradient: Params | None,
+        *,
+        projected: Any = None,
+        **layer: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         """Returns the updates of a part of the params, and its new state.
 
-        With `layer`, an index, and `layers`, their number, `galore` draws as for the whole stack.
+        They are made from the gradient, or from a `projected` one where that is given; the gradient
+        is then None if it is not known. With `layer`, an index, and `layers`, their number,
+        `galore` draws as for the whole stack.
         """
         parts: Any = subspace_parts(self.tx)
         tx: Any = optax.with_extra_args_support(self.tx)
-        update = parts.update_projected if projected else tx.update
-        gradients, params = {**self.others, **gradient}, {**self.others, **dequantized(part)}
-        updates, state = update(gradients, state, params, value=self.loss, **layer)
+        params = {**self.others, **dequantized(part)}
+        whole = None if gradient is None else {**self.others, **gradient}
+        if projected is None:
+            updates, state = tx.update(whole, state, params, value=self.loss, **layer)
+        else:
+            small, layer = {**self.others, **projected}, {"value": self.loss, **layer}
+            updates, state = parts.update_projected(small, state, params, gradient=whole, **layer)
         return {k: updates[k] for k in part}, state
 
     def projected(

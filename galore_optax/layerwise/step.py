@@ -114,10 +114,12 @@ class Layerwise:
         checks.instance(self.model, "model", Layered)
         checks.instance(self.tx, "tx", optax.GradientTransformation)
         checks.function(self.apply_updates, "apply_updates")
-        if self.accumulate_in_subspace and subspace_parts(self.tx) is None:
+        parts = subspace_parts(self.tx)
+        if self.accumulate_in_subspace and (parts is None or parts.needs_gradient):
+            lacks = "no subspace" if parts is None else "its way back needs whole gradients"
             raise ValueError(
-                f"accumulate_in_subspace=True with tx={checks.said(self.tx)}: no subspace; give "
-                "galore(...) or a recipe of it (and what acts on projected gradients as its inner)"
+                f"accumulate_in_subspace=True with tx={checks.said(self.tx)}: {lacks}; give "
+                'galore(...) with recover="project" or a recipe of it (what else acts as its inner)'
             )
         if self.accumulate_in_subspace and self._exact:
             raise ValueError(
@@ -264,26 +266,24 @@ class _Layers:
 
     def updated(self, own: Any, state: Any, gradient: Any, i: Array, ok: Array) -> _Layer:
         """A layer after its update, if `ok`."""
-        small, projected = gradient, self.projected
-        if not projected and refreshes(self.update.tx):
+        of, small = self._of(i), gradient if self.projected else None
+        if small is None and refreshes(self.update.tx):
             # Not in the loop below, in which the gradients of all matrices stay until its end: here
             # a refresh frees those before (7B's recipe for 10 GB takes 0.2 GB less).
-            part, projected = {self.key: own}, True
-            small, state = self.update.projected(part, state, gradient, ok, **self._of(i))
+            small, state = self.update.projected({self.key: own}, state, gradient, ok, **of)
 
-        def update(params: Any, small: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
-            part, before = {self.key: params}, self._whole(state, changing)
-            of = {"projected": projected, **self._of(i)}
-            updates, after = self.update.updates(part, before, small, **of)
+        def update(params: Any, whole: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
+            before = {self.key: params}, self._whole(state, changing), whole
+            updates, after = self.update.updates(*before, projected=small, **of)
             return updates, self._changing(after)
 
         def late(memory: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
             # The gradient that updates overwrite; read from outside, it is copied (26 GB for 7B).
-            updates, changing = update(own, memory if small is gradient else small, changing)
+            updates, changing = update(own, memory, changing)
             return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, memory), changing
 
         def at_once(params: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
-            updates, changing = update(params, small, changing)
+            updates, changing = update(params, None if self.projected else gradient, changing)
             return self.update.applied({self.key: params}, updates, i)[self.key], changing
 
         if self._late(own):

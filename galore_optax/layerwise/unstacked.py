@@ -102,6 +102,10 @@ class _UnstackedInParts(_Unstacked):
     def _parts(self) -> Any:
         return subspace_parts(self.tx)
 
+    @property
+    def needs_gradient(self) -> bool:
+        return self._parts.needs_gradient
+
     def is_due(self, state: Any) -> Any:
         return self._parts.is_due(state)
 
@@ -115,10 +119,18 @@ class _UnstackedInParts(_Unstacked):
         return self._parts.project(self._apart(gradient), state)
 
     def update_projected(
-        self, projected: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
+        self,
+        projected: optax.Updates,
+        state: Any,
+        params: optax.Params,
+        *,
+        gradient: optax.Updates | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        params_apart = self._apart(params)
-        steps, state = self._parts.update_projected(projected, state, params_apart, **extra_args)
+        whole = self._apart(gradient) if self.needs_gradient else None
+        steps, state = self._parts.update_projected(
+            projected, state, self._apart(params), gradient=whole, **extra_args
+        )
         return self._together(steps, params), state
 
 

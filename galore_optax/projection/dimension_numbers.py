@@ -102,8 +102,16 @@ class LeafView:
 
     def to_stack(self, leaf: Float[Array, "..."]) -> Float[Array, "*stack"]:
         """The leaf with its axes ordered and merged to `(*batch, *sizes)`."""
-        order = self.batch_axes + sum(self.modes, ())
-        return leaf.transpose(order).reshape(*self.batch_shape, *self.sizes)
+        return leaf.transpose(self._order).reshape(*self.batch_shape, *self.sizes)
+
+    def from_stack(self, stack: Float[Array, "*stack"]) -> Float[Array, "..."]:
+        """The inverse of `to_stack`."""
+        split = stack.reshape([self.shape[axis] for axis in self._order])
+        return split.transpose(sorted(range(split.ndim), key=self._order.__getitem__))
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return self.batch_axes + sum(self.modes, ())
 
 
 def matrix_views(

@@ -94,6 +94,12 @@ class Projection:
 
         return with_automatic_axes(back, lambda _: specs(like), bases, small)
 
+    def stacked(self, small: Any) -> Float[Array, "*batch r m"]:
+        """What `into` gives as one array, also of matrices that are separate."""
+        if not self._separate:
+            return small
+        return jnp.stack(small).reshape(*self.view.batch_shape, *self.small_shape)
+
     @property
     def _separate(self) -> bool:
         return bool(self.view.batch_axes) and not self.together
@@ -245,3 +251,32 @@ def projections(
 
     views = matrix_views(params, numbers)
     return [None if view is None else projection(path, view) for path, view in views]
+
+
+def warn_of_left_out(leaves: Sequence[Any], plans: Plans, numbers: WeightDimensionNumbers) -> None:
+    """Warns of leaves that the dimension numbers may leave out by mistake."""
+    if leaves and not any(plans):
+        warnings.warn(
+            "galore projects nothing: none of the params is a matrix; say with "
+            "weight_dimension_numbers which axes of which leaves are matrices",
+            stacklevel=3,
+        )
+    several = [leaf.shape for leaf in leaves if len(leaf.shape) > 2]
+    if several and numbers is None:
+        warnings.warn(
+            f"galore leaves {len(several)} params with three or more axes unprojected, the first "
+            f"of shape {several[0]}; say with weight_dimension_numbers which axes are matrices, or "
+            "None to leave a leaf out knowingly",
+            stacklevel=3,
+        )
+        pairs = zip(leaves, plans, strict=True)
+        left_out = [x for x, plan in pairs if plan is None and len(x.shape) == 2 and x.size]
+        vectors = [x.shape for x in left_out if jnp.issubdtype(x.dtype, jnp.inexact)]
+        if vectors:
+            warnings.warn(
+                f"galore takes {len(vectors)} params with two axes for stacks of vectors, such as "
+                f"the layers' biases, and does not project them: the first of shape {vectors[0]}, "
+                "since other params are stacks of as many; say with weight_dimension_numbers which "
+                "leaves are matrices",
+                stacklevel=3,
+            )

@@ -153,6 +153,39 @@ def random(gradient: Gradient, basis: Basis, key: PRNGKeyArray) -> Basis:
     return orthonormalize(_numbers(key, gradient, basis.shape[-1]))
 
 
+def switched(gradient: Gradient, basis: Basis, key: PRNGKeyArray, leading: int = 40) -> Basis:
+    """Alice's switching: some leading directions, the rest drawn from their complement.
+
+    The leading ones are those of one step of subspace iteration from the present basis. The rest
+    of the paper's basis are vectors drawn from one basis of the complement, here a random subspace
+    of it. Gong et al., arXiv:2502.07752, algorithm 2.
+    """
+    power_key, rest_key = jax.random.split(key)
+    kept = by_energy(power(gradient, basis, power_key), gradient)[:, :leading]
+    rest = _numbers(rest_key, gradient, basis.shape[-1] - kept.shape[-1])
+    return orthonormalize(jnp.concatenate([kept, rest], axis=1))
+
+
+def sampled(gradient: Gradient, basis: Basis, key: PRNGKeyArray) -> Basis:
+    """Left singular vectors, drawn without repetition in proportion to their singular values.
+
+    SARA (Zhang et al., arXiv:2502.05790, algorithm 2). As for "svd", a sharded matrix is gathered.
+    """
+    left, values, _ = jnp.linalg.svd(gradient, full_matrices=False)
+    # The largest of log p + Gumbel noise are such a sample.
+    noisy = jnp.log(values) + jax.random.gumbel(key, values.shape, values.dtype)
+    _, drawn = jax.lax.top_k(noisy, min(basis.shape[-1], len(values)))
+    return left[:, jnp.sort(drawn)]
+
+
+def gaussian(gradient: Gradient, basis: Basis, key: PRNGKeyArray) -> Basis:
+    """Normal numbers of variance 1/r, not orthonormal: keeps norms on average (APOLLO, Flora).
+
+    Zhu et al., arXiv:2412.05270, section 4.1; Hao et al., arXiv:2402.03293.
+    """
+    return jax.random.normal(key, basis.shape, basis.dtype) / basis.shape[-1] ** 0.5
+
+
 def _numbers(key: PRNGKeyArray, like: Float[Array, "n m"], columns: int) -> Float[Array, "n c"]:
     """Random numbers of mean 0 and variance 1, one row for each of `like`.
 
@@ -178,7 +211,15 @@ def _with_noise(sketch: Basis, noise: Basis) -> Basis:
 # Those that only multiply with the gradient, so that it may be a `Summed`.
 BY_PRODUCTS = ("randomized", "power", "random")
 # Another method needs an entry here; it is a name of `galore(subspace=)` then.
-SUBSPACES = {"randomized": randomized, "svd": svd, "power": power, "random": random}
+SUBSPACES = {
+    "randomized": randomized,
+    "svd": svd,
+    "power": power,
+    "random": random,
+    "gaussian": gaussian,
+    "switched": switched,
+    "sampled": sampled,
+}
 
 
 class Summed:

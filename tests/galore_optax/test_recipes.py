@@ -8,7 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import adamw8bit, galore_adafactor, galore_adamw, gradnorm_lorp_adamw
+from galore_optax import (
+    adamw8bit,
+    apollo_adamw,
+    apollo_mini_adamw,
+    fira_adamw,
+    galore_adafactor,
+    galore_adamw,
+    gradnorm_lorp_adamw,
+)
 
 PARAMS = {
     "w": jax.random.normal(jax.random.key(0), (6, 8)),
@@ -105,6 +113,9 @@ def test_adafactors_decay_times_the_learning_rate_may_be_a_schedule():
     [
         (galore_adamw, optax.adamw),
         (adamw8bit, optax.adamw),
+        (fira_adamw, optax.adamw),
+        (apollo_adamw, optax.adamw),
+        (apollo_mini_adamw, optax.adamw),
         (gradnorm_lorp_adamw, optax.adamw),
         (galore_adafactor, optax.adafactor),
     ],
@@ -142,3 +153,7 @@ def test_numbers_of_recipes_can_be_hyperparameters():
     state = tx.init(PARAMS)
     assert {"learning_rate", "weight_decay", "eps_root"} <= {*state.hyperparams}
     tx.update(GRADS[0], state, PARAMS)
+    fira = optax.inject_hyperparams(fira_adamw, static_args=static)(0.1, 2, b1=0.8)
+    state = fira.init(PARAMS)
+    assert {"learning_rate", "b1", "b2", "eps"} <= {*state.hyperparams}
+    fira.update(GRADS[0], state, PARAMS)

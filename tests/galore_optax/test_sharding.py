@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from galore_optax import (
     Adaptive,
+    Alice,
     GaLoreDimensionNumbers,
     Staggered,
     adamw8bit,
@@ -68,6 +69,7 @@ OPTIONS = {
         "subspace": "random",
         "update_proj_gap": Staggered(2),
     },
+    "alice": {"inner": ADAMW, "recover": Alice(0.01)},
 }
 
 

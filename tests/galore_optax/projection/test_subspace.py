@@ -1,5 +1,7 @@
 """Bases are orthonormal and keep the energy, whatever the gradient."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,18 @@ from hypothesis import strategies as st
 from inners import normal
 
 from galore_optax import GaLoreDimensionNumbers, galore
-from galore_optax.projection.subspace import SUBSPACES, orthonormalize, randomized, refreshed
+from galore_optax.projection.subspace import (
+    SUBSPACES,
+    gaussian,
+    orthonormalize,
+    randomized,
+    refreshed,
+    sampled,
+    switched,
+)
 from galore_optax.quantization.array import dequantized
+
+METHODS = ("randomized", "svd", "power", "random")
 
 
 def spectrum(singular_values, columns, seed=0):
@@ -33,7 +45,7 @@ def orthogonality_error(basis):
     return np.abs(basis.T @ basis - np.eye(basis.shape[1])).max()
 
 
-@pytest.mark.parametrize("method", SUBSPACES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e6, 1e9])
 @pytest.mark.parametrize("magnitude", [1e-25, 1e25])
 def test_a_basis_is_orthonormal_and_keeps_the_energy(method, condition, magnitude):
@@ -59,13 +71,46 @@ def test_a_gradient_of_low_rank_gets_a_whole_basis_that_contains_it(method):
     np.testing.assert_allclose(basis @ (basis.T @ gradient), gradient, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", SUBSPACES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_a_gradient_without_a_subspace_leaves_the_basis(method, value):
     gradient = jnp.zeros((16, 20)).at[3].set(value)
     basis, found = find(method, gradient, 4)
     assert not found
     np.testing.assert_array_equal(basis, np.eye(16, 4))
+
+
+def test_switching_keeps_the_leading_directions_and_draws_the_others_from_their_complement():
+    gradient = spectrum(jnp.geomspace(100, 1e-3, 24), 40)
+    exact = jnp.linalg.svd(gradient)[0][:, :8]
+    bases = [
+        jax.jit(partial(switched, leading=4))(gradient, exact, jax.random.key(i)) for i in range(2)
+    ]
+    for basis in bases:
+        assert orthogonality_error(basis) < 2e-6
+        np.testing.assert_allclose(jnp.abs(basis[:, :4].T @ exact[:, :4]), np.eye(4), atol=1e-3)
+    overlap = np.linalg.norm(bases[0][:, 4:].T @ bases[1][:, 4:]) ** 2 / 4
+    assert overlap < 0.6  # of two subspaces of 4 in 20 dimensions
+
+
+def test_sampling_takes_singular_vectors_in_proportion_to_their_values():
+    values = jnp.array([8.0, 4.0, 2.0, 1.0, 1.0])
+    gradient = jnp.eye(5, 7) * values[:, None]
+    keys = jax.random.split(jax.random.key(0), 2000)
+    drawn = jax.vmap(lambda key: sampled(gradient, jnp.zeros((5, 2)), key))(keys)
+    assert orthogonality_error(drawn[0]) < 1e-6
+    often = np.mean(np.abs(drawn).max(2) > 0.5, 0)
+    p = np.asarray(values) / 16
+    # The first by p, the second by p among those that are left.
+    expected = [p[i] + sum(p[j] * p[i] / (1 - p[j]) for j in range(5) if j != i) for i in range(5)]
+    np.testing.assert_allclose(often, expected, atol=0.04)
+
+
+def test_gaussian_numbers_keep_the_norm_on_average():
+    gradient = normal(0, 16, 200)
+    basis = gaussian(gradient, jnp.zeros((16, 64)), jax.random.key(0))
+    small = basis.T @ gradient
+    np.testing.assert_allclose(jnp.linalg.norm(small) / jnp.linalg.norm(gradient), 1, atol=0.1)
 
 
 def test_power_steps_and_oversampling_keep_more_of_a_slow_spectrum():
@@ -149,7 +194,7 @@ def degenerate():
     }
 
 
-@pytest.mark.parametrize("method", SUBSPACES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("storage", [jnp.float32, jnp.bfloat16, 8, 4])
 def test_the_first_gradient_that_is_not_zero_gives_a_basis_however_degenerate(method, storage):
     bits = storage if isinstance(storage, int) else None

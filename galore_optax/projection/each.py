@@ -1,0 +1,86 @@
+"""A function of one matrix and its state, for every matrix of a leaf."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from galore_optax.projection.dimension_numbers import LeafView
+from galore_optax.sharding import axis_specs, specs, with_automatic_axes
+
+State = Any  # of one matrix: a tree of arrays, scalars or with as many elements as a side has
+
+
+def turned(view: LeafView, mode: int) -> LeafView:
+    """The view of a leaf's matrices with one of their axes first."""
+    return view if mode == 0 else dataclasses.replace(view, modes=view.modes[::-1])
+
+
+def first_state(
+    init: Callable[[jax.ShapeDtypeStruct], State], view: LeafView, leaf: Float[Array, "..."]
+) -> State:
+    """The state of each matrix of a leaf, with the axes of the stack first.
+
+    `init` makes that of one from its shape and a dtype of float32 or wider. An array along a side
+    is sharded as the leaf is along that side.
+    """
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    like = jax.ShapeDtypeStruct(view.sizes, wide)
+    state = jax.eval_shape(lambda: init(like))
+
+    def make(leaf: Array) -> State:
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (*view.batch_shape, *x.shape)), init(like)
+        )
+
+    def out(mesh: Mesh | AbstractMesh) -> State:
+        split_by = axis_specs(leaf)
+        batch = [split_by[axis] for axis in view.batch_axes]
+        sides = {
+            size: sum((split_by[axis] for axis in axes), ())
+            for size, axes in zip(view.sizes, view.modes, strict=True)
+        }
+
+        def spec(x: Any) -> PartitionSpec:
+            own = [sides.get(size, ()) for size in x.shape]
+            ways = [math.prod(mesh.shape[name] for name in names) for names in own]
+            pairs = zip(own, x.shape, ways, strict=True)
+            return PartitionSpec(*batch, *(names if n % k == 0 else None for names, n, k in pairs))
+
+        return jax.tree.map(spec, state)
+
+    return with_automatic_axes(make, out, leaf)
+
+
+def each_matrix(
+    function: Callable[..., tuple[Array, State]],
+    view: LeafView,
+    leaf: Float[Array, "*shape"],
+    state: State,
+    beside: Any = (),
+    common: Any = (),
+    stacked: Callable[[Any], Any] = lambda beside: beside,
+) -> tuple[Float[Array, "*shape"], State]:
+    """What a function makes of each matrix, its state, what is `beside` it, and what is `common`.
+
+    Arrays that `stacked` makes of what is beside have the axes of the stack first, as states have.
+    The result is sharded as the leaf is.
+    """
+
+    def whole(leaf: Array, state: State, beside: Any, common: Any) -> tuple[Array, State]:
+        def each(matrix: Array, state: State, beside: Any) -> tuple[Array, State]:
+            return function(matrix, state, beside, common)
+
+        one: Any = each
+        for _ in view.batch_axes:
+            one = jax.vmap(one)
+        made, state = one(view.to_stack(leaf), state, stacked(beside))
+        return view.from_stack(made), state
+
+    given = leaf, state, beside, common
+    return with_automatic_axes(whole, lambda _: (specs(leaf), specs(state)), *given)

@@ -1,0 +1,45 @@
+"""Fira's way back: P N and the rest of the gradient, each column scaled as the inner scaled it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from galore_optax.projection.recover import Matrix, at, growth, limited
+
+
+@dataclasses.dataclass(frozen=True)
+class Fira:
+    r"""The projected step, and the residual of the gradient outside the subspace.
+
+    .. math::
+        \Delta W = \alpha P N - \varphi (G - \alpha P R), \quad
+        \varphi_i = \frac{\lVert N_i \rVert}{\lVert R_i \rVert}
+
+    with one factor for each column i, α the `scale` of `galore`. The norm of the residual's part
+    grows by at most γ = 1.01 a step: a state of one number for each matrix. As in the authors' code
+    the residual has α in it, and is not multiplied by α.
+
+    Attributes:
+        learning_rate: The inner's, a number or a schedule. The limiter compares norms without it;
+            otherwise it would limit a warm-up, too. None: it is constant.
+
+    References:
+        Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, equations 8 to 11.
+    """
+
+    learning_rate: optax.ScalarOrSchedule | None = None
+
+    def init(self, like: jax.ShapeDtypeStruct) -> Float[Array, ""]:
+        """The norm of the step before: none yet."""
+        return jnp.zeros((), like.dtype)
+
+    def __call__(self, own: Matrix, state: Any) -> tuple[Float[Array, "n m"], Any]:
+        """The update, and the norm of its part outside the subspace."""
+        residual = own.gradient - own.scale * (own.basis @ own.projected)
+        scaled = growth(own.step, own.projected) * residual
+        scaled, state = limited(scaled, state, at(self.learning_rate, own.count))
+        return own.basis @ (own.scale * own.step).astype(own.basis.dtype) - scaled, state

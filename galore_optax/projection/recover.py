@@ -1,0 +1,183 @@
+"""The way back: from the inner's step in the subspace to the update of a whole matrix.
+
+GaLore's is P N: the part of the gradient outside the subspace is lost. Others use it. They are
+given the gradient itself, and cannot work on a sum of projected gradients.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from galore_optax import checks
+from galore_optax.projection.each import State, each_matrix, first_state, turned
+from galore_optax.projection.leaf import Bases, Plans, Projection
+from galore_optax.quantization.array import dequantized
+
+GAMMA = 1.01  # by which an update's norm may grow from step to step, in every paper
+_TINY = 1e-8  # added to norms, as in the authors' code
+
+
+class Matrix(NamedTuple):
+    """One matrix at one step, seen with the projected side first.
+
+    Attributes:
+        gradient: The gradient G.
+        basis: The basis P.
+        projected: R = PᵀG.
+        step: N, what the inner made of R; it descends, with the learning rate in it.
+        scale: The argument of `galore`.
+        count: Steps done before.
+    """
+
+    gradient: Float[Array, "n m"]
+    basis: Float[Array, "n r"]
+    projected: Float[Array, "r m"]
+    step: Float[Array, "r m"]
+    scale: Any  # a number, or an array without axes
+    count: Any  # an integer, likewise
+
+
+Recover = Callable[[Matrix, State], tuple[Float[Array, "n m"], State]]
+"""From a matrix and its state to its update and its new state. Its method `init`, if it has one,
+makes the first state from a `jax.ShapeDtypeStruct` of shape (n, m), in float32 or wider; else that
+is ()."""
+
+
+def column_norms(x: Float[Array, "n m"]) -> Float[Array, " m"]:
+    """The norm of each column, in float32 or wider."""
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(_wide(x))), axis=0))
+
+
+def growth(
+    step: Float[Array, "r m"], projected: Float[Array, "r m"], columns: bool = True
+) -> Array:
+    """How much longer the inner made R: ‖N‖ / ‖R‖ of each column, or of all together."""
+    made, given = column_norms(step), column_norms(projected)
+    if not columns:
+        made, given = jnp.linalg.norm(made), jnp.linalg.norm(given)
+    return made / (given + _TINY)
+
+
+def limited(
+    update: Float[Array, "n m"], previous: Float[Array, ""], learning_rate: ArrayLike
+) -> tuple[Float[Array, "n m"], Float[Array, ""]]:
+    """An update whose norm over the learning rate grows by at most γ, and that norm.
+
+    The norm-growth limiter (Fira, arXiv:2410.01623, section 4.3). `previous` is the norm returned
+    by the step before, 0 if there was none. The norm stays where it is not known: where the update
+    is not finite, or the learning rate is zero.
+    """
+    norm = jnp.linalg.norm(column_norms(update))
+    most = GAMMA * (previous + _TINY) * learning_rate
+    factor = jnp.where((previous > 0) & (norm > most), most / norm, 1)
+    found = factor * norm / learning_rate
+    known = jnp.isfinite(found) & (norm > 0)
+    return update * factor.astype(update.dtype), jnp.where(known, found, previous)
+
+
+def at(learning_rate: optax.ScalarOrSchedule | None, count: Any) -> Any:
+    """The learning rate at a step; 1 if it is not given."""
+    if learning_rate is None:
+        return 1.0
+    return learning_rate(count) if callable(learning_rate) else learning_rate
+
+
+def first_states(
+    recover: Recover | None, plans: Plans, leaves: Sequence[Array], inner: optax.OptState
+) -> list[State]:
+    """The first state of each leaf: of each matrix, with the axes of the stack first.
+
+    Refuses leaves without a side that stays whole, and a function that makes something else. Warns
+    where a limiter does not know the schedule in the inner's state.
+    """
+    _warn_of_schedule(recover, inner)
+    states: list[State] = [optax.MaskedNode()] * len(leaves)
+    for i, (plan, leaf) in enumerate(zip(plans, leaves, strict=True)):
+        if recover is not None and plan is not None:
+            _check(recover, plan)
+            states[i] = first_state(
+                partial(_one_state, recover), turned(plan.view, plan.modes[0]), leaf
+            )
+    return states
+
+
+def _warn_of_schedule(recover: Recover | None, inner: optax.OptState) -> None:
+    leaves = jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
+    scheduled = any(isinstance(x, optax.ScaleByScheduleState) for x in leaves)
+    if scheduled and getattr(recover, "learning_rate", 1) is None:
+        warnings.warn(
+            f"recover={checks.said(recover)} limits how fast updates grow, and inner has a "
+            "schedule, whose warm-up it limits, too: give the schedule as its learning_rate",
+            stacklevel=4,
+        )
+
+
+def _check(recover: Recover, plan: Projection) -> None:
+    if len(plan.modes) != 1 or plan.view.tensor:
+        raise ValueError(
+            f"recover={checks.said(recover)} needs matrices of which one side is projected, unlike "
+            f'the leaf at {plan.path}: choose side= other than "both" and GaLoreDimensionNumbers, '
+            'or recover="project"'
+        )
+    (n, m), (rank,) = _sides(plan), plan.ranks
+    like = jax.ShapeDtypeStruct((n, m), jnp.float32)
+    shapes = (n, m), (n, rank), (rank, m), (rank, m), ()
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+    def update(*arrays: Array) -> Array:
+        return recover(Matrix(*arrays), _one_state(recover, like))[0]
+
+    checks.gives(update, "recover", (*given, jax.ShapeDtypeStruct((), jnp.int32)), like)
+
+
+def recovered(
+    recover: Recover,
+    plan: Projection,
+    bases: Bases,
+    gradient: Float[Array, "*shape"],
+    small: tuple[Any, Any],
+    state: State,
+    scalars: tuple[Any, Any],
+) -> tuple[Float[Array, "*shape"], State]:
+    """The update of a leaf and the new states of its matrices.
+
+    `small` are R and N as the inner has them, `scalars` the scale and the count.
+    """
+    (mode,) = plan.modes
+
+    def one(gradient: Array, state: State, beside: Any, scalars: Any) -> tuple[Array, State]:
+        basis, *pair = beside
+        sides = (jnp.moveaxis(x, mode, 0) for x in pair)
+        update, state = recover(Matrix(gradient, basis, *sides, *scalars), state)
+        return update.astype(pair[1].dtype), state
+
+    def stacked(beside: Any) -> Any:
+        (basis,), pair = beside
+        return dequantized(basis).astype(gradient.dtype), *map(plan.stacked, pair)
+
+    view = turned(plan.view, mode)
+    return each_matrix(one, view, gradient, state, (bases, small), scalars, stacked)
+
+
+def remembers(recover: Recover | None) -> bool:
+    """Whether there is a state."""
+    return hasattr(recover, "init")
+
+
+def _one_state(recover: Any, like: jax.ShapeDtypeStruct) -> State:
+    return recover.init(like) if remembers(recover) else ()
+
+
+def _sides(plan: Projection) -> tuple[int, ...]:
+    return turned(plan.view, plan.modes[0]).sizes
+
+
+def _wide(x: Any) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)

@@ -1,0 +1,1 @@
+"""Whole optimizers, learning rate included: the recipes of the papers."""
