@@ -30,6 +30,7 @@ from galore_optax.quantization.array import QuantizedArray, quantize_nf4
 from galore_optax.quantization.state import cast_state, quantize_state
 from galore_optax.quantization.weights import apply_updates, quantize_weights, value_and_grad
 from galore_optax.recipes.adafactor import galore_adafactor
+from galore_optax.recipes.alice import alice
 from galore_optax.recipes.fira_apollo import apollo_adamw, apollo_mini_adamw, fira_adamw
 from galore_optax.recipes.galore import (
     adamw8bit,
@@ -38,6 +39,8 @@ from galore_optax.recipes.galore import (
     q_galore_adamw8bit,
 )
 from galore_optax.recipes.gradnorm_lorp import gradnorm_lorp_adamw
+from galore_optax.recipes.racs import racs, scale_by_racs
+from galore_optax.recipes.scale import scale_by_columns, scale_sgd
 from galore_optax.sharding import state_shardings
 from galore_optax.stages import GaLoreState
 from galore_optax.transformation import subspace_parts, without_refresh
@@ -64,6 +67,7 @@ __all__ = [
     "TuckerDimensionNumbers",
     "adamw8bit",
     "adapt",
+    "alice",
     "apollo_adamw",
     "apollo_mini_adamw",
     "apply_updates",
@@ -83,7 +87,11 @@ __all__ = [
     "quantize_nf4",
     "quantize_state",
     "quantize_weights",
+    "racs",
     "restart",
+    "scale_by_columns",
+    "scale_by_racs",
+    "scale_sgd",
     "split",
     "state_bytes",
     "state_shardings",

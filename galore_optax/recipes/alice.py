@@ -1,0 +1,60 @@
+"""Alice: AdamW in a subspace that is switched, and a compensation for the rest."""
+
+from functools import partial
+from typing import Any
+
+import optax
+
+from galore_optax import checks
+from galore_optax.projection.alice import Alice
+from galore_optax.projection.leaf import Rank
+from galore_optax.projection.subspace import switched
+from galore_optax.recipes.galore import galore_adamw
+from galore_optax.recipes.options import with_options_of
+
+
+@with_options_of(galore_adamw, without=("recover", "subspace"))
+def alice(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank,
+    *,
+    leading: int = 40,
+    compensation: float = 0.4,
+    scale: float = 0.3,
+    moments: Any = "keep",
+    b1: float = 0.9,
+    b2: float = 0.9,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Alice with AdamW: a subspace of leading and of random directions, the rest compensated.
+
+    It is what the paper calls Alice-0, without a tracked mean of R Rᵀ from which a new subspace is
+    found. Its state is that of `galore_adamw`, the columns' mean energies (`Alice`), and a number
+    for each matrix. Moments are corrected for their start at zero, as AdamW's are.
+
+    Args:
+        learning_rate: Learning rate or schedule. The paper pre-trains with 0.02.
+        rank: Dimensions of the subspace; the paper uses 128 to 512.
+        leading: How many of them are leading directions; the others are drawn from the rest of the
+            space. The paper has 160 for a 1B model.
+        compensation: The factor α_c; the paper has 0.2 for a 1B model.
+        scale: Factor on the whole update; the paper has 0.25 for a 1B model.
+        moments: As in `galore`; as published.
+        b1: Decay rate of the first moment, and of the columns' energies.
+        b2: Decay rate of the second moment.
+        **options: The other arguments of `galore_adamw`.
+
+    References:
+        Gong et al., `Alice <https://arxiv.org/abs/2502.07752>`_, 2025, algorithm 4, table 9.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from galore_optax import alice
+        >>> state = alice(0.02, rank=16, leading=4).init({"w": jnp.ones((64, 256))})
+        >>> [x.shape for x in state.recovery["w"]]
+        [(256,), ()]
+    """
+    subspace = partial(switched, leading=checks.whole(leading, "leading"))
+    recover = Alice(learning_rate, compensation, b1)
+    named = {"recover": recover, "subspace": subspace, "scale": scale, "moments": moments}
+    return galore_adamw(learning_rate, rank, b1=b1, b2=b2, **named, **options)

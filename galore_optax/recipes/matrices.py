@@ -1,0 +1,101 @@
+"""Transformations of every matrix by itself, beside Adam for what is no matrix."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jaxtyping import Array, Float
+
+from galore_optax import checks
+from galore_optax.params import for_init
+from galore_optax.projection.dimension_numbers import (
+    LeafView,
+    WeightDimensionNumbers,
+    matrix_views,
+)
+from galore_optax.projection.each import State, each_matrix, first_state
+from galore_optax.quantization.array import dequantized
+from galore_optax.recipes.options import Mask
+
+
+class MatricesState(NamedTuple):
+    """What is remembered of each matrix: a tree like the params, `optax.MaskedNode` at others."""
+
+    matrices: Any
+
+
+def of_matrices(
+    function: Callable[[Float[Array, "n m"], State], tuple[Float[Array, "n m"], State]],
+    numbers: WeightDimensionNumbers,
+    init: Callable[[jax.ShapeDtypeStruct], State] = lambda like: (),
+) -> optax.GradientTransformation:
+    """Applies a function to the gradient (in, out) of each matrix; other leaves stay as they are.
+
+    A stack of matrices has a state for each. `init` makes the first state from a matrix's shape.
+    """
+
+    def init_fn(params: optax.Params) -> MatricesState:
+        params = dequantized(for_init(params))
+        leaves, tree = jax.tree.flatten(params)
+        states = [
+            optax.MaskedNode() if view is None else first_state(init, view, leaf)
+            for view, leaf in zip(_views(params, numbers), leaves, strict=True)
+        ]
+        return MatricesState(tree.unflatten(states))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, MatricesState]:
+        leaves, tree = jax.tree.flatten(updates)
+        states = tree.flatten_up_to(state.matrices)
+        for i, view in enumerate(_views(updates, numbers)):
+            if view is not None:
+                leaves[i], states[i] = each_matrix(
+                    lambda g, own, *_: function(g, own), view, leaves[i], states[i]
+                )
+        return tree.unflatten(leaves), MatricesState(tree.unflatten(states))
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def with_adam_for_others(
+    *of_matrices: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    numbers: WeightDimensionNumbers,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Mask | None,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformations, Adam for leaves without a matrix, decay and the learning rate."""
+    learning_rate = checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
+    b1 = checks.number(b1, "b1", least=0, below=1, such_as=0.9)
+    b2 = checks.number(b2, "b2", least=0, below=1, such_as=0.999)
+    eps = checks.number(eps, "eps", least=0, such_as=1e-8)
+    weight_decay = checks.number_or_schedule(weight_decay, "weight_decay", least=0, such_as=0.1)
+    if mask is not None:
+        mask = checks.mask(mask, "mask")
+
+    def others(params: optax.Params) -> optax.Params:
+        tree = jax.tree.structure(params)
+        return tree.unflatten([view is None for view in _views(params, numbers)])
+
+    return optax.chain(
+        *of_matrices,
+        optax.masked(optax.scale_by_adam(b1, b2, eps), others),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _views(params: optax.Params, numbers: WeightDimensionNumbers) -> list[LeafView | None]:
+    found = matrix_views(params, numbers)
+    for path, view in found:
+        if view is not None and view.tensor:
+            raise ValueError(
+                f"weight_dimension_numbers: TuckerDimensionNumbers at {path}, where matrices are "
+                "scaled; give GaLoreDimensionNumbers, or None"
+            )
+    return [view for _, view in found]

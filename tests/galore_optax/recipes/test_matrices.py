@@ -1,0 +1,148 @@
+"""RACS, SCALE and Alice: float64 references, stacks, layers, shardings, what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from inners import normal, run
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from toy_layers import MATRIX, NUMBERS, assert_equal, by_layers, ordinary
+
+from galore_optax import (
+    GaLoreDimensionNumbers,
+    TuckerDimensionNumbers,
+    alice,
+    racs,
+    scale_sgd,
+    state_bytes,
+    state_shardings,
+)
+
+
+def doubles(*arrays):
+    return [np.asarray(x, np.float64) for x in arrays]
+
+
+def test_racs_scales_rows_and_columns_by_the_fixed_points_mean():
+    n, m, rate, alpha, beta, gamma = 8, 12, 0.02, 0.05, 0.9, 1.01
+    factors = jnp.geomspace(1e-12, 1e-9, m)  # whose squares float32 can hardly hold
+    grads = [normal(i, n, m) * factors * (5 if i == 3 else 1) for i in range(1, 6)]
+    got = run(racs(rate), jnp.zeros((n, m)), grads)
+    q_mean, s_mean, previous, weight = np.zeros(n), np.zeros(m), None, np.zeros((n, m))
+    for step, g in enumerate(doubles(*grads)):
+        q = np.ones(n)
+        for _ in range(5):
+            s = (g**2).T @ q / np.sum(q**2)
+            q = g**2 @ s / np.sum(s**2)
+        q_mean = beta * q_mean + (1 - beta) * q
+        s_mean = beta * s_mean + (1 - beta) * s
+        update = np.diag(q_mean**-0.5) @ g @ np.diag(s_mean**-0.5)
+        if previous is not None:
+            update *= gamma / max(np.linalg.norm(update) / previous, gamma)
+        previous = np.linalg.norm(update)
+        weight = weight - rate * alpha * update
+        np.testing.assert_allclose(got[step], weight, rtol=1e-4, atol=1e-7)
+
+
+def test_scale_normalizes_columns_and_keeps_momentum_in_the_last_layer_alone():
+    params = {"w": normal(0, 6, 8), "head": normal(1, 8, 5), "norm": normal(2, 8)}
+    grads = [jax.tree.map(lambda x, i=i: normal(i, *x.shape), params) for i in range(3, 6)]
+    last = {"w": False, "head": True, "norm": False}
+    tx = scale_sgd(0.01, last, weight_decay=0.1)
+    got = run(tx, params, grads)[-1]
+    expected = dict(zip(params, doubles(*params.values()), strict=True))
+    mean = 0.0
+    for grad in grads:
+        w, head = doubles(grad["w"], grad["head"])
+        mean = 0.9 * mean + 0.1 * head
+        for name, g in {"w": w, "head": mean}.items():
+            unit = g / np.sqrt(np.mean(g**2, 0))
+            expected[name] = expected[name] - 0.01 * (unit + 0.1 * expected[name])
+    expected["norm"] = run(
+        optax.adamw(0.01, weight_decay=0.1), params["norm"], [g["norm"] for g in grads]
+    )[-1]
+    for name, x in expected.items():
+        np.testing.assert_allclose(got[name], x, atol=2e-6, err_msg=name)
+    assert state_bytes(tx.init(params))["moments"] == 4 * (8 * 5 + 2 * 8)
+
+
+def test_the_recipe_of_alice_is_the_papers():
+    tx = alice(0.02, 3, leading=2)
+    params = normal(0, 8, 12)
+    # The first step: Adam's signs in the subspace, and the compensation of equal energies.
+    gradient = normal(1, 8, 12)
+    updates, state = tx.update(gradient, tx.init(params), params)
+    basis, g = doubles(state.bases, gradient)
+    residual = g - basis @ basis.T @ g
+    unit = np.sqrt(8 - 3) * residual / np.sqrt(0.1 * np.sum(residual**2, 0))
+    expected = -0.02 * 0.3 * (basis @ np.sign(basis.T @ g) + 0.4 * unit)
+    np.testing.assert_allclose(updates, expected, atol=1e-6)
+    leading = np.linalg.svd(g)[0][:, 0]
+    assert np.linalg.norm(basis[:, :2].T @ leading) > 0.5
+
+
+@pytest.mark.parametrize("name", ["racs", "scale"])
+def test_matrices_of_a_stack_are_scaled_apart_and_a_layer_wise_step_does_the_same(name):
+    numbers = {**NUMBERS, "out": {"norm": None, "head": MATRIX}}
+
+    def last_layer(params):
+        paths, tree = jax.tree.flatten_with_path(params)
+        return tree.unflatten(["head" in jax.tree_util.keystr(path) for path, _ in paths])
+
+    tx = {
+        "racs": racs(0.02, weight_dimension_numbers=numbers),
+        "scale": scale_sgd(0.01, last_layer, weight_dimension_numbers=numbers),
+    }[name]
+    assert_equal(by_layers(tx), ordinary(tx), 1e-5)
+
+
+def test_states_of_rows_and_columns_are_sharded_as_these_are():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    spec = PartitionSpec(None, "a", "b")
+    tx = racs(0.02, weight_dimension_numbers=GaLoreDimensionNumbers(1, 2))
+    at = NamedSharding(mesh, spec)
+    shardings = state_shardings(tx, jax.ShapeDtypeStruct((3, 8, 16), jnp.float32), at)
+    rows, columns, norm = shardings[0].matrices
+    assert [tuple(x.spec) for x in (rows, columns, norm)] == [(None, "a"), (None, "b"), (None,)]
+    gradient = normal(0, 3, 8, 16)
+    expected, _ = tx.update(gradient, tx.init(gradient), gradient)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(gradient, at)
+        state = jax.jit(tx.init)(placed)
+        updates, after = jax.jit(tx.update)(placed, state, placed)
+    np.testing.assert_allclose(updates, expected, atol=1e-6)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: racs("x"), "learning_rate='x'"),
+        (lambda: racs(0.1, steps=0), "steps=0 must be"),
+        (lambda: racs(0.1, decay=1.0), "decay=1.0: give"),
+        (lambda: scale_sgd(0.1, {"w": 1}), "last_layer: 1 in it must be True or False"),
+        (lambda: alice(0.1, 3, leading=0), "leading=0 must be"),
+        (lambda: alice(0.1, 3, compensation=-1), "compensation=-1: give"),
+        (
+            lambda: racs(0.1, weight_dimension_numbers=TuckerDimensionNumbers((0, 1))).init(
+                {"w": jnp.ones((3, 4))}
+            ),
+            r"TuckerDimensionNumbers at \['w'\]",
+        ),
+    ],
+)
+def test_what_has_no_meaning_is_refused_by_name(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
+def test_a_zero_gradient_changes_nothing_and_nothing_is_nan_afterwards():
+    params = jnp.ones((6, 8)).at[2].set(0)  # and a row of zeros
+    for tx in (racs(0.02), scale_sgd(0.01, False)):
+        state = tx.init(params)
+        updates, state = tx.update(0 * params, state, params)
+        np.testing.assert_array_equal(updates, 0)
+        updates, _ = tx.update(params, state, params)
+        assert np.isfinite(updates).all()
+        assert (updates[0] < 0).all()
