@@ -30,7 +30,7 @@ def run(tmp_path_factory) -> Path:
     (out.parent / "text.jsonl").write_text(lines)
     with pytest.MonkeyPatch.context() as patch:
         few = {"train": topics("train"), "validation": texts}
-        patch.setattr(assemble, "load_text", lambda name, split, data_dir: few[split])
+        patch.setattr(assemble, "load_text", lambda name, split, *_: few[split])
         settings = {**ADAMW, "steps": 2, "warmup_steps": 1, "eval_every": 2, "eval_tokens": None}
         assert pretrain(small(out, **settings)) == 0
     return out
