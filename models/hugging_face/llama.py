@@ -231,6 +231,17 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         expected = read_json(index).get("weight_map")
         if not isinstance(expected, dict) or not all(isinstance(x, str) for x in expected.values()):
             raise ValueError(f"{index} has no weight_map that names the file of each tensor")
+        for name, file in expected.items():
+            if not file or Path(file).name != file:
+                raise ValueError(
+                    f"{index} says that {name} is in {file!r}: no name of a file beside it"
+                )
+    elif not single.exists() and (pickled := sorted(directory.glob("*.bin"))):
+        raise ValueError(
+            f"{directory} has its weights in {pickled[0].name}, which could run any code when it "
+            "is read: convert it with transformers, such as by "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other)"
+        )
     paths = [single] if expected is None else sorted({directory / x for x in expected.values()})
     # transformers reads the single file and not the index, and an adapter's base and not the model.
     others = {single, *directory.glob("model-*.safetensors"), directory / "adapter_config.json"}

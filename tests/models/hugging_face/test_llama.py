@@ -408,6 +408,23 @@ def test_an_index_that_names_no_files_is_refused(checkpoint, content):
         load_llama(checkpoint)
 
 
+@pytest.mark.parametrize("file", ["../elsewhere.safetensors", "/model.safetensors", ".", ""])
+def test_an_index_names_no_file_of_another_folder(tmp_path, file):
+    directory = Path(shutil.copytree(FIXTURES / "llama_sharded", tmp_path / "checkpoint"))
+    index = directory / "model.safetensors.index.json"
+    files = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": files | {"model.norm.weight": file}}))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is in '.*': no name of a file"):
+        load_llama(directory)
+
+
+def test_pickled_weights_are_refused_with_how_to_convert_them(tmp_path):
+    shutil.copy(FIXTURES / "llama" / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
+    with pytest.raises(ValueError, match=r"model\.bin, which could run any code .*save_pre"):
+        load_llama(tmp_path)
+
+
 def changed(change):
     """A model of which the matrices called up are changed."""
     graph, state = nnx.split(load_llama(FIXTURES / "llama"), nnx.Param)
