@@ -42,7 +42,7 @@ def main(config: Export) -> int:
         model.config = dataclasses.replace(model.config, token_ids=ids)
         save_llama(model, out)
         write_beside(trained, ids, Path(config.run), out)
-        print(f"wrote the model and its tokenizer to {out}")
+        print(f"wrote the model to {out}, with its tokenizer")
 
     out = Path(config.out).absolute()
     if not config.adapters:

@@ -1,6 +1,7 @@
 """The parts of a run that fine-tunes a language model on examples."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from train.data.own import own_examples
 from train.data.sequences import Document, check_token_ids
 from train.data.text import content_of
 from train.data.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
+from train.run import directory as run_directory
+from train.run import hosts
 from train.run.assemble import TextParts
 from train.run.initial import initial_state
 from train.run.parts import Log, log_devices, log_programs
@@ -88,6 +91,10 @@ class FinetuningParts(TextParts):
 
     def sample(self, params: Params, log: Log) -> None:
         """Prints the model's answers to some prompts of the evaluation, beside the right ones."""
+        if hosts.several():  # each has a part of the weights
+            where = shlex.quote(str(run_directory.directory(self.config)))
+            log(f"answers: python -m train.generate --run {where} --prompt ...")
+            return
         graph, _ = abstract_params(self.config, self.model)
         model = nnx.merge(graph, merge(params))
         told = self.tokenizer.decode
