@@ -29,6 +29,7 @@ from train.data.glue import (
 )
 from train.data.pairs import PairData, PairTokenizer, pair_data
 from train.run import directory as run_directory
+from train.run import hosts
 from train.run.checkpoint import Checkpoints
 from train.run.initial import state_from
 from train.run.metrics import evaluation_losses, read_metrics
@@ -127,6 +128,9 @@ class GlueParts(Parts):
 
 def assemble(examples: Examples, config: ResolvedFinetune, log: Log) -> GlueParts:
     """Builds a run from its settings and the training examples, and writes nothing."""
+    if hosts.several():
+        advice = "take more devices of one with --mesh"
+        raise ValueError(f"--processes: train.finetune predicts in one process; {advice}")
     mesh, init = make_mesh(config.mesh), Path(config.init)
     check_batch(config.batch_size, config.accumulate, mesh)
     log_devices(config, mesh, log)

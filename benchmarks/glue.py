@@ -1,0 +1,149 @@
+"""GLUE by task, method, learning rate and seed: mean and spread of each task's metric.
+
+    python -m benchmarks.glue --data-dir DIR --init DIR --out DIR --tasks mrpc rte --seeds 3
+
+Every run is `python -m train.finetune`; finished ones are reused, and a run that was interrupted
+goes on. Of each method's learning rates the one with the best mean counts. The table goes to
+standard output and table.md, the plot to glue.png.
+"""
+
+import dataclasses
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+FULL, GALORE, ADAPTER = (1e-5, 2e-5, 5e-5), (1e-5, 2e-5, 3e-5), (2e-4, 4e-4, 8e-4)
+
+# Flags, and the learning rates to choose from.
+METHODS: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
+    "full": (("--optimizer", "adamw"), FULL),
+    "GaLore r=4": (("--optimizer", "galore-adamw", "--rank", "4"), GALORE),
+    "GaLore r=8": (("--optimizer", "galore-adamw", "--rank", "8"), GALORE),
+    "8-bit GaLore r=8": (("--optimizer", "galore-adamw8bit", "--rank", "8"), GALORE),
+    "Q-GaLore r=8": (("--optimizer", "q-galore-adamw8bit", "--rank", "8"), GALORE),
+    "LoRA r=4": (("--optimizer", "lora-adamw", "--rank", "4"), ADAPTER),
+    "LoRA r=8": (("--optimizer", "lora-adamw", "--rank", "8"), ADAPTER),
+    "QLoRA r=8": (("--optimizer", "qlora-adamw", "--rank", "8"), ADAPTER),
+    "GradNormLoRP r=8": (("--optimizer", "gradnorm-lorp-adamw", "--rank", "8"), ADAPTER),
+}
+
+Scores = dict[float, list[float]]  # the metric of each seed, by learning rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Glue:
+    """Fine-tunes an encoder on tasks of GLUE by several methods, and prints a table."""
+
+    data_dir: Path
+    """Folder of the tasks, as for train.finetune."""
+    init: Path
+    """Folder with the weights to begin with, as for train.finetune."""
+    out: Path
+    """Folder for the runs; finished ones are not repeated."""
+    tasks: tuple[str, ...] = ("mrpc", "rte", "cola", "stsb")
+    """Columns of the table."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Rows of the table."""
+    seeds: int = 1
+    """Runs of each, with seeds from 0."""
+    rate_factor: float = 1.0
+    """Factor of all learning rates, which are for RoBERTa-base: smaller models take higher ones."""
+    rates: int = 3
+    """How many of each method's learning rates to try, from the middle one on; 1, 2 or 3."""
+    flags: str = ""
+    """Further flags of every run, as --flags='--epochs 3 --seq-len 128'."""
+
+
+def main(config: Glue) -> None:
+    """Runs what is missing, and writes table and plot after each task's methods."""
+    if unknown := [name for name in config.methods if name not in METHODS]:
+        raise SystemExit(f"--methods {unknown[0]!r}: choose of {', '.join(METHODS)}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    found: dict[tuple[str, str], Scores] = {}
+    for task in config.tasks:
+        for method in config.methods:
+            found[method, task] = {
+                rate: [_metric(config, task, method, rate, seed) for seed in range(config.seeds)]
+                for rate in _rates(config, method)
+            }
+        done = [name for name in config.tasks if (config.methods[0], name) in found]
+        (config.out / "table.md").write_text(table(found, config.methods, done))
+        _plot(found, config.methods, done, config.out / "glue.png")
+    print((config.out / "table.md").read_text(), end="")
+
+
+def best(scores: Scores) -> tuple[float, list[float]]:
+    """The learning rate with the highest mean, and its scores."""
+    return max(scores.items(), key=lambda item: statistics.fmean(item[1]))
+
+
+def table(
+    found: Mapping[tuple[str, str], Scores], methods: tuple[str, ...], tasks: list[str]
+) -> str:
+    """A table in Markdown: in percent the mean, the standard deviation, the learning rate."""
+    lines = ["| | " + " | ".join([*tasks, "average"]) + " |", "| --- " * (len(tasks) + 2) + "|"]
+    for method in methods:
+        cells, means = [], []
+        for task in tasks:
+            rate, scores = best(found[method, task])
+            means.append(100 * statistics.fmean(scores))
+            spread = f" ± {100 * statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+            cells.append(f"{means[-1]:.2f}{spread} ({rate:.1e}, n={len(scores)})")
+        cells.append(f"{statistics.fmean(means):.2f}")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _rates(config: Glue, method: str) -> list[float]:
+    low, middle, high = METHODS[method][1]
+    return [rate * config.rate_factor for rate in (middle, high, low)[: config.rates]]
+
+
+def _metric(config: Glue, task: str, method: str, rate: float, seed: int) -> float:
+    """The metric of one run, which is trained first if it is missing; 0 if it diverged."""
+    name = f"{task}-{method.replace(' ', '-').replace('=', '')}-{rate:.1e}-{seed}".lower()
+    out = config.out / name
+    if not (out / "summary.json").exists():
+        words = ["--task", task, "--data-dir", config.data_dir, "--init", config.init]
+        words += [*METHODS[method][0], "--learning-rate", rate, "--seed", seed]
+        words += [*shlex.split(config.flags), "--out", out, "--resume"]
+        command = [sys.executable, "-m", "train.finetune", *map(str, words)]
+        code = subprocess.run(command, check=False, stdout=sys.stderr).returncode
+        if code == 1:  # too many steps were not finite
+            print(f"{name} diverged", file=sys.stderr)
+            return 0.0
+        if code:
+            raise SystemExit(code)
+    return json.loads((out / "summary.json").read_text())["eval_metric"] or 0.0
+
+
+def _plot(
+    found: Mapping[tuple[str, str], Scores], methods: tuple[str, ...], tasks: list[str], path: Path
+) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 2.2 * len(tasks), 4.8), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(methods)
+    for i, method in enumerate(methods):
+        scores = [best(found[method, task])[1] for task in tasks]
+        means = [100 * statistics.fmean(x) for x in scores]
+        spreads = [100 * statistics.stdev(x) if len(x) > 1 else 0 for x in scores]
+        at = [j + (i - (len(methods) - 1) / 2) * width for j in range(len(tasks))]
+        axes.bar(at, means, width, yerr=spreads, capsize=2, label=method)
+    axes.set(ylabel="metric, %", xticks=range(len(tasks)), xticklabels=tasks)
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(
+        frameon=False, fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1)
+    )
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Glue))
