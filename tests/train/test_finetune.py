@@ -19,16 +19,11 @@ from train.config.resolve import load
 from train.config.weights import split_params
 from train.data.glue import load_examples
 from train.finetune import main
-from train.run import cli
+from train.run import cli, hosts
 from train.run.glue import assemble
 from train.run.metrics import read_metrics
 from train.step.classifier import make_programs, model_config
 from train.step.mesh import make_mesh
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _needs_scikit_learn():
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed; the extra train has it")
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +162,13 @@ def test_the_published_settings_are_the_defaults(tmp_path):
     lorp = settings(optimizer="gradnorm-lorp-adamw")
     assert lorp.restart_every == lorp.steps
     assert lorp.gradient_rank == 2
+
+
+def test_several_processes_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    examples, config = load_examples("mrpc", "train", folder / "data"), small_glue(folder)
+    with pytest.raises(ValueError, match="predicts in one process"):
+        assemble(examples, resolve(config, 40), print)
 
 
 def test_the_settings_of_a_config_json_are_read_back(finished):

@@ -7,8 +7,6 @@ import pytest
 
 from train.run.scores import scores
 
-pytest.importorskip("sklearn", reason="scikit-learn is not installed; the extra train has it")
-
 
 def test_the_metrics_of_classes():
     predicted, labels = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
