@@ -27,7 +27,11 @@ def planned(**changes):
     return plan(config, programs_of(config))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+# These differ from fira-adamw and racs in numbers alone.
+ALIKE = {"apollo-adamw", "apollo-mini-adamw", "alice", "scale"}
+
+
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in ALIKE])
 def test_a_plan_adds_up_for_every_optimizer(optimizer):
     options = OPTIMIZERS[optimizer].options
     galore = {} if "rank" in options else NO_SUBSPACE
@@ -69,7 +73,13 @@ def test_without_a_gpu_bfloat16_is_estimated_in_two_bytes_with_temporaries_of_fo
 
 
 @pytest.mark.parametrize(
-    "optimizer", [n for n, r in OPTIMIZERS.items() if "state_dtype" in r.options]
+    "optimizer",
+    # What other ways back and RACS remember stays in float32.
+    [
+        name
+        for name, recipe in OPTIMIZERS.items()
+        if "state_dtype" in recipe.options and not recipe.recovers and name != "racs"
+    ],
 )
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_moments_of_bfloat16_weights_take_four_bytes_and_as_published_two(optimizer, layerwise):

@@ -173,6 +173,8 @@ def _conflicts(c: ResolvedTraining) -> Iterator[str]:
     if c.stochastic_rounding and c.weight_dtype == "float32" and not quantized:
         advice = "leave it out, or choose --weight-dtype bfloat16"
         yield f"--stochastic-rounding: float32 weights need no rounding; {advice}"
+    if c.side == "both" and OPTIMIZERS[c.optimizer].recovers:
+        yield f"--side both: --optimizer {c.optimizer} needs a side that is not projected"
     if c.state_dtype is not None and c.moment_bits is not None:
         reason = f"moments have {c.moment_bits} bits, by --moment-bits"
         yield f"--state-dtype {c.state_dtype} has no effect: {reason}; leave one of them out"
@@ -211,10 +213,12 @@ def _by_layers(c: ResolvedText) -> Iterator[str]:
             yield f"{said}: it trains all params; leave one of them out"
     if c.clip not in ("exact", None) and not c.layerwise:
         yield f"--clip {c.clip} has an effect with --layerwise only; any other step clips exactly"
-    users = [name for name, recipe in OPTIMIZERS.items() if "scale" in recipe.options]
+    in_subspace = {n: r for n, r in OPTIMIZERS.items() if "update_proj_gap" in r.options}
+    users = [name for name, recipe in in_subspace.items() if not recipe.recovers]
     for name in ("accumulate_in_subspace", "compress_gradients"):
         if getattr(c, name) and c.optimizer not in users:
-            reason = f"--optimizer {c.optimizer} has no subspace"
+            lacks = "needs whole gradients" if c.optimizer in in_subspace else "has no subspace"
+            reason = f"--optimizer {c.optimizer} {lacks}"
             choice = f"leave it out or choose one of {', '.join(users)}"
             yield f"{flag(name)}: {reason}; {choice}"
     if c.compress_gradients and c.layerwise:

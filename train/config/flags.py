@@ -8,7 +8,8 @@ from typing import Literal
 
 Optimizer = Literal[
     "adamw", "adamw8bit", "adafactor", "galore-adamw", "galore-adamw8bit", "galore-adafactor",
-    "q-galore-adamw8bit", "gradnorm-lorp-adamw", "lora-adamw", "relora-adamw", "qlora-adamw",
+    "q-galore-adamw8bit", "fira-adamw", "apollo-adamw", "apollo-mini-adamw", "alice", "racs",
+    "scale", "gradnorm-lorp-adamw", "lora-adamw", "relora-adamw", "qlora-adamw",
 ]  # fmt: skip
 
 
@@ -123,10 +124,11 @@ class GaLoreFlags:
     """Steps between two refreshes of GaLore's subspaces. Default: 200; 500 for llama-7b, 100 for
     tiny."""
     scale: float | None = None
-    """Factor of GaLore's projected updates. Default: 0.25."""
-    subspace: Literal["randomized", "power", "svd", "random"] | None = None
+    """Factor of projected updates, and of those of racs. Default: 0.25, or the method's own."""
+    subspace: Literal["randomized", "power", "svd", "random", "switched", "sampled"] | None = None
     """How GaLore finds a subspace: a randomized range finder, the same from the last basis (power:
-    the fastest), the exact SVD (as published), or at random. Default: randomized."""
+    fastest), the exact SVD (as published), at random, or as in Alice or SARA. Default:
+    randomized."""
     moments: Literal["rotate", "keep", "reset"] | None = None
     """What GaLore does to moments at a refresh: carry them over, keep them (as published) or reset
     them. Default: rotate."""

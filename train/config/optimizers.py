@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import galore_optax
+from galore_optax import GaLoreDimensionNumbers
 from galore_optax.layerwise.unstacked import ParamAxes
 from models.llama.axes import dimension_numbers, param_axes
 from train.config.settings import ResolvedTraining
@@ -26,6 +27,9 @@ class Recipe(NamedTuple):
     # Selects the stacked leaves that are split into one leaf per layer, for optimizers that treat
     # each leaf separately. GaLore itself splits the matrices that it projects.
     stacks: ParamAxes | None = None
+    # Whether projected updates are made from the gradient itself (galore's `recover`).
+    recovers: bool = False
+    learning_rate: float | None = None  # the paper's; None: by model and family
 
 
 def _cast(make: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
@@ -41,6 +45,19 @@ def _vectors(params: dict[str, Any]) -> Any:
     """Selects the layers' norms: matrices are split by GaLore, or each large enough to quantize."""
     axes = param_axes(params)
     return jax.tree.map(lambda n: n if n == 1 else None, axes, is_leaf=lambda n: n is None)
+
+
+def _is_head(params: Any) -> Any:
+    """Selects the last layer: the head, or the embedding where there is none (tied weights)."""
+    last = "head" if "head" in params else "embedding"
+    return {name: jax.tree.map(lambda _, own=name == last: own, x) for name, x in params.items()}
+
+
+def _all_matrices(params: Any) -> Any:
+    """Dimension numbers of the layers' matrices, the embedding and the head."""
+    matrix = GaLoreDimensionNumbers()
+    tables = {name: matrix for name in ("embedding", "head") if name in params}
+    return {**dimension_numbers(params), **tables}
 
 
 # The optimizers' arguments that have other names than the settings.
@@ -65,6 +82,14 @@ _Q_GALORE = {
     "embedding_bits": None, "stochastic_rounding": True,
 }  # fmt: skip
 _LORP = {"gradient_rank": None, **_IN_SUBSPACE, **_BETAS, "moment_bits": None, **_FLOATS}
+_FIRA = {**_GALORE_FLOATS, **_BETAS}
+# Side and storage of the subspace, whose method is part of what these are.
+_ALICE = {
+    name: value for name, value in {**_FIRA, "scale": 0.3, "b2": 0.9}.items()
+    if name not in ("subspace", "moments")
+}  # fmt: skip
+_APOLLO = {**_ALICE, "scale": 1.0, "b2": 0.999}
+_RACS = {"scale": 0.05, **_ADAMW, **_FLOATS}
 _PLAIN = Recipe(_cast(optax.adamw), {**_ADAMW, **_FLOATS})
 # As published code for language models has it: a given learning rate and a first moment.
 _ADAFACTOR = partial(
@@ -72,6 +97,13 @@ _ADAFACTOR = partial(
     multiply_by_parameter_scale=False,
     momentum=0.9,
     dtype_momentum=None,  # pyrefly: ignore[bad-argument-type] (the state's)
+)
+_RACS_OF = partial(
+    galore_optax.racs,
+    weight_dimension_numbers=dimension_numbers,  # pyrefly: ignore[bad-argument-type]
+)
+_SCALE_OF = partial(
+    galore_optax.scale_sgd, last_layer=_is_head, weight_dimension_numbers=_all_matrices
 )
 _GALORE_ADAFACTOR = partial(galore_optax.galore_adafactor, momentum=0.9)
 OPTIMIZERS: Mapping[str, Recipe] = {
@@ -85,6 +117,14 @@ OPTIMIZERS: Mapping[str, Recipe] = {
     "galore-adafactor": Recipe(_GALORE_ADAFACTOR, _GALORE_FLOATS, stacks=_vectors),
     "q-galore-adamw8bit": Recipe(galore_optax.q_galore_adamw8bit, _Q_GALORE, stacks=_vectors),
     "gradnorm-lorp-adamw": Recipe(galore_optax.gradnorm_lorp_adamw, _LORP, adapter="gradnorm-lorp"),
+    "fira-adamw": Recipe(galore_optax.fira_adamw, _FIRA, recovers=True),
+    "apollo-adamw": Recipe(galore_optax.apollo_adamw, _APOLLO, recovers=True),
+    "apollo-mini-adamw": Recipe(
+        galore_optax.apollo_mini_adamw, {**_APOLLO, "rank": 1, "scale": 128**0.5}, recovers=True
+    ),
+    "alice": Recipe(galore_optax.alice, _ALICE, recovers=True, learning_rate=0.02),
+    "racs": Recipe(_cast(_RACS_OF), _RACS, learning_rate=0.02),
+    "scale": Recipe(_cast(_SCALE_OF), {**_ADAMW, **_FLOATS}),
     "lora-adamw": _PLAIN._replace(adapter="lora"),
     "relora-adamw": _PLAIN._replace(adapter="relora"),
     "qlora-adamw": _PLAIN._replace(adapter="qlora"),

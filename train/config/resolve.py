@@ -64,12 +64,16 @@ def with_options(config: Config) -> tuple[Config, dict[str, Any]]:
 
 def fill(config: Config, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Config:
     """Fills in the options' defaults, and those of a row of `train.config.defaults`."""
-    family = "galore" if "scale" in OPTIMIZERS[config.optimizer].options else "full"
-    if "weight_bits" in OPTIMIZERS[config.optimizer].options:
+    recipe = OPTIMIZERS[config.optimizer]
+    family = "galore" if "update_proj_gap" in recipe.options else "full"
+    if "weight_bits" in recipe.options:
         family = "q_galore"
     unused = checks.OPTIONS - set(options)
+    # A recipe's own value goes before a model's.
+    unused |= {name for name, value in options.items() if value is not None}
     used = {name: value for name, value in defaults.items() if name not in unused}
-    return fill_open(config, {**options, **used, "learning_rate": defaults[family]})
+    rate = recipe.learning_rate or defaults[family]
+    return fill_open(config, {**options, **used, "learning_rate": rate})
 
 
 def fill_rest(config: Config, options: Mapping[str, Any], adamw_state: Any) -> Config:

@@ -54,7 +54,24 @@ def test_the_names_are_those_of_the_models_and_optimizers():
 def test_every_default_is_accepted(model, optimizer):
     config = resolve(Pretrain(model=model, optimizer=optimizer))
     assert config.batch_size % config.accumulate == 0
-    assert (config.rank is None) == (optimizer in ("adamw", "adamw8bit", "adafactor"))
+    without = ("adamw", "adamw8bit", "adafactor", "racs", "scale")
+    assert (config.rank is None) == (optimizer in without)
+
+
+def test_the_defaults_of_other_ways_back_are_the_papers_of_every_model():
+    found = {
+        name: (c.rank, c.scale, c.learning_rate, c.b2)
+        for name in ("fira-adamw", "apollo-adamw", "apollo-mini-adamw", "alice", "racs")
+        for c in [resolve(Pretrain(model="llama-60m", optimizer=name))]
+    }
+    assert found == {
+        "fira-adamw": (128, 0.25, 0.01, 0.999),
+        "apollo-adamw": (128, 1.0, 0.01, 0.999),
+        "apollo-mini-adamw": (1, 128**0.5, 0.01, 0.999),
+        "alice": (128, 0.3, 0.02, 0.9),
+        "racs": (None, 0.05, 0.02, 0.999),
+    }
+    assert resolve(Pretrain(optimizer="apollo-mini-adamw", rank=4)).rank == 4
 
 
 def test_microbatches_are_the_largest_that_divide_any_batch():
@@ -265,6 +282,12 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ),
         ("--restart-every 5 --optimizer lora-adamw", "--adapter relora, --adapter gradnorm-lorp"),
         ("--rank 129 --optimizer lora-adamw", "smaller side of a matrix, 128 in tiny"),
+        ("--side both --optimizer fira-adamw", "--side both: --optimizer fira-adamw needs a s"),
+        (
+            "--accumulate-in-subspace --optimizer alice",
+            "--accumulate-in-subspace: --optimizer alice needs whole gradients; leave it out or",
+        ),
+        ("--moments keep --optimizer apollo-adamw", "--moments keep has no effect with --opt"),
         ("--gradient-rank 8 --optimizer lora-adamw", "choose one of gradnorm-lorp-adamw"),
         (
             "--gradient-rank 8 --rank 8 --optimizer gradnorm-lorp-adamw",
