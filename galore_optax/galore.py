@@ -182,6 +182,11 @@ def galore(
             f"subspace={subspace!r} needs the gradient itself, which sum_over={sum_over} avoids: "
             f"choose one of {', '.join(BY_PRODUCTS)}, or leave sum_over out"
         )
+    if sum_over and recover != "project":
+        raise ValueError(
+            f"recover={checks.said(recover)} needs the gradient itself, which sum_over={sum_over} "
+            'avoids: choose recover="project", or leave sum_over out'
+        )
     check_gap(update_proj_gap, Staggered, Adaptive)
     tx = explain_sharding_errors(optax.with_extra_args_support(inner))
     return transformation(

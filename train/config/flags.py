@@ -74,7 +74,7 @@ class OptimizerFlags:
     """Optimizer."""
 
     optimizer: Optimizer = "galore-adamw"
-    """Optimizer; the last four come with the adapter of their name."""
+    """Optimizer; the last four with the adapter of their name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +124,10 @@ class GaLoreFlags:
     """Steps between two refreshes of GaLore's subspaces. Default: 200; 500 for llama-7b, 100 for
     tiny."""
     scale: float | None = None
-    """Factor of projected updates, and of those of racs. Default: 0.25, or the method's own."""
+    """Factor of projected updates and of racs. Default: 0.25, or as published."""
     subspace: Literal["randomized", "power", "svd", "random", "switched", "sampled"] | None = None
-    """How GaLore finds a subspace: a randomized range finder, the same from the last basis (power:
-    fastest), the exact SVD (as published), at random, or as in Alice or SARA. Default:
-    randomized."""
+    """How GaLore finds a subspace: a randomized range finder, the same from the last basis (power),
+    the exact SVD (published), at random, or as Alice or SARA. Default: randomized."""
     moments: Literal["rotate", "keep", "reset"] | None = None
     """What GaLore does to moments at a refresh: carry them over, keep them (as published) or reset
     them. Default: rotate."""

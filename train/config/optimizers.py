@@ -48,16 +48,16 @@ def _vectors(params: dict[str, Any]) -> Any:
 
 
 def _is_head(params: Any) -> Any:
-    """Selects the last layer: the head, or the embedding where there is none (tied weights)."""
-    last = "head" if "head" in params else "embedding"
+    """Selects the last layer: the head, or the embedding if that is the head, too."""
+    names = ("head", "classifier", "embedding")
+    last = next((name for name in names if name in params), None)
     return {name: jax.tree.map(lambda _, own=name == last: own, x) for name, x in params.items()}
 
 
 def _all_matrices(params: Any) -> Any:
-    """Dimension numbers of the layers' matrices, the embedding and the head."""
-    matrix = GaLoreDimensionNumbers()
-    tables = {name: matrix for name in ("embedding", "head") if name in params}
-    return {**dimension_numbers(params), **tables}
+    """Dimension numbers of the layers' matrices, the embedding and the head (vocabulary, width)."""
+    tables = {"embedding": GaLoreDimensionNumbers(0, 1), "head": GaLoreDimensionNumbers(1, 0)}
+    return {**dimension_numbers(params), **{k: v for k, v in tables.items() if k in params}}
 
 
 # The optimizers' arguments that have other names than the settings.

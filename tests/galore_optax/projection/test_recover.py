@@ -162,6 +162,8 @@ def test_a_sum_of_projected_gradients_is_refused():
         parts.update_projected(parts.project(params, state), state, params)
     with pytest.raises(ValueError, match=r'accumulate_in_subspace=True.*recover="project"'):
         Layerwise(MODEL, tx, accumulate_in_subspace=True)
+    with pytest.raises(ValueError, match=r"recover='fira' needs .* or leave sum_over out"):
+        one("fira", sum_over="data")
 
 
 @pytest.mark.parametrize(
