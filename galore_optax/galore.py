@@ -172,11 +172,6 @@ def galore(
     sum_over = (sum_over,) if isinstance(sum_over, str) else tuple(sum_over)
     for axis in sum_over:
         checks.instance(axis, "sum_over", str)
-    if sum_over and recover != "project":
-        raise ValueError(
-            f"recover={checks.said(recover)} needs the gradient itself, which sum_over={sum_over} "
-            'avoids: choose "project", or leave sum_over out'
-        )
     if sum_over and not callable(subspace) and subspace not in BY_PRODUCTS:
         raise ValueError(
             f"subspace={subspace!r} needs the gradient itself, which sum_over={sum_over} avoids: "

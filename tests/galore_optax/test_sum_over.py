@@ -74,7 +74,5 @@ def test_devices_gradients_give_the_update_of_their_sum_and_no_gradient_is_sent(
 def test_what_needs_the_gradient_itself_is_refused():
     with pytest.raises(ValueError, match="subspace='svd' needs the gradient itself"):
         galore(8, optax.sgd(1.0), subspace="svd", sum_over="data")
-    with pytest.raises(ValueError, match="recover='fira' needs the gradient itself"):
-        galore(8, optax.sgd(1.0), recover="fira", sum_over="data")
     with pytest.raises(ValueError, match="sum_over=3 is not of type str"):
         galore(8, optax.sgd(1.0), sum_over=(3,))
