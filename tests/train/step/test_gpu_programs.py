@@ -1,7 +1,8 @@
 """A step of every optimizer and adapter, and of a mesh, compiled for GPUs: what they do there.
 
-`gpu_programs.json` has the kernels and bytes of each program, with all subspaces refreshed too, and
-on several cards the bytes that are sent. This rewrites it, and prints what changed:
+`gpu_programs.json` has the kernels and bytes of each program: on one card with all subspaces
+refreshed too, on several of a step without a refresh, with the bytes that are sent. This rewrites
+it, and prints what changed:
 
     JAX_PLATFORMS=cpu PYTHONPATH=.:tests python -m tests.train.step.test_gpu_programs
 """
@@ -25,7 +26,6 @@ from train.config.resolve import resolve
 from train.config.settings import Pretrain
 from train.config.weights import ADAPTERS, stored_weights
 from train.memory.cards import Card, can_compile, devices, find_card
-from train.memory.plan import compiled_steps
 from train.memory.program import count
 from train.plan import programs_of
 
@@ -79,7 +79,9 @@ def program(card_name: str, case: str) -> str:
     """The text of a case's program for a card."""
     card = find_card(card_name)
     if case in MESHES:
-        return compiled_steps(programs_of(settings(**MESHES[case]), card))[-1].as_text() or ""
+        parts = programs_of(settings(**MESHES[case]), card)
+        lowered = parts.step_without_refresh.lower(parts.abstract, parts.batch)
+        return lowered.compile().as_text() or ""
     return step_of_a_stack(card, settings(**STEPS[case]))
 
 
