@@ -114,6 +114,14 @@ def everything_in(folder: Path) -> dict[str, bytes]:
     }
 
 
+def spoil(checkpoint: Path) -> None:
+    """Changes one byte in each file of the weights' numbers."""
+    for path in checkpoint.glob("params/**/d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
 def unfinished(whole: Path, tmp_path: Path, *lost: str) -> Path:
     """A copy of a run without its summary and some of its checkpoints."""
     copy = tmp_path / "run"

@@ -32,8 +32,8 @@ class Evaluate:
     """Print the perplexity of a run's best checkpoint, or of a model of transformers, on text."""
 
     data: tuple[str, ...]
-    """Files of text: each is one document, but in JSON lines (.jsonl, .json) each line's `text` is;
-    .gz is unpacked."""
+    """Files, folders or quoted patterns: a plain text (.txt, .md) is one document, and so is each
+    `text` in JSON (.jsonl, .json) and Parquet; .gz is unpacked."""
     run: str | None = None
     """Folder of a run."""
     init: str | None = None

@@ -6,7 +6,7 @@ A run's folder gets what one of train.pretrain gets, and predictions.tsv.
 from functools import partial
 
 from train.config.finetune import Finetune, check_given, resolve
-from train.config.resolve import load
+from train.config.resolve import load, settings_file
 from train.config.settings import expand_home
 from train.data.glue import TRAIN, load_examples
 from train.run.cli import run
@@ -30,4 +30,10 @@ def main(config: Finetune) -> int:
 
 
 if __name__ == "__main__":
-    run(main, Finetune, "python -m train.finetune", load=partial(load, kind=Finetune))
+    run(
+        main,
+        Finetune,
+        "python -m train.finetune",
+        load=partial(load, kind=Finetune),
+        settings_file=settings_file,
+    )

@@ -6,6 +6,7 @@ A run's folder gets what train.pretrain's does, and train.generate and train.exp
 from functools import partial
 
 from train.config.finetuning import load_finetuning, resolve_finetuning
+from train.config.resolve import settings_file
 from train.config.settings import FinetuneLM
 from train.run.cli import run
 from train.run.finetuning import assemble, count_steps
@@ -20,4 +21,10 @@ def main(config: FinetuneLM) -> int:
 
 
 if __name__ == "__main__":
-    run(main, FinetuneLM, "python -m train.finetune_lm", load=load_finetuning)
+    run(
+        main,
+        FinetuneLM,
+        "python -m train.finetune_lm",
+        load=load_finetuning,
+        settings_file=settings_file,
+    )

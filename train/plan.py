@@ -131,7 +131,7 @@ def main(config: Plan) -> int:
     plans = {name: one for name, (one, _) in found.items()}
     if config.plot is not None:
         sizes = {name: one.parts() for name, one in plans.items()}
-        plot_plan(sizes, Path(config.plot), _title(short_name(first.model)))
+        plot_plan(sizes, Path(config.plot), _title_of(first))
     if config.json:
         texts = {name: {**one.as_json(), **does} for name, (one, does) in found.items()}
         print(json.dumps(texts if len(texts) > 1 else next(iter(texts.values())), indent=1))
@@ -207,6 +207,13 @@ def _title(name: str) -> str:
     return f"{name}: memory of one device"
 
 
+def _title_of(config: Resolved) -> str:
+    """The title of a picture, with the sizes of a step."""
+    parts = f" in {config.accumulate} microbatches" if config.accumulate > 1 else ""
+    batch = f"batch {config.batch_size} x {config.seq_len} tokens{parts}"
+    return _title(f"{short_name(config.model)}, {batch}")
+
+
 def _resolved(config: Plan, **changes: Any) -> Resolved:
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(Pretrain)}
     return resolve(Pretrain(**{**own, **changes}))
@@ -235,7 +242,7 @@ def _for_card(config: Plan, size: float) -> int:
     command = _command(config, method, resolved)
     model = short_name(resolved.model)
     if config.plot is not None:
-        plot_plan({resolved.optimizer: one.parts()}, Path(config.plot), _title(model))
+        plot_plan({resolved.optimizer: one.parts()}, Path(config.plot), _title_of(resolved))
     if config.json:
         said = {"recipe": name, "command": command, "as_asked": not other}
         print(json.dumps({**said, **one.as_json()}, indent=1))

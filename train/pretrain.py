@@ -5,7 +5,7 @@ A run's folder gets config.json, metrics.jsonl, tensorboard/, checkpoints/, summ
 
 from functools import partial
 
-from train.config.resolve import load, resolve
+from train.config.resolve import load, resolve, settings_file
 from train.config.settings import Pretrain
 from train.run.assemble import assemble
 from train.run.cli import run
@@ -23,4 +23,4 @@ def main(config: Pretrain) -> int:
 
 
 if __name__ == "__main__":
-    run(main, Pretrain, "python -m train.pretrain", load=load)
+    run(main, Pretrain, "python -m train.pretrain", load=load, settings_file=settings_file)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_run import ADAMW, MICRO, small, topics
+from small_run import ADAMW, MICRO, small, spoil, topics
 from tokenizer_file import write_tokenizer
 
 from models.hugging_face.llama import load_llama, save_llama
@@ -60,7 +60,7 @@ def test_a_run_on_its_validation_text_has_its_loss_per_token_and_per_byte(run, c
 
 def test_a_damaged_checkpoint_is_named_beside_the_json(run, tmp_path, capsys):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    (copy / "checkpoints" / "2" / "params" / "_METADATA").unlink()
+    spoil(copy / "checkpoints" / "2")
     with pytest.raises(ValueError, match=r"no checkpoint in .* that can be read"):
         evaluated(capsys, run.parent / "text.jsonl", run=str(copy))
     assert "checkpoint 2 is damaged" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_a_run_learns_the_answers_and_is_read_by_other_commands(finished, folder
     assert found["eval_loss", steps] < 0.9 * found["eval_loss", 0]
     config = load_run(finished / "config.json")
     assert (config.command, config.steps, config.model) == (
-        "train.finetune_lm", steps, str(folder / "config.json")
+        "train.finetune_lm", steps, str(finished / "model" / f"{folder.name}.json")
     )  # fmt: skip
     # Each answer has one to two digits and its end; 57 examples are learnt.
     tokens = [found["tokens", step] for step in range(1, steps + 1)]

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_run import small
+from small_run import small, spoil
 from tokenizer_file import write_tokenizer
 
 from train.generate import Generate, main
@@ -44,7 +44,7 @@ def test_the_best_checkpoint_is_used_and_a_damaged_one_passed_over(run, tmp_path
         assert checkpoints.best_first() == [4, 3]
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    (copy / "checkpoints" / "4" / "params" / "_METADATA").unlink()
+    spoil(copy / "checkpoints" / "4")
     assert "checkpoint 4 is damaged and passed over" in sampled(copy, capsys)
 
 
@@ -76,17 +76,21 @@ def test_a_config_json_that_the_checkpoint_was_not_made_with_is_refused(run, tmp
         main(Generate(run=str(copy)))
 
 
-def test_a_tokenizer_that_has_changed_since_the_training_is_refused(tmp_path, capsys):
+def test_a_run_has_a_tokenizer_of_its_own_and_a_changed_copy_is_refused(tmp_path, capsys):
     path, words = tmp_path / "tokenizer.json", {"<unk>": 0, "</s>": 1, "the": 2, "a": 3}
     write_tokenizer(path, words, ["</s>"])
+    run = tmp_path / "run"
     common = {"optimizer": "adamw", "rank": None, "update_proj_gap": None, "tokenizer": str(path)}
     settings = {**common, "prompt": "a", "steps": 1, "warmup_steps": 0, "eval_every": 1}
-    assert pretrain(small(tmp_path / "run", **settings)) == 0
-    assert sampled(tmp_path / "run", capsys, prompt="a")
-    write_tokenizer(path, words | {"the": 3, "a": 2}, ["</s>"])
+    assert pretrain(small(run, **settings)) == 0
+    first = sampled(run, capsys, prompt="a")
+    path.unlink()
+    moved = run.rename(tmp_path / "moved")
+    assert sampled(moved, capsys, prompt="a") == first
+    write_tokenizer(moved / "tokenizer" / path.name, words | {"the": 3, "a": 2}, ["</s>"])
     message = r"another run: content of the tokenizer is '.*, </s>' there and '.*, </s>' here"
     with pytest.raises(ValueError, match=message):
-        main(Generate(run=str(tmp_path / "run")))
+        main(Generate(run=str(moved)))
 
 
 @pytest.mark.parametrize(

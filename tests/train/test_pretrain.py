@@ -24,6 +24,7 @@ from small_run import (
     losses,
     run_killed,
     small,
+    spoil,
     topics,
     unfinished,
 )
@@ -31,6 +32,7 @@ from small_run import (
 from train import pretrain
 from train.config.resolve import load, resolve
 from train.config.settings import Pretrain
+from train.data.text import SPLITS
 from train.pretrain import main
 from train.run import assemble, training
 from train.run.metrics import MetricsLog, read_metrics
@@ -209,11 +211,12 @@ def test_a_run_goes_on_with_other_devices_and_workers(finished, tmp_path):
 
 def test_a_run_does_not_go_on_with_another_text(finished, tmp_path, monkeypatch):
     config = resolve(small(unfinished(finished, tmp_path), resume=True))
-    text = topics("train")
-    for documents, expected in ((text, None), (text[:-1], "another run: content of the text is ")):
-        monkeypatch.setattr(assemble, "load_text", lambda *_, documents=documents: documents)
+    for name, expected in ((None, None), ("train", "the text"), ("validation", "the validation t")):
+        found = {split: topics(split)[: -1 if split == name else None] for split in SPLITS}
+        monkeypatch.setattr(assemble, "load_text", lambda _, split, *__, found=found: found[split])
         run = Training(config, assemble.assemble(config, print), StopRequest(), print)
-        with pytest.raises(ValueError, match=expected) if expected else nullcontext():
+        error = pytest.raises(ValueError, match=f"another run: content of {expected}")
+        with error if expected else nullcontext():
             run._restore()
 
 
@@ -248,7 +251,7 @@ def test_the_first_step_after_resuming_takes_the_time_since_then(finished, tmp_p
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, tmp_path, capsys):
     out = unfinished(finished, tmp_path)
-    (out / "checkpoints" / "14" / "params" / "_METADATA").unlink()
+    spoil(out / "checkpoints" / "14")
     assert main(small(out, resume=True)) == 0
     said = capsys.readouterr().out
     assert "checkpoint 14 is damaged and passed over" in said
@@ -398,7 +401,7 @@ def test_too_many_such_steps_stop_the_run_and_name_the_last_good_checkpoint(
     poison(monkeypatch, set(range(6, 100)), only_gradient=False)
     settings = {"optimizer": "adamw", "rank": None, "update_proj_gap": None, "max_skipped": 3}
     assert main(small(tmp_path / "run", **settings)) == 1
-    said = capsys.readouterr().out.strip().splitlines()[-1]
+    said = capsys.readouterr().out.strip().splitlines()[-2]
     assert "stopped: 3 steps in a row" in said
     last = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert said.count(str(tmp_path / "run" / "checkpoints" / str(last))) == 1
@@ -413,14 +416,14 @@ def test_a_checkpoint_of_ruined_weights_is_not_called_good(tmp_path, monkeypatch
     settings = ADAMW | {"save_every": 1, "max_skipped": 3}
     # The first update ruins the weights.
     assert main(small(tmp_path / "ruined", learning_rate=1e20, **settings)) == 1
-    said = capsys.readouterr().out.strip().splitlines()[-1]
+    said = capsys.readouterr().out.strip().splitlines()[-2]
     assert "3 steps in a row" in said
     assert "; there is no good checkpoint; " in said
     assert checkpoints(tmp_path / "ruined") == {"1"}
     # What the last update made of the weights has given no loss.
     poison(monkeypatch, set(range(6, 100)), only_gradient=False)
     assert main(small(tmp_path / "run", **settings)) == 1
-    said = capsys.readouterr().out.strip().splitlines()[-1]
+    said = capsys.readouterr().out.strip().splitlines()[-2]
     assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '4'};" in said
     assert checkpoints(tmp_path / "run") == {"4", "5"}
 

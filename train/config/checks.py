@@ -31,6 +31,7 @@ _AT_LEAST = {
     "keep": 1, "log_every": 1, "patience": 1, "max_skipped": 1, "workers": 0, "seed": 0,
     "gradient_rank": 1, "restart_every": 1, "restart_warmup": 0, "decay_steps": 1,
     "processes": 1, "process": 0,
+    "profile": 1, "sample_every": 1,
 }  # fmt: skip
 _POSITIVE = ("scale", "learning_rate", "clip_norm", "alpha", "eps")
 _SHARES = ("b1", "b2", "dropout")

@@ -12,7 +12,7 @@ from models.llama.axes import sides_in
 from train.config import checks
 from train.config.flags import TrainingFlags
 from train.config.optimizers import OPTIMIZERS
-from train.config.resolve import fill, fill_rest, with_options
+from train.config.resolve import fill, fill_rest, reopened, with_options
 from train.config.settings import ResolvedTraining, expand_home, flag
 
 GlueTask = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
@@ -113,7 +113,7 @@ _RATES: Mapping[int, Mapping[str, float]] = {
 def resolve(config: Finetune, examples: int) -> ResolvedFinetune:
     """Fills in the defaults for so many examples to train on, and checks each value."""
     checks.check_types(config)
-    config = expand_home(config)
+    config = reopened(expand_home(config))
     check_given(config)
     checks.check_adapter(config)
     task, model = str(config.task), read_config(Path(str(config.init)))

@@ -16,6 +16,7 @@ from train.config.resolve import (
     fill_open,
     fill_rest,
     load,
+    reopened,
     with_options,
 )
 from train.config.settings import (
@@ -23,9 +24,8 @@ from train.config.settings import (
     Pretrain,
     ResolvedFinetuneLM,
     expand_home,
-    read_fields,
 )
-from train.config.source import sizes, with_model
+from train.config.source import read_settings, sizes, with_model
 from train.config.weights import ADAPTERS_ONLY
 
 Settings = TypeVar("Settings", bound=FinetuneLM)
@@ -42,7 +42,7 @@ def resolve_finetuning(
     `count_steps` counts the steps of some epochs if the settings do not say them.
     """
     checks.check_types(config)
-    config = expand_home(config)
+    config = reopened(expand_home(config))
     for name, what in (("init", "a folder with a model"), ("data", "the files to learn from")):
         if not getattr(config, name):
             raise ValueError(f"--{name} is needed: {what}")
@@ -52,7 +52,9 @@ def resolve_finetuning(
         raise ValueError(f"--epochs {config.epochs}: expected a positive number")
     checks.check_adapter(config)
     named: dict[str, Any] = {n: getattr(config, n) for n in ("init", "tokenizer", "end_token")}
-    source = with_model(Pretrain(**named, resume=config.resume))
+    # A resumed run has a copy of the model's sizes.
+    own = read_settings(config.config).get("model") if config.resume and config.config else None
+    source = with_model(Pretrain(**named, model=own, resume=config.resume))
     config, options = with_options(config)
 
     adapter, (size, _) = config.adapter is not None, sizes(source)
@@ -93,7 +95,7 @@ def resolve_finetuning(
 
 def load_finetuning(path: str | os.PathLike[str]) -> FinetuneLM:
     """Reads a config.json of train.finetune_lm; raises ValueError if it cannot be read as one."""
-    fields = read_fields(path)
+    fields = read_settings(path)
     if fields.pop("command", None) != FinetuneLM.command:
         raise ValueError(f"{path} is not a config.json of {FinetuneLM.command}")
     fields.pop("model", None)  # that of --init
@@ -102,7 +104,7 @@ def load_finetuning(path: str | os.PathLike[str]) -> FinetuneLM:
 
 def load_run(path: str | os.PathLike[str]) -> Pretrain | ResolvedFinetuneLM:
     """Reads a run's config.json, of whatever command that trains a language model."""
-    fields = read_fields(path)
+    fields = read_settings(path)
     if fields.get("command") != FinetuneLM.command:
         return load(path)
     fields.pop("command")

@@ -270,6 +270,11 @@ class RunFlags:
     patience: int | None = None
     """The run ends after this many evaluations in a row that were no better than the best before.
     Default: it never ends early."""
+    profile: int | None = None
+    """Steps to trace, from the third on. TensorBoard and Perfetto show the trace in profile/ of the
+    run. Default: none."""
+    track: Literal["wandb"] | None = None
+    """Service that gets the metrics, too. Its package must be installed. Default: none."""
     max_skipped: int = 10
     """The run stops after this many steps in a row whose loss or gradient is not finite."""
     seed: int = 0
@@ -292,7 +297,16 @@ class TextRunFlags:
     workers: int = 0
     """Processes that read and tokenize; 0: the training process does."""
     prompt: str = "The "
-    """Prompt of the text that is sampled at the end."""
+    """Prompt of the text that is sampled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleFlags:
+    """The run."""
+
+    sample_every: int | None = None
+    """Steps between two samples of text. They are kept in samples/ of the run. Default: only one at
+    the end."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from train.config import checks
 from train.config.defaults import DEFAULTS, PAPER
 from train.config.flags import TrainingFlags
 from train.config.optimizers import OPTIMIZERS
-from train.config.settings import NOT_STORED, Pretrain, Resolved, expand_home, read_fields
-from train.config.source import short_name, sizes, with_model
+from train.config.settings import NOT_STORED, Pretrain, Resolved, expand_home
+from train.config.source import read_settings, short_name, sizes, with_model
 from train.config.weights import ADAPTERS
 
 Config = TypeVar("Config", bound=TrainingFlags)
@@ -21,7 +21,7 @@ def resolve(config: Pretrain) -> Resolved:
     """Fills in the defaults, and checks each value that can be checked without the data."""
     checks.check_types(config)
     checks.check_model(config)
-    config = expand_home(config)
+    config = reopened(expand_home(config))
     checks.check_adapter(config)
     config = with_model(config)
     config, options = with_options(config)
@@ -108,7 +108,7 @@ def fill_rest(config: Config, options: Mapping[str, Any], adamw_state: Any) -> C
 
 def load(path: str | os.PathLike[str], kind: type[Config] = Pretrain) -> Config:
     """Reads a config.json of a kind of settings; raises ValueError if it cannot be read as one."""
-    fields = read_fields(path)
+    fields = read_settings(path)
     known = {f.name for f in dataclasses.fields(kind)} - set(NOT_STORED)
     if unknown := ", ".join(sorted(set(fields) - known)):
         raise ValueError(f"{path} is not a config.json of {kind.command}: unknown {unknown}")
@@ -117,6 +117,32 @@ def load(path: str | os.PathLike[str], kind: type[Config] = Pretrain) -> Config:
     if isinstance(config, Pretrain):
         checks.check_model(config)
     return config
+
+
+def settings_file(config: TrainingFlags) -> str | None:
+    """The config.json whose settings the flags override: --config, or that of the resumed run."""
+    if config.config is not None or not config.resume:
+        return config.config
+    out = config.out
+    if out is None and isinstance(config, Pretrain):
+        out = default_out(config, with_model(config).model)
+    file = None if out is None else os.path.join(out, "config.json")
+    return file if file is not None and os.path.isfile(file) else None
+
+
+def reopened(config: Config) -> Config:
+    """Leaves open again what --config says of a schedule, or a clipping, that a flag replaces."""
+    if config.config is None:
+        return config
+    base, opened = read_settings(config.config), set()
+    if config.schedule != base.get("schedule"):
+        opened |= {"floor", "decay_steps"}
+    if config.clip_norm is None and config.clip is not None:
+        opened |= {"clip"}
+    same: dict[str, Any] = {
+        name: None for name in opened if getattr(config, name) == base.get(name)
+    }
+    return dataclasses.replace(config, **same)
 
 
 def fewest_parts(batch: int, rows: Any) -> int:

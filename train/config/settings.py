@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from train.config.flags import (
     LayerwiseFlags,
     OwnTextFlags,
+    SampleFlags,
     TextFlags,
     TextRunFlags,
     TrainingFlags,
@@ -18,16 +18,14 @@ from train.config.flags import (
 # How a run is started, not what it is: these are not in config.json. The steps say the epochs.
 NOT_STORED = (
     "out", "resume", "config", "epochs", "processes", "process", "coordinator", "launcher",
+    "profile",
 )  # fmt: skip
-# What a resumed run may change: none of it changes the updates beyond rounding.
-MAY_CHANGE = (
-    "data_dir", "eval_data", "mesh", "workers", "rematerialize", "deterministic",
-    "save_every", "keep", "log_every", "patience", "max_skipped", "prompt",
-)  # fmt: skip
+# In config.json beside the settings: a list of what was changed when the run was resumed.
+HISTORY = "history"
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrain(TextRunFlags, LayerwiseFlags, TrainingFlags, TextFlags):
+class Pretrain(SampleFlags, TextRunFlags, LayerwiseFlags, TrainingFlags, TextFlags):
     """Pre-train a LLaMA. Without any flag: `tiny` with GaLore on text that ships with Python."""
 
     command = "train.pretrain"
@@ -38,7 +36,7 @@ class Pretrain(TextRunFlags, LayerwiseFlags, TrainingFlags, TextFlags):
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneLM(LayerwiseFlags, TrainingFlags, OwnTextFlags):
+class FinetuneLM(SampleFlags, LayerwiseFlags, TrainingFlags, OwnTextFlags):
     """Fine-tune a LLaMA on your own text, on prompts with completions, or on chats.
 
     Of prompts and chats only the answers are learnt.
@@ -157,11 +155,6 @@ def to_json(config: TrainingFlags) -> dict[str, Any]:
     return named | fields
 
 
-def lasting(config: TrainingFlags) -> dict[str, Any]:
-    """The settings that a resumed run may not change."""
-    return {k: v for k, v in to_json(config).items() if k not in MAY_CHANGE}
-
-
 def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the fields of a config.json; raises ValueError if it cannot be read as one."""
     try:
@@ -174,12 +167,3 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is not a config.json of train.pretrain: it holds no object")
     return fields
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The settings that keep a run with `new` from resuming one with `old`, a phrase for each."""
-    return [
-        f"{flag(name)} {old.get(name)} (now {new.get(name)})"
-        for name in sorted({*old, *new} - set(MAY_CHANGE))
-        if old.get(name) != new.get(name)
-    ]

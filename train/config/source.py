@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.hugging_face.files import read_json
 from models.hugging_face.llama_config import from_theirs, to_theirs
 from models.llama.config import SIZES, LlamaConfig, TokenIds
-from train.config.settings import Pretrain, ResolvedText
+from train.config.settings import HISTORY, Pretrain, ResolvedText, read_fields
 
 
 class _Folder(NamedTuple):
@@ -29,7 +30,9 @@ def with_model(config: Pretrain) -> Pretrain:
         model = os.path.abspath(model)
         if not os.path.isfile(model):
             raise ValueError(f"--model {model}: there is no such file")
-    if config.init is not None:
+    # A resumed run has its own copies, and weights in its checkpoints.
+    known = config.resume and model is not None and tokenizer is not None
+    if config.init is not None and not (known and not os.path.exists(config.init)):
         config = dataclasses.replace(config, init=os.path.abspath(config.init))
         found = _folder(Path(str(config.init)))
         if model is None:
@@ -69,10 +72,16 @@ def sizes(config: Pretrain | ResolvedText) -> tuple[LlamaConfig, bool]:
 
     A preset leaves the vocabulary to the tokenizer.
     """
-    if config.init is not None and not is_run(config.init):
-        return _read(os.path.join(config.init, "config.json")), True
+    file = model_file(config)
+    return _read(file or config.model or "tiny"), file is not None
+
+
+def model_file(config: Pretrain | ResolvedText) -> str | None:
+    """The config.json of transformers that has the sizes of a run's model; None: a preset's."""
     model = config.model or "tiny"
-    return _read(model), model not in SIZES
+    if model in SIZES and config.init is not None and not is_run(config.init):
+        return os.path.join(config.init, "config.json")
+    return None if model in SIZES else model
 
 
 def made_of(config: Pretrain | ResolvedText, model: LlamaConfig) -> dict[str, Any]:
@@ -95,8 +104,24 @@ def _folder(folder: Path) -> _Folder:
         tokenizer = folder / "tokenizer.json"
         beside = str(tokenizer) if tokenizer.is_file() else None
         return _Folder(str(folder / "config.json"), beside, None)
-    run = read_json(folder / "config.json")
+    run = read_settings(folder / "config.json")
     return _Folder(run["model"], run["tokenizer"], run.get("end_token"))
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in a run's config.json, without their history; see `with_copies`."""
+    fields = with_copies(Path(path).parent, read_fields(path))
+    return {name: value for name, value in fields.items() if name != HISTORY}
+
+
+def with_copies(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings, with the copies in its folder as the paths of what it needs."""
+    own = {
+        name: folder / name / Path(str(fields.get(name))).name
+        for name in ("tokenizer", "chat_template")
+    }
+    own["model"] = folder / "model" / f"{short_name(fields.get('model'))}.json"
+    return {**fields, **{k: str(path.absolute()) for k, path in own.items() if path.is_file()}}
 
 
 def _check_same(config: Pretrain, model: str, found: str) -> None:

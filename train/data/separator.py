@@ -12,6 +12,16 @@ from models.hugging_face.files import read_json
 # Names of the token that ends a document, in common vocabularies.
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]", "[EOS]")
 
+# The files beside a tokenizer.json that say it: the tokenizer's, and a model's.
+_OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
+_OF_MODEL = ("generation_config.json", "config.json")
+
+
+def files_of(path: Path) -> list[Path]:
+    """A tokenizer's file, and those that belong to one named tokenizer.json."""
+    beside = [path.parent / name for name in (*_OF_TOKENIZER, *_OF_MODEL, "chat_template.jinja")]
+    return [path, *(p for p in beside if path.name == "tokenizer.json" and p.is_file())]
+
 
 def find_separator(tokenizer: Any, path: Path, named: str | None) -> int:
     """Returns the id of the token that ends a document; ValueError unless there is just one.
@@ -74,7 +84,7 @@ def _of_tokenizer(tokenizer: Any, path: Path, beside: Path | None) -> dict[str, 
     """The tokens that end a document by the files of a tokenizer."""
     last = _last_token(json.loads(tokenizer.to_str())["post_processor"])
     sources = {} if last is None else {"the post-processor": {last}}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    for name in _OF_TOKENIZER:
         token = _content(beside, name).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
@@ -91,7 +101,7 @@ def _of_tokenizer(tokenizer: Any, path: Path, beside: Path | None) -> dict[str, 
 def _of_model(beside: Path | None) -> dict[str, set[int]]:
     """The tokens that end a document by the files of a model, which may accept several."""
     sources = {}
-    for name in ("generation_config.json", "config.json"):
+    for name in _OF_MODEL:
         ids = _content(beside, name).get("eos_token_id")
         known = {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0}
         if known:

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import os
 import re
 import shlex
 import sysconfig
@@ -52,10 +53,11 @@ def load_text(
 
 
 def content_of(documents: Sequence[str] | Sequence[bytes]) -> str:
-    """A digest of the number of documents and of up to 65 of them."""
+    """A digest of the number of documents, of up to 65 of them, and of a data set's files."""
     count = len(documents)
     some = [documents[i] for i in range(0, count, max(1, count // 64))]
-    return hashlib.sha256(repr((count, some)).encode()).hexdigest()[:16]
+    found = (count, some, getattr(documents, "files", ()))
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
 class C4Text(Sequence[str]):
@@ -72,9 +74,11 @@ class C4Text(Sequence[str]):
         _check_file_format(folder)
         try:
             records: Any = tfds.data_source("c4/en", data_dir=data_dir, split=split, download=False)
+            self.files: list[tuple[str, int]] = []  # names and bytes
             for file in records.dataset_info.splits[split].filepaths:
                 if not file.exists():
                     raise FileNotFoundError(f"{file} is missing")
+                self.files.append((file.name, os.path.getsize(file)))
             records[0]
         # TFDS and array_record raise many unrelated types for damaged, incomplete or empty folders.
         except Exception as error:

@@ -5,6 +5,7 @@ import math
 import shlex
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from flax import nnx
 
 from galore_optax.adapters.base import merge
 from models.llama.config import flops_per_token
-from train.config.settings import Resolved, ResolvedText, lasting
-from train.config.source import made_of, short_name
+from train.config.resume import lasting
+from train.config.settings import Resolved, ResolvedText
+from train.config.source import made_of, model_file, short_name
 from train.data.loader import TrainingData, evaluation_batches
+from train.data.separator import files_of
 from train.data.sequences import Batch
 from train.data.text import content_of, load_text
 from train.data.tokenizer import Tokenizer, load_tokenizer
@@ -50,10 +53,20 @@ class TextParts(Parts):
 
     def leave(self, state: TrainState, log: Log) -> dict[str, Any]:
         """Prints samples; the summary has the last evaluation."""
-        self.sample(state.params, log)
+        self.keep_sample(state.params, int(state.step), log)
         lines = read_metrics(run_directory.directory(self.config))
         last = [line for line in lines if "eval_loss" in line][-1]
         return {name: value for name, value in last.items() if name != "step"}
+
+    def keep_sample(self, params: Params, step: int, log: Log) -> None:
+        """Prints a sample, and writes it into samples/ of the run."""
+        lines: list[str] = []
+        self.sample(params, lines.append)
+        folder = run_directory.directory(self.config) / "samples"
+        folder.mkdir(exist_ok=True)
+        text = "\n".join(lines)
+        run_directory.write_at_once(folder / f"{step}.txt", text + "\n")
+        log(text)
 
     def sample(self, params: Params, log: Log) -> None:
         """Prints a sample of text, or how to make one if processes share the weights."""
@@ -78,6 +91,18 @@ class TextParts(Parts):
         """What to do if a step takes more than the bytes of a device."""
         found = f"`{plan_command(self.config, available)}` finds what fits"
         return f"{self.config.less_memory}; {found}"
+
+
+def kept_files(config: ResolvedText) -> dict[str, dict[str, Path]]:
+    """The tokenizer's files, and the model's config.json: `train.config.source.with_copies`."""
+    kept = {}
+    if config.tokenizer != "bytes":
+        kept["tokenizer"] = {path.name: path for path in files_of(Path(config.tokenizer))}
+    if model := model_file(config):
+        kept["model"] = {f"{short_name(config.model)}.json": Path(model)}
+    if template := getattr(config, "chat_template", None):
+        kept["chat_template"] = {Path(template).name: Path(template)}
+    return kept
 
 
 def plan_command(config: ResolvedText, available: int) -> str:
@@ -126,7 +151,7 @@ def assemble(config: Resolved, log: Log) -> TextParts:
         **made_of(config, model),
         "content of the tokenizer": tokenizer.content,
         "content of the text": content_of(train_text),
-        **({"content of --eval-data": content_of(eval_text)} if config.eval_data else {}),
+        "content of the validation text": content_of(eval_text),
     }
     return TextParts(
         **vars(programs),
@@ -134,6 +159,8 @@ def assemble(config: Resolved, log: Log) -> TextParts:
         initial=partial(initial_state, config, programs),
         data=data,
         made_with=made_with,
+        sample_every=config.sample_every,
+        kept=kept_files(config),
         config=config,
         tokenizer=tokenizer,
         evaluation=evaluation,

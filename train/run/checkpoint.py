@@ -1,20 +1,18 @@
 """Checkpoints with Orbax: written in the background, the newest few and the best one kept.
 
 A checkpoint has `params`, `rest` (the other fields of the train state) and `progress` (JSON: what
-the host knows, the format's number, the step and the run). All three have the mark of the step and
-the run, so that parts of several are not mixed. Orbax renames a checkpoint from a temporary name
-when it is complete. Evaluation losses are in metrics.jsonl: a step may be evaluated after it is
-saved.
+the host knows, the format's number, the step and the run; shape and checksum of each array; and a
+checksum of all that). Orbax renames a checkpoint from a temporary name when it is complete.
+Evaluation losses are in metrics.jsonl: a step may be evaluated after it is saved.
 """
 
-import hashlib
 import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,13 +21,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from train.run.checksums import checksums, leaf_names
 from train.run.cli import one_line
 
 Tree = Any
 
 # Raise it whenever the layout of the train state or of `progress` changes. Checkpoints before 2
 # have no number.
-FORMAT = 3
+FORMAT = 4
 
 
 class Checkpoints(checkpoint_managers.PreservationPolicy):
@@ -90,21 +89,34 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         with _as_os_error(self.directory):
             # Orbax refuses steps up to its newest, which may be damaged checkpoints that the run
             # skipped when it was resumed.
-            for damaged in [other for other in self._manager.all_steps() if other >= step]:
-                self._manager.delete(damaged)
-            made = {"step": step, "run": self._run}
-            params, rest = ({"mark": _mark(made), "tree": tree} for tree in (params, rest))
-            progress = {"format": FORMAT, **made, "progress": progress}
+            self._drop(step)
+            content = {
+                "format": FORMAT,
+                "step": step,
+                "run": self._run,
+                "progress": progress,
+                "params": _described(params),
+                "rest": _described(rest),
+            }
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),  # pyrefly: ignore
                     rest=ocp.args.StandardSave(rest),  # pyrefly: ignore
-                    progress=ocp.args.JsonSave(progress),  # pyrefly: ignore
+                    progress=ocp.args.JsonSave(_sealed(content)),  # pyrefly: ignore
                 ),
             )
         if not saved:
             raise OSError(f"checkpoint of step {step} in {self.directory}: Orbax refused it")
+
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps; OSError if it cannot."""
+        with _as_os_error(self.directory):
+            self._drop(step + 1)
+
+    def _drop(self, first: int) -> None:
+        for step in [step for step in self._manager.all_steps() if step >= first]:
+            self._manager.delete(step)
 
     def check(self) -> None:
         """Raises OSError if writing in the background has failed."""
@@ -141,14 +153,17 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         kept = {*steps[-self._keep :], *sorted(steps, key=self._rank)[:1]}
         return [not self._prune or checkpoint.step in kept for checkpoint in checkpoints]
 
-    def restore(self, params: Tree, rest: Tree) -> tuple[int, Tree, Tree, dict[str, Any]] | None:
+    def restore(
+        self, params: Tree, rest: Tree, *, before: int | None = None
+    ) -> tuple[int, Tree, Tree, dict[str, Any]] | None:
         """Reads the newest checkpoint that is not damaged; None if there is no checkpoint.
 
-        `params` and `rest` are trees of `ShapeDtypeStruct`s with the shardings to restore to.
-        Returns the step, both, and the progress. Raises ValueError if the checkpoint has another
-        format, model or optimizer, or if all are damaged.
+        Only those of steps `before` a step count. `params` and `rest` are trees of
+        `ShapeDtypeStruct`s with the shardings to restore to. Returns the step, both, and the
+        progress. Raises ValueError if the checkpoint has another format, model or optimizer, or if
+        all are damaged.
         """
-        steps = self.steps()
+        steps = [step for step in self.steps() if before is None or step < before]
         for step in reversed(steps):
             if found := self._read(step, {"params": params, "rest": rest}):
                 return step, found["params"], found["rest"], found["progress"]
@@ -170,35 +185,30 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         try:
             args = ocp.args.Composite(progress=ocp.args.JsonRestore())  # pyrefly: ignore
             found = dict(self._manager.restore(step, args=args)["progress"])
-            metadata = self._manager.item_metadata(step)
-            unreadable = [name for name in wanted if metadata[name] is None]
-            if unreadable:
-                raise ValueError(f"{', '.join(unreadable)} cannot be read")
-            stored = {name: metadata[name].tree for name in wanted}
+            written = found.get("format", 1)
+            if (written == FORMAT or "checksum" in found) and found != _sealed(found):
+                raise ValueError("progress is not what was saved")
         except Exception as error:  # Orbax and TensorStore raise a dozen unrelated types
             return self._log_damage(step, error)
-        if (written := found.get("format", 1)) != FORMAT:
+        if written != FORMAT:
             raise ValueError(
                 f"{path} has checkpoint format {written}, this version reads "
                 f"format {FORMAT}: start a new run in another folder, or use the version of "
                 "galore-optax that wrote it"
             )
-        made = {name: found[name] for name in ("step", "run")}
         for name, tree in wanted.items():
-            _check_same(path, _shapes(stored[name]["tree"]), _shapes(tree))
-        self._check_made(path, made)
-        mark = _mark(made)
-        items = {name: {"mark": np.zeros_like(mark), "tree": x} for name, x in wanted.items()}
-        args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}  # pyrefly: ignore
+            _check_same(path, {k: shape for k, (shape, _) in found[name].items()}, _shapes(tree))
+        self._check_made(path, found)
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}  # pyrefly: ignore
         try:
             items = self._manager.restore(step, args=ocp.args.Composite(**args))
-            trees = {name: items[name]["tree"] for name in wanted}
-            marks = {name: int(items[name]["mark"]) for name in wanted}
+            for name in wanted:
+                now = checksums(items[name])
+                if changed := [k for k, (_, sum_) in found[name].items() if now[k] != sum_]:
+                    raise ValueError(f"{name}/{changed[0]} is not what was saved")
         except Exception as error:
             return self._log_damage(step, error)
-        if mixed := [name for name in wanted if marks[name] != mark]:
-            raise ValueError(f"{path / mixed[0]} is of another checkpoint: copy it again, whole")
-        return {**trees, "progress": found["progress"]}
+        return {**{name: items[name] for name in wanted}, "progress": found["progress"]}
 
     def _check_made(self, path: Path, made: Mapping[str, Any]) -> None:
         """Raises ValueError if a checkpoint was made at another step or by another run."""
@@ -217,29 +227,33 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         self._log(f"checkpoint {step} is damaged and passed over ({reason})")
 
 
-def _mark(made: Mapping[str, Any]) -> np.ndarray:
-    """A number that only checkpoints of equal settings and step share."""
-    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
-    return np.frombuffer(digest.digest()[:4], np.uint32).reshape(())
+def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with a checksum of all others, as JSON has them."""
+    content = json.loads(json.dumps({k: v for k, v in content.items() if k != "checksum"}))
+    text = json.dumps(content, sort_keys=True)
+    return {**content, "checksum": zlib.crc32(text.encode())}
+
+
+def _described(tree: Tree) -> dict[str, tuple[str, int]]:
+    """Each array's dtype and shape, and its checksum, by name."""
+    sums = checksums(tree)
+    return {name: (shape, sums[name]) for name, shape in _shapes(tree).items()}
 
 
 def _shapes(tree: Tree) -> dict[str, str]:
-    """Each leaf's name and shape; the types of containers are not stored, so they are left out."""
+    """Each leaf's dtype and shape, by name."""
 
     def leaf_shape(leaf: Any) -> str:
         key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return "key" if key else f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
 
-    name = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name(path): leaf_shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {name: leaf_shape(leaf) for name, leaf in leaf_names(tree).items()}
 
 
 def _check_same(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
     names = sorted({*stored, *wanted})
     pairs = [(stored.get(name, "absent"), wanted.get(name, "absent"), name) for name in names]
-    # A random key is stored as the integers in it.
-    different = [x for x in pairs if x[0] != x[1] and (x[1] != "key" or x[0] == "absent")]
-    if different:
+    if different := [pair for pair in pairs if pair[0] != pair[1]]:
         there, here, name = different[0]
         raise ValueError(
             f"{path} is a checkpoint of another model or optimizer: {name} is {there} there and "

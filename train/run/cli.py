@@ -30,14 +30,16 @@ def run(
     prog: str,
     *,
     load: Callable[[str], Config] | None = None,
+    settings_file: Callable[[Config], str | None] | None = None,
     args: Sequence[str] | None = None,
 ) -> NoReturn:
     """Parses the command line, calls `main`, and ends the process with its exit code.
 
     `config_type` is a frozen dataclass; its attributes' docstrings are the help. `prog` is the
-    command as typed; `load` reads the file of the field `config`, which flags override. The exit
-    code is 2 for wrong use, unreadable files and full disks, after one line that says what was
-    wrong (a traceback with `python -X dev`), and 130 after Ctrl-C.
+    command as typed; `load` reads a file of settings, which flags override: that of the field
+    `config`, or the one that `settings_file` names from the flags. The exit code is 2 for wrong
+    use, unreadable files and full disks, after one line that says what was wrong (a traceback with
+    `python -X dev`), and 130 after Ctrl-C.
     """
     _quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
@@ -52,9 +54,10 @@ def run(
             print(short_help(config_type, prog), end="")
             sys.exit(0)
         config = expand_home(_parse(config_type, prog, args))
-        file = getattr(config, "config", None)
+        file = settings_file(config) if settings_file else getattr(config, "config", None)
         if load is not None and file:
             config = expand_home(_parse(config_type, prog, args, default=load(file)))
+            config = dataclasses.replace(config, config=file)  # pyrefly: ignore[bad-argument-type]
         code = main(config)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:

@@ -9,13 +9,16 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from train.config.settings import ResolvedTraining, differences, flag, read_fields, to_json
+from train.config.resume import changes, differences
+from train.config.settings import HISTORY, ResolvedTraining, flag, read_fields, to_json
+from train.config.source import with_copies
 
 # It stays in the folder, empty: if it were deleted, two processes could each lock a file.
 _LOCK = ".lock"
@@ -82,9 +85,9 @@ def _check(config: ResolvedTraining) -> str | None:
         raise ValueError(f"--out {out} is not empty and not a run (no config.json): name another")
     if not config.resume:
         raise ValueError(f"--out {out} has a run: add --resume to go on, or name another folder")
-    different = differences(read_fields(file), to_json(config))
+    different = differences(_settings(file)[0], to_json(config))
     if different:
-        advice = "give it the same flags or name another folder"
+        advice = "these cannot change; leave them out, or name another folder"
         raise ValueError(f"--out {out} has another run: {', '.join(different)}; {advice}")
     _check_writable(out)
     return None
@@ -114,14 +117,63 @@ def check_can_be_made(folder: Path, name: str) -> None:
                 path.rmdir()
 
 
-def write_config(config: ResolvedTraining) -> None:
-    """Writes config.json into the folder, which exists."""
-    write_json(directory(config) / "config.json", to_json(config))
+def write_config(
+    config: ResolvedTraining, kept: Mapping[str, Mapping[str, Path]], step: int = 0
+) -> list[str]:
+    """Writes config.json into the folder, which exists, and what the run needs beside it.
+
+    `kept` has the files that are copied by name, and these by the folder's name, unless it is
+    there. The history gets the settings that a run resumed after `step` changes; returns a phrase
+    for each.
+    """
+    file, new = directory(config) / "config.json", to_json(config)
+    changed, history = {}, []
+    if file.exists():
+        old, history = _settings(file)
+        changed = changes(with_copies(file.parent, old), new)
+    if changed:
+        history = [*history, {"step": step, "changed": changed}]
+    write_json(file, new | ({HISTORY: history} if history else {}))
+    (file.parent / "summary.json").unlink(missing_ok=True)  # of before more --steps
+    for folder, files in kept.items():
+        _keep(file.parent / folder, files)
+    return [f"{flag(name)} {old} -> {new}" for name, (old, new) in changed.items()]
+
+
+def _settings(file: Path) -> tuple[dict[str, Any], list[Any]]:
+    """The settings in a config.json, and their history."""
+    fields = read_fields(file)
+    return fields, fields.pop(HISTORY, [])
+
+
+def _keep(folder: Path, files: Mapping[str, Path]) -> None:
+    """Copies files into a new folder, which appears when it is whole."""
+    if folder.exists():
+        return
+    draft = _draft(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    for name, path in files.items():
+        shutil.copyfile(path, draft / name)
+    draft.rename(folder)
 
 
 def finished(config: ResolvedTraining) -> bool:
-    """Whether the run in the folder is finished: summary.json is written last, and at once."""
-    return (directory(config) / "summary.json").is_file()
+    """Whether the run in the folder is finished: summary.json is written last, at once.
+
+    It goes on with more --steps, or with another --patience if that ended it. ValueError if it has
+    done more steps.
+    """
+    file = directory(config) / "summary.json"
+    if not file.is_file():
+        return False
+    done = json.loads(file.read_text()).get("steps", config.steps)
+    if config.steps < done:
+        raise ValueError(f"--steps {config.steps}: the run in {file.parent} has done {done}")
+    if config.steps == done:
+        return True
+    before, _ = _settings(file.parent / "config.json")
+    return all(getattr(config, name) == before.get(name) for name in ("steps", "patience"))
 
 
 def directory(config: ResolvedTraining) -> Path:

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from galore_optax.adapters.base import merge
-from train.config.settings import ResolvedFinetuneLM, lasting
+from train.config.resume import lasting
+from train.config.settings import ResolvedFinetuneLM
 from train.config.source import made_of, short_name
 from train.data.chat import load_template
 from train.data.examples import Encoded, ExampleData, encode_examples, prompts_of
@@ -20,7 +21,7 @@ from train.data.text import content_of
 from train.data.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
 from train.run import directory as run_directory
 from train.run import hosts
-from train.run.assemble import TextParts
+from train.run.assemble import TextParts, kept_files
 from train.run.initial import initial_state
 from train.run.parts import Log, log_devices, log_programs
 from train.run.trained import answer
@@ -76,6 +77,8 @@ def assemble(config: ResolvedFinetuneLM, log: Log) -> "FinetuningParts":
         initial=partial(initial_state, config, programs),
         data=data,
         made_with=made_with,
+        sample_every=config.sample_every,
+        kept=kept_files(config),
         config=config,
         tokenizer=found.tokenizer,
         evaluation=evaluation,

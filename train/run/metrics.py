@@ -6,21 +6,29 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from train.run.directory import write_at_once
+from train.run.tracking import Tracker
 
 
 class MetricsLog:
     """Appends a line to metrics.jsonl, and an event to tensorboard/, for each step and evaluation.
 
     Lines of a run's `directory` after `step`, from which it resumes, are dropped, and so is a line
-    that a kill has truncated. Raises OSError if a file cannot be written.
+    that a kill has truncated. `settings` are TensorBoard's hyperparameters; the `tracker` gets what
+    TensorBoard gets. Raises OSError if a file cannot be written.
     """
 
-    def __init__(self, directory: Path, step: int = 0):
+    def __init__(
+        self,
+        directory: Path,
+        step: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        tracker: Tracker | None = None,
+    ):
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
         from tensorboardX.record_writer import RecordWriter
 
@@ -37,21 +45,30 @@ class MetricsLog:
         if step:  # TensorBoard then drops later steps of an earlier process
             start = SessionLog(status=SessionLog.START)
             self._record(Event(step=step + 1, session_log=start))
+        self._tracker, self._explained = tracker, dict(MEANINGS)
+        for summary in _hyperparameters(settings or {}):
+            self._record(Event(summary=summary))
 
     def write(self, values: Mapping[str, float | int]) -> None:
         """Writes one line; a number that is not finite becomes null, as JSON has no NaN."""
         from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore
-        from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore
+        from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata  # pyrefly: ignore
 
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps(finite) + "\n")
         kind = "evaluation" if "eval_loss" in values else "training"
-        scalars = [
-            Summary.Value(tag=f"{kind}/{name}", simple_value=float(value))
-            for name, value in values.items()
-            if name != "step"
-        ]
-        self._record(Event(step=int(values["step"]), summary=Summary(value=scalars)))
+        scalars = []
+        for name, value in values.items():
+            if name != "step":
+                # TensorBoard keeps the first description of a tag.
+                told = self._explained.pop(name, "")
+                about = {"metadata": SummaryMetadata(summary_description=told)} if told else {}
+                tag = f"{kind}/{name}"
+                scalars.append(Summary.Value(tag=tag, simple_value=float(value), **about))
+        step = int(values["step"])
+        self._record(Event(step=step, summary=Summary(value=scalars)))
+        if self._tracker is not None:
+            self._tracker.log({x.tag: x.simple_value for x in scalars}, step)
         if kind == "evaluation":
             self._events.flush()
 
@@ -63,6 +80,27 @@ class MetricsLog:
         """Closes the files."""
         self._file.close()
         self._events.close()
+        if self._tracker is not None:
+            self._tracker.close()
+
+
+# What TensorBoard says of a metric.
+MEANINGS = {
+    "loss": "Mean loss of the step's tokens, in nats.",
+    "grad_norm": "Global norm of the gradient, before it is clipped.",
+    "skipped": "Steps so far whose loss or gradient was not finite: no weight changed.",
+    "refreshes": "Bases found so far: one for each matrix and refresh.",
+    "tokens": "Tokens trained on so far.",
+    "eval_perplexity": "exp of eval_loss: per token of this tokenizer.",
+}
+
+
+def _hyperparameters(settings: Mapping[str, Any]) -> list[Any]:
+    """TensorBoard's summaries of a run's settings, by which its runs are compared."""
+    from tensorboardX.summary import hparams  # pyrefly: ignore
+
+    known = {k: v for k, v in settings.items() if isinstance(v, str | int | float)}
+    return [*hparams(known, {"evaluation/eval_loss": 0})[:2]] if known else []
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -76,13 +114,16 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def evaluation_losses(directory: Path, metric: str | None = None) -> dict[int, float]:
+def evaluation_losses(
+    directory: Path, metric: str | None = None, last: float = math.inf
+) -> dict[int, float]:
     """The loss of each evaluation in a run's metrics.jsonl, by step; NaN if it was not finite.
 
-    With a `metric`, of which the highest is the best, the negative of that instead.
+    With a `metric`, of which the highest is the best, the negative of that instead. Those after the
+    step `last` are left out.
     """
     lines = (line for line in read_metrics(directory) if "eval_loss" in line)
-    return {line["step"]: score(line, metric) for line in lines}
+    return {line["step"]: score(line, metric) for line in lines if line["step"] <= last}
 
 
 def score(evaluation: Mapping[str, float | None], metric: str | None = None) -> float:
@@ -96,6 +137,20 @@ def stalled(losses: Mapping[int, float], patience: int) -> bool:
     values = [math.inf if math.isnan(losses[step]) else losses[step] for step in sorted(losses)]
     before, last = values[:-patience], values[-patience:]
     return bool(before) and min(last) >= min(before)
+
+
+def given_up(lines: Sequence[Mapping[str, Any]], max_skipped: int) -> int | None:
+    """The last applied step of a run that stopped after `max_skipped` steps in a row, else None.
+
+    The weights that such a step has made may be unusable.
+    """
+    lines, in_a_row = [line for line in lines if "skipped" in line], 0
+    while in_a_row < len(lines):
+        line, before = lines[-1 - in_a_row], lines[: -1 - in_a_row][-1:]
+        if line["skipped"] == (before[0]["skipped"] if before else 0):
+            break
+        in_a_row += 1
+    return lines[-1]["step"] - in_a_row if in_a_row >= max_skipped else None
 
 
 def tokens_per_second(lines: Iterable[Mapping[str, Any]]) -> float | None:

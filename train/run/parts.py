@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -15,6 +16,7 @@ from galore_optax.quantization.array import dequantized
 from train.config.settings import ResolvedTraining
 from train.config.weights import split_params
 from train.data.sequences import START, Batch, Position
+from train.memory.units import in_words
 from train.step.mesh import available_devices, put_batch
 from train.step.programs import Programs
 from train.step.state import Params, TrainState
@@ -48,6 +50,9 @@ class Parts(Programs):
     initial: Callable[[], TrainState]  # the state before the first step
     data: Data
     made_with: dict[str, Any]  # what must be equal when the run is resumed
+    sample_every: int | None = None  # steps between two calls of `keep_sample`
+    # Files that the run keeps a copy of, by the name of their folder in the run's, and by theirs.
+    kept: Mapping[str, Mapping[str, Path]] = dataclasses.field(default_factory=dict)
 
     def evaluate(self, params: Params, stopped: Callable[[], bool]) -> Evaluation | None:
         """Evaluates the weights; None if `stopped` says so meanwhile."""
@@ -55,6 +60,10 @@ class Parts(Programs):
 
     def leave(self, state: TrainState, log: Log) -> dict[str, Any]:
         """Writes and prints what the kind of run leaves; returns what summary.json has of it."""
+        raise NotImplementedError
+
+    def keep_sample(self, params: Params, step: int, log: Log) -> None:
+        """Prints what the model says after a step, and keeps it in the run's folder."""
         raise NotImplementedError
 
     def flops_per_token(self) -> float:
@@ -112,7 +121,7 @@ def log_programs(
         log(f"sharding: {note}")
     log(
         f"model: {model}, {count(params):,} params, {config.dtype}, "
-        f"{tree_bytes(params) / 1e6:,.1f} MB; {weights}"
+        f"{in_words(tree_bytes(params))}; {weights}"
     )
     trained = sum(x.size for x in jax.tree.leaves(split_params(config, params)[0]))
     if config.adapter is not None:
@@ -126,6 +135,6 @@ def log_programs(
     rank = config.rank if config.gradient_rank is None else config.gradient_rank
     gap = config.update_proj_gap
     log(
-        f"optimizer: {config.optimizer}, state of {tree_bytes(optimizer) / 1e6:,.1f} MB"
+        f"optimizer: {config.optimizer}, state of {in_words(tree_bytes(optimizer))}"
         + (f", rank {rank}, a subspace every {gap} steps" if gap else "")
     )

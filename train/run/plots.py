@@ -1,10 +1,13 @@
 """Plots: the training and evaluation losses of a run, and the memory that runs will take."""
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from train.memory.units import unit_of
 
 
 def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str, unit: str) -> None:
@@ -24,13 +27,16 @@ def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str, unit: 
         axes.plot(train[:, 0], smooth(train[:, 1]), label="training, smoothed", **blue)
     if len(evals):
         axes.plot(*evals.T, "o-", color="tab:orange", markersize=4, label="evaluation")
-        above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right"}
-        axes.annotate(f"{evals[-1][1]:.3f}", evals[-1], **above)
-    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title)
+        beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        last, at_the_edge = evals[-1][1], ("axes fraction", "data")
+        axes.annotate(f"{last:.4g}", (1, last), xycoords=at_the_edge, **beside)
+    axes.set(xlabel="step", ylabel=f"loss ({unit})")
+    figure.suptitle(textwrap.fill(title, 75))
+    axes.margins(x=0.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if len(train) or len(evals):
-        axes.legend(frameon=False)
+        figure.legend(frameon=False, ncols=3, loc="outside lower center")
     figure.savefig(path)
 
 
@@ -38,21 +44,23 @@ def plot_plan(plans: Mapping[str, Mapping[str, int]], path: Path, title: str) ->
     """Plots several plans as stacked bars, from the bytes of each one's parts by name."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 1.5 + 0.5 * len(plans)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 2 + 0.5 * len(plans)), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     left = np.zeros(len(plans))
+    unit, size = unit_of(max(sum(parts.values()) for parts in plans.values()))
     for part in next(iter(plans.values())):
-        sizes = np.array([parts[part] / 2**30 for parts in plans.values()])
+        sizes = np.array([parts[part] / size for parts in plans.values()])
         if sizes.max() > left.max() / 1000:
             axes.barh(list(plans), sizes, left=left, label=part)
         left += sizes
     beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
     for i, peak in enumerate(left):
-        axes.annotate(f"{peak:,.2f}", (peak, i), **beside)
-    axes.set(xlabel="GiB", title=title, xlim=(0, 1.12 * left.max()))
+        axes.annotate(f"{peak:,.4g}", (peak, i), **beside)
+    axes.set(xlabel=unit, xlim=(0, 1.12 * left.max()))
+    figure.suptitle(textwrap.fill(title, 75))
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(frameon=False, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    figure.legend(frameon=False, ncols=4, loc="outside lower center")
     figure.savefig(path)
 
 

@@ -1,8 +1,10 @@
-"""What a finished run leaves: summary.json, loss.png, a table of state bytes."""
+"""What a finished run leaves: summary.json, loss.png, and a table about the run."""
 
 import math
 import resource
 import sys
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import jax
 import optax
@@ -12,11 +14,14 @@ from galore_optax.memory import state_bytes, tree_bytes
 from galore_optax.quantization.array import is_quantized
 from train.config.settings import ResolvedTraining
 from train.config.weights import split_params
+from train.memory.units import in_words
 from train.run import directory as run_directory
 from train.run.metrics import read_metrics, tokens_per_second
 from train.run.parts import Log, Parts, count, whole_params
 from train.run.plots import plot_loss
 from train.step.state import TrainState
+
+RESIDENT = "resident memory of the process"  # a source of `peak_memory`
 
 
 def report(
@@ -26,8 +31,12 @@ def report(
     log: Log,
     tokens: int,
     peak: tuple[int, str],
+    planned: int,
 ) -> None:
-    """Writes plot and summary, prints the table; `peak` is that of `peak_memory`."""
+    """Writes plot and summary, prints the table; `peak` is that of `peak_memory`.
+
+    `planned` is the peak of a step on one device, in bytes.
+    """
     directory = run_directory.directory(config)
     lines = read_metrics(directory)
     ours = state_bytes(parts.abstract.optimizer.inner_state)
@@ -44,13 +53,19 @@ def report(
         "weight_bytes": tree_bytes(parts.abstract.params),
         "peak_memory_bytes": peak[0],
         "peak_memory_source": peak[1],
+        "planned_peak_bytes": planned,
         "tokens_per_second": tokens_per_second(lines),
         "steps": int(state.step),
         "tokens": tokens,
         "skipped": int(state.optimizer.total_notfinite),
     }
-    plot_loss(lines, directory / "loss.png", f"{parts.name}, {config.optimizer}", parts.unit)
-    _print_table(config.optimizer, ours, adamw)
+    title = f"{parts.name}, {config.optimizer}, batch {config.batch_size} x {config.seq_len} tokens"
+    plot_loss(lines, directory / "loss.png", title, parts.unit)
+    ends = _bytes_of(parts.abstract.optimizer.inner_state, ("embedding", "head"))
+    refreshes = next((x["refreshes"] for x in reversed(lines) if "refreshes" in x), None)
+    log(title)
+    for name, value, note in _table(summary, ours, ends, refreshes):
+        log(f"  {name:16} {value:>16}" + (f"  {note}" if note else ""))
     # Last, because it says that the run is finished.
     run_directory.write_json(directory / "summary.json", summary)
     value = summary[parts.metric or "eval_perplexity"]
@@ -65,20 +80,42 @@ def peak_memory(device: jax.Device) -> tuple[int, str]:
         return stats["peak_bytes_in_use"], f"peak_bytes_in_use of one {device.device_kind}"
     # Linux counts it in KiB, macOS in bytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024), "resident memory of the process"
+    return peak * (1 if sys.platform == "darwin" else 1024), RESIDENT
 
 
-def _print_table(name: str, ours: dict[str, int], adamw: dict[str, int]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _bytes_of(state: Any, names: Collection[str]) -> int:
+    """Bytes of the arrays of a state that belong to the params of some names."""
+    leaves = jax.tree.leaves_with_path(state)
+    keys = ((x, {getattr(key, "key", None) for key in path}) for path, x in leaves)
+    return tree_bytes([x for x, found in keys if found & {*names}])
 
-    table = Table(title="optimizer state, MB")
-    table.add_column("")
-    for column in (name, "AdamW", "share"):
-        table.add_column(column, justify="right")
-    for kind, size in ours.items():
-        table.add_row(kind, f"{size / 1e6:,.3f}", f"{adamw[kind] / 1e6:,.3f}", "")
-    a, b = sum(ours.values()), sum(adamw.values())
-    table.add_section()
-    table.add_row("all", f"{a / 1e6:,.3f}", f"{b / 1e6:,.3f}", f"{a / b:.0%}")
-    Console().print(table)
+
+def _table(
+    summary: Mapping[str, Any], state: Mapping[str, int], ends: int, refreshes: int | None
+) -> Iterator[tuple[str, str, str]]:
+    """What is said of a finished run: name, value and note of each row.
+
+    `state` is the optimizer's in bytes by kind, `ends` its share of embedding and head.
+    """
+    total, adamw = sum(state.values()), summary["adamw_state_bytes"]
+    yield "weights", in_words(summary["weight_bytes"]), ""
+    share = f"{total / adamw:.0%} of AdamW's at full rank, {in_words(adamw)}"
+    same = abs(total - adamw) < adamw / 200
+    yield "optimizer state", in_words(total), "" if same else share
+    for kind, name in (("projections", "  bases"), ("moments", "  moments")):
+        if size := state[kind]:
+            yield name, in_words(size), ""
+    if 2 * ends > total:
+        yield "  of these", in_words(ends), "of embedding and head, most of it"
+    yield "planned peak", in_words(summary["planned_peak_bytes"]), "of a step, on one device"
+    resident = summary["peak_memory_source"] == RESIDENT
+    besides = "Python, the compiler and data" if resident else "evaluations and waiting batches"
+    note = f"{summary['peak_memory_source']}, with {besides}"
+    yield "measured peak", in_words(summary["peak_memory_bytes"]), note
+    if speed := summary["tokens_per_second"]:
+        yield "tokens/s", f"{speed:,.0f}", "over all steps, without evaluations"
+    skipped = summary["skipped"]
+    said = f"{skipped:,} skipped: loss or gradient not finite, no weight changed" if skipped else ""
+    yield "steps", f"{summary['steps']:,}", said
+    if refreshes:
+        yield "refreshes", f"{refreshes:,}", "bases found: one for each matrix and refresh"

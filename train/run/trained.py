@@ -13,7 +13,8 @@ from jaxtyping import Int
 from models.llama.generate import generate
 from models.llama.model import Llama
 from train.config.finetuning import load_run
-from train.config.settings import Pretrain, ResolvedFinetuneLM, lasting
+from train.config.resume import lasting
+from train.config.settings import Pretrain, ResolvedFinetuneLM
 from train.config.source import made_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.run.checkpoint import Checkpoints

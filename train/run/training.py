@@ -10,19 +10,29 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from train.config.settings import ResolvedTraining
+from train.config.settings import ResolvedTraining, read_fields, to_json
 from train.data.loader import prefetch
 from train.data.sequences import START, Position
 from train.memory.cards import peak_flops
 from train.memory.plan import compiled_steps, device_memory, plan
+from train.memory.units import in_words
 from train.run import directory as run_directory
 from train.run import hosts
 from train.run.checkpoint import Checkpoints
-from train.run.metrics import MetricsLog, evaluation_losses, score, stalled
+from train.run.metrics import (
+    MetricsLog,
+    evaluation_losses,
+    given_up,
+    read_metrics,
+    score,
+    stalled,
+)
 from train.run.parts import Log, Parts
+from train.run.profiling import Profiler
 from train.run.progress import Progress
 from train.run.report import peak_memory, report
 from train.run.signals import NAMES, StopRequest
+from train.run.tracking import check_tracker, start_tracker
 from train.step.choice import BySize, Steps
 from train.step.mesh import put_batch
 from train.step.skipping import skipping
@@ -60,6 +70,7 @@ def train(config: Config, assemble: Callable[[Config, Log], Parts], log: Log) ->
     log = log if hosts.is_first() else _silent
     with hosts.together():
         if hosts.is_first():
+            check_tracker(config.track)
             run_directory.check(config)
     if run_directory.finished(config):
         log(f"the run in {run_directory.directory(config)} is finished: nothing is left to do")
@@ -71,6 +82,9 @@ def train(config: Config, assemble: Callable[[Config, Log], Parts], log: Log) ->
         stack.enter_context(hosts.peers_loss_as_os_error())
         with hosts.together():
             parts = assemble(config, log)
+            if parts.sample_every is not None and hosts.several():
+                reason = "each of several processes has a part of the weights"
+                raise ValueError(f"--sample-every {parts.sample_every}: {reason}; leave it out")
         with hosts.together():
             if hosts.is_first() and (note := stack.enter_context(run_directory.hold(config))):
                 log(note)
@@ -107,6 +121,7 @@ class Training:
         self.metrics: MetricsLog | None = None
         self.clock = 0.0
         self.ended = False  # all steps are done, or --patience is over
+        self.gave_up = False  # when the run was here before
 
     def run(self) -> int:
         """Trains, writes all that a run leaves, and returns the exit code."""
@@ -117,14 +132,22 @@ class Training:
         with ExitStack() as stack:
             with hosts.together():
                 if hosts.is_first():
-                    run_directory.write_config(config)
-                    log = MetricsLog(self.directory, self.host.step)
-                    self.metrics = stack.enter_context(closing(log))
-            self.host.evaluations = evaluation_losses(self.directory, parts.metric)
+                    changed = run_directory.write_config(config, parts.kept, self.host.step)
+                    if changed:
+                        self.log(f"changed after step {self.host.step}: {', '.join(changed)}")
+            self.host.evaluations = evaluation_losses(self.directory, parts.metric, self.host.step)
             checkpoints = Checkpoints(
                 self.folder, config.keep, self.log, self.host.evaluations, run=parts.made_with
             )
             self.checkpoints = stack.enter_context(checkpoints)
+            if self.gave_up:  # before metrics.jsonl, which says so, is cut
+                self.checkpoints.drop_after(self.host.step)
+            with hosts.together():
+                if hosts.is_first():
+                    self.metrics = stack.enter_context(closing(self._metrics_log()))
+            traced = config.profile if hosts.is_first() else None
+            self.profiler = Profiler(self.directory / "profile", traced, self.log)
+            stack.enter_context(closing(self.profiler))
             peak = peak_flops(parts.mesh.devices.flat[0].device_kind, config.dtype)
             at_peak = peak and peak * parts.mesh.size / parts.flops_per_token()
             quiet = not hosts.is_first()
@@ -145,8 +168,14 @@ class Training:
             return 128 + self.stopped_by
         self._note_peak_memory()
         if hosts.is_first():
-            report(config, parts, state, self.log, self.host.tokens, self.host.peak_memory)
+            host = self.host
+            report(config, parts, state, self.log, host.tokens, host.peak_memory, self.planned)
         return 0
+
+    def _metrics_log(self) -> MetricsLog:
+        settings = {k: v for k, v in to_json(self.config).items() if v is not None}
+        tracker = start_tracker(self.config.track, self.directory, settings)
+        return MetricsLog(self.directory, self.host.step, settings, tracker)
 
     def compile(self) -> Callable[..., Any]:
         """Compiles the step, prints the memory that it will take; OSError if a device has less."""
@@ -155,8 +184,9 @@ class Training:
         compiled = compiled_steps(parts)
         self.log(f"compiled the step in {time.perf_counter() - start:.1f} s")
         planned = plan(self.config, parts, compiled)
-        sizes = ", ".join(f"{name} {size / 2**30:,.3f}" for name, size in planned.parts().items())
-        self.log(f"memory of one device, GiB: {sizes}; at its peak {planned.peak / 2**30:,.3f}")
+        self.planned = planned.peak
+        sizes = ", ".join(f"{k} {in_words(size)}" for k, size in planned.parts().items() if size)
+        self.log(f"memory of one device: {sizes}; at its peak {in_words(planned.peak)}")
         available = device_memory(parts.mesh.local_devices[0])
         if planned.peak > available:
             raise OSError(
@@ -172,18 +202,25 @@ class Training:
         if not (self.config.resume and (self.directory / "config.json").exists()):
             return None
         found, abstract = None, self.parts.abstract
+        skipped = read_fields(self.directory / "config.json").get("max_skipped", 0)
+        ruined = given_up(read_metrics(self.directory), skipped)
+        self.gave_up = ruined is not None
         if self.folder.is_dir():
             run = self.parts.made_with
             with Checkpoints(self.folder, 1, self.log, {}, run=run, read_only=True) as checkpoints:
-                found = checkpoints.restore(abstract.params, abstract.rest())
+                found = checkpoints.restore(abstract.params, abstract.rest(), before=ruined)
         if found is None:
-            self.log("the run has no checkpoint yet: starting at step 0")
+            what = "good checkpoint" if self.gave_up else "checkpoint yet"
+            self.log(f"the run has no {what}: starting at step 0")
             return None
         step, params, rest, progress = found
+        if step > self.config.steps:
+            raise ValueError(f"--steps {self.config.steps}: the run has done {step} already")
         position, peak = Position(*progress["position"]), tuple(progress["peak_memory"])
         skipped = int(rest["optimizer"].total_notfinite)
         self.host = Host(step, progress["tokens"], position, peak, skipped, saved=step)
-        self.log(f"resumed from step {step}")
+        why = ", the last good checkpoint" if self.gave_up else ""
+        self.log(f"resumed from step {step}{why}")
         return TrainState(params=params, **rest)
 
     def _train(self, train_step: Callable[..., Any], state: TrainState) -> TrainState:
@@ -201,6 +238,7 @@ class Training:
                     self.report_pending()
                 if evaluates and host.step not in host.evaluations:
                     self.evaluate(state)
+                self._sample(state)
                 if not last and self.out_of_patience():
                     last = saves = True
                 # While steps are skipped, the weights may be unusable.
@@ -221,6 +259,7 @@ class Training:
                 if self.parts.restart is not None and self.restart_due():
                     state = self.parts.restart(state)
                     self.progress.log(f"adapters merged and reset after step {host.step}")
+                self.profiler.next_step(state)
                 state, metrics = train_step(state, batch)
                 host.step += 1
                 self.checkpoints.check()
@@ -267,10 +306,12 @@ class Training:
         show = step % self.config.log_every == 0 or in_a_row > 0
         self.progress.step(line, tokens, seconds, show)
         if in_a_row >= self.config.max_skipped:
+            half = self.config.learning_rate / 2
             raise _TooManySkipped(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite; "
-                f"{self._last_good(step - in_a_row)}; "
-                "try a lower --learning-rate, a longer --warmup-steps or --dtype float32"
+                f"{self._last_good(step - in_a_row)} with a lower learning rate (a longer "
+                "--warmup-steps may help, too, or --dtype float32 in a new run):\n"
+                f"  {run_directory.resume_command(self.config)} --learning-rate {half:g}"
             )
 
     def write(self, line: dict[str, float]) -> None:
@@ -283,8 +324,8 @@ class Training:
         self.checkpoints.wait()
         good = [step for step in self.checkpoints.steps() if step < applied]
         if good:
-            return f"the last good checkpoint is {self.folder / str(good[-1])}"
-        return "there is no good checkpoint"
+            return f"the last good checkpoint is {self.folder / str(good[-1])}; to go on from there"
+        return "there is no good checkpoint; to begin again"
 
     def evaluate(self, state: TrainState) -> None:
         """Evaluates the weights, unless a stop is requested meanwhile: then nothing is noted."""
@@ -300,6 +341,16 @@ class Training:
     def _stops_evaluation(self) -> bool:
         # Several processes would notice a signal at different batches.
         return self.stop.signum is not None and not hosts.several()
+
+    def _sample(self, state: TrainState) -> None:
+        """Samples from the weights after each --sample-every steps; at the end the report does."""
+        step, every = self.host.step, self.parts.sample_every
+        if every is None or not 0 < step < self.config.steps or step % every:
+            return
+        self.report_pending()
+        self.progress.log(f"after step {step}:")
+        self.parts.keep_sample(state.params, step, self.progress.log)
+        self.clock = time.perf_counter()
 
     def _save(self, state: TrainState) -> None:
         host = self.host

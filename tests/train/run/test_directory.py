@@ -29,7 +29,7 @@ def test_a_folder_that_another_process_has_used_since_it_was_checked_is_refused(
     config = resolve(small(tmp_path / "run"))
     run_directory.check(config)
     with run_directory.hold(config):  # the other process
-        run_directory.write_config(config)
+        run_directory.write_config(config, {})
     with pytest.raises(ValueError, match="has a run: add --resume"), run_directory.hold(config):
         pass
 

@@ -1,0 +1,74 @@
+"""What a resumed run may change, and how its settings are compared with those that it had."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from train.config.flags import TrainingFlags
+from train.config.settings import flag, to_json
+from train.config.source import short_name
+
+# No number of the run depends on these, beyond rounding; what the files hold is compared.
+MAY_CHANGE = {
+    "data_dir": "the data set has moved; its content is compared",
+    "eval_data": "the same for the text to evaluate on",
+    "tokenizer": "the same tokenizer at another path; the run uses its own copy without",
+    "chat_template": "the same for the template of chats",
+    "mesh": "other devices",
+    "workers": "processes that read",
+    "rematerialize": "memory against time",
+    "deterministic": "the same bits each time on a GPU",
+    "eval_every": "steps between evaluations",
+    "save_every": "steps between checkpoints",
+    "keep": "checkpoints that are kept",
+    "log_every": "steps between lines",
+    "patience": "when the run ends early",
+    "track": "where metrics are sent",
+    "max_skipped": "when the run gives up",
+    "sample_every": "steps between samples of text",
+    "prompt": "of samples",
+}
+# These change the steps that follow, and nothing before them.
+FROM_HERE = {
+    "steps": "more steps, or fewer that are not done yet; a finished run goes on",
+    "learning_rate": "the peak, by which all later learning rates are multiplied",
+    "schedule": "later learning rates are those of a run that had it from its first step",
+    "warmup_steps": "the same",
+    "floor": "the same",
+    "decay_steps": "the same",
+}
+# More steps give these a use, which they did not have: null in the config.json of before.
+_OPENED = ("moments", "restart_warmup")
+
+
+def table() -> str:
+    """A table of the flags that may be given to a run with --resume, in Markdown."""
+    rows = [("flag", "what changes"), ("---", "---")]
+    rows += [(f"`{flag(name)}`", text) for name, text in {**FROM_HERE, **MAY_CHANGE}.items()]
+    return "".join(f"| {name} | {text} |\n" for name, text in rows)
+
+
+def lasting(config: TrainingFlags) -> dict[str, Any]:
+    """The settings that a run's checkpoints must agree with."""
+    free = {*MAY_CHANGE, *FROM_HERE, *_OPENED}
+    return {k: v for k, v in _compared(to_json(config)).items() if k not in free}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The settings that keep a run with `new` from resuming one with `old`, a phrase for each."""
+    return [
+        f"{flag(name)} {before} (now {after})"
+        for name, (before, after) in changes(old, new).items()
+        if name not in {**MAY_CHANGE, **FROM_HERE} and not (name in _OPENED and before is None)
+    ]
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, each with its value in both."""
+    old, new = _compared(old), _compared(new)
+    names = sorted({*old, *new})
+    return {n: (old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n)}
+
+
+def _compared(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with a model's name for its path: checkpoints have its sizes."""
+    return {k: short_name(v) if k == "model" else v for k, v in fields.items()}
