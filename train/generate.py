@@ -6,8 +6,9 @@ from flax import nnx
 
 from galore_optax.adapters.base import merge
 from train.config.settings import flag
+from train.data.examples import chat_prompt
 from train.run.cli import run
-from train.run.trained import load_trained, sample_text
+from train.run.trained import answer, chat_template, load_trained, sample_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Generate:
     """Folder of the run."""
     prompt: str = ""
     """Beginning of the text."""
+    chat: bool = False
+    """The prompt is a user's message, written by the chat template; the answer is printed."""
     max_new_tokens: int = 200
     """Tokens to add; fewer if the model ends the document."""
     temperature: float = 0.8
@@ -40,7 +43,12 @@ def main(config: Generate) -> int:
             raise ValueError(f"{flag(name)} has no effect: {reason}; leave one of them out")
     trained = load_trained(config.run)
     model = nnx.merge(trained.graph, merge(trained.params))
-    how = {k: v for k, v in vars(config).items() if k not in ("run", "prompt")}
+    how = {k: v for k, v in vars(config).items() if k not in ("run", "prompt", "chat")}
+    if config.chat:
+        messages = [{"role": "user", "content": config.prompt}]
+        prompt = chat_prompt(messages, trained.tokenizer, chat_template(trained))
+        print(answer(model, trained.tokenizer, prompt, **how))
+        return 0
     print(sample_text(model, trained.tokenizer, config.prompt, stop=True, **how))
     return 0
 

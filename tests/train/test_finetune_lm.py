@@ -16,6 +16,7 @@ from models.llama.model import Llama
 from train.config.finetuning import load_finetuning, load_run, resolve_finetuning
 from train.config.settings import FinetuneLM
 from train.config.weights import ADAPTERS_ONLY, split_params
+from train.data.chat import ChatTemplate
 from train.finetune_lm import main
 from train.generate import Generate
 from train.generate import main as generate
@@ -69,6 +70,20 @@ def test_a_run_learns_the_answers_and_is_read_by_other_commands(finished, folder
     capsys.readouterr()
     assert generate(Generate(run=str(finished), prompt="3 + 1 = ", max_new_tokens=5)) == 0
     assert capsys.readouterr().out.startswith("3 + 1 = ")
+
+
+def test_a_run_answers_a_message_by_its_chat_template(finished, monkeypatch, capsys):
+    pytest.importorskip("jinja2")
+    asked = Generate(run=str(finished), prompt="3", chat=True, max_new_tokens=5, temperature=0)
+    with pytest.raises(ValueError, match="need a chat template"):
+        generate(asked)
+    template = ChatTemplate("{{ messages[0].content }} + 1 = ", {})
+    monkeypatch.setattr("train.generate.chat_template", lambda _: template)
+    capsys.readouterr()
+    assert generate(asked) == 0
+    answer = capsys.readouterr().out
+    assert len(answer) <= 6
+    assert "3 + 1" not in answer
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_and_answers(

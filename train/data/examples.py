@@ -97,11 +97,7 @@ def _tokens(pieces: Pieces, encode: Callable[[str], list[int]], end: int) -> lis
 def _rendered(example: Example, tokenizer: Tokenizer, template: ChatTemplate) -> Pieces:
     """What a chat template makes of messages, up to the last answer, cut around the answers."""
     messages = [{"role": str(m[0]), "content": str(m[1])} for m in example.content]
-    for message in messages:
-        if found := [name for name in tokenizer.special if name in message["content"]]:
-            raise ValueError(
-                f"a message contains {found[0]}, which would be a special token: remove it there"
-            )
+    _check_contents(messages, tokenizer)
     pieces, before = [], ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -119,6 +115,23 @@ def _rendered(example: Example, tokenizer: Tokenizer, template: ChatTemplate) ->
     if not pieces:
         raise ValueError("no message has the role `assistant`: there is no answer to learn")
     return pieces
+
+
+def chat_prompt(
+    messages: Sequence[dict[str, str]], tokenizer: Tokenizer, template: ChatTemplate
+) -> Document:
+    """The token ids after which a model answers messages, each with `role` and `content`."""
+    _check_contents(messages, tokenizer)
+    return np.array(tokenizer.encode_rendered(template.render(messages, answer=True)), np.int32)
+
+
+def _check_contents(messages: Sequence[dict[str, str]], tokenizer: Tokenizer) -> None:
+    """Raises ValueError if a message would give a special token."""
+    for message in messages:
+        if found := [name for name in tokenizer.special if name in message["content"]]:
+            raise ValueError(
+                f"a message contains {found[0]}, which would be a special token: remove it there"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

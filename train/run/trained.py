@@ -16,7 +16,8 @@ from train.config.finetuning import load_run
 from train.config.resume import lasting
 from train.config.settings import Pretrain, ResolvedFinetuneLM
 from train.config.source import made_of
-from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.data.chat import ChatTemplate, load_template
+from train.data.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import evaluation_losses
 from train.step.mesh import make_mesh, replicated
@@ -59,11 +60,19 @@ def load_trained(run: str, option: str = "--run", log: Callable[[str], object] =
     return Trained(graph, params, tokenizer, step, settings)
 
 
-def answer(model: Llama, tokenizer: Tokenizer, prompt: Int[np.ndarray, " length"], **how) -> str:
+def answer(
+    model: Llama, tokenizer: Tokenizer, prompt: Int[np.ndarray, " length"], *, seed: int = 0, **how
+) -> str:
     """What a model writes after the token ids of a prompt, up to the end; `how`: see `generate`."""
     ids = jnp.asarray(prompt, jnp.int32)[None]
-    found = generate(model, ids, key=jax.random.key(0), stop_id=tokenizer.separator, **how)
+    found = generate(model, ids, key=jax.random.key(seed), stop_id=tokenizer.separator, **how)
     return tokenizer.decode(np.asarray(found[0, len(prompt) :]))
+
+
+def chat_template(trained: Trained) -> ChatTemplate:
+    """The chat template of a run, or of its tokenizer; ValueError if it has none."""
+    path = trained.tokenizer.path if isinstance(trained.tokenizer, FileTokenizer) else None
+    return load_template(path, getattr(trained.config, "chat_template", None))
 
 
 def sample_text(

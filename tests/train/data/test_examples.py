@@ -8,7 +8,13 @@ import pytest
 from tokenizer_file import with_first, write_tokenizer
 
 from train.data.chat import FILE, load_template
-from train.data.examples import ExampleData, encode_examples, example_batches, prompts_of
+from train.data.examples import (
+    ExampleData,
+    chat_prompt,
+    encode_examples,
+    example_batches,
+    prompts_of,
+)
 from train.data.files import Example
 from train.data.sequences import Position
 from train.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -87,6 +93,16 @@ def test_of_messages_only_the_answers_are_predicted_each_to_its_end(chat):
         "<s> <h> user </h> hi <eot> <h> assistant </h>"
     )
     assert chat.decode(answer) == "ho"
+
+
+def test_the_prompt_of_a_chat_is_what_precedes_its_answer(chat):
+    (found,) = encoded(messages("hi", "ho"), chat).examples
+    ((prompt, _),) = prompts_of([found])
+    template = load_template(chat.path, None)
+    asked = chat_prompt([{"role": "user", "content": "hi"}], chat, template)
+    assert asked.tolist() == prompt.tolist()
+    with pytest.raises(ValueError, match="contains <eot>"):
+        chat_prompt([{"role": "user", "content": "<eot>"}], chat, template)
 
 
 def test_an_end_that_a_template_does_not_write_is_appended_and_after_one_nothing_counts(chat):
