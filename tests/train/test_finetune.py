@@ -1,5 +1,6 @@
 """A fine-tuning on GLUE: trained, resumed, predicted, refused."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -16,6 +17,7 @@ from models.hugging_face.roberta import read_config
 from train.config.finetune import Finetune, resolve
 from train.config.optimizers import OPTIMIZERS
 from train.config.resolve import load
+from train.config.settings import to_json
 from train.config.weights import split_params
 from train.data.glue import load_examples
 from train.finetune import main
@@ -24,6 +26,10 @@ from train.run.glue import assemble
 from train.run.metrics import read_metrics
 from train.step.classifier import make_programs, model_config
 from train.step.mesh import make_mesh
+
+
+def load_fields(resolved):
+    return Finetune(**to_json(resolved), out=resolved.out)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +178,12 @@ def test_several_processes_are_refused(folder, monkeypatch):
 
 
 def test_the_settings_of_a_config_json_are_read_back(finished):
-    assert load(finished / "config.json", Finetune).task == "mrpc"
+    again = load(finished / "config.json", Finetune)
+    assert again.task == "mrpc"
+    by_epochs = resolve(dataclasses.replace(again, steps=None, epochs=2), 40)
+    assert by_epochs.steps == 10
+    # As config.json has it: resumed by --config, too.
+    assert resolve(load_fields(by_epochs), 40) == by_epochs
     with pytest.raises(ValueError, match=r"not a config.json of train.pretrain: unknown .*task"):
         load(finished / "config.json")
 

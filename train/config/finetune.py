@@ -142,9 +142,10 @@ def resolve(config: Finetune, examples: int) -> ResolvedFinetune:
         others["restart_every"] = steps
     if config.resume and config.config is not None:
         others["out"] = os.path.dirname(config.config) or "."
-    # --epochs stays as it was given: with the steps it would be said twice.
     missing = {name: x for name, x in others.items() if getattr(config, name) is None}
-    config = fill_rest(dataclasses.replace(config, **missing), options, "float32")
+    # In config.json the steps say it, and a run is resumed by either flag.
+    config = dataclasses.replace(config, **missing, epochs=None)
+    config = fill_rest(config, options, "float32")
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     resolved = ResolvedFinetune(**values)
     name = Path(resolved.init).name

@@ -48,11 +48,11 @@ def make_programs(
     shapes = jax.eval_shape(init, jax.random.key(0))
 
     def loss(params: Params, batch: Batch) -> Float[Array, ""]:
-        return _summed(logits(graph, params, batch), batch)
+        return summed(logits(graph, params, batch), batch)
 
     def evaluate(params: Params, batch: Any) -> tuple[Array, Array]:
         outputs = logits(graph, params, batch)
-        return _summed(outputs, batch), outputs
+        return summed(outputs, batch), outputs
 
     number = np.float32 if model.classes == 1 else np.int32
     dtypes = {"inputs": np.int32, "token_types": np.int32, "mask": np.bool_}
@@ -81,7 +81,7 @@ def logits(graph: nnx.GraphDef, params: Params, batch: Batch) -> Float[Array, "B
     return model.logits(hidden, key=second)
 
 
-def _summed(outputs: Float[Array, "B C"], batch: Batch) -> Float[Array, ""]:
+def summed(outputs: Float[Array, "B C"], batch: Batch) -> Float[Array, ""]:
     """Σ w · loss over the examples of a batch."""
     targets = batch["targets"]
     if outputs.shape[1] == 1:
