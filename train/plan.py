@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 
+from train.config.finetune import GlueTask, ResolvedFinetune
 from train.config.flags import Optimizer
 from train.config.resolve import load, resolve
-from train.config.settings import Pretrain, Resolved, flag
+from train.config.settings import Pretrain, Resolved, ResolvedTraining, flag
 from train.config.source import short_name
 from train.data.tokenizer import load_tokenizer
+from train.memory import glue
 from train.memory.cards import EXTRA, Card, can_compile, card_of_size, devices, find_card
 from train.memory.fit import RECIPES, Fit, first_fit, splits
 from train.memory.plan import CONTEXT, SIZES, MemoryPlan, compiled_steps, estimate, known, plan
@@ -36,6 +38,9 @@ class Plan(Pretrain):
     accepted, so that a run's command can be planned as it is.
     """
 
+    task: GlueTask | None = None
+    """Task of GLUE: plans its fine-tuning by `train.finetune`, of RoBERTa-base or the encoder in
+    --init, for batches of --seq-len tokens, instead of a pre-training."""
     optimizer: Optimizer | None = None  # pyrefly: ignore
     """Optimizer to plan. Default: galore-adamw; with --card the one that gives up least."""
     gpu: str | None = None
@@ -62,16 +67,18 @@ ESTIMATE = (
 )
 
 
-def programs_of(config: Resolved, card: Card | None = None) -> Programs:
+def programs_of(config: Resolved | ResolvedFinetune, card: Card | None = None) -> Programs:
     """What a run computes with, without its data; for a card, or this machine's devices."""
-    model = model_config(config, load_tokenizer(config.tokenizer, config.end_token))
     number = math.prod(parse_mesh(config.mesh).values())
-    there = None if card is None else devices(card, number)
-    return make_programs(config, model, make_mesh(config.mesh, there))
+    mesh = make_mesh(config.mesh, None if card is None else devices(card, number))
+    if isinstance(config, ResolvedFinetune):
+        return glue.programs_of(config, mesh)
+    model = model_config(config, load_tokenizer(config.tokenizer, config.end_token))
+    return make_programs(config, model, mesh)
 
 
 def planned(
-    config: Resolved, card: Card | None = None, dump: str | None = None
+    config: Resolved | ResolvedFinetune, card: Card | None = None, dump: str | None = None
 ) -> tuple[MemoryPlan, dict[str, Any]]:
     """The plan of a step, and what its program does if it is compiled for a card.
 
@@ -81,6 +88,8 @@ def planned(
     if card is None and _is_estimated(config, programs):
         if dump is not None:
             raise ValueError("--dump with an estimate, in bfloat16 on a CPU: name a GPU with --gpu")
+        if isinstance(config, ResolvedFinetune):
+            raise ValueError("--task in bfloat16 on a CPU: name a GPU with --gpu")
         return estimate(config, programs), {}
     compiled = _compiled(programs, card)
     # What most steps run: without a refresh.
@@ -103,7 +112,7 @@ def _plan_of_largest(config: Resolved, card: Card | None) -> MemoryPlan:
     return plan(config, programs, _compiled(programs, card))
 
 
-def _is_estimated(config: Resolved, programs: Programs) -> bool:
+def _is_estimated(config: ResolvedTraining, programs: Programs) -> bool:
     return config.dtype == "bfloat16" and programs.mesh.devices.flat[0].platform == "cpu"
 
 
@@ -125,7 +134,8 @@ def main(config: Plan) -> int:
         return _for_card(config, config.card)
     card = None if config.gpu is None else find_card(config.gpu)
     names = dict.fromkeys((config.optimizer or Pretrain.optimizer, *config.compare))
-    settings = {name: _resolved(config, optimizer=name) for name in names}
+    resolved = _resolved if config.task is None else _fine_tuning
+    settings = {name: resolved(config, optimizer=name) for name in names}
     first = next(iter(settings.values()))
     found = {name: planned(one, card, config.dump) for name, one in settings.items()}
     plans = {name: one for name, (one, _) in found.items()}
@@ -136,7 +146,7 @@ def main(config: Plan) -> int:
         texts = {name: {**one.as_json(), **does} for name, (one, does) in found.items()}
         print(json.dumps(texts if len(texts) > 1 else next(iter(texts.values())), indent=1))
     else:
-        print_plans(first, short_name(first.model), plans)
+        print_plans(first, _name(first), plans)
         for name, (_, does) in found.items():
             if does:
                 print(f"{name}: {_in_words(does)}")
@@ -179,7 +189,9 @@ def _in_words(does: Mapping[str, Any]) -> str:
     )
 
 
-def print_plans(config: Resolved, title: str, plans: Mapping[str, MemoryPlan]) -> None:
+def print_plans(
+    config: Resolved | ResolvedFinetune, title: str, plans: Mapping[str, MemoryPlan]
+) -> None:
     """Prints a table with a row for each plan."""
     from rich.console import Console
     from rich.table import Table
@@ -196,22 +208,29 @@ def print_plans(config: Resolved, title: str, plans: Mapping[str, MemoryPlan]) -
         card = next((str(size) for size in SIZES if one.fits(size)), "none")
         table.add_row(name, *(f"{size / 2**30:,.3f}" for size in sizes), card)
     Console(width=max(Console().width, 105)).print(table)  # no number is truncated
-    tokenizer = load_tokenizer(config.tokenizer, config.end_token)
-    if note := vocabulary_note(model_config(config, tokenizer), tokenizer):
-        print(note)
+    if isinstance(config, Resolved):
+        tokenizer = load_tokenizer(config.tokenizer, config.end_token)
+        if note := vocabulary_note(model_config(config, tokenizer), tokenizer):
+            print(note)
     if any(one.estimate for one in plans.values()):
         print(ESTIMATE)
+
+
+def _name(config: Resolved | ResolvedFinetune) -> str:
+    if isinstance(config, ResolvedFinetune):
+        return f"{glue.encoder(config.init)[1]} on {config.task}"
+    return short_name(config.model)
 
 
 def _title(name: str) -> str:
     return f"{name}: memory of one device"
 
 
-def _title_of(config: Resolved) -> str:
+def _title_of(config: Resolved | ResolvedFinetune) -> str:
     """The title of a picture, with the sizes of a step."""
     parts = f" in {config.accumulate} microbatches" if config.accumulate > 1 else ""
     batch = f"batch {config.batch_size} x {config.seq_len} tokens{parts}"
-    return _title(f"{short_name(config.model)}, {batch}")
+    return _title(f"{_name(config)}, {batch}")
 
 
 def _resolved(config: Plan, **changes: Any) -> Resolved:
@@ -219,12 +238,18 @@ def _resolved(config: Plan, **changes: Any) -> Resolved:
     return resolve(Pretrain(**{**own, **changes}))
 
 
+def _fine_tuning(config: Plan, **changes: Any) -> ResolvedFinetune:
+    names = ["task", *(f.name for f in dataclasses.fields(Pretrain))]
+    return glue.settings({**{name: getattr(config, name) for name in names}, **changes})
+
+
 def _for_card(config: Plan, size: float) -> int:
     """Prints the first recipe that fits the card; returns 1 if none has the optimizer asked for."""
     if not (math.isfinite(size) and size > 0):
         raise ValueError(f"--card {size:g}: expected the size of a card in GiB, such as 12")
-    if config.compare:
-        raise ValueError("--card finds one plan: leave out --compare")
+    for name in ("compare", "task"):
+        if getattr(config, name):
+            raise ValueError(f"--card finds one plan of a pre-training: leave out {flag(name)}")
     gpu = None
     if config.gpu is not None:
         gpu = find_card(config.gpu)

@@ -71,6 +71,22 @@ class EncoderConfig:
         return self.width // self.heads
 
 
+SIZES: dict[str, EncoderConfig] = {
+    "roberta-base": EncoderConfig(
+        width=768,
+        mlp_width=3072,
+        layers=12,
+        heads=12,
+        vocab_size=50_265,
+        positions=514,
+        token_types=1,
+        pad_id=1,
+        norm_eps=1e-5,
+    ),
+}
+"""The encoder that the papers fine-tune."""
+
+
 def weight_table(config: EncoderConfig) -> dict[str, Any]:
     """Returns a nested dict of `Weight` in the structure of the params."""
     n, d, f = config.layers, config.width, config.mlp_width

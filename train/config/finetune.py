@@ -115,8 +115,17 @@ def resolve(config: Finetune, examples: int) -> ResolvedFinetune:
     checks.check_types(config)
     config = reopened(expand_home(config))
     check_given(config)
+    resolved = resolve_for(config, examples, read_config(Path(str(config.init))))
+    # Absolute, so that a run can be resumed from another folder.
+    paths = {name: os.path.abspath(getattr(resolved, name)) for name in ("data_dir", "init")}
+    return dataclasses.replace(resolved, **paths)
+
+
+def resolve_for(config: Finetune, examples: int, model: EncoderConfig) -> ResolvedFinetune:
+    """The same for a model, whose weights and data need not be there."""
+    checks.check_types(config)
     checks.check_adapter(config)
-    task, model = str(config.task), read_config(Path(str(config.init)))
+    task = str(config.task)
     config, options = with_options(config)
 
     config = fill(config, options, _defaults(config, model))
@@ -148,12 +157,9 @@ def resolve(config: Finetune, examples: int) -> ResolvedFinetune:
     config = fill_rest(config, options, "float32")
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     resolved = ResolvedFinetune(**values)
-    name = Path(resolved.init).name
-    sides = sides_in(weight_table(model))
-    checks.check_training(resolved, sides, model.max_length, name)
-    # Absolute, so that a run can be resumed from another folder.
-    paths = {name: os.path.abspath(getattr(resolved, name)) for name in ("data_dir", "init")}
-    return dataclasses.replace(resolved, **paths)
+    name = Path(config.init or "the model").name
+    checks.check_training(resolved, sides_in(weight_table(model)), model.max_length, name)
+    return resolved
 
 
 def check_given(config: Finetune) -> None:

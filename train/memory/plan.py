@@ -227,7 +227,9 @@ def _activations(config: ResolvedTraining, programs: Programs) -> int:
             trained, frozen = split_params(config, params)
 
             def loss(own: Any) -> Any:
-                return programs.loss(join(with_sources(trained, own), frozen), batch)
+                # An encoder keeps what it drops.
+                own_batch = {**batch, "key": jax.random.key(0)}
+                return programs.loss(join(with_sources(trained, own), frozen), own_batch)
 
             return jax.vjp(loss, sources(trained))[1]
 
