@@ -201,6 +201,7 @@ def test_the_settings_of_a_config_json_are_read_back(finished):
         (["--patience", "0"], "--patience 0: expected 1 or more"),
         (["--batch-size", "9", "--accumulate", "2"], "choose a multiple of 2"),
         (["--layerwise"], "--layerwise"),
+        (["--optimizer", "racs"], "--learning-rate is missing: --optimizer racs has"),
     ],
 )
 def test_wrong_use_ends_with_one_line_and_writes_nothing(folder, tmp_path, capsys, args, message):

@@ -56,8 +56,8 @@ class Finetune(TrainingFlags, GlueFlags):
     """Steps between two restarts of relora and gradnorm-lorp: adapters are merged and reset.
     Default: a fifth of --steps for relora; never for gradnorm-lorp."""
     learning_rate: float | None = None
-    """Peak learning rate. Default: as published for GaLore with this task and rank; 2e-5 for other
-    optimizers of all weights; 4e-4 for adapters."""
+    """Peak learning rate. Default: as published for GaLore with this task and rank; 2e-5 for AdamW
+    and Adafactor; 4e-4 for adapters; none for optimizers that are published for pre-training."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "linear"
     """Learning rate after the warm-up: a line or a cosine down to --floor, constant, or constant
     with a line down to --floor in the last --decay-steps (wsd)."""
@@ -127,6 +127,9 @@ def resolve_for(config: Finetune, examples: int, model: EncoderConfig) -> Resolv
     checks.check_adapter(config)
     task = str(config.task)
     config, options = with_options(config)
+    if config.learning_rate is None and OPTIMIZERS[config.optimizer].learning_rate is not None:
+        published = f"--optimizer {config.optimizer} has a published one for pre-training only"
+        raise ValueError(f"--learning-rate is missing: {published}; give it, such as 2e-5")
 
     config = fill(config, options, _defaults(config, model))
     epoch = -(-examples // max(1, config.batch_size or 1))
