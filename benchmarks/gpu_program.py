@@ -22,6 +22,9 @@ from jax.sharding import SingleDeviceSharding
 from galore_optax import (
     GaLoreDimensionNumbers,
     adamw8bit,
+    apollo_adamw,
+    apollo_mini_adamw,
+    fira_adamw,
     galore_adamw,
     galore_adamw8bit,
     state_bytes,
@@ -57,6 +60,12 @@ ROWS: Mapping[str, tuple[str, Optimizer | Mapping[str, Any]]] = {
     "step-galore8bit": (
         "h100",
         Optimizer("llama-1b", lambda: galore_adamw8bit(1e-2, 512, **_MATRICES)),
+    ),
+    "step-fira": ("h100", Optimizer("llama-1b", lambda: fira_adamw(1e-2, 512, **_MATRICES))),
+    "step-apollo": ("h100", Optimizer("llama-1b", lambda: apollo_adamw(1e-2, 512, **_MATRICES))),
+    "step-apollo-mini": (
+        "h100",
+        Optimizer("llama-1b", lambda: apollo_mini_adamw(1e-2, **_MATRICES)),
     ),
     "step-adamw8bit": ("h100", Optimizer("llama-1b", lambda: adamw8bit(1e-3))),
     "refresh-7b": (

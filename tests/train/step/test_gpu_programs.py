@@ -30,7 +30,6 @@ from train.memory.program import count
 from train.plan import programs_of
 
 TABLE = Path(__file__).with_name("gpu_programs.json")
-CARDS = ("rtx-3080", "h100")
 STEPS = {
     **{name: {"optimizer": name} for name in OPTIMIZERS},
     **{name: {"optimizer": "adamw", "adapter": name} for name in ("dora", "low-rank")},
@@ -42,10 +41,10 @@ MESHES = {
         "optimizer": "galore-adamw", "mesh": "data=2,fsdp=2", "layerwise": True,
     },
 }  # fmt: skip
-# Those that are made of the same steps as fira-adamw.
-ALIKE = {"apollo-adamw", "apollo-mini-adamw", "alice"}
-CASES = [(card, case) for card in CARDS for case in STEPS if case not in ALIKE]
-CASES += [("h100", case) for case in MESHES]
+# These are made of the same steps as fira-adamw; and of it and the others one card is enough.
+ALIKE, ON_ONE = {"apollo-adamw", "apollo-mini-adamw", "alice"}, {"fira-adamw", "racs", "scale"}
+CASES = [("rtx-3080", case) for case in STEPS if case not in ALIKE | ON_ONE]
+CASES += [("h100", case) for case in (*STEPS, *MESHES) if case not in ALIKE]
 # Bounds of a count as shares of the table's. XLA's versions differ a little; a program that does
 # far less than the table says should have its row rewritten.
 LESS, MORE = 0.67, 1.1
