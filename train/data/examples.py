@@ -16,6 +16,9 @@ from train.data.files import Example
 from train.data.sequences import START, Batch, Batches, Document, Position
 from train.data.tokenizer import Tokenizer
 
+# Texts of which one has no token with the beginning of most others.
+_BEFORE = ("\n", ".", "a")
+
 Pieces = Iterable[tuple[str, bool]]  # texts, and whether they are to be predicted
 
 
@@ -83,7 +86,9 @@ def _tokens(pieces: Pieces, encode: Callable[[str], list[int]], end: int) -> lis
         text += piece
         whole = encode(text)
         # A token across the border is two, as in generation, which begins after the prompt.
-        new = whole[len(ids) :] if whole[: len(ids)] == ids else encode(piece)
+        new = _rest(whole, ids)
+        if new is None:
+            new = _alone(piece, encode)
         ids += new
         if counts:
             answer = new
@@ -92,6 +97,22 @@ def _tokens(pieces: Pieces, encode: Callable[[str], list[int]], end: int) -> lis
         else:
             tokens += [~i for i in new]
     return tokens if end in answer else [*tokens, end]
+
+
+def _rest(whole: list[int], ids: list[int]) -> list[int] | None:
+    """What follows ids; None if they are not the beginning of `whole`."""
+    return whole[len(ids) :] if whole[: len(ids)] == ids else None
+
+
+def _alone(piece: str, encode: Callable[[str], list[int]]) -> list[int]:
+    """The token ids of a piece of a text, without those that a tokenizer puts before a text.
+
+    A SentencePiece tokenizer begins each text with a space.
+    """
+    for before in _BEFORE:
+        if (new := _rest(encode(before + piece), encode(before))) is not None:
+            return new
+    return encode(piece)
 
 
 def _rendered(example: Example, tokenizer: Tokenizer, template: ChatTemplate) -> Pieces:

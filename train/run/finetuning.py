@@ -1,10 +1,11 @@
 """The parts of a run that fine-tunes a language model on examples."""
 
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -102,11 +103,12 @@ class FinetuningParts(TextParts):
         model = nnx.merge(graph, merge(params))
         told = self.tokenizer.decode
         longest = self.model.max_length - 1
-        prompts = [pair for pair in prompts_of(self.held_out) if len(pair[0]) <= longest]
+        pairs = [pair for pair in prompts_of(self.held_out) if len(pair[0]) <= longest]
+        prompts: dict[bytes, Any] = {pair[0].tobytes(): pair for pair in pairs}  # each once
         if not prompts:
             begin = self.held_out[0][:9]
-            prompts = [(np.where(begin < 0, ~begin, begin), None)]
-        for prompt, right in prompts[:_SAMPLES]:
+            prompts[b""] = np.where(begin < 0, ~begin, begin), None
+        for prompt, right in itertools.islice(prompts.values(), _SAMPLES):
             new = min(_LENGTH, self.model.max_length - len(prompt))
             found = answer(model, self.tokenizer, prompt, max_new_tokens=new, temperature=0)
             expected = "" if right is None else f"\n  in the data: {told(right)}"

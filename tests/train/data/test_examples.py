@@ -131,6 +131,13 @@ def test_a_token_across_the_border_of_prompt_and_completion_is_two():
     (found,) = encoded(Example("prompt", ("ab", "cbc"), ""), Pairs()).examples
     assert list(found) == [~256, ~97, ~98, 99, 300, 256]
 
+    class Begun(Pairs):  # as SentencePiece puts a space before each text
+        def encode(self, text):
+            return np.array([301, *super().encode(text)], np.int32)
+
+    (found,) = encoded(Example("prompt", ("ab", "cbc"), ""), Begun()).examples
+    assert list(found) == [~256, ~301, ~97, ~98, 99, 300, 256]
+
 
 @pytest.mark.parametrize(
     ("example", "template", "says"),
