@@ -135,6 +135,10 @@ def test_defaults_are_those_of_fine_tuning(folder):
         ({"epochs": 0.0}, "--epochs 0.0: expected a positive number"),
         ({"seq_len": 65}, "--seq-len 65: face takes at most 64 tokens"),
         ({"seq_len": 5}, "nothing to learn from is left within --seq-len 5"),
+        (
+            {"optimizer": "racs", "rank": None, "learning_rate": None},
+            "--learning-rate is missing: --optimizer racs has a published one for pre-training",
+        ),
         ({"scale": 0.5, "optimizer": "adamw", "rank": None}, "--scale 0.5 has no effect"),
         ({"eval_data": "a"}, "--eval-data 'a': expected a list of strings"),
     ],

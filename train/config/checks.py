@@ -106,6 +106,13 @@ def check_clip_and_schedule(config: TrainingFlags) -> None:
         raise ValueError(f"--decay-steps {config.decay_steps} has no effect: {said}")
 
 
+def check_rate_of_fine_tuning(config: TrainingFlags) -> None:
+    """Checks that there is a learning rate: some optimizers have one for pre-training alone."""
+    if config.learning_rate is None and OPTIMIZERS[config.optimizer].learning_rate is not None:
+        published = f"--optimizer {config.optimizer} has a published one for pre-training only"
+        raise ValueError(f"--learning-rate is missing: {published}; give it, such as 2e-5")
+
+
 def check_values(config: Resolved) -> None:
     """Checks each value, the values that contradict each other, and those against the model."""
     size, name = sizes(config)[0], short_name(config.model)

@@ -127,9 +127,7 @@ def resolve_for(config: Finetune, examples: int, model: EncoderConfig) -> Resolv
     checks.check_adapter(config)
     task = str(config.task)
     config, options = with_options(config)
-    if config.learning_rate is None and OPTIMIZERS[config.optimizer].learning_rate is not None:
-        published = f"--optimizer {config.optimizer} has a published one for pre-training only"
-        raise ValueError(f"--learning-rate is missing: {published}; give it, such as 2e-5")
+    checks.check_rate_of_fine_tuning(config)
 
     config = fill(config, options, _defaults(config, model))
     epoch = -(-examples // max(1, config.batch_size or 1))

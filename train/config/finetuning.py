@@ -56,6 +56,7 @@ def resolve_finetuning(
     own = read_settings(config.config).get("model") if config.resume and config.config else None
     source = with_model(Pretrain(**named, model=own, resume=config.resume))
     config, options = with_options(config)
+    checks.check_rate_of_fine_tuning(config)
 
     adapter, (size, _) = config.adapter is not None, sizes(source)
     defaults: dict[str, Any] = dict(FINETUNING)

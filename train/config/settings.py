@@ -46,11 +46,12 @@ class FinetuneLM(SampleFlags, LayerwiseFlags, TrainingFlags, OwnTextFlags):
     """Rank of GaLore, below the width of the model, or of the adapter. Default: a quarter of the
     width; 16 for an adapter."""
     scale: float | None = None
-    """Factor of GaLore's projected updates. Default: 2."""
+    """Factor of projected updates and of racs. Default: 2, or as published for the optimizer."""
     update_proj_gap: int | None = None
     """Steps between two refreshes of GaLore's subspaces. Default: 200."""
     learning_rate: float | None = None
-    """Peak learning rate. Default: 2e-5, with an adapter 2e-4."""
+    """Peak learning rate. Default: 2e-5, with an adapter 2e-4; none for optimizers that are
+    published for pre-training alone."""
     steps: int | None = None
     """Updates of the weights. Default: as many as --epochs take."""
     batch_size: int | None = None
