@@ -16,6 +16,7 @@ from jaxtyping import PRNGKeyArray
 
 from galore_optax import checks, keys
 from galore_optax.inner import Inner
+from galore_optax.projection.alice import Alice
 from galore_optax.projection.apollo import Apollo
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.fira import Fira
@@ -177,6 +178,12 @@ def galore(
             f"subspace={subspace!r} needs the gradient itself, which sum_over={sum_over} avoids: "
             f"choose one of {', '.join(BY_PRODUCTS)}, or leave sum_over out"
         )
+    way_back = recover if callable(recover) else RECOVERS[recover]
+    if subspace == "gaussian" and isinstance(way_back, Fira | Alice):
+        raise ValueError(
+            f'subspace="gaussian" is not orthonormal, as recover={checks.said(recover)} needs it: '
+            "choose another one, or another way back"
+        )
     if sum_over and recover != "project":
         raise ValueError(
             f"recover={checks.said(recover)} needs the gradient itself, which sum_over={sum_over} "
@@ -191,7 +198,7 @@ def galore(
             gap=update_proj_gap,
             scale=checks.number(scale, "scale", such_as=0.25),
             subspace=subspace,
-            recover=recover if callable(recover) else RECOVERS[recover],
+            recover=way_back,
             side=side,
             numbers=weight_dimension_numbers,
             bits=projection_bits,

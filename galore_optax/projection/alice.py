@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from galore_optax import checks
-from galore_optax.projection.recover import Matrix, at, limited
+from galore_optax.projection.recover import Matrix, at, energies, limit
 
 _LEAST = 1e-30  # energy of a column that has none outside the subspace
 
@@ -51,10 +51,11 @@ class Alice:
         """The update, and the new state."""
         mean, previous = state
         (n, _), r = own.gradient.shape, len(own.projected)
-        residual = (own.gradient - own.basis @ own.projected).astype(mean.dtype)
-        energy = jnp.sum(jnp.square(residual), axis=0)
+        # Of an orthonormal P; the residual itself is never in memory.
+        energy = jnp.maximum(energies(own.gradient) - energies(own.projected), 0)
         mean = self.decay * mean + (1 - self.decay) * energy
-        unit = (n - r) ** 0.5 * residual * jax.lax.rsqrt(jnp.maximum(mean, _LEAST))
-        unit, previous = limited(unit, previous, 1.0)
-        rest = at(self.learning_rate, own.count) * self.compensation * unit
-        return own.scale * (own.basis @ own.step - rest), (mean, previous)
+        factor = (n - r) ** 0.5 * jax.lax.rsqrt(jnp.maximum(mean, _LEAST))
+        limited, previous = limit(factor**2 * energy, previous, 1.0)
+        factor = at(self.learning_rate, own.count) * self.compensation * limited * factor
+        small = own.step + factor * own.projected
+        return own.scale * (own.back(small) - factor * own.gradient), (mean, previous)

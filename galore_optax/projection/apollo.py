@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from galore_optax import checks
-from galore_optax.projection.recover import Matrix, at, growth, limited
+from galore_optax.projection.recover import Matrix, at, energies, growth, limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,5 +46,6 @@ class Apollo:
     def __call__(self, own: Matrix, state: Any) -> tuple[Float[Array, "n m"], Any]:
         """The update, and its norm."""
         factor = growth(own.step, own.projected, columns=self.per == "column")
-        scaled, state = limited(factor * own.gradient, state, at(self.learning_rate, own.count))
-        return -own.scale * scaled, state
+        squares = factor**2 * energies(own.gradient)
+        limited, state = limit(squares, state, at(self.learning_rate, own.count))
+        return -own.scale * limited * factor * own.gradient, state

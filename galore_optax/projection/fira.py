@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from galore_optax.projection.recover import Matrix, at, growth, limited
+from galore_optax.projection.recover import Matrix, at, energies, growth, limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,11 @@ class Fira:
 
     def __call__(self, own: Matrix, state: Any) -> tuple[Float[Array, "n m"], Any]:
         """The update, and the norm of its part outside the subspace."""
-        residual = own.gradient - own.scale * (own.basis @ own.projected)
-        scaled = growth(own.step, own.projected) * residual
-        scaled, state = limited(scaled, state, at(self.learning_rate, own.count))
-        return own.basis @ (own.scale * own.step).astype(own.basis.dtype) - scaled, state
+        factor, alpha = growth(own.step, own.projected), own.scale
+        # Of an orthonormal P; the residual itself is never in memory.
+        residual = energies(own.gradient) - alpha * (2 - alpha) * energies(own.projected)
+        rate = at(self.learning_rate, own.count)
+        limited, state = limit(factor**2 * residual, state, rate)
+        factor = limited * factor
+        small = alpha * (own.step + factor * own.projected)
+        return own.back(small) - factor * own.gradient, state

@@ -43,6 +43,11 @@ class Matrix(NamedTuple):
     scale: Any  # a number, or an array without axes
     count: Any  # an integer, likewise
 
+    def back(self, small: Float[Array, "r m"]) -> Float[Array, "n m"]:
+        """P times a projected matrix, in the dtype of N."""
+        dtype = self.step.dtype
+        return self.basis.astype(dtype) @ small.astype(dtype)
+
 
 Recover = Callable[[Matrix, State], tuple[Float[Array, "n m"], State]]
 """From a matrix and its state to its update and its new state. Its method `init`, if it has one,
@@ -50,36 +55,37 @@ makes the first state from a `jax.ShapeDtypeStruct` of shape (n, m), in float32 
 is ()."""
 
 
-def column_norms(x: Float[Array, "n m"]) -> Float[Array, " m"]:
-    """The norm of each column, in float32 or wider."""
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(_wide(x))), axis=0))
+def energies(x: Float[Array, "n m"]) -> Float[Array, " m"]:
+    """The sum of squares of each column, in float32 or wider."""
+    return jnp.sum(jnp.square(x.astype(_wide(x))), axis=0)
 
 
 def growth(
     step: Float[Array, "r m"], projected: Float[Array, "r m"], columns: bool = True
-) -> Array:
+) -> Float[Array, "*m"]:
     """How much longer the inner made R: ‖N‖ / ‖R‖ of each column, or of all together."""
-    made, given = column_norms(step), column_norms(projected)
+    made, given = energies(step), energies(projected)
     if not columns:
-        made, given = jnp.linalg.norm(made), jnp.linalg.norm(given)
-    return made / (given + _TINY)
+        made, given = jnp.sum(made), jnp.sum(given)
+    return jnp.sqrt(made) / (jnp.sqrt(given) + _TINY)
 
 
-def limited(
-    update: Float[Array, "n m"], previous: Float[Array, ""], learning_rate: ArrayLike
-) -> tuple[Float[Array, "n m"], Float[Array, ""]]:
-    """An update whose norm over the learning rate grows by at most γ, and that norm.
+def limit(
+    squares: Float[Array, " m"], previous: Float[Array, ""], learning_rate: ArrayLike
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The factor with which an update's norm grows by at most γ, and then its norm.
 
-    The norm-growth limiter (Fira, arXiv:2410.01623, section 4.3). `previous` is the norm returned
-    by the step before, 0 if there was none. The norm stays where it is not known: where the update
-    is not finite, or the learning rate is zero.
+    The norm-growth limiter (Fira, arXiv:2410.01623, section 4.3). Norms are compared over the
+    learning rate, `squares` are the energies of the update's columns, and `previous` is the norm
+    returned by the step before, 0 if there was none. The norm stays where it is not known: where
+    the update is not finite, or the learning rate is zero.
     """
-    norm = jnp.linalg.norm(column_norms(update))
+    norm = jnp.sqrt(jnp.sum(jnp.maximum(squares, 0)))
     most = GAMMA * (previous + _TINY) * learning_rate
     factor = jnp.where((previous > 0) & (norm > most), most / norm, 1)
     found = factor * norm / learning_rate
     known = jnp.isfinite(found) & (norm > 0)
-    return update * factor.astype(update.dtype), jnp.where(known, found, previous)
+    return factor, jnp.where(known, found, previous)
 
 
 def at(learning_rate: optax.ScalarOrSchedule | None, count: Any) -> Any:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from galore_optax import checks
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
-from galore_optax.projection.recover import limited
+from galore_optax.projection.recover import energies, limit
 from galore_optax.recipes.matrices import of_matrices, with_adam_for_others
 from galore_optax.recipes.options import Mask
 
@@ -73,8 +73,9 @@ def scale_by_racs(
             decay * old + (1 - decay) * new for old, new in ((state.rows, q), (state.columns, s))
         )
         by_rows, by_columns = (jax.lax.rsqrt(jnp.maximum(x, _LEAST)) for x in (q, s))
-        scaled, norm = limited(by_rows[:, None] * wide * by_columns, state.norm, 1.0)
-        return (scale * scaled).astype(gradient.dtype), Scales(q, s, norm)
+        scaled = by_rows[:, None] * wide * by_columns
+        factor, norm = limit(energies(scaled), state.norm, 1.0)
+        return (scale * factor * scaled).astype(gradient.dtype), Scales(q, s, norm)
 
     return of_matrices(update, weight_dimension_numbers, init)
 

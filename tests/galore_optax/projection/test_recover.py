@@ -226,6 +226,8 @@ def test_it_may_be_a_function():
     assert state.recovery == ()
     with pytest.raises(ValueError, match=r"recover: .* it returns float32 of shape \(3, 12\)"):
         one(lambda own, state: (own.step, state))
+    with pytest.raises(ValueError, match='subspace="gaussian" is not orthonormal'):
+        one("fira", subspace="gaussian")
     with pytest.raises(ValueError, match="recover='firra' is unknown; choose one of project, fira"):
         one("firra")
 
