@@ -20,7 +20,7 @@ from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.leaf import Plans, Projection, Rank, projections, warn_of_left_out
 from galore_optax.projection.moments import CarryOver, Moment, MomentsOf, reset
-from galore_optax.projection.recover import Recover, first_states, recovered, remembers
+from galore_optax.projection.recover import Recover, first_states, history, recovered, remembers
 from galore_optax.projection.refresh import Leaf, Refresh, Refreshed, check_subspace, refresh
 from galore_optax.projection.subspace import SUBSPACES, FindSubspace
 from galore_optax.quantization.array import dequantized, is_quantized
@@ -232,6 +232,9 @@ class _Call:
         key = jax.random.fold_in(keys.of_seed(self.galore.seed), count)
         carried: MomentsOf = {i: [[]] for i, _ in projected} if rule == "keep" else places
         groups: dict[Any, dict[int, Leaf]] = {}
+        past, remembered = history(self.galore.recover), [()] * len(self.plans)
+        if past is not None:
+            remembered = self.tree.flatten_up_to(state.recovery)
         for (i, plan), now in zip(projected, due, strict=True):
             leaf = Leaf(
                 grads[i],
@@ -239,6 +242,7 @@ class _Call:
                 tuple(tuple(inner_leaves[moment.position] for moment in own) for own in carried[i]),
                 now.reshape(plan.view.batch_shape),
                 jnp.uint32(keys.number_of(plan.path)),
+                remembered[i],
             )
             # Automatic axes are not in a type. Those of one path but for numbers are sharded alike.
             name = re.sub(r"\d+", "", plan.path) if in_groups else plan.path
@@ -280,6 +284,7 @@ class _Call:
             carry_over=CarryOver(plan, self.galore.inner.rule, tuple(moments)) if moments else None,
             similarity=schedule.SIMILARITIES[gap.similarity] if adaptive else None,
             sum_over=self.galore.sum_over,
+            history=history(self.galore.recover),
         )
 
     def finish(
@@ -292,9 +297,7 @@ class _Call:
         if self.galore.recover is None:
             self._project_back(steps, state, like)
         else:
-            state = self._recovered(
-                self.galore.recover, steps, self.tree.flatten_up_to(small), state, grads
-            )
+            state = self._recovered(steps, self.tree.flatten_up_to(small), state, grads)
         if slopes is not None and self.weights is not None:
             decays = map(decay, self.tree.flatten_up_to(slopes), self.plans, self.weights)
             for i, whole in enumerate(decays):
@@ -315,14 +318,10 @@ class _Call:
                 steps[i] = previous = plan.out_of(bases[i], scaled, like[i])
 
     def _recovered(
-        self,
-        recover: Recover,
-        steps: list[Any],
-        small: Sequence[Any],
-        state: GaLoreState,
-        grads: Sequence[Array],
+        self, steps: list[Any], small: Sequence[Any], state: GaLoreState, grads: Sequence[Array]
     ) -> GaLoreState:
         """Replaces N by what `recover` makes of it; returns the state with the new one of that."""
+        recover: Any = self.galore.recover
         bases, scalars = self.bases(state), (self.galore.scale, state.count)
         kept = remembers(recover)
         own = self.tree.flatten_up_to(state.recovery) if kept else [()] * len(steps)

@@ -24,12 +24,14 @@ class Alice:
 
     where η is the learning rate, α the `scale` of `galore`, and p an exponential mean of the energy
     that each column has outside the subspace: p_i is the mean of ‖G_i‖² - ‖R_i‖². The norm of C
-    grows by at most 1.01 a step, as Fira's residual. The state is p and that norm.
+    grows by at most 1.01 a step, as Fira's residual. The state is p and that norm, and with
+    `tracking` an exponential mean of R Rᵀ, from which and the gradient a new subspace is found.
 
     Attributes:
         learning_rate: The inner's, a number or a schedule.
         compensation: The factor α_c.
         decay: Decay rate of the mean, the first moment's as published.
+        tracking: Decay rate of the mean of R Rᵀ, the paper's β₃; 0, its Alice-0, keeps none.
 
     References:
         Gong et al., `Alice <https://arxiv.org/abs/2502.07752>`_, 2025, theorem 5.1 and algorithm 3.
@@ -38,18 +40,27 @@ class Alice:
     learning_rate: optax.ScalarOrSchedule
     compensation: float = 0.4
     decay: float = 0.9
+    tracking: float = 0.0
 
     def __post_init__(self):
         checks.number(self.compensation, "compensation", least=0, such_as=0.4)
         checks.number(self.decay, "decay", least=0, below=1, such_as=0.9)
+        checks.static(self.tracking, "tracking")
+        checks.number(self.tracking, "tracking", least=0, below=1, such_as=0.999)
 
-    def init(self, like: jax.ShapeDtypeStruct) -> tuple[Float[Array, " m"], Float[Array, ""]]:
-        """The mean of each column's energy, and the norm of the step before: none yet."""
-        return jnp.zeros(like.shape[1], like.dtype), jnp.zeros((), like.dtype)
+    @property
+    def history(self) -> "_History | None":
+        """What is known of gradients before."""
+        return _History(self.tracking) if self.tracking else None
+
+    def init(self, like: jax.ShapeDtypeStruct, rank: int) -> tuple[Array, ...]:
+        """The mean of each column's energy, the norm of the step before, and that of R Rᵀ."""
+        shapes = [like.shape[1:], ()] + [(rank, rank)] * bool(self.tracking)
+        return tuple(jnp.zeros(shape, like.dtype) for shape in shapes)
 
     def __call__(self, own: Matrix, state: Any) -> tuple[Float[Array, "n m"], Any]:
         """The update, and the new state."""
-        mean, previous = state
+        mean, previous, *tracked = state
         (n, _), r = own.gradient.shape, len(own.projected)
         # Of an orthonormal P; the residual itself is never in memory.
         energy = jnp.maximum(energies(own.gradient) - energies(own.projected), 0)
@@ -58,4 +69,25 @@ class Alice:
         limited, previous = limit(factor**2 * energy, previous, 1.0)
         factor = at(self.learning_rate, own.count) * self.compensation * limited * factor
         small = own.step + factor * own.projected
-        return own.scale * (own.back(small) - factor * own.gradient), (mean, previous)
+        if tracked:
+            r = own.projected.astype(mean.dtype)
+            tracked = [self.tracking * tracked[0] + (1 - self.tracking) * r @ r.T]
+        update = own.scale * (own.back(small) - factor * own.gradient)
+        return update, (mean, previous, *tracked)
+
+
+@dataclasses.dataclass(frozen=True)
+class _History:
+    """Columns H for which β₃ P M Pᵀ + (1 - β₃) G Gᵀ, with M the mean of R Rᵀ, is that of [G, H].
+
+    Up to a factor, of which no subspace depends. M stays in the coordinates in which it was found
+    when P changes, as published.
+    """
+
+    decay: float
+
+    def __call__(self, state: Any, basis: Float[Array, "n r"]) -> Float[Array, "n r"]:
+        _, _, mean = state
+        values, vectors = jnp.linalg.eigh(mean)
+        root = vectors * jnp.sqrt(jnp.maximum(values, 0))
+        return (self.decay / (1 - self.decay)) ** 0.5 * basis.astype(mean.dtype) @ root

@@ -39,7 +39,7 @@ class Apollo:
     def __post_init__(self):
         checks.choice(self.per, "per", ("column", "matrix"))
 
-    def init(self, like: jax.ShapeDtypeStruct) -> Float[Array, ""]:
+    def init(self, like: jax.ShapeDtypeStruct, rank: int) -> Float[Array, ""]:
         """The norm of the step before: none yet."""
         return jnp.zeros((), like.dtype)
 

@@ -33,7 +33,7 @@ class Fira:
 
     learning_rate: optax.ScalarOrSchedule | None = None
 
-    def init(self, like: jax.ShapeDtypeStruct) -> Float[Array, ""]:
+    def init(self, like: jax.ShapeDtypeStruct, rank: int) -> Float[Array, ""]:
         """The norm of the step before: none yet."""
         return jnp.zeros((), like.dtype)
 

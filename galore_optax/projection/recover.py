@@ -51,8 +51,9 @@ class Matrix(NamedTuple):
 
 Recover = Callable[[Matrix, State], tuple[Float[Array, "n m"], State]]
 """From a matrix and its state to its update and its new state. Its method `init`, if it has one,
-makes the first state from a `jax.ShapeDtypeStruct` of shape (n, m), in float32 or wider; else that
-is ()."""
+makes the first state from a `jax.ShapeDtypeStruct` of shape (n, m), in float32 or wider, and the
+rank; else that is (). If it has a `history`, a hashable function from state and P to columns
+(n, k), these are added to the gradient's when a subspace is found."""
 
 
 def energies(x: Float[Array, "n m"]) -> Float[Array, " m"]:
@@ -109,7 +110,7 @@ def first_states(
         if recover is not None and plan is not None:
             _check(recover, plan)
             states[i] = first_state(
-                partial(_one_state, recover), turned(plan.view, plan.modes[0]), leaf
+                partial(_one_state, recover, plan.ranks[0]), turned(plan.view, plan.modes[0]), leaf
             )
     return states
 
@@ -138,7 +139,7 @@ def _check(recover: Recover, plan: Projection) -> None:
     given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
     def update(*arrays: Array) -> Array:
-        return recover(Matrix(*arrays), _one_state(recover, like))[0]
+        return recover(Matrix(*arrays), _one_state(recover, rank, like))[0]
 
     checks.gives(update, "recover", (*given, jax.ShapeDtypeStruct((), jnp.int32)), like)
 
@@ -172,13 +173,18 @@ def recovered(
     return each_matrix(one, view, gradient, state, (bases, small), scalars, stacked)
 
 
+def history(recover: Recover | None) -> Callable[[State, Array], Array] | None:
+    """What it adds to a gradient when a subspace is found; None: nothing."""
+    return getattr(recover, "history", None)
+
+
 def remembers(recover: Recover | None) -> bool:
     """Whether there is a state."""
     return hasattr(recover, "init")
 
 
-def _one_state(recover: Any, like: jax.ShapeDtypeStruct) -> State:
-    return recover.init(like) if remembers(recover) else ()
+def _one_state(recover: Any, rank: int, like: jax.ShapeDtypeStruct) -> State:
+    return recover.init(like, rank) if remembers(recover) else ()
 
 
 def _sides(plan: Projection) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ class Leaf(NamedTuple):
     moments: Moments  # ((),) if they are not carried over
     due: Bool[Array, "*batch"]
     path: UInt32[Array, ""]  # its number
+    recovery: Any  # what the way back remembers, if it has a history; else ()
 
 
 class Refreshed(NamedTuple):
@@ -60,6 +61,7 @@ class Refresh:
         carry_over: What becomes of the moments; None leaves them.
         similarity: Compares the new basis with the old one; None does not.
         sum_over: Mesh axes along which each device has a summand of the gradient.
+        history: Columns beside the gradient's, from what the way back remembers and a basis.
     """
 
     projection: Projection
@@ -67,6 +69,7 @@ class Refresh:
     carry_over: CarryOver | None
     similarity: Similarity | None
     sum_over: tuple[str, ...] = ()
+    history: Callable[[Any, Array], Array] | None = None
 
     def __call__(self, leaves: Sequence[Leaf], key: Array, first: Array) -> list[Refreshed]:
         """Of each leaf; see `refresh`.
@@ -99,16 +102,15 @@ class Refresh:
         )
 
     def _leaf(self, leaf: Leaf, key: Array, first: Array) -> Refreshed:
-        gradient, bases, moments, due, path = leaf
+        gradient, bases, moments, due, path, recovery = leaf
         if not self.projection.modes:  # a tensor without an axis above the rank: there is no basis
             return self._stay(leaf)._replace(happened=due.reshape(-1))
         key = jax.random.fold_in(key, path)
         view, number = self.projection.view, self.projection.matrices
 
         def single() -> Refreshed:
-            (new, carried), found, similar = self._search(
-                view.to_stack(gradient), bases, moments[0], jax.random.fold_in(key, first)
-            )
+            own = view.to_stack(gradient), (bases, moments[0]), recovery
+            (new, carried), found, similar = self._search(*own, jax.random.fold_in(key, first))
             return Refreshed(new, (carried,), found[None], similar[None])
 
         def stack() -> Refreshed:
@@ -120,8 +122,8 @@ class Refresh:
                 stacks, found, similar = carry
                 # All is read beside the condition: with the collectives that send a matrix of a
                 # sharded stack in it, devices waited forever (jaxlib 0.10, CPU).
-                mine = own(gradients), jax.tree.map(own, stacks), own(due)
-                new, happened, similarity = self._matrix(*mine, key, first + i)
+                mine = own(gradients), jax.tree.map(own, stacks), jax.tree.map(own, recovery)
+                new, happened, similarity = self._matrix(*mine, own(due), key, first + i)
                 at = jnp.unravel_index(i, shape)
                 stacks = jax.tree.map(lambda b, x: b.at[at].set(x), stacks, new)
                 return stacks, found.at[i].set(happened), similar.at[i].set(similarity)
@@ -141,26 +143,32 @@ class Refresh:
         return Refreshed(bases, moments, none > 0, none)
 
     def _matrix(
-        self, gradient: Float[Array, "*sizes"], state: Any, due: Array, key: Array, index: Array
+        self,
+        gradient: Float[Array, "*sizes"],
+        state: Any,
+        recovery: Any,
+        due: Array,
+        key: Array,
+        index: Array,
     ) -> tuple[Any, Array, Array]:
         """As `_search` if it is due."""
 
         def search() -> tuple[Any, Array, Array]:
-            bases, moments = state
-            return self._search(gradient, bases, moments, jax.random.fold_in(key, index))
+            return self._search(gradient, state, recovery, jax.random.fold_in(key, index))
 
         # Not under `vmap`, which would make it a select, and compute every basis at every step.
         return jax.lax.cond(due, search, lambda: (state, due, jnp.zeros_like(due, jnp.float32)))
 
     def _search(
-        self, gradient: Float[Array, "*sizes"], bases: Bases, moments: tuple[Any, ...], key: Array
+        self, gradient: Float[Array, "*sizes"], state: Any, recovery: Any, key: Array
     ) -> tuple[Any, Array, Array]:
         """Of one matrix new bases and moments, whether they are new, and the similarity."""
+        bases, moments = state
         old = dequantized(bases)
         pairs = [
             refreshed(
                 self.find,
-                unfold(gradient, mode),
+                self._columns(unfold(gradient, mode), recovery, basis),
                 basis,
                 jax.random.fold_in(key, mode),
                 self.sum_over,
@@ -173,6 +181,14 @@ class Refresh:
         change = list(zip(old, dequantized(new), strict=True))
         carried = self._carried(gradient, change, found, moments)
         return (new, carried), found, self._similarity(change, found)
+
+    def _columns(
+        self, gradient: Float[Array, "n m"], recovery: Any, basis: Float[Array, "n r"]
+    ) -> Float[Array, "n k"]:
+        if self.history is None:
+            return gradient
+        past = self.history(recovery, basis)
+        return jnp.concatenate([gradient.astype(past.dtype), past], axis=1)
 
     def _similarity(self, change: Sequence[tuple[Array, Array]], found: Array) -> Float[Array, ""]:
         if self.similarity is None:

@@ -20,6 +20,7 @@ def alice(
     *,
     leading: int = 40,
     compensation: float = 0.4,
+    tracking: float = 0.999,
     scale: float = 0.3,
     moments: Any = "keep",
     b1: float = 0.9,
@@ -28,9 +29,9 @@ def alice(
 ) -> optax.GradientTransformationExtraArgs:
     """Alice with AdamW: a subspace of leading and of random directions, the rest compensated.
 
-    It is what the paper calls Alice-0, without a tracked mean of R Rᵀ from which a new subspace is
-    found. Its state is that of `galore_adamw`, the columns' mean energies (`Alice`), and a number
-    for each matrix. Moments are corrected for their start at zero, as AdamW's are.
+    Its state is that of `galore_adamw`, and for each matrix its columns' mean energies, a number,
+    and a matrix (rank, rank) from which, with the gradient, a new subspace is found (`Alice`).
+    Moments are corrected for their start at zero, as AdamW's are.
 
     Args:
         learning_rate: Learning rate or schedule. The paper pre-trains with 0.02.
@@ -38,6 +39,8 @@ def alice(
         leading: How many of them are leading directions; the others are drawn from the rest of the
             space. The paper has 160 for a 1B model.
         compensation: The factor α_c; the paper has 0.2 for a 1B model.
+        tracking: Decay rate of that matrix; 0, the paper's Alice-0, has none: a new subspace is
+            found from the gradient alone.
         scale: Factor on the whole update; the paper has 0.25 for a 1B model.
         moments: As in `galore`; as published.
         b1: Decay rate of the first moment, and of the columns' energies.
@@ -52,9 +55,9 @@ def alice(
         >>> from galore_optax import alice
         >>> state = alice(0.02, rank=16, leading=4).init({"w": jnp.ones((64, 256))})
         >>> [x.shape for x in state.recovery["w"]]
-        [(256,), ()]
+        [(256,), (), (16, 16)]
     """
     subspace = partial(switched, leading=checks.whole(leading, "leading"))
-    recover = Alice(learning_rate, compensation, b1)
+    recover = Alice(learning_rate, compensation, b1, tracking)
     named = {"recover": recover, "subspace": subspace, "scale": scale, "moments": moments}
     return galore_adamw(learning_rate, rank, b1=b1, b2=b2, **named, **options)

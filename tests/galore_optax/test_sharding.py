@@ -69,7 +69,7 @@ OPTIONS = {
         "subspace": "random",
         "update_proj_gap": Staggered(2),
     },
-    "alice": {"inner": ADAMW, "recover": Alice(0.01)},
+    "alice": {"inner": ADAMW, "recover": Alice(0.01, tracking=0.9)},
 }
 
 

@@ -130,7 +130,10 @@ def test_axes_that_are_merged_equal_the_reshaped_matrix():
 def test_a_layer_wise_step_has_the_ordinary_steps_numbers():
     numbers = {**NUMBERS, "out": {"norm": None, "head": MATRIX}}
     inner = optax.adamw(0.01, weight_decay=0.1)
-    tx = galore(3, inner, recover="fira", update_proj_gap=2, weight_dimension_numbers=numbers)
+    tx = galore(
+        3, inner, recover=Alice(0.01, tracking=0.9), update_proj_gap=2,
+        weight_dimension_numbers=numbers,
+    )  # fmt: skip
     assert_equal(by_layers(tx), ordinary(tx), 1e-5)
 
 

@@ -10,9 +10,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from toy_layers import MATRIX, NUMBERS, assert_equal, by_layers, ordinary
 
 from galore_optax import (
+    Alice,
     GaLoreDimensionNumbers,
     TuckerDimensionNumbers,
     alice,
+    galore,
     racs,
     scale_sgd,
     state_bytes,
@@ -68,7 +70,7 @@ def test_scale_normalizes_columns_and_keeps_momentum_in_the_last_layer_alone():
 
 
 def test_the_recipe_of_alice_is_the_papers():
-    tx = alice(0.02, 3, leading=2)
+    tx = alice(0.02, 3, leading=2, tracking=0)
     params = normal(0, 8, 12)
     # The first step: Adam's signs in the subspace, and the compensation of equal energies.
     gradient = normal(1, 8, 12)
@@ -80,6 +82,30 @@ def test_the_recipe_of_alice_is_the_papers():
     np.testing.assert_allclose(updates, expected, atol=1e-6)
     leading = np.linalg.svd(g)[0][:, 0]
     assert np.linalg.norm(basis[:, :2].T @ leading) > 0.5
+
+
+def test_alice_finds_a_subspace_from_the_gradients_that_it_tracked():
+    n, m, r, beta = 8, 12, 3, 0.9
+    numbers = GaLoreDimensionNumbers(1, 2)
+    tx = galore(
+        r, optax.adam(0.01), recover=Alice(0.01, tracking=beta), subspace="svd", update_proj_gap=3,
+        weight_dimension_numbers=numbers,
+    )  # fmt: skip
+    params, grads = normal(9, 2, n, m), [normal(i, 2, n, m) for i in range(4)]
+    state, update = tx.init(params), jax.jit(tx.update)
+    for grad in grads[:3]:
+        _, state = update(grad, state, params)
+    basis, *steps = doubles(state.bases, *grads)
+    mean = np.zeros((2, r, r))
+    for g in steps[:3]:
+        small = basis.mT @ g
+        mean = beta * mean + (1 - beta) * small @ small.mT
+    np.testing.assert_allclose(state.recovery[2], mean, atol=1e-5)
+    _, state = update(grads[3], state, params)
+    whole = beta * basis @ mean @ basis.mT + (1 - beta) * steps[3] @ steps[3].mT
+    leading = np.linalg.eigh(whole)[1][..., -r:]
+    overlap = np.linalg.norm(leading.mT @ np.asarray(state.bases), axis=(1, 2)) ** 2 / r
+    np.testing.assert_allclose(overlap, 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["racs", "scale"])
