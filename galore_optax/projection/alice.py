@@ -11,7 +11,10 @@ from jaxtyping import Array, Float
 from galore_optax import checks
 from galore_optax.projection.recover import Matrix, at, energies, limit
 
-_LEAST = 1e-30  # energy of a column that has none outside the subspace
+_LEAST = 1e-30  # energy of a column that is zero
+# The least share of a column's energy that counts as outside the subspace: what is less there is
+# rounding, and would be scaled up to the size of the others.
+_SHARE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +26,10 @@ class Alice:
         C = \sqrt{n - r} \, (G - P R) \, \text{diag}(p)^{-1/2}
 
     where η is the learning rate, α the `scale` of `galore`, and p an exponential mean of the energy
-    that each column has outside the subspace: p_i is the mean of ‖G_i‖² - ‖R_i‖². The norm of C
-    grows by at most 1.01 a step, as Fira's residual. The state is p and that norm, and with
-    `tracking` an exponential mean of R Rᵀ, from which and the gradient a new subspace is found.
+    that each column has outside the subspace: p_i is the mean of ‖G_i - (P R)_i‖², and of at least
+    1e-6 ‖G_i‖². The norm of C grows by at most 1.01 a step, as Fira's residual. The state is p and
+    that norm, and with `tracking` an exponential mean of R Rᵀ, from which and the gradient a new
+    subspace is found.
 
     Attributes:
         learning_rate: The inner's, a number or a schedule.
@@ -62,17 +66,17 @@ class Alice:
         """The update, and the new state."""
         mean, previous, *tracked = state
         (n, _), r = own.gradient.shape, len(own.projected)
-        # Of an orthonormal P; the residual itself is never in memory.
-        energy = jnp.maximum(energies(own.gradient) - energies(own.projected), 0)
+        # Not ‖G_i‖² - ‖R_i‖², which of a P in 4 bits can be anything where it should be small.
+        residual = own.gradient - own.back(own.projected)
+        energy = jnp.maximum(energies(residual), _SHARE * energies(own.gradient))
         mean = self.decay * mean + (1 - self.decay) * energy
         factor = (n - r) ** 0.5 * jax.lax.rsqrt(jnp.maximum(mean, _LEAST))
         limited, previous = limit(factor**2 * energy, previous, 1.0)
         factor = at(self.learning_rate, own.count) * self.compensation * limited * factor
-        small = own.step + factor * own.projected
         if tracked:
             r = own.projected.astype(mean.dtype)
             tracked = [self.tracking * tracked[0] + (1 - self.tracking) * r @ r.T]
-        update = own.scale * (own.back(small) - factor * own.gradient)
+        update = own.scale * (own.back(own.step) - factor * residual)
         return update, (mean, previous, *tracked)
 
 

@@ -194,6 +194,17 @@ def test_a_zero_or_nan_gradient_leaves_the_memory_as_it_was(way):
     assert jax.tree.leaves(update(nan, after, params)[1].recovery)[-1] == norm
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_rounding_outside_the_subspace_is_not_scaled_up(way, bits):
+    # All of the gradient is within the subspace, but for rounding.
+    tx, params, state = one(WAYS[way], projection_bits=bits)
+    for step in range(3):
+        gradient = {"w": normal(1, 8, 2) @ normal(step + 2, 2, 12), "b": jnp.ones(3)}
+        updates, state = tx.update(gradient, state, params)
+        assert jnp.max(jnp.abs(updates["w"])) < 0.1
+
+
 def test_bfloat16_weights_get_the_dtype_of_their_own_and_states_in_float32():
     params = {"w": normal(0, 8, 12).astype(jnp.bfloat16), "v": normal(1, 12, 8)}
     for way in WAYS.values():
