@@ -73,7 +73,6 @@ def test_a_run_learns_the_answers_and_is_read_by_other_commands(finished, folder
 
 
 def test_a_run_answers_a_message_by_its_chat_template(finished, monkeypatch, capsys):
-    pytest.importorskip("jinja2")
     asked = Generate(run=str(finished), prompt="3", chat=True, max_new_tokens=5, temperature=0)
     with pytest.raises(ValueError, match="need a chat template"):
         generate(asked)

@@ -32,7 +32,6 @@ WORDS = ("<unk>", "user", "assistant", "hi", "ho", "2")
 @pytest.fixture
 def chat(tmp_path):
     """A tokenizer.json with a chat template beside it."""
-    pytest.importorskip("jinja2")
     vocabulary = {name: i for i, name in enumerate((*SPECIAL, *WORDS))}
     path = tmp_path / "tokenizer.json"
     write_tokenizer(path, vocabulary, special=SPECIAL, post_processor=with_first("<s>", 0))
