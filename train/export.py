@@ -14,6 +14,7 @@ from models.hugging_face.peft import save_adapters
 from train.run.cli import run
 from train.run.directory import check_can_be_made
 from train.run.exported import token_ids, write_beside
+from train.run.exported_classifier import export_classifier, is_classifier
 from train.run.trained import load_trained
 
 
@@ -34,6 +35,11 @@ class Export:
 def main(config: Export) -> int:
     """Writes the model; ValueError if it is there already, or PEFT cannot store the adapters."""
     check_can_be_made(Path(config.out).absolute(), "--out")
+    if is_classifier(Path(config.run)):
+        if config.adapters:
+            raise ValueError("--adapters: a classifier is written whole; leave it out")
+        export_classifier(Path(config.run), Path(config.out).absolute())
+        return 0
     trained = load_trained(config.run)
 
     def save(params: Any, out: Path) -> None:

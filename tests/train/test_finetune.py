@@ -13,13 +13,16 @@ from small_glue import small_glue, write_encoder, write_mrpc
 from small_run import losses, unfinished
 
 from galore_optax.adapters.base import is_adapter
-from models.hugging_face.roberta import read_config
+from models.hugging_face.roberta import load_roberta, read_config
 from train.config.finetune import Finetune, resolve
 from train.config.optimizers import OPTIMIZERS
 from train.config.resolve import load
 from train.config.settings import to_json
 from train.config.weights import split_params
 from train.data.glue import load_examples
+from train.data.pairs import PairTokenizer, pair_data
+from train.export import Export
+from train.export import main as export
 from train.finetune import main
 from train.run import cli, hosts
 from train.run.glue import assemble
@@ -77,6 +80,23 @@ def test_predictions_have_the_metric_of_the_summary(finished, folder):
     said = [int(line.split("\t")[1]) for line in lines]
     accuracy = json.loads((finished / "summary.json").read_text())["eval_accuracy"]
     assert np.mean(np.array(said) == dev.labels) == pytest.approx(accuracy)
+
+
+def test_the_exported_classifier_gives_the_predictions_of_the_run(finished, folder, tmp_path):
+    out = tmp_path / "exported"
+    assert export(Export(run=str(finished), out=str(out))) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["id2label"] == {"0": "0", "1": "1"}
+    model = load_roberta(out)
+    dev = load_examples("mrpc", "validation", folder / "data")
+    tokenizer = PairTokenizer(out / "tokenizer.json", 40, 24, 2)
+    (batch, numbers), *_ = pair_data(dev, tokenizer, batch_size=20, pad_id=0).evaluation(20)
+    hidden = model(batch["inputs"], mask=batch["mask"], token_types=batch["token_types"])
+    found = model.logits(hidden).argmax(-1)
+    lines = (finished / "predictions.tsv").read_text().splitlines()[1:]
+    assert [int(lines[i].split("\t")[1]) for i in numbers] == found.tolist()
+    with pytest.raises(ValueError, match="already has a model"):
+        export(Export(run=str(finished), out=str(out)))
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(finished, folder, tmp_path):

@@ -4,6 +4,7 @@ Loss: the mean over examples of -log p(class), or of the squared error of a numb
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -36,16 +37,21 @@ def model_config(config: ResolvedFinetune, encoder: EncoderConfig, classes: int)
     )
 
 
+def abstract_params(
+    config: ResolvedFinetune, model: EncoderConfig
+) -> tuple[nnx.GraphDef, Callable[[Key[Array, ""]], Params], Params]:
+    """The model without its weights, random weights as a run stores them, and their shapes."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Encoder(model, rngs=nnx.Rngs(0))), nnx.Param)
+    draw = partial(draw_params, weight_table(model), model.layers, model.param_dtype)
+    init = partial(stored_params, config, draw)
+    return graph, init, jax.eval_shape(init, jax.random.key(0))
+
+
 def make_programs(
     config: ResolvedFinetune, model: EncoderConfig, mesh: Mesh, length: int
 ) -> Programs:
     """What a run computes with; `length` is that of its longest batch."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Encoder(model, rngs=nnx.Rngs(0))), nnx.Param)
-    table = weight_table(model)
-    init = partial(
-        stored_params, config, partial(draw_params, table, model.layers, model.param_dtype)
-    )
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    graph, init, shapes = abstract_params(config, model)
 
     def loss(params: Params, batch: Batch) -> Float[Array, ""]:
         return summed(logits(graph, params, batch), batch)
@@ -63,7 +69,7 @@ def make_programs(
     }
     for name, dtype in (("targets", number), ("weights", np.float32)):
         batch[name] = jax.ShapeDtypeStruct((rows,), dtype, sharding=at)
-    axes = logical_axes(shapes, table)
+    axes = logical_axes(shapes, weight_table(model))
     network = Network(model, shapes, axes, init=init, loss=loss, evaluate=evaluate, batch=batch)
     return programs_of(config, network, mesh)
 

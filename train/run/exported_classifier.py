@@ -1,0 +1,59 @@
+"""The encoder of a run of train.finetune, as transformers reads it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from galore_optax.adapters.base import merge
+from galore_optax.quantization.array import dequantized
+from models.hugging_face.files import read_json, write_json
+from models.hugging_face.roberta import read_config, save_roberta
+from train.config.finetune import Finetune, ResolvedFinetune
+from train.config.resolve import load
+from train.config.resume import lasting
+from train.data.glue import TASKS
+from train.run.checkpoint import Checkpoints
+from train.run.glue import GlueParts
+from train.run.metrics import evaluation_losses
+from train.step.classifier import abstract_params, model_config
+from train.step.mesh import make_mesh, replicated
+
+
+def is_classifier(run: Path) -> bool:
+    """Whether a folder is a run of train.finetune."""
+    try:
+        return "task" in json.loads((run / "config.json").read_text())
+    except (OSError, ValueError):
+        return False  # the reader of other runs says what is wrong
+
+
+def export_classifier(run: Path, out: Path) -> None:
+    """Writes the weights of the run's best checkpoint, and the tokenizer of its --init.
+
+    Adapters are merged. ValueError if there is no checkpoint, or a model in `out`.
+    """
+    config = ResolvedFinetune(**vars(load(run / "config.json", Finetune)))
+    if not (run / "checkpoints").is_dir():
+        raise ValueError(f"--run {run} has no checkpoint yet")
+    init, task = Path(config.init), TASKS[config.task]
+    model = model_config(config, read_config(init), task.classes)
+    graph, _, shapes = abstract_params(config, model)
+    place = replicated(make_mesh(None))
+    shapes = jax.tree.map(lambda x: x.update(sharding=place), shapes)
+    found, how = evaluation_losses(run, GlueParts.metric), {"run": lasting(config)}
+    with Checkpoints(run / "checkpoints", 1, print, found, read_only=True, **how) as checkpoints:
+        step, params = checkpoints.restore_params(shapes)
+    save_roberta(nnx.merge(graph, dequantized(merge(params))), out)
+    content: dict[str, Any] = read_json(out / "config.json")
+    if task.labels:
+        content["id2label"] = {str(i): name for i, name in enumerate(task.labels)}
+        content["label2id"] = {name: i for i, name in enumerate(task.labels)}
+    write_json(out / "config.json", content | {"finetuning_task": config.task})
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (init / name).is_file():
+            shutil.copyfile(init / name, out / name)
+    print(f"wrote the classifier after step {step} to {out}, with its tokenizer")
