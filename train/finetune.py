@@ -11,7 +11,7 @@ from train.config.settings import expand_home
 from train.data.glue import TRAIN, load_examples
 from train.run.cli import run
 from train.run.glue import assemble
-from train.run.training import train
+from train.run.start import train
 
 _print = partial(print, flush=True)
 
@@ -19,7 +19,7 @@ _print = partial(print, flush=True)
 def main(config: Finetune) -> int:
     """Starts or resumes a fine-tuning.
 
-    Returns and raises what `train.run.training.train` does.
+    Returns and raises what `train.run.start.train` does.
     """
     config = expand_home(config)
     check_given(config)

@@ -10,7 +10,7 @@ from train.config.resolve import settings_file
 from train.config.settings import FinetuneLM
 from train.run.cli import run
 from train.run.finetuning import assemble, count_steps
-from train.run.training import train
+from train.run.start import train
 
 _print = partial(print, flush=True)
 

@@ -9,7 +9,7 @@ from train.config.resolve import load, resolve, settings_file
 from train.config.settings import Pretrain
 from train.run.assemble import assemble
 from train.run.cli import run
-from train.run.training import train
+from train.run.start import train
 
 _print = partial(print, flush=True)
 
@@ -17,7 +17,7 @@ _print = partial(print, flush=True)
 def main(config: Pretrain) -> int:
     """Starts or resumes a pre-training.
 
-    Returns and raises what `train.run.training.train` does.
+    Returns and raises what `train.run.start.train` does.
     """
     return train(resolve(config), assemble, _print)
 
