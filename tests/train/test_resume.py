@@ -113,6 +113,14 @@ def test_more_steps_may_give_a_setting_its_first_use():
     assert differences(many, many | {"rank": 5}) == ["--rank 4 (now 5)"]
 
 
+def test_a_run_had_the_default_of_a_setting_that_is_younger():
+    now = to_json(resolve(Pretrain()))
+    before = {k: v for k, v in now.items() if k != "compress_gradients"}
+    assert differences(before, now) == []
+    said = ["--compress-gradients False (now True)"]
+    assert differences(before, now | {"compress_gradients": True}) == said
+
+
 def test_a_run_keeps_copies_of_its_tokenizer_and_its_model(tmp_path, capsys):
     face, out = tmp_path / "face", tmp_path / "run"
     save_llama(Llama(MICRO, rngs=nnx.Rngs(1)), face)

@@ -1,10 +1,11 @@
 """What a resumed run may change, and how its settings are compared with those that it had."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from train.config.flags import TrainingFlags
-from train.config.settings import flag, to_json
+from train.config.settings import Pretrain, flag, to_json
 from train.config.source import short_name
 
 # No number of the run depends on these, beyond rounding; what the files hold is compared.
@@ -36,6 +37,7 @@ FROM_HERE = {
     "floor": "the same",
     "decay_steps": "the same",
 }
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Pretrain)}
 # More steps give these a use, which they did not have: null in the config.json of before.
 _OPENED = ("moments", "restart_warmup")
 
@@ -66,7 +68,13 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
     """The settings that differ, each with its value in both."""
     old, new = _compared(old), _compared(new)
     names = sorted({*old, *new})
-    return {n: (old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n)}
+    pairs = {n: (old.get(n, default_of(n)), new.get(n, default_of(n))) for n in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def default_of(name: str) -> Any:
+    """The default of a setting, which a run had that is older than the setting."""
+    return _DEFAULTS.get(name)
 
 
 def _compared(fields: Mapping[str, Any]) -> dict[str, Any]:

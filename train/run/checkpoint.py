@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from train.config.resume import default_of
 from train.run.checksums import checksums, leaf_names
 from train.run.cli import one_line
 
@@ -215,7 +216,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         if path.name != str(made["step"]):
             raise ValueError(f"{path} is the checkpoint of step {made['step']}: rename it back")
         for name, value in self._run.items():
-            if (there := made["run"].get(name)) != value:
+            if (there := made["run"].get(name, default_of(name))) != value:
                 raise ValueError(
                     f"{path} is a checkpoint of another run: {name} is {there!r} there and "
                     f"{value!r} here; restore what was there, or start a new run in another folder"

@@ -206,6 +206,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     wanted = abstract(tree(0, mesh)[0])
     for run, message in (
         ({"alpha": 80.0, "seed": 0}, r"/1 is a checkpoint of another run: alpha is 8.0 there"),
+        ({"compress_gradients": True}, r"compress_gradients is False there and True here"),
         ({"seed": 0, "text": "b"}, "text is None there and 'b' here"),
     ):
         with (
@@ -213,7 +214,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
             pytest.raises(ValueError, match=message),
         ):
             checkpoints.restore_params(wanted)
-    with Checkpoints(tmp_path, 1, print, {}, run={"seed": 0}, read_only=True) as checkpoints:
+    with Checkpoints(
+        tmp_path, 1, print, {}, run={"seed": 0, "compress_gradients": False}, read_only=True
+    ) as checkpoints:
         assert bits(checkpoints.restore_params(wanted)[1]) == bits(tree(1, mesh)[0])
 
 
