@@ -54,7 +54,7 @@ def test_a_run_on_its_validation_text_has_its_loss_per_token_and_per_byte(run, c
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2))
     assert main(Evaluate(data=(str(run.parent / "text.jsonl"),), run=str(run))) == 0
     said = capsys.readouterr().out
-    assert f"{run} after step 2: 30 documents, {found['tokens']:,} tokens" in said
+    assert f"{run} after step 2: 30 document(s), {found['tokens']:,} tokens" in said
     assert f"perplexity per byte   {found['perplexity_per_byte']:.4f}" in said
 
 
