@@ -80,8 +80,8 @@ def main(config: Evaluate) -> int:
     at = "" if model.step is None else f" after step {model.step}"
     source = config.run or config.init
     print(
-        f"{source}{at}: {found['documents']:,} document(s), {found['tokens']:,} tokens (the end of a "
-        f"document is one), {found['bytes']:,} bytes, rows of {length} tokens\n"
+        f"{source}{at}: {found['documents']:,} document(s), {found['tokens']:,} tokens (the end of "
+        f"a document is one), {found['bytes']:,} bytes, rows of {length} tokens\n"
         f"loss                  {found['loss']:.4f} nats per token\n"
         f"perplexity per token  {found['perplexity_per_token']:,.4f}\n"
         f"perplexity per byte   {found['perplexity_per_byte']:,.4f}, "

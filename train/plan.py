@@ -141,7 +141,7 @@ def main(config: Plan) -> int:
     plans = {name: one for name, (one, _) in found.items()}
     if config.plot is not None:
         sizes = {name: one.parts() for name, one in plans.items()}
-        plot_plan(sizes, Path(config.plot), _title_of(first))
+        plot_plan(sizes, Path(config.plot), _title(first))
     if config.json:
         texts = {name: {**one.as_json(), **does} for name, (one, does) in found.items()}
         print(json.dumps(texts if len(texts) > 1 else next(iter(texts.values())), indent=1))
@@ -197,7 +197,7 @@ def print_plans(
     from rich.table import Table
 
     compiled_for = next(iter(plans.values())).device
-    table = Table(title=f"{_title(title)} ({compiled_for}), GiB")
+    table = Table(title=f"{title}: memory of one device ({compiled_for}), GiB")
     table.add_column("", no_wrap=True)
     for name in ("weights", "bases", "moments", "grads", "acts", "temps", "peak", "card"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -222,15 +222,11 @@ def _name(config: Resolved | ResolvedFinetune) -> str:
     return short_name(config.model)
 
 
-def _title(name: str) -> str:
-    return f"{name}: memory of one device"
-
-
-def _title_of(config: Resolved | ResolvedFinetune) -> str:
+def _title(config: Resolved | ResolvedFinetune) -> str:
     """The title of a picture, with the sizes of a step."""
     parts = f" in {config.accumulate} microbatches" if config.accumulate > 1 else ""
     batch = f"batch {config.batch_size} x {config.seq_len} tokens{parts}"
-    return _title(f"{_name(config)}, {batch}")
+    return f"{_name(config)}, {batch}: memory of one device"
 
 
 def _resolved(config: Plan, **changes: Any) -> Resolved:
@@ -267,7 +263,7 @@ def _for_card(config: Plan, size: float) -> int:
     command = _command(config, method, resolved)
     model = short_name(resolved.model)
     if config.plot is not None:
-        plot_plan({resolved.optimizer: one.parts()}, Path(config.plot), _title_of(resolved))
+        plot_plan({resolved.optimizer: one.parts()}, Path(config.plot), _title(resolved))
     if config.json:
         said = {"recipe": name, "command": command, "as_asked": not other}
         print(json.dumps({**said, **one.as_json()}, indent=1))
