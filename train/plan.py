@@ -22,7 +22,7 @@ from train.memory import glue
 from train.memory.cards import EXTRA, Card, can_compile, card_of_size, devices, find_card
 from train.memory.fit import RECIPES, Fit, first_fit, splits
 from train.memory.plan import CONTEXT, SIZES, MemoryPlan, compiled_steps, estimate, known, plan
-from train.memory.program import count
+from train.memory.program import count, in_words
 from train.run.cli import run
 from train.run.plots import check_picture, plot_plan
 from train.step.mesh import make_mesh, parse_mesh
@@ -149,7 +149,7 @@ def main(config: Plan) -> int:
         print_plans(first, _name(first), plans)
         for name, (_, does) in found.items():
             if does:
-                print(f"{name}: {_in_words(does)}")
+                print(f"{name}: {in_words(does)}")
     return 0
 
 
@@ -169,24 +169,6 @@ def _check_files(config: Plan) -> None:
     path = Path(config.dump)
     if path.exists() or path.is_symlink():
         raise ValueError(f"--dump {config.dump!r} is there already: choose another name")
-
-
-def _in_words(does: Mapping[str, Any]) -> str:
-    """What a program does, in a line."""
-    least = does["floor_seconds"]
-    sent = (
-        f"{kind} {x['count']:,} ({x['bytes'] / 1e9:,.3f} GB)"
-        for kind, x in does["collectives"].items()
-    )
-    return ", ".join(
-        (
-            f"{does['kernels']:,} kernels",
-            f"{does['bytes_moved'] / 1e9:,.1f} GB moved",
-            f"{does['products_flops'] / 1e12:,.2f} TFLOP of products",
-            "least time unknown" if least is None else f"at least {least * 1e3:,.1f} ms",
-            *sent,
-        )
-    )
 
 
 def print_plans(

@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from train.memory.hlo import Computation, Instruction, array_bytes, dimensions, group, numbers, read
 
@@ -208,3 +208,21 @@ def _collective(i: Instruction, shapes: Mapping[str, str]) -> Mapping[str, tuple
     given = sum(array_bytes(shapes.get(name, "")) for name in i.operands)
     made = array_bytes(i.shape) - (given if i.operation == "all-gather-start" else 0)
     return {kind: (1, made if kind == "all-gather" else given)}
+
+
+def in_words(does: Mapping[str, Any]) -> str:
+    """What a program does, in a line."""
+    least = does["floor_seconds"]
+    sent = (
+        f"{kind} {x['count']:,} ({x['bytes'] / 1e9:,.3f} GB)"
+        for kind, x in does["collectives"].items()
+    )
+    return ", ".join(
+        (
+            f"{does['kernels']:,} kernels",
+            f"{does['bytes_moved'] / 1e9:,.1f} GB moved",
+            f"{does['products_flops'] / 1e12:,.2f} TFLOP of products",
+            "least time unknown" if least is None else f"at least {least * 1e3:,.1f} ms",
+            *sent,
+        )
+    )
