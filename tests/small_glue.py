@@ -9,7 +9,7 @@ from tokenizer_file import write_tokenizer
 
 from models.encoder import Encoder, EncoderConfig
 from models.hugging_face import save_roberta
-from train.config.finetune import Finetune
+from train.config.glue import Finetune
 
 MICRO = EncoderConfig(
     width=32, mlp_width=48, layers=2, heads=2, vocab_size=24, positions=40, token_types=2

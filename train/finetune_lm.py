@@ -5,11 +5,11 @@ A run's folder gets what train.pretrain's does, and train.generate and train.exp
 
 from functools import partial
 
-from train.config.finetuning import load_finetuning, resolve_finetuning
+from train.config.finetune_lm import load_finetuning, resolve_finetuning
 from train.config.resolve import settings_file
 from train.config.settings import FinetuneLM
 from train.run.cli import run
-from train.run.finetuning import assemble, count_steps
+from train.run.finetune_lm import assemble, count_steps
 from train.run.start import train
 
 _print = partial(print, flush=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from train.config.finetune import GlueTask, ResolvedFinetune
 from train.config.flags import Optimizer
+from train.config.glue import GlueTask, ResolvedFinetune
 from train.config.resolve import load, resolve
 from train.config.settings import Pretrain, Resolved, ResolvedTraining, flag
 from train.config.source import short_name

@@ -14,7 +14,7 @@ from small_run import losses, unfinished
 
 from galore_optax.adapters.base import is_adapter
 from models.hugging_face.roberta import load_roberta, read_config
-from train.config.finetune import Finetune, resolve
+from train.config.glue import Finetune, resolve
 from train.config.optimizers import OPTIMIZERS
 from train.config.resolve import load
 from train.config.settings import to_json

@@ -13,14 +13,14 @@ from tokenizer_file import write_byte_level
 
 from models.hugging_face.llama import save_llama
 from models.llama.model import Llama
-from train.config.finetuning import load_finetuning, load_run, resolve_finetuning
+from train.config.finetune_lm import load_finetuning, load_run, resolve_finetuning
 from train.config.settings import FinetuneLM
 from train.config.weights import ADAPTERS_ONLY, split_params
 from train.data.chat import ChatTemplate
 from train.finetune_lm import main
 from train.generate import Generate
 from train.generate import main as generate
-from train.run.finetuning import assemble, count_steps
+from train.run.finetune_lm import assemble, count_steps
 
 TIED = dataclasses.replace(MICRO, tied=True, vocab_size=300)
 ROWS = [{"prompt": f"{i} + 1 = ", "completion": str(i + 1)} for i in range(60)]

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from models.encoder.config import SIZES, EncoderConfig
 from models.hugging_face.files import read_json
 from models.hugging_face.roberta_config import from_theirs
-from train.config.finetune import Finetune, ResolvedFinetune, resolve_for
+from train.config.glue import Finetune, ResolvedFinetune, resolve_for
 from train.config.settings import Pretrain, expand_home, flag
 from train.data.glue import TASKS
 from train.step.classifier import make_programs, model_config

@@ -12,7 +12,7 @@ from galore_optax.adapters.base import merge
 from galore_optax.quantization.array import dequantized
 from models.hugging_face.files import read_json, write_json
 from models.hugging_face.roberta import read_config, save_roberta
-from train.config.finetune import Finetune, ResolvedFinetune
+from train.config.glue import Finetune, ResolvedFinetune
 from train.config.resolve import load
 from train.config.resume import lasting
 from train.data.glue import TASKS

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from models.encoder.config import EncoderConfig, flops_per_token, weight_table
 from models.hugging_face.roberta import read_config, read_weights
 from models.hugging_face.roberta_config import to_theirs
-from train.config.finetune import ResolvedFinetune
+from train.config.glue import ResolvedFinetune
 from train.config.resume import lasting
 from train.data.glue import (
     TASKS,

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from models.llama.generate import generate
 from models.llama.model import Llama
-from train.config.finetuning import load_run
+from train.config.finetune_lm import load_run
 from train.config.resume import lasting
 from train.config.settings import Pretrain, ResolvedFinetuneLM
 from train.config.source import made_of

@@ -19,7 +19,7 @@ from models.encoder.config import EncoderConfig, weight_table
 from models.encoder.model import Encoder
 from models.llama.axes import logical_axes
 from models.llama.model import draw_params
-from train.config.finetune import ResolvedFinetune
+from train.config.glue import ResolvedFinetune
 from train.step.mesh import BATCH
 from train.step.programs import Network, Programs, programs_of, stored_params
 from train.step.state import Batch, Params
