@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 # Those that `optax.inject_hyperparams` is not to make arrays of.
-_STATIC = '"rank", "update_proj_gap", "projection_bits", "bits", "seed"'
+_STATIC = '"rank", "update_proj_gap", "projection_bits", "bits", "seed", '
+_STATIC += '"leading", "tracking", "steps"'
 
 
 def said(value: Any) -> str:

@@ -24,7 +24,12 @@ from galore_optax.projection.leaf import SIDES, Rank, checked_rank
 from galore_optax.projection.moments import RULES, MomentsFunction
 from galore_optax.projection.recover import Recover
 from galore_optax.projection.schedule import Adaptive, RefreshGap, Staggered, check_gap
-from galore_optax.projection.subspace import BY_PRODUCTS, SUBSPACES, FindSubspace
+from galore_optax.projection.subspace import (
+    BY_PRODUCTS,
+    SUBSPACES,
+    FindSubspace,
+    gaussian,
+)
 from galore_optax.sharding import explain_sharding_errors
 from galore_optax.stages import GaLore
 from galore_optax.transformation import transformation
@@ -111,7 +116,8 @@ def galore(
             new basis, "keep" leaves their numbers, as published, "reset" leaves their sizes and
             takes directions from the present gradient (zeros would not fit Adam's step count,
             which goes on); or a function from a moment's name, the moment and
-            `turn(x, squared=False)` to the new moment. None is "rotate", but refuses an inner whose
+            `turn(x, squared=False)` to the new moment. None is "rotate" ("keep" with
+            subspace="gaussian"), but refuses an inner whose
             state remembers the params, which belong to the old basis.
         projection_bits: Stores the bases in 4 or 8 bits, in groups of 256 elements (Q-GaLore); None
             stores them in the dtype of the leaf.
@@ -179,11 +185,18 @@ def galore(
             f"choose one of {', '.join(BY_PRODUCTS)}, or leave sum_over out"
         )
     way_back = recover if callable(recover) else RECOVERS[recover]
-    if subspace == "gaussian" and isinstance(way_back, Fira | Alice):
-        raise ValueError(
-            f'subspace="gaussian" is not orthonormal, as recover={checks.said(recover)} needs it: '
-            "choose another one, or another way back"
-        )
+    if subspace in ("gaussian", gaussian):
+        if isinstance(way_back, Fira | Alice):
+            raise ValueError(
+                'subspace="gaussian" is not orthonormal, as '
+                f"recover={checks.said(recover)} needs it: choose another one, or another way back"
+            )
+        if moments == "rotate":
+            raise ValueError(
+                'moments="rotate" needs orthonormal bases, unlike subspace="gaussian", with which '
+                'moments would grow at each refresh: choose "keep", or leave moments out'
+            )
+        moments = "keep" if moments is None else moments
     if sum_over and recover != "project":
         raise ValueError(
             f"recover={checks.said(recover)} needs the gradient itself, which sum_over={sum_over} "

@@ -10,6 +10,7 @@ import optax
 
 from galore_optax import checks
 from galore_optax.params import with_updates
+from galore_optax.sharding import sum_of_all
 
 
 @runtime_checkable
@@ -42,6 +43,11 @@ class SubspaceParts(Protocol):
         >>> updates, state = parts.update_projected(total, state, params)
         >>> params = optax.apply_updates(params, updates)
     """
+
+    @property
+    def sum_over(self) -> tuple[str, ...]:
+        """Mesh axes over which to sum what `project` gives, which is this device's summand."""
+        ...
 
     @property
     def needs_gradient(self) -> bool:
@@ -115,7 +121,7 @@ class _WithoutRefresh:
     def __init__(self, tx: optax.GradientTransformation, parts: SubspaceParts):
         self.init, self._parts = tx.init, parts
         self.project, self.update_projected = parts.project, parts.update_projected
-        self.needs_gradient = parts.needs_gradient
+        self.needs_gradient, self.sum_over = parts.needs_gradient, parts.sum_over
 
     def update(
         self, updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -124,7 +130,7 @@ class _WithoutRefresh:
         if params is None:
             raise ValueError("params: they are needed for an update without a refresh; give them")
         own = with_updates(params, updates)
-        projected = self.project(updates, state)
+        projected = sum_of_all(self.project(updates, state), self.sum_over)
         return self.update_projected(projected, state, own, gradient=updates, **extra_args)
 
     def is_due(self, state: Any) -> Any:

@@ -121,6 +121,11 @@ class Layerwise:
                 f"accumulate_in_subspace=True with tx={checks.said(self.tx)}: {lacks}; give "
                 'galore(...) with recover="project" or a recipe of it (what else acts as its inner)'
             )
+        if parts is not None and parts.sum_over:
+            raise ValueError(
+                f"tx={checks.said(self.tx)} has sum_over={parts.sum_over}, but a layer is updated "
+                "from one gradient: leave it out, or update all params together"
+            )
         if self.accumulate_in_subspace and self._exact:
             raise ValueError(
                 'accumulate_in_subspace=True with clip="exact": the norm of the projected sum is '

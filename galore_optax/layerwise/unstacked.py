@@ -106,6 +106,10 @@ class _UnstackedInParts(_Unstacked):
     def needs_gradient(self) -> bool:
         return self._parts.needs_gradient
 
+    @property
+    def sum_over(self) -> tuple[str, ...]:
+        return self._parts.sum_over
+
     def is_due(self, state: Any) -> Any:
         return self._parts.is_due(state)
 

@@ -27,9 +27,9 @@ class Alice:
 
     where η is the learning rate, α the `scale` of `galore`, and p an exponential mean of the energy
     that each column has outside the subspace: p_i is the mean of ‖G_i - (P R)_i‖², and of at least
-    1e-6 ‖G_i‖². The norm of C grows by at most 1.01 a step, as Fira's residual. The state is p and
-    that norm, and with `tracking` an exponential mean of R Rᵀ, from which and the gradient a new
-    subspace is found.
+    1e-6 ‖G_i‖² (more where G has fewer bits than float32). The norm of C grows by at most 1.01 a
+    step, as Fira's residual. The state is p and that norm, and with `tracking` an exponential mean
+    of R Rᵀ, from which and the gradient a new subspace is found.
 
     Attributes:
         learning_rate: The inner's, a number or a schedule.
@@ -47,6 +47,7 @@ class Alice:
     tracking: float = 0.0
 
     def __post_init__(self):
+        checks.number_or_schedule(self.learning_rate, "learning_rate", such_as=0.01)
         checks.number(self.compensation, "compensation", least=0, such_as=0.4)
         checks.number(self.decay, "decay", least=0, below=1, such_as=0.9)
         checks.static(self.tracking, "tracking")
@@ -68,7 +69,8 @@ class Alice:
         (n, _), r = own.gradient.shape, len(own.projected)
         # Not ‖G_i‖² - ‖R_i‖², which of a P in 4 bits can be anything where it should be small.
         residual = own.gradient - own.back(own.projected)
-        energy = jnp.maximum(energies(residual), _SHARE * energies(own.gradient))
+        least = max(_SHARE, 16 * float(jnp.finfo(own.gradient.dtype).eps) ** 2)
+        energy = jnp.maximum(energies(residual), least * energies(own.gradient))
         mean = self.decay * mean + (1 - self.decay) * energy
         factor = (n - r) ** 0.5 * jax.lax.rsqrt(jnp.maximum(mean, _LEAST))
         limited, previous = limit(factor**2 * energy, previous, 1.0)

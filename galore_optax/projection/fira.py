@@ -40,8 +40,10 @@ class Fira:
     def __call__(self, own: Matrix, state: Any) -> tuple[Float[Array, "n m"], Any]:
         """The update, and the norm of its part outside the subspace."""
         factor, alpha = growth(own.step, own.projected), own.scale
-        # Of an orthonormal P; the residual itself is never in memory.
-        residual = energies(own.gradient) - alpha * (2 - alpha) * energies(own.projected)
+        if own.orthonormal:  # the residual itself is never in memory
+            residual = energies(own.gradient) - alpha * (2 - alpha) * energies(own.projected)
+        else:
+            residual = energies(own.gradient - alpha * own.back(own.projected))
         rate = at(self.learning_rate, own.count)
         limited, state = limit(factor**2 * residual, state, rate)
         factor = limited * factor

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from galore_optax import checks
 from galore_optax.projection.each import State, each_matrix, first_state, turned
 from galore_optax.projection.leaf import Bases, Plans, Projection
-from galore_optax.quantization.array import dequantized
+from galore_optax.quantization.array import dequantized, is_quantized
 
 GAMMA = 1.01  # by which an update's norm may grow from step to step, in every paper
 _TINY = 1e-8  # added to norms, as in the authors' code
@@ -42,6 +42,7 @@ class Matrix(NamedTuple):
     step: Float[Array, "r m"]
     scale: Any  # a number, or an array without axes
     count: Any  # an integer, likewise
+    orthonormal: bool = True  # whether P is, which few bits round
 
     def back(self, small: Float[Array, "r m"]) -> Float[Array, "n m"]:
         """P times a projected matrix, in the dtype of N."""
@@ -81,6 +82,7 @@ def limit(
     returned by the step before, 0 if there was none. The norm stays where it is not known: where
     the update is not finite, or the learning rate is zero.
     """
+    learning_rate = jnp.asarray(learning_rate, squares.dtype)  # a schedule's may be float64
     norm = jnp.sqrt(jnp.sum(jnp.maximum(squares, 0)))
     most = GAMMA * (previous + _TINY) * learning_rate
     factor = jnp.where((previous > 0) & (norm > most), most / norm, 1)
@@ -138,7 +140,7 @@ def _check(recover: Recover, plan: Projection) -> None:
     shapes = (n, m), (n, rank), (rank, m), (rank, m), ()
     given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
-    def update(*arrays: Array) -> Array:
+    def update(*arrays: Any) -> Array:
         return recover(Matrix(*arrays), _one_state(recover, rank, like))[0]
 
     checks.gives(update, "recover", (*given, jax.ShapeDtypeStruct((), jnp.int32)), like)
@@ -162,7 +164,8 @@ def recovered(
     def one(gradient: Array, state: State, beside: Any, scalars: Any) -> tuple[Array, State]:
         basis, *pair = beside
         sides = (jnp.moveaxis(x, mode, 0) for x in pair)
-        update, state = recover(Matrix(gradient, basis, *sides, *scalars), state)
+        own = Matrix(gradient, basis, *sides, *scalars, orthonormal=not is_quantized(bases[0]))
+        update, state = recover(own, state)
         return update.astype(pair[1].dtype), state
 
     def stacked(beside: Any) -> Any:

@@ -18,7 +18,7 @@ def alice(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
     *,
-    leading: int = 40,
+    leading: int | None = None,
     compensation: float = 0.4,
     tracking: float = 0.999,
     scale: float = 0.3,
@@ -37,7 +37,7 @@ def alice(
         learning_rate: Learning rate or schedule. The paper pre-trains with 0.02.
         rank: Dimensions of the subspace; the paper uses 128 to 512.
         leading: How many of them are leading directions; the others are drawn from the rest of the
-            space. The paper has 160 for a 1B model.
+            space. Default: 5/16 of the rank, the paper's 160 of 512 for a 1B model.
         compensation: The factor α_c; the paper has 0.2 for a 1B model.
         tracking: Decay rate of that matrix; 0, the paper's Alice-0, has none: a new subspace is
             found from the gradient alone.
@@ -57,7 +57,8 @@ def alice(
         >>> [x.shape for x in state.recovery["w"]]
         [(256,), (), (16, 16)]
     """
-    subspace = partial(switched, leading=checks.whole(leading, "leading"))
+    leading = None if leading is None else checks.whole(leading, "leading")
+    subspace = partial(switched, leading=leading)
     recover = Alice(learning_rate, compensation, b1, tracking)
     named = {"recover": recover, "subspace": subspace, "scale": scale, "moments": moments}
     return galore_adamw(learning_rate, rank, b1=b1, b2=b2, **named, **options)

@@ -239,8 +239,8 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     elif not single.exists() and (pickled := sorted(directory.glob("*.bin"))):
         raise ValueError(
             f"{directory} has its weights in {pickled[0].name}, which could run any code when it "
-            "is read: convert it with transformers, such as by "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other)"
+            "is read: convert it with transformers, by from_pretrained(folder) and "
+            "save_pretrained(other) of the model's class"
         )
     paths = [single] if expected is None else sorted({directory / x for x in expected.values()})
     # transformers reads the single file and not the index, and an adapter's base and not the model.

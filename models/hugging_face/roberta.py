@@ -81,6 +81,13 @@ def load_roberta(
     params: dict[Any, Any] = {
         path: jnp.asarray(stack) for path, stack in read_weights(directory, config)
     }
+    if lacking := sorted(
+        "/".join(path) for path in flatten_dict(weight_table(config)).keys() - params
+    ):
+        raise ValueError(
+            f"{directory} has no weights for {lacking[0]} of the sizes that were asked for: leave "
+            f"{', '.join(overrides)} out"
+        )
     graph, _ = nnx.split(nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0))), nnx.Param)
     return nnx.merge(graph, unflatten_dict(params))
 

@@ -8,8 +8,16 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from toy_layers import MODEL
 
-from galore_optax import Adaptive, GaLoreDimensionNumbers, galore, galore_adamw
+from galore_optax import (
+    Adaptive,
+    GaLoreDimensionNumbers,
+    Layerwise,
+    galore,
+    galore_adamw,
+    without_refresh,
+)
 
 PARAMS = {
     "w": jax.random.normal(jax.random.key(0), (64, 96)),
@@ -69,6 +77,25 @@ def test_devices_gradients_give_the_update_of_their_sum_and_no_gradient_is_sent(
     shapes = {shape for line in sent for shape in re.findall(r"f32\[([\d,]*)\]", line)}
     assert "96" in shapes  # the bias, as it is
     assert not shapes & {"64,96", "96,64", "80,48", "48,80", "3,80,48"}
+
+
+def test_a_step_without_a_refresh_sums_too_and_layers_are_refused():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    shared, alone = (galore(4, optax.sgd(1.0), sum_over=axes) for axes in ("data", ()))
+    params = {"w": jnp.ones((8, 16)), "b": jnp.ones(3)}
+    gradients = jax.tree.map(lambda x: jnp.arange(8.0).reshape(-1, *[1] * x.ndim) * x, params)
+
+    def own(gradients):
+        gradient = jax.tree.map(lambda x: x[0], gradients)
+        return without_refresh(shared).update(gradient, shared.init(params), params)[0]
+
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    got = jax.shard_map(own, mesh=mesh, in_specs=rows, out_specs=whole)(gradients)
+    total = jax.tree.map(lambda x: x.sum(0), gradients)
+    expected, _ = without_refresh(alone).update(total, alone.init(params), params)
+    jax.tree.map(np.testing.assert_allclose, got, expected)
+    with pytest.raises(ValueError, match="a layer is updated from one gradient"):
+        Layerwise(MODEL, shared)
 
 
 def test_what_needs_the_gradient_itself_is_refused():

@@ -1,6 +1,7 @@
 """`--resume` with other flags: what may change, from where, and what the run keeps of its own."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -101,6 +102,12 @@ def test_fewer_steps_than_are_done_are_refused(short, tmp_path, capsys):
     assert resumed(out, "--steps", "3") == 2
     assert "--steps 3: the run has done 4 already" in capsys.readouterr().err
     assert (out / "config.json").read_text() == config
+
+
+def test_what_a_finished_run_cannot_use_is_refused(short, capsys):
+    assert resumed(short, "--learning-rate", "0.001") == 2
+    said = "--learning-rate has no effect: the run in .* is finished; give more --steps, too"
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_more_steps_may_give_a_setting_its_first_use():

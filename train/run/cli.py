@@ -85,7 +85,8 @@ def _with_flags(text: str, config_type: type) -> str:
     Without the advice to give None, which on the command line is to leave the flag out.
     """
     for field in dataclasses.fields(config_type):  # pyrefly: ignore[bad-argument-type]
-        text = re.sub(rf"(?<![\w.-]){field.name}=(?=\S)", f"{flag(field.name)} ", text)
+        if field.name != "data":  # in --mesh it is an axis
+            text = re.sub(rf"(?<![\w.-]){field.name}=(?=\S)", f"{flag(field.name)} ", text)
     return re.sub(r",? or None\b", ", or leave it out", text)
 
 

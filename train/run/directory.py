@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from train.config.resume import changes, differences
+from train.config.resume import FROM_HERE, changes, differences
 from train.config.settings import HISTORY, ResolvedTraining, flag, read_fields, to_json
 from train.config.source import with_copies
 
@@ -170,10 +170,18 @@ def finished(config: ResolvedTraining) -> bool:
     done = json.loads(file.read_text()).get("steps", config.steps)
     if config.steps < done:
         raise ValueError(f"--steps {config.steps}: the run in {file.parent} has done {done}")
-    if config.steps == done:
-        return True
     before, _ = _settings(file.parent / "config.json")
-    return all(getattr(config, name) == before.get(name) for name in ("steps", "patience"))
+    if config.steps != done and any(
+        getattr(config, name) != before.get(name) for name in ("steps", "patience")
+    ):
+        return False
+    changed = sorted({*changes(before, to_json(config))} & {*FROM_HERE})
+    if changed:
+        said = ", ".join(map(flag, changed))
+        raise ValueError(
+            f"{said} has no effect: the run in {file.parent} is finished; give more --steps, too"
+        )
+    return True
 
 
 def directory(config: ResolvedTraining) -> Path:

@@ -71,6 +71,7 @@ def assemble(config: ResolvedFinetuneLM, log: Log) -> "FinetuningParts":
         **made_of(config, model),
         "content of the tokenizer": found.tokenizer.content,
         "content of the examples": content_of([x.tobytes() for x in found.train.examples]),
+        "content of the evaluation": content_of([x.tobytes() for x in found.evaluation.examples]),
     }
     return FinetuningParts(
         **vars(programs),

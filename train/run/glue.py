@@ -167,6 +167,9 @@ def assemble(examples: Examples, config: ResolvedFinetune, log: Log) -> GluePart
         "sizes of the model": to_theirs(model),
         "content of the tokenizer": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
         "content of the examples": _content_of(examples),
+        "content of the evaluation": {
+            name: _content_of(x) for name in named[VALIDATION] if (x := found[name]) is not None
+        },
     }
     return GlueParts(
         **vars(programs),

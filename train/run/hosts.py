@@ -7,11 +7,13 @@ other files of the run.
 
 import atexit
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -26,8 +28,10 @@ from train.run.signals import StopRequest
 
 # A process that is silent for so long is taken for dead, and ends the others.
 _HEARTBEAT_SECONDS = 30
+# By then all processes must have been started.
+_MEETING_SECONDS = 180
 # What is in an error of a collective whose other side is gone.
-_LOST = ("Gloo", "NCCL", "UNAVAILABLE")
+_LOST = ("Gloo", "NCCL", "nccl", "UNAVAILABLE")
 # What the processes of torchrun, and of launchers like it, find in their environment.
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
@@ -89,12 +93,15 @@ def _initialize(
     # On CPUs two programs' collectives may not run at once: Gloo would mix up their messages.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     _say_if_aborted()
+    if coordinator is not None:
+        print(f"waiting for {count} processes at {coordinator} ...", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
             coordinator,
             count,
             index,
             local_device_ids=devices,
+            initialization_timeout=_MEETING_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
             # There alone, and not at all addresses of the host, as JAX does.
@@ -118,7 +125,7 @@ def _say_if_aborted() -> None:
     code = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
     text = (
         "error: this process of the run was ended from outside or with an error above, most likely "
-        "because another one has ended: start all of them again with --resume"
+        "because another one has ended or did not come: start all of them again, with --resume"
     )
     listener = subprocess.Popen(
         [sys.executable, "-c", code, text], stdin=subprocess.PIPE, start_new_session=True, text=True
@@ -185,6 +192,24 @@ def together() -> Iterator[None]:
         raise error
 
 
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raises ValueError with the names of what this process has otherwise than the first one."""
+    if not several():
+        return
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    names = sorted(values)
+    texts = [json.dumps([name, values[name]], sort_keys=True) for name in names]
+    own = np.array([zlib.crc32(text.encode()) for text in texts], np.uint32)
+    # All have as many: the settings of one command, and what its parts are made with.
+    first = np.asarray(broadcast_one_to_all(own))
+    if different := [n for n, x, y in zip(names, own, first, strict=True) if x != y]:
+        raise ValueError(
+            f"process {jax.process_index()} has other settings or data than process 0 "
+            f"({', '.join(different)}): start all with the same flags and files"
+        )
+
+
 @contextmanager
 def peers_loss_as_os_error() -> Iterator[None]:
     """Raises what JAX raises when another process has ended as an OSError that says so."""
@@ -192,9 +217,7 @@ def peers_loss_as_os_error() -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         text = _one_line(error)
-        if not several() or not any(
-            name in text for name in ("Gloo", "NCCL", "nccl", "UNAVAILABLE")
-        ):
+        if not several() or not any(name in text for name in _LOST):
             raise
         raise OSError(
             "another process of the run has ended, or cannot be reached: start all of them again "

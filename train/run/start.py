@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import jax
 
-from train.config.settings import ResolvedTraining
+from train.config.settings import ResolvedTraining, to_json
 from train.run import directory as run_directory
 from train.run import hosts
 from train.run.parts import Log, Parts
@@ -43,6 +43,8 @@ def train(config: Config, assemble: Callable[[Config, Log], Parts], log: Log) ->
             if parts.sample_every is not None and hosts.several():
                 reason = "each of several processes has a part of the weights"
                 raise ValueError(f"--sample-every {parts.sample_every}: {reason}; leave it out")
+        with hosts.together():
+            hosts.check_same({**to_json(config), **parts.made_with})
         with hosts.together():
             if hosts.is_first() and (note := stack.enter_context(run_directory.hold(config))):
                 log(note)

@@ -297,7 +297,8 @@ def _ordinary(
         return tx.init, optimizer_at, step
     if mesh.size == 1 or mesh.shape["data"] != mesh.size:
         said = "there is nothing to all-reduce" if mesh.size == 1 else "weights must not be split"
-        raise ValueError(f"--compress-gradients with --mesh {config.mesh}: {said}; give data=N")
+        asked = "without --mesh" if config.mesh is None else f"with --mesh {config.mesh}"
+        raise ValueError(f"--compress-gradients {asked}: {said}; give --mesh data=N")
     step = partial(
         train_step_in_subspace, *given, *how[:-1], None, divided=divided, sum_over=("data",)
     )

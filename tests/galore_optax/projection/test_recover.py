@@ -27,6 +27,7 @@ from galore_optax import (
     unstacked,
     without_refresh,
 )
+from galore_optax.quantization.array import dequantized
 
 PUBLISHED = np.load(FIXTURES / "galore_torch.npz")
 AUTHORS = np.load(FIXTURES / "fira_apollo.npz")
@@ -194,15 +195,49 @@ def test_a_zero_or_nan_gradient_leaves_the_memory_as_it_was(way):
     assert jax.tree.leaves(update(nan, after, params)[1].recovery)[-1] == norm
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(("bits", "dtype"), [(None, "float32"), (4, "float32"), (None, "bfloat16")])
 @pytest.mark.parametrize("way", WAYS)
-def test_rounding_outside_the_subspace_is_not_scaled_up(way, bits):
+def test_rounding_outside_the_subspace_is_not_scaled_up(way, bits, dtype):
     # All of the gradient is within the subspace, but for rounding.
-    tx, params, state = one(WAYS[way], projection_bits=bits)
+    params = {"w": normal(0, 8, 12).astype(dtype)}
+    tx = galore(3, optax.sgd(0.01), recover=WAYS[way], projection_bits=bits, scale=1.0)
+    state = tx.init(params)
     for step in range(3):
-        gradient = {"w": normal(1, 8, 2) @ normal(step + 2, 2, 12), "b": jnp.ones(3)}
-        updates, state = tx.update(gradient, state, params)
+        gradient = (normal(1, 8, 2) @ normal(step + 2, 2, 12)).astype(dtype)
+        updates, state = tx.update({"w": gradient}, state, params)
         assert jnp.max(jnp.abs(updates["w"])) < 0.1
+
+
+def test_the_limiter_of_few_bits_has_the_residuals_norm():
+    gradient = {"w": normal(1, 256, 300)}
+    tx = galore(32, optax.sgd(1.0), recover=Fira(1.0), scale=1.0, projection_bits=4)
+    _, state = tx.update(gradient, tx.init(gradient), gradient)
+    basis = dequantized(state.bases["w"])
+    residual = gradient["w"] - basis @ (basis.T @ gradient["w"])
+    np.testing.assert_allclose(state.recovery["w"], jnp.linalg.norm(residual), rtol=1e-4)
+
+
+def test_states_stay_float32_where_numbers_are_float64():
+    with jax.enable_x64(True):
+        params = {"w": jnp.ones((8, 12), jnp.float32)}
+        tx = fira_adamw(0.01, 3)
+        state = tx.init(params)
+        _, after = tx.update(params, state, params)
+        assert after.recovery["w"].dtype == state.recovery["w"].dtype == jnp.float32
+
+
+def test_bases_that_are_not_orthonormal_carry_no_moments_over():
+    with pytest.raises(ValueError, match='moments="rotate" needs orthonormal bases'):
+        galore(3, optax.adam(0.01), subspace="gaussian", moments="rotate")
+    params, steps = {"w": normal(0, 8, 12)}, []
+    for moments in (None, "keep"):
+        options = dict(subspace="gaussian", recover="apollo", update_proj_gap=1, moments=moments)
+        tx = galore(3, optax.adam(0.01), **options)
+        state = tx.init(params)
+        for step in range(3):
+            updates, state = tx.update({"w": normal(step, 8, 12)}, state, params)
+        steps.append(updates["w"])
+    np.testing.assert_array_equal(*steps)
 
 
 def test_bfloat16_weights_get_the_dtype_of_their_own_and_states_in_float32():

@@ -421,7 +421,7 @@ def test_an_index_names_no_file_of_another_folder(tmp_path, file):
 def test_pickled_weights_are_refused_with_how_to_convert_them(tmp_path):
     shutil.copy(FIXTURES / "llama" / "config.json", tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
-    with pytest.raises(ValueError, match=r"model\.bin, which could run any code .*save_pre"):
+    with pytest.raises(ValueError, match=r"model\.bin, which could run any code .*save_pretrained"):
         load_llama(tmp_path)
 
 

@@ -343,7 +343,7 @@ def test_text_without_a_token_is_refused_rather_than_read_for_ever():
 
 def test_a_tokenizer_that_breaks_its_word_on_the_vocabulary_is_caught():
     class Lying:
-        vocab_size, separator = 200, 0
+        vocab_size, separator, begin = 200, 0, 0
 
         def encode(self, text):
             return np.array([1, 200], np.int32)

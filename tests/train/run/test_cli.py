@@ -1,6 +1,7 @@
 """A command: its exit codes, and how errors are printed."""
 
 import asyncio
+import dataclasses
 import io
 import sys
 import threading
@@ -87,3 +88,17 @@ def test_errors_of_the_library_name_flags(capsys):
         cli.run(fail, Pretrain, "train", args=[])
     said = "--seq-len 0, or leave it out: give 1 or more; --tokenizer 'x', not max_seq_len=3"
     assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_an_axis_of_the_mesh_is_not_taken_for_a_flag(capsys):
+    @dataclasses.dataclass(frozen=True)
+    class WithData:
+        data: str = "builtin"
+        """Text."""
+
+    def fail(config):
+        raise ValueError("--mesh 'data=x': such as data=2,fsdp=4")
+
+    with pytest.raises(SystemExit):
+        cli.run(fail, WithData, "command", args=[])
+    assert capsys.readouterr().err == "error: --mesh 'data=x': such as data=2,fsdp=4\n"
