@@ -117,20 +117,14 @@ class Layerwise:
         parts = subspace_parts(self.tx)
         if self.accumulate_in_subspace and (parts is None or parts.needs_gradient):
             lacks = "no subspace" if parts is None else "its way back needs whole gradients"
-            raise ValueError(
-                f"accumulate_in_subspace=True with tx={checks.said(self.tx)}: {lacks}; give "
-                'galore(...) with recover="project" or a recipe of it (what else acts as its inner)'
-            )
+            said = f"accumulate_in_subspace=True with tx={checks.said(self.tx)}: {lacks}"
+            raise ValueError(f'{said}; give galore(...) with recover="project", or a recipe of it')
         if parts is not None and parts.sum_over:
-            raise ValueError(
-                f"tx={checks.said(self.tx)} has sum_over={parts.sum_over}, but a layer is updated "
-                "from one gradient: leave it out, or update all params together"
-            )
+            said = f"sum_over={parts.sum_over} with layers: a layer is updated from one gradient"
+            raise ValueError(f"{said}; leave it out, or update all params together")
         if self.accumulate_in_subspace and self._exact:
-            raise ValueError(
-                'accumulate_in_subspace=True with clip="exact": the norm of the projected sum is '
-                'not known before the new bases are; choose clip="previous", or clip_norm=None'
-            )
+            said = 'accumulate_in_subspace=True with clip="exact": that norm is not known before'
+            raise ValueError(f'{said} the new bases are; choose clip="previous", or clip_norm=None')
 
     def init(self, params: Params) -> LayerwiseState:
         """Returns the initial state; ValueError if tx needs all gradients at once."""

@@ -64,6 +64,7 @@ def test_a_run_is_finished_when_its_summary_is_there(tmp_path):
     assert not run_directory.finished(config)
     with run_directory.hold(config):
         assert not run_directory.finished(config)
+        run_directory.write_config(config, {})
         run_directory.write_json(tmp_path / "run" / "summary.json", {})
     assert run_directory.finished(config)
 
