@@ -49,6 +49,7 @@ class LlamaConfig:
     dtype: DTypeLike = jnp.float32  # of matrix products; norms and softmax are always float32
     param_dtype: DTypeLike = jnp.float32  # of the stored weights
     rematerialize: bool = False  # compute activations within a layer again in the backward pass
+    scan: bool = True  # the layers in a loop, compiled once; False: written out one by one
     attention: AttentionImplementation = "xla"  # over whole sequences
     batch_shards: int = 1  # devices that a batch is split over
     # Of the tokenizer; the model itself has no use for them.

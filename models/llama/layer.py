@@ -4,6 +4,7 @@ Letters: B batch, L length, D width, F MLP width, N query heads, G KV heads, K a
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,10 +20,11 @@ from models.llama.config import LlamaConfig, Params
 # From queries (B, L, N, K), keys and values (B, L, G, K) to their mixture (B, L, N, K).
 Attend = Callable[[Array, Array, Array], Array]
 
-# Attention's products, and the outputs of the linear layers: an adapter's output is the sum of
-# several products of its size, which need not be kept.
+# Attention's products and its rotated arguments, and the outputs of the linear layers: an adapter's
+# output is the sum of several products of its size, which need not be kept.
 _PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names("product")
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.save_only_these_names("product", "rotated"),
 )
 
 
@@ -47,13 +49,12 @@ def training_layer(
 
         return apply_layer(config, params, hidden, sequences.rotary, attend)
 
-    # XLA never merges a loop's body with its recomputation, so no barrier is needed.
-    if config.rematerialize:
-        layer = jax.checkpoint(layer, prevent_cse=False)
-    else:
-        # Norms, rotations and softmax take less time to compute again than to write and read.
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=keep_products)
-    return layer(params, hidden)
+    # Norms and softmax take less time to compute again than to write and read.
+    policy = None if config.rematerialize else keep_products
+    # XLA never merges a loop's body with its recomputation. Without a loop a barrier prevents it;
+    # weights are never made again, and behind a barrier a layer's would be copied out of the stack.
+    barriers = False, not config.scan
+    return jax.checkpoint(layer, prevent_cse=barriers, policy=policy)(params, hidden)
 
 
 def apply_layer(
@@ -73,8 +74,8 @@ def apply_layer(
         return y if biases is None else y + biases[name].astype(y.dtype)
 
     x = rms_norm(hidden, params["attention_norm"], config.norm_eps)
-    query = rotate(heads(apply("attention", "query", x)), rotary)
-    key = rotate(heads(apply("attention", "key", x)), rotary)
+    query = checkpoint_name(rotate(heads(apply("attention", "query", x)), rotary), "rotated")
+    key = checkpoint_name(rotate(heads(apply("attention", "key", x)), rotary), "rotated")
     mixed = attend(query, key, heads(apply("attention", "value", x)))
     hidden = hidden + apply("attention", "out", mixed.reshape(*mixed.shape[:2], -1))
 
@@ -91,7 +92,7 @@ def linear(x: Float[Array, "B L in"], weight: Any) -> Float[Array, "B L out"]:
     return rows.reshape(*x.shape[:-1], -1)
 
 
-@jax.checkpoint
+@partial(jax.checkpoint, prevent_cse=False)  # on a GPU one kernel makes all that its backward needs
 def gated(gate: Float[Array, "B L F"], up: Float[Array, "B L F"]) -> Float[Array, "B L F"]:
     """Returns SwiGLU (arXiv:2002.05202); the backward pass keeps only its arguments."""
     return jax.nn.silu(gate) * up

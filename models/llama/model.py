@@ -1,7 +1,7 @@
 """LLaMA in Flax NNX: whole sequences for training, and a KV cache for decoding.
 
-Weights are (in, out) matrices, stacked over the layers and run by `jax.lax.scan`, so that compile
-time does not grow with depth and an optimizer sees one leaf per kind of matrix.
+Weights are (in, out) matrices, stacked over the layers, so that an optimizer sees one leaf per kind
+of matrix, and by default run by `jax.lax.scan`, so that compile time does not grow with depth.
 
 Letters: B batch, L length, S cached length, D width, G KV heads, K a head's width, V vocabulary.
 """
@@ -71,7 +71,12 @@ class Llama(nnx.Module):
             return training_layer(config, sequences, layer, hidden), None
 
         hidden = embed(config, self.embedding.get_value(), token_ids)
-        hidden, _ = jax.lax.scan(step, hidden, nnx.to_pure_dict(nnx.state(self.layers)))
+        stacks = nnx.to_pure_dict(nnx.state(self.layers))
+        if config.scan:
+            hidden, _ = jax.lax.scan(step, hidden, stacks)
+        else:
+            for layer in _one_by_one(stacks, config.layers):
+                hidden, _ = step(hidden, layer)
         return rms_norm(hidden, self.norm[...], config.norm_eps)
 
     def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
@@ -128,6 +133,18 @@ class Llama(nnx.Module):
         carry, _ = jax.lax.scan(step, (hidden, cache.key, cache.value), layers)
         hidden = rms_norm(carry[0], self.norm[...], config.norm_eps)
         return self.logits(hidden), KVCache(carry[1], carry[2], cache.length + token_ids.shape[1])
+
+
+def _one_by_one(stacks: Params, layers: int) -> list[Params]:
+    """Cuts stacks into layers. Gradients are stacked again, not padded to stacks and added."""
+
+    @jax.custom_vjp
+    def cut(x: Array) -> tuple[Array, ...]:
+        return tuple(x[i] for i in range(layers))
+
+    cut.defvjp(lambda x: (cut(x), None), lambda _, gradients: (jnp.stack(gradients),))
+    leaves, tree = jax.tree.flatten(stacks)
+    return [tree.unflatten(layer) for layer in zip(*map(cut, leaves), strict=True)]
 
 
 def init_params(

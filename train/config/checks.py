@@ -221,6 +221,8 @@ def _by_layers(c: ResolvedText) -> Iterator[str]:
             yield f"{said}: it trains all params; leave one of them out"
     if c.clip not in ("exact", None) and not c.layerwise:
         yield f"--clip {c.clip} has an effect with --layerwise only; any other step clips exactly"
+    if c.layerwise and c.scan_layers is False:
+        yield "--scan-layers False with --layerwise: its step is such a loop; leave one out"
     in_subspace = {n: r for n, r in OPTIMIZERS.items() if "update_proj_gap" in r.options}
     users = [name for name, recipe in in_subspace.items() if not recipe.recovers]
     for name in ("accumulate_in_subspace", "compress_gradients"):

@@ -239,6 +239,9 @@ class MemoryFlags:
 class LayerwiseFlags:
     """Memory and devices."""
 
+    scan_layers: bool | None = None
+    """Run the layers in a loop, which compiles in a time that does not grow with depth, instead of
+    one by one, which is faster on a GPU. Default: False on one GPU without --layerwise."""
     accumulate_in_subspace: bool = False
     """Sum the microbatches' gradients projected, a fraction of their size, and clip them by their
     norm there; the first microbatch gives a new subspace. With --layerwise: for the layers only."""

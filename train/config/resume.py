@@ -17,6 +17,7 @@ MAY_CHANGE = {
     "mesh": "other devices",
     "workers": "processes that read",
     "rematerialize": "memory against time",
+    "scan_layers": "compile time against time",
     "deterministic": "the same bits each time on a GPU",
     "eval_every": "steps between evaluations",
     "save_every": "steps between checkpoints",

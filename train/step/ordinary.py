@@ -13,14 +13,13 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from galore_optax import apply_updates, join, split, value_and_grad
+from galore_optax import apply_updates, join, split, subspace_parts, value_and_grad
 from galore_optax.adapters.base import Frozen
 from galore_optax.adapters.lora import with_dropout_keys
 from galore_optax.layerwise.microbatches import over_microbatches, over_microbatches_in_subspace
 from galore_optax.ordering import once_if
 from galore_optax.sharding import sum_of_all
 from galore_optax.transformation import SubspaceParts
-from train.config.optimizers import clipping as clip_by
 from train.step import skipping
 from train.step.loss import summed_cross_entropy
 from train.step.mesh import microbatches
@@ -75,7 +74,8 @@ def _by_microbatch(
 
 def train_step(
     summed: Loss,
-    tx: optax.GradientTransformationExtraArgs,
+    recipe: optax.GradientTransformationExtraArgs,
+    clip_norm: float | None,
     schedule: optax.Schedule,
     accumulate: int,
     stochastic_rounding: bool,
@@ -87,15 +87,23 @@ def train_step(
     """One update. A loss or gradient that is not finite changes neither params nor moments."""
     trained, of_trained, applied, updated = _trainable(summed, stochastic_rounding, state, divided)
     loss, gradient, tokens = loss_and_gradient(of_trained, trained, batch, accumulate, mesh)
-    finite = skipping.all_finite(loss, gradient)
+    parts, norm = subspace_parts(recipe), _norm(gradient)
 
-    def update(trained: Params, inner: Any) -> tuple[Params, Any]:
-        updates, inner = tx.update(gradient, inner, trained)
-        return applied(trained, updates), inner
+    def update(trained: Params, own: Any) -> tuple[Params, Any]:
+        if parts is None or parts.needs_gradient:
+            updates, own = recipe.update(_clipped(gradient, norm, clip_norm), own, trained)
+            return applied(trained, updates), own
+        # The same, as a projection is linear, without a pass over the gradient of its own.
+        own = parts.refresh(gradient, own, trained)
+        projected = _clipped(parts.project(gradient, own), norm, clip_norm)
+        updates, own = parts.update_projected(projected, own, trained)
+        return applied(trained, updates), own
 
-    new, inner = once_if(finite, update, trained, state.optimizer.inner_state)
-    optimizer = skipping.counted(state.optimizer, finite, inner)
-    metrics = step_metrics(schedule, state, optimizer, loss, optax.tree.norm(gradient), tokens)
+    clipping, own = state.optimizer.inner_state
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new, own = once_if(finite, update, trained, own)
+    optimizer = skipping.counted(state.optimizer, finite, (clipping, own))
+    metrics = step_metrics(schedule, state, optimizer, loss, norm, tokens)
     return updated(new, optimizer), metrics
 
 
@@ -127,10 +135,10 @@ def train_step_in_subspace(
     gradients, parts, tokens = _by_microbatch(of_trained, trained, batch, *how)
     gradient, own, losses = over_microbatches_in_subspace(recipe, own, trained, gradients, parts)
     gradient, loss = sum_of_all((gradient, jnp.sum(losses)), sum_over)
-    norm = optax.tree.norm(gradient)
-    clipped, clipping = clip_by(clip_norm).update(gradient, clipping)
+    norm = _norm(gradient)
 
     def update(trained: Params, own: Any) -> tuple[Params, Any]:
+        clipped = _clipped(gradient, norm, clip_norm)
         updates, own = recipe.update_projected(clipped, own, trained)
         return applied(trained, updates), own
 
@@ -139,6 +147,22 @@ def train_step_in_subspace(
     optimizer = skipping.counted(state.optimizer, finite, (clipping, own))
     metrics = step_metrics(schedule, state, optimizer, loss, norm, tokens)
     return updated(new, optimizer), metrics
+
+
+def _norm(gradient: Params) -> Float[Array, ""]:
+    """The global norm, computed in float32; not finite if a number of the gradient is not."""
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), gradient))
+
+
+def _clipped(gradient: Params, norm: Float[Array, ""], most: float | None) -> Params:
+    """The gradient, or what it is projected to, scaled so that the gradient's norm is at most so.
+
+    `optax.clip_by_global_norm` computes a norm of its own, and selects: both are passes over it.
+    """
+    if most is None:
+        return gradient
+    factor = jnp.minimum(1.0, most / norm)
+    return jax.tree.map(lambda x: (x * factor).astype(x.dtype), gradient)
 
 
 def _trainable(

@@ -157,8 +157,15 @@ def make_forward(graph: nnx.GraphDef, sequences: str) -> Forward:
 def make_programs(config: ResolvedText, model: LlamaConfig, mesh: Mesh) -> Programs:
     """What a run computes with, checked against the mesh; nothing is compiled or allocated yet."""
     attention = attention_implementation(model, mesh.devices.flat[0], config.seq_len)
+    scan = config.scan_layers
+    if scan is None:
+        # Written out, layers read their weights within the stacks, and keep activations where they
+        # were made: llama-1b's step moves a fifth less (benchmarks/RESULTS.md). Over several GPUs
+        # XLA would gather the weights of all layers at once.
+        scan = config.layerwise or mesh.size > 1 or mesh.devices.flat[0].platform != "gpu"
     model = dataclasses.replace(
         model,
+        scan=scan,
         attention=attention,
         # With --compress-gradients each device computes with its own rows alone.
         batch_shards=1 if config.compress_gradients else batch_shards(mesh),
@@ -166,9 +173,11 @@ def make_programs(config: ResolvedText, model: LlamaConfig, mesh: Mesh) -> Progr
     )
     graph, shapes = abstract_params(config, model)
     loss = partial(summed_loss, make_forward(graph, config.sequences))
+    looped, _ = abstract_params(config, dataclasses.replace(model, scan=True))
+    loss_of_evaluation = partial(summed_loss, make_forward(looped, config.sequences))
 
     def evaluate(params: Params, batch: Any) -> tuple[Array, Array]:
-        return loss(params, batch), jnp.sum(batch["weights"])
+        return loss_of_evaluation(params, batch), jnp.sum(batch["weights"])
 
     network = Network(
         model,
@@ -213,7 +222,7 @@ def programs_of(
         params, inner = restart(make_optimizer(config), state.params, inner, key, keep=keep)
         return state._replace(params=params, optimizer=state.optimizer._replace(inner_state=inner))
 
-    jit = partial(jax.jit, compiler_options=_compiler_options(config, mesh, by_layers is not None))
+    jit = partial(jax.jit, compiler_options=_compiler_options(config, mesh))
     advance = partial(jit, donate_argnums=0)
     state = jax.eval_shape(init, jax.random.key(0))
     abstract = jax.tree.map(lambda x, at: x.update(sharding=at, weak_type=False), state, state_at)
@@ -243,9 +252,7 @@ def programs_of(
     )
 
 
-def _compiler_options(
-    config: ResolvedTraining, mesh: Mesh, layerwise: bool
-) -> dict[str, bool | str]:
+def _compiler_options(config: ResolvedTraining, mesh: Mesh) -> dict[str, bool | str]:
     options: dict[str, bool | str] = {}
     if config.deterministic:
         options["xla_gpu_deterministic_ops"] = True
@@ -253,8 +260,7 @@ def _compiler_options(
         # It begins where a program takes 80% of a card, and a step is to take all of it: slices of
         # weights were made twice, 17% more bytes for 7B with 8-bit GaLore, for 0.3% less memory.
         options["xla_disable_hlo_passes"] = "rematerialization"
-    if mesh.devices.flat[0].platform == "gpu" and layerwise:
-        # Products with one operand would be made as one, and each gradient cut out of the result.
+        # Products with one operand would be made as one, and each result cut out of that.
         options["xla_gpu_dot_merger_threshold_mb"] = "0"
     return options
 
@@ -282,16 +288,17 @@ def _ordinary(
     refreshes: bool = True,
 ) -> Optimizer:
     """The optimizer and the step that updates all params after the backward pass."""
-    tx = make_optimizer(config, refreshes)
+    tx, recipe = make_optimizer(config, refreshes), make_recipe(config, refreshes)
     divided = partial(split_params, config)
     optimizer_at = state_shardings(tx, divided(shapes)[0], divided(at)[0])
     schedule, rounds = learning_rate_schedule(config), bool(config.stochastic_rounding)
-    how = schedule, config.accumulate, rounds, mesh
+    how = config.clip_norm, schedule, config.accumulate, rounds, mesh
     if not (config.accumulate_in_subspace or config.compress_gradients):
-        return tx.init, optimizer_at, partial(train_step, network.loss, tx, *how, divided=divided)
-    recipe = subspace_parts(make_recipe(config, refreshes))
-    assert recipe is not None
-    given = network.loss, recipe, config.clip_norm
+        step = partial(train_step, network.loss, recipe, *how, divided=divided)
+        return tx.init, optimizer_at, step
+    parts = subspace_parts(recipe)
+    assert parts is not None
+    given = network.loss, parts
     if not config.compress_gradients:
         step = partial(train_step_in_subspace, *given, *how, divided=divided)
         return tx.init, optimizer_at, step

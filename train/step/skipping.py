@@ -8,11 +8,10 @@ trainer stops the run instead (`--max-skipped`).
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from train.step.mesh import replicated
 
@@ -27,11 +26,6 @@ def shardings(mesh: Mesh, inner: Any) -> optax.ApplyIfFiniteState:
     """The shardings of `init`'s result, from those of the optimizer's state."""
     whole = replicated(mesh)
     return optax.ApplyIfFiniteState(whole, whole, whole, inner)  # pyrefly: ignore
-
-
-def all_finite(loss: Float[Array, ""], gradient: Any) -> Bool[Array, ""]:
-    """Whether the loss and each number of the gradient are finite."""
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((loss, gradient))]))
 
 
 def skipping(state: optax.ApplyIfFiniteState) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from galore_optax import quantize_weights, value_and_grad
 from models.llama.config import LlamaConfig
 from models.llama.model import Llama, init_params
 
@@ -126,6 +128,24 @@ def test_rematerializing_gives_the_same_gradients_from_fewer_residuals():
     between_layers = (SMALL.layers + 1) * 2 * 12 * SMALL.width
     in_the_head = 3 * 2 * 12 * SMALL.vocab_size
     assert residuals(True) < weights + 2 * between_layers + in_the_head < residuals(False)
+
+
+@pytest.mark.parametrize("rematerialize", [False, True])
+def test_layers_one_by_one_give_what_the_loop_gives(rematerialize):
+    ids, params = tokens(2, 12), params_of(make())
+    params["layers"]["mlp"]["up"] = quantize_weights(params["layers"]["mlp"]["up"])
+
+    def loss(scan, params):
+        config = dataclasses.replace(SMALL, rematerialize=rematerialize, scan=scan)
+        return -jax.nn.log_softmax(with_params(config, params)(ids))[..., 0].mean()
+
+    def traced(scan):
+        return str(jax.make_jaxpr(value_and_grad(partial(loss, scan)))(params))
+
+    looped, written = (jax.jit(value_and_grad(partial(loss, s)))(params) for s in (True, False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDING), written, looped)
+    assert "scan[" in traced(True)
+    assert "scan[" not in traced(False)
 
 
 def test_bfloat16_is_close_to_float32():

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from galore_optax import galore
 from train.step import loss as loss_module
 from train.step import skipping
 from train.step.loss import summed_cross_entropy
@@ -142,17 +143,35 @@ def test_every_microbatch_has_its_number(params, batch):
     assert float(loss) == pytest.approx(np.average(picked, weights=batch["weights"]), rel=1e-5)
 
 
-def one_step(params, batch, forward=forward, accumulate=1):
+def one_step(params, batch, forward=forward, accumulate=1, tx=None, clip_norm=None):
     mesh = make_mesh(None)
-    schedule = optax.linear_schedule(1.0, 0.0, 10)
-    tx = optax.adam(schedule)
-    optimizer = skipping.init(tx.init(params))
+    loss, schedule = partial(summed_loss, forward), optax.linear_schedule(1.0, 0.0, 10)
+    tx = optax.adam(schedule) if tx is None else tx
+    optimizer = skipping.init(optax.chain(optax.identity(), tx).init(params))
     state = TrainState(params, optimizer, jnp.int32(0), jax.random.key(0))
     step = jax.jit(
-        partial(train_step, partial(summed_loss, forward), tx, schedule, accumulate, False, mesh),
+        partial(train_step, loss, tx, clip_norm, schedule, accumulate, False, mesh),
         donate_argnums=0,
     )
     return step, jax.tree.map(jnp.array, state), put_batch(mesh, batch)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.sgd(1.0), *(galore(2, optax.sgd(1.0), recover=way) for way in ("project", "fira"))],
+    ids=["sgd", "galore", "fira"],
+)
+def test_a_step_clips_as_optax_does(params, batch, tx):
+    _, gradient, _ = gradient_of(forward, params, batch)
+    norm = float(optax.tree.norm(gradient))
+    step, state, placed = one_step(params, batch, tx=tx, clip_norm=norm / 4)
+    after, metrics = step(state, placed)
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+    whole = optax.chain(optax.clip_by_global_norm(norm / 4), tx)
+    updates, _ = whole.update(gradient, whole.init(params), params)
+    expected = optax.apply_updates(params, updates)
+    for name in params:
+        np.testing.assert_allclose(after.params[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_is_optax_on_that_gradient(params, batch):
