@@ -31,6 +31,7 @@ METHODS: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "Alice": (("--optimizer", "alice"), GALORE),
     "RACS": (("--optimizer", "racs"), GALORE),
     "SCALE": (("--optimizer", "scale"), FULL),
+    "Muon": (("--optimizer", "muon"), FULL),
     "low rank": (("--optimizer", "adamw", "--adapter", "low-rank"), FULL),
     "LoRA": (("--optimizer", "lora-adamw"), FULL),
     "DoRA": (("--optimizer", "adamw", "--adapter", "dora"), FULL),
@@ -50,7 +51,7 @@ METHODS: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
 class Comparison(Runs):
     """Trains each method at four learning rates, and prints a table."""
 
-    methods: tuple[str, ...] = tuple(METHODS)[:10]
+    methods: tuple[str, ...] = tuple(METHODS)[:11]
     """Rows of the table."""
     seeds: int = 1
     """Runs at each method's best learning rate, with seeds from 0."""

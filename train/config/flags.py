@@ -9,7 +9,7 @@ from typing import Literal
 Optimizer = Literal[
     "adamw", "adamw8bit", "adafactor", "galore-adamw", "galore-adamw8bit", "galore-adafactor",
     "q-galore-adamw8bit", "fira-adamw", "apollo-adamw", "apollo-mini-adamw", "alice", "racs",
-    "scale", "gradnorm-lorp-adamw", "lora-adamw", "relora-adamw", "qlora-adamw",
+    "scale", "muon", "gradnorm-lorp-adamw", "lora-adamw", "relora-adamw", "qlora-adamw",
 ]  # fmt: skip
 
 

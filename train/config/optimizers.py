@@ -44,7 +44,11 @@ def _cast(make: Callable[..., optax.GradientTransformation]) -> Callable[..., An
 def _vectors(params: dict[str, Any]) -> Any:
     """Selects the layers' norms: matrices are split by GaLore, or each large enough to quantize."""
     axes = param_axes(params)
-    return jax.tree.map(lambda n: n if n == 1 else None, axes, is_leaf=lambda n: n is None)
+    return jax.tree.map(lambda n: n if n == 1 else None, axes, is_leaf=_is_none)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 def _is_head(params: Any) -> Any:
@@ -58,6 +62,29 @@ def _all_matrices(params: Any) -> Any:
     """Dimension numbers of the layers' matrices, the embedding and the head (vocabulary, width)."""
     tables = {"embedding": GaLoreDimensionNumbers(0, 1), "head": GaLoreDimensionNumbers(1, 0)}
     return {**dimension_numbers(params), **{k: v for k, v in tables.items() if k in params}}
+
+
+def _muon(learning_rate: Any, weight_decay: float, b1: float, b2: float, eps: float) -> Any:
+    """Muon of the layers' matrices, whose updates have the size of AdamW's, and AdamW of the rest.
+
+    So one learning rate serves both (arXiv:2502.16982, sec. 2.2).
+    """
+
+    def matrices(params: Any) -> Any:
+        matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        axes = param_axes(params)
+        return jax.tree.map(lambda n: matrix if n == 2 else None, axes, is_leaf=_is_none)
+
+    return optax.contrib.muon(
+        learning_rate,
+        weight_decay=weight_decay,
+        eps=eps,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=0.2,
+    )
 
 
 # The optimizers' arguments that have other names than the settings.
@@ -125,6 +152,7 @@ OPTIMIZERS: Mapping[str, Recipe] = {
     "alice": Recipe(galore_optax.alice, _ALICE, recovers=True, learning_rate=0.02),
     "racs": Recipe(_cast(_RACS_OF), _RACS, learning_rate=0.02),
     "scale": Recipe(_cast(_SCALE_OF), {**_ADAMW, **_FLOATS}),
+    "muon": Recipe(_cast(_muon), {**_ADAMW, **_FLOATS}),
     "lora-adamw": _PLAIN._replace(adapter="lora"),
     "relora-adamw": _PLAIN._replace(adapter="relora"),
     "qlora-adamw": _PLAIN._replace(adapter="qlora"),

@@ -74,7 +74,7 @@ def _by_microbatch(
 
 def train_step(
     summed: Loss,
-    recipe: optax.GradientTransformationExtraArgs,
+    recipe: optax.GradientTransformation,
     clip_norm: float | None,
     schedule: optax.Schedule,
     accumulate: int,
@@ -154,7 +154,7 @@ def _norm(gradient: Params) -> Float[Array, ""]:
     return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), gradient))
 
 
-def _clipped(gradient: Params, norm: Float[Array, ""], most: float | None) -> Params:
+def _clipped(gradient: Any, norm: Float[Array, ""], most: float | None) -> Any:
     """The gradient, or what it is projected to, scaled so that the gradient's norm is at most so.
 
     `optax.clip_by_global_norm` computes a norm of its own, and selects: both are passes over it.

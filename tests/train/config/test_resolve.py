@@ -54,7 +54,7 @@ def test_the_names_are_those_of_the_models_and_optimizers():
 def test_every_default_is_accepted(model, optimizer):
     config = resolve(Pretrain(model=model, optimizer=optimizer))
     assert config.batch_size % config.accumulate == 0
-    without = ("adamw", "adamw8bit", "adafactor", "racs", "scale")
+    without = ("adamw", "adamw8bit", "adafactor", "racs", "scale", "muon")
     assert (config.rank is None) == (optimizer in without)
 
 
