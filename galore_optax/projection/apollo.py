@@ -37,6 +37,8 @@ class Apollo:
     per: str = "column"
 
     def __post_init__(self):
+        if self.learning_rate is not None:
+            checks.number_or_schedule(self.learning_rate, "learning_rate", such_as=0.01)
         checks.choice(self.per, "per", ("column", "matrix"))
 
     def init(self, like: jax.ShapeDtypeStruct, rank: int) -> Float[Array, ""]:

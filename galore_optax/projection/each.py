@@ -48,6 +48,8 @@ def first_state(
 
         def spec(x: Any) -> PartitionSpec:
             own = [sides.get(size, ()) for size in x.shape]
+            # Of two axes as long as one side, such as those of a square, the first is split.
+            own = [() if names in own[:i] else names for i, names in enumerate(own)]
             ways = [math.prod(mesh.shape[name] for name in names) for names in own]
             pairs = zip(own, x.shape, ways, strict=True)
             return PartitionSpec(*batch, *(names if n % k == 0 else None for names, n, k in pairs))

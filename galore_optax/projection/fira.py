@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from galore_optax import checks
 from galore_optax.projection.recover import Matrix, at, energies, growth, limit
 
 
@@ -32,6 +33,10 @@ class Fira:
     """
 
     learning_rate: optax.ScalarOrSchedule | None = None
+
+    def __post_init__(self):
+        if self.learning_rate is not None:
+            checks.number_or_schedule(self.learning_rate, "learning_rate", such_as=0.01)
 
     def init(self, like: jax.ShapeDtypeStruct, rank: int) -> Float[Array, ""]:
         """The norm of the step before: none yet."""

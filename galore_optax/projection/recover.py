@@ -4,8 +4,9 @@ GaLore's is P N: the part of the gradient outside the subspace is lost. Others u
 given the gradient itself, and cannot work on a sum of projected gradients.
 """
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -118,9 +119,14 @@ def first_states(
 
 
 def _warn_of_schedule(recover: Recover | None, inner: optax.OptState) -> None:
-    leaves = jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
-    scheduled = any(isinstance(x, optax.ScaleByScheduleState) for x in leaves)
-    if scheduled and getattr(recover, "learning_rate", 1) is None:
+    if getattr(recover, "learning_rate", 1) is not None:
+        return
+
+    def scheduled(x: Any) -> bool:  # by `optax.inject_hyperparams`, too
+        by_hyperparams = bool(getattr(x, "hyperparams_states", None))
+        return isinstance(x, optax.ScaleByScheduleState) or by_hyperparams
+
+    if any(map(scheduled, jax.tree.leaves(inner, is_leaf=scheduled))):
         warnings.warn(
             f"recover={checks.said(recover)} limits how fast updates grow, and inner has a "
             "schedule, whose warm-up it limits, too: give the schedule as its learning_rate",
@@ -144,6 +150,20 @@ def _check(recover: Recover, plan: Projection) -> None:
         return recover(Matrix(*arrays), _one_state(recover, rank, like))[0]
 
     checks.gives(update, "recover", (*given, jax.ShapeDtypeStruct((), jnp.int32)), like)
+    if (past := history(recover)) is None:
+        return
+    if not (remembers(recover) and isinstance(past, Hashable)):
+        raise ValueError(
+            f"recover={checks.said(recover)} has a history, which needs to be a hashable function "
+            "of what a method init makes: give both, or leave history out"
+        )
+    state = jax.eval_shape(lambda: _one_state(recover, rank, like))
+    columns = jax.eval_shape(past, state, jax.ShapeDtypeStruct((n, rank), jnp.float32))
+    if columns.ndim != 2 or len(columns) != n:
+        raise ValueError(
+            f"recover={checks.said(recover)}: its history returns an array of shape "
+            f"{columns.shape}; it must return columns ({n}, k)"
+        )
 
 
 def recovered(
@@ -160,12 +180,14 @@ def recovered(
     `small` are R and N as the inner has them, `scalars` the scale and the count.
     """
     (mode,) = plan.modes
+    with_arrays, arrays = _apart(recover, scalars[1])
 
-    def one(gradient: Array, state: State, beside: Any, scalars: Any) -> tuple[Array, State]:
+    def one(gradient: Array, state: State, beside: Any, common: Any) -> tuple[Array, State]:
         basis, *pair = beside
+        scalars, arrays = common
         sides = (jnp.moveaxis(x, mode, 0) for x in pair)
         own = Matrix(gradient, basis, *sides, *scalars, orthonormal=not is_quantized(bases[0]))
-        update, state = recover(own, state)
+        update, state = with_arrays(arrays)(own, state)
         return update.astype(pair[1].dtype), state
 
     def stacked(beside: Any) -> Any:
@@ -173,7 +195,29 @@ def recovered(
         return dequantized(basis).astype(gradient.dtype), *map(plan.stacked, pair)
 
     view = turned(plan.view, mode)
-    return each_matrix(one, view, gradient, state, (bases, small), scalars, stacked)
+    return each_matrix(one, view, gradient, state, (bases, small), (scalars, arrays), stacked)
+
+
+def _apart(recover: Any, count: Any) -> tuple[Callable[[dict[str, Array]], Recover], Any]:
+    """A way back as a function of its fields that are arrays, and these at a step.
+
+    Under explicit mesh axes it must not close over arrays, as hyperparameters are that
+    `optax.inject_hyperparams` makes.
+    """
+    if not dataclasses.is_dataclass(recover):
+        return lambda _: recover, {}
+    fields = {field.name: getattr(recover, field.name) for field in dataclasses.fields(recover)}
+    rate = fields.get("learning_rate")
+    if callable(rate):
+        fields["learning_rate"] = rate(count)
+
+    def with_arrays(arrays: dict[str, Array]) -> Recover:
+        new: dict[str, Any] = dict(arrays)
+        if callable(rate) and "learning_rate" in arrays:
+            new["learning_rate"] = lambda _: arrays["learning_rate"]
+        return dataclasses.replace(recover, **new)
+
+    return with_arrays, {k: x for k, x in fields.items() if isinstance(x, jax.Array)}
 
 
 def history(recover: Recover | None) -> Callable[[State, Array], Array] | None:

@@ -1,6 +1,7 @@
 """The refresh of a leaf's subspaces: new bases where they are due, moments carried over to them.
 
-A refresh stays due until a finite, non-zero gradient performs it.
+A refresh stays due until a finite gradient performs it that is not zero, or a finite one beside a
+history that is not (Alice's tracking).
 """
 
 import dataclasses

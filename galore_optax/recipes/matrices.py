@@ -1,6 +1,6 @@
 """Transformations of every matrix by itself, beside Adam for what is no matrix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float
 
 from galore_optax import checks
-from galore_optax.params import for_init
+from galore_optax.params import for_init, with_updates
 from galore_optax.projection.dimension_numbers import (
     LeafView,
     WeightDimensionNumbers,
@@ -26,12 +26,15 @@ class MatricesState(NamedTuple):
 
 
 def of_matrices(
-    function: Callable[[Float[Array, "n m"], State], tuple[Float[Array, "n m"], State]],
+    function: Callable[..., tuple[Float[Array, "n m"], State]],
     numbers: WeightDimensionNumbers,
     init: Callable[[jax.ShapeDtypeStruct], State] = lambda like: (),
+    hyperparameters: Sequence[Any] = (),
 ) -> optax.GradientTransformation:
     """Applies a function to the gradient (in, out) of each matrix; other leaves stay as they are.
 
+    It is given the gradient, the state and the hyperparameters, which may be arrays, and returns
+    the update and the new state.
     A stack of matrices has a state for each. `init` makes the first state from a matrix's shape.
     """
 
@@ -52,7 +55,11 @@ def of_matrices(
         for i, view in enumerate(_views(updates, numbers)):
             if view is not None:
                 leaves[i], states[i] = each_matrix(
-                    lambda g, own, *_: function(g, own), view, leaves[i], states[i]
+                    lambda g, own, _, given: function(g, own, *given),
+                    view,
+                    leaves[i],
+                    states[i],
+                    common=hyperparameters,
                 )
         return tree.unflatten(leaves), MatricesState(tree.unflatten(states))
 
@@ -82,12 +89,22 @@ def with_adam_for_others(
         tree = jax.tree.structure(params)
         return tree.unflatten([view is None for view in _views(params, numbers)])
 
-    return optax.chain(
+    tx = optax.chain(
         *of_matrices,
         optax.masked(optax.scale_by_adam(b1, b2, eps), others),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+    def init(params: optax.Params) -> optax.OptState:
+        return tx.init(dequantized(for_init(params)))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        own = dequantized(with_updates(params, updates))
+        return tx.update(updates, state, own, **extra_args)
+
+    # optax's types say that a state is any tree, not which one.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
 def _views(params: optax.Params, numbers: WeightDimensionNumbers) -> list[LeafView | None]:

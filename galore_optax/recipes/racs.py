@@ -66,7 +66,9 @@ def scale_by_racs(
         n, m = like.shape
         return Scales(*(jnp.zeros(shape, like.dtype) for shape in (n, m, ())))
 
-    def update(gradient: Float[Array, "n m"], state: Any) -> tuple[Float[Array, "n m"], Scales]:
+    def update(
+        gradient: Float[Array, "n m"], state: Any, scale: Any, decay: Any
+    ) -> tuple[Float[Array, "n m"], Scales]:
         wide = gradient.astype(state.rows.dtype)
         q, s = _fixed_point(wide, steps)
         q, s = (
@@ -77,7 +79,7 @@ def scale_by_racs(
         factor, norm = limit(energies(scaled), state.norm, 1.0)
         return (scale * factor * scaled).astype(gradient.dtype), Scales(q, s, norm)
 
-    return of_matrices(update, weight_dimension_numbers, init)
+    return of_matrices(update, weight_dimension_numbers, init, (scale, decay))
 
 
 def _fixed_point(

@@ -1,6 +1,7 @@
 """Sharded params: the unsharded result, and a state sharded like the params, without gathering."""
 
 import functools
+import inspect
 import math
 import re
 from typing import Any, NamedTuple
@@ -22,10 +23,14 @@ from galore_optax import (
     GaLoreDimensionNumbers,
     Staggered,
     adamw8bit,
+    alice,
+    apollo_adamw,
+    fira_adamw,
     galore,
     galore_adamw,
     q_galore_adamw8bit,
     quantize_state,
+    racs,
 )
 from galore_optax.projection.dimension_numbers import TuckerDimensionNumbers
 from galore_optax.sharding import state_shardings
@@ -272,6 +277,20 @@ def test_explicit_types_survive_a_scan_over_steps_and_injected_hyperparams():
     assert params["w"].sharding.spec == P("data", "fsdp")
     assert state.inner_state.bases["w"].sharding.spec == P("data", None)
     assert state.inner_state.inner[0].mu["w"].sharding.spec == P(None, "fsdp")
+
+
+@pytest.mark.parametrize("recipe", [fira_adamw, apollo_adamw, alice, racs])
+def test_injected_hyperparams_reach_whole_updates_under_explicit_types(recipe):
+    mesh = mesh_of(AxisType.Explicit)
+    params, _ = abstract({"w": (16, 32)}, {"w": P("data", "fsdp")}, mesh)
+    known = inspect.signature(recipe).parameters
+    static = {"rank", "update_proj_gap", "seed", "tracking", "steps"} & {*known}
+    rank = {"rank": 4} if "rank" in known else {}
+    for rate in (0.01, optax.linear_schedule(0.0, 0.01, 10)):
+        tx = optax.inject_hyperparams(recipe, static_args=static)(rate, **rank)
+        with jax.set_mesh(mesh):
+            updates, _ = jax.eval_shape(lambda p, tx=tx: tx.update(p, tx.init(p), p), params)
+        assert updates["w"].sharding.spec == P("data", "fsdp")
 
 
 def test_explicit_types_need_neither_jit_nor_a_mesh_in_context():

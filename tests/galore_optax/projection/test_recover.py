@@ -283,9 +283,36 @@ def test_it_may_be_a_function():
 
 def test_a_limiter_that_does_not_know_the_schedule_says_so():
     rising = optax.linear_schedule(0.0, 0.01, 100)
-    with pytest.warns(UserWarning, match=r"recover=Fira.*give the schedule as its learning_rate"):
-        galore(3, optax.adam(rising), recover="fira").init(jnp.ones((8, 12)))
+    inject = optax.inject_hyperparams(optax.adam)
+    for inner in (optax.adam(rising), inject(rising)):
+        with pytest.warns(UserWarning, match=r"recover=Fira.*the schedule as its learning_rate"):
+            galore(3, inner, recover="fira").init(jnp.ones((8, 12)))
     galore(3, optax.adam(rising), recover=Fira(rising)).init(jnp.ones((8, 12)))
+    galore(3, inject(0.01), recover="fira").init(jnp.ones((8, 12)))
+
+
+def test_a_learning_rate_that_is_none_is_refused():
+    for way in (Fira, Apollo, Alice):
+        with pytest.raises(ValueError, match=r"learning_rate='x' must be a number"):
+            way("x")
+
+
+def test_a_history_without_a_memory_is_refused():
+    class Past:
+        history = staticmethod(lambda state, basis: basis)
+
+        def __call__(self, own, state):
+            return own.gradient, state
+
+    class Rows(Past):
+        history = staticmethod(lambda state, basis: basis.T)
+
+        def init(self, like, rank):
+            return jnp.zeros(())
+
+    for kind, message in ((Past, r"a method init makes"), (Rows, r"shape \(3, 8\); it must")):
+        with pytest.raises(ValueError, match=rf"history.*{message}"):
+            galore(3, optax.sgd(1.0), recover=kind()).init(jnp.ones((8, 12)))
 
 
 def test_a_learning_rate_of_zero_limits_nothing_afterwards():

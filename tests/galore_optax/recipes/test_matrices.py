@@ -1,5 +1,7 @@
 """RACS, SCALE and Alice: float64 references, stacks, layers, shardings, what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +17,13 @@ from galore_optax import (
     TuckerDimensionNumbers,
     alice,
     galore,
+    quantize_weights,
     racs,
     scale_sgd,
     state_bytes,
     state_shardings,
 )
+from galore_optax.quantization.array import dequantized
 
 
 def doubles(*arrays):
@@ -139,6 +143,27 @@ def test_states_of_rows_and_columns_are_sharded_as_these_are():
         updates, after = jax.jit(tx.update)(placed, state, placed)
     np.testing.assert_allclose(updates, expected, atol=1e-6)
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
+def test_alice_at_full_rank_is_sharded_and_so_are_squares():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    at = NamedSharding(mesh, PartitionSpec("a", "b"))
+    for shape in ((8, 16), (8, 8)):
+        state = state_shardings(alice(0.01, 8), jax.ShapeDtypeStruct(shape, jnp.float32), at)
+        assert len(state.recovery[2].spec) == 2  # (rank, rank), along a side at most once
+
+
+@pytest.mark.parametrize("kind", ["racs", "scale"])
+def test_quantized_weights_are_updated_as_their_values(kind):
+    params = quantize_weights({"w": normal(0, 64, 128), "b": normal(1, 128)})
+    values, grads = dequantized(params), {"w": normal(2, 64, 128), "b": normal(3, 128)}
+    last = {"w": True, "b": False}
+    tx = {"racs": racs(0.01, weight_decay=0.1), "scale": scale_sgd(0.01, last, weight_decay=0.1)}
+    update = jax.jit(tx[kind].update)
+    state = jax.jit(tx[kind].init)(params)
+    expected, _ = update(grads, state, values)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-7)
+    jax.tree.map(close, update(grads, state, params)[0], expected)
 
 
 @pytest.mark.parametrize(
