@@ -1,9 +1,8 @@
 """`explain`: what a transformation decides for each leaf of the params, as a table."""
 
-import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import checks
-from galore_optax.inner import OBSERVER, InnerCall
+from galore_optax.inner import InnerCall
 from galore_optax.params import without_variables
 from galore_optax.projection.moments import moving_axes, small_leaves
 from galore_optax.quantization.array import QuantizedArray, dequantized, is_quantized
@@ -20,9 +19,10 @@ from galore_optax.trace.dependence import dependences
 from galore_optax.trace.params_use import decoupled_decay
 from galore_optax.trace.roles import FACTOR, FIRST, SECOND, Role, state_roles
 from galore_optax.trace.traced import Traced, trace
+from galore_optax.transformation import observed
 
 _ROLES = {FIRST: "first moment", SECOND: "second moment", FACTOR: "factor of a second moment"}
-_SIDES: dict[tuple[int, ...], str] = {(0,): "left", (1,): "right", (0, 1): "both"}
+_SIDES: dict[tuple[int, ...], str] = {(0,): "left", (1,): "right", (0, 1): "both", (): "whole"}
 _WHOLE, _WITHIN, _UNKNOWN = "of the whole leaf", "within the subspace", "unknown"
 
 
@@ -54,8 +54,8 @@ class ExplainedLeaf:
     Attributes:
         path: Its path in the params (with `unstacked`, that of one layer of it).
         shape: Its shape.
-        projection: Which side is projected: "left", "right", "both"; "axes 0, 1" of a tensor; or
-            "none".
+        projection: Which side is projected: "left", "right", "both"; "axes 0, 1" of a tensor;
+            "whole" where none is longer than the rank; or "none".
         rank: Dimensions of the subspace, one number for each projected side.
         matrices: How many matrices it holds.
         together: Whether a stack is one array to the inner transformation; else each matrix is.
@@ -140,8 +140,8 @@ def explain(
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(f"tx={checks.said(tx)} must be an optax.GradientTransformation")
     found: list[_Seen] = []
-    observed = _observed(lambda call, own: found.append(_Seen(call, own, extra_args)))
-    with observed, warnings.catch_warnings(record=True) as warned:
+    observing = observed(lambda call, own: found.append(_Seen(call, own, extra_args)))
+    with observing, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         # A function of its own, since what is traced already is not traced again.
         params = jax.eval_shape(lambda p: dequantized(without_variables(p)), params)
@@ -169,15 +169,6 @@ def explain(
     return Explanation(tuple(leaves), tuple(rest), tuple(notes))
 
 
-@contextlib.contextmanager
-def _observed(observer: Callable[[InnerCall, optax.Params], None]) -> Iterator[None]:
-    token = OBSERVER.set(observer)
-    try:
-        yield
-    finally:
-        OBSERVER.reset(token)
-
-
 class _Seen:
     """What one `galore` decided in `init`, in which its shapes are known."""
 
@@ -187,8 +178,7 @@ class _Seen:
         self.small = jax.tree.leaves_with_path(call.params)
         self.params, self.whole = jax.tree.flatten_with_path(jax.eval_shape(lambda: params))
         self.tree = jax.tree.structure(call.state, is_leaf=is_quantized)
-        projected = [self.plans[i] is not None for i, _ in self.owners]
-        self.decays = _decays(call.traced, projected, call.inner.decay)
+        self.decays = _decays(call.traced, call.counts, call.inner.decay)
         # Of leaves that are not projected, too; these cannot be unclear.
         moving = state_roles(call.traced, moving_axes(self.plans))
         pairs = zip(state_roles(call.traced), moving, strict=True)
@@ -218,7 +208,7 @@ class _Seen:
                 axes = ", ".join(str(plan.view.modes[mode][0]) for mode in plan.modes)
                 leaf = dataclasses.replace(
                     leaf,
-                    projection=f"axes {axes}" if plan.view.tensor else _SIDES[plan.modes],
+                    projection=f"axes {axes}" if axes and plan.view.tensor else _SIDES[plan.modes],
                     rank=plan.ranks,
                     matrices=plan.matrices,
                     together=plan.together,

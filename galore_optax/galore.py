@@ -28,6 +28,7 @@ from galore_optax.projection.subspace import (
     BY_PRODUCTS,
     SUBSPACES,
     FindSubspace,
+    any_basis,
     gaussian,
 )
 from galore_optax.sharding import explain_sharding_errors
@@ -82,9 +83,10 @@ def galore(
     and `layers`, which layer of how many: random numbers and refreshes are those of the stack.
 
     Args:
-        rank: Dimensions of the subspace: an integer of at least 1 (a matrix whose smaller side is
-            less is projected at full rank), a float up to 1 for a fraction of the smaller side, or
-            a function from a leaf's path and shape to either.
+        rank: Dimensions of the subspace: an integer of at least 1, a float up to 1 for a fraction
+            of the smaller side, or a function from a leaf's path and shape to either. A side that
+            is no longer has no basis, as if it were an identity; with "svd", "sampled" or a
+            function it has one, as published: all of its directions.
         inner: The transformation to run in the subspace, e.g. `optax.adamw(1e-2)`.
         update_proj_gap: When subspaces are refreshed: an integer, the steps from one refresh to the
             next; a function from the step of a refresh to that number; `Staggered(gap)`, which
@@ -106,7 +108,8 @@ def galore(
             the gradient itself, not a sum of projected ones.
         side: Which side of a matrix `(in, out)` is projected: "smaller" (as published), "larger"
             (least memory with one side; as in `optax.contrib.galore`), "left" (input), "right"
-            (output) or "both", where R = PᵀGQ is rank by rank. Ties go to the input.
+            (output) or "both", where R = PᵀGQ is rank by rank (and with "svd" first diagonal but
+            for rounding, which Adam scales up). Ties go to the input.
         weight_dimension_numbers: Which leaves are matrices, or stacks of them: a
             `GaLoreDimensionNumbers` (or a `TuckerDimensionNumbers`, for tensors) for every leaf
             that has its axes, a tree of them (or a prefix of one) with None for leaves to leave
@@ -217,5 +220,6 @@ def galore(
             bits=projection_bits,
             seed=seed,
             sum_over=sum_over,
+            whole=any_basis(subspace),
         )
     )

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Collection
-from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -33,10 +32,6 @@ from galore_optax.trace.elementwise import is_elementwise, same_equations
 from galore_optax.trace.params_use import acts_within_subspace, decoupled_decay, remembers_params
 from galore_optax.trace.roles import Role, state_roles
 from galore_optax.trace.traced import Traced, abstract, float_state, trace
-
-OBSERVER: ContextVar[Callable[["InnerCall", optax.Params], None] | None]
-"""Is told in `init` what was decided for the params (`galore_optax.explanation`)."""
-OBSERVER = ContextVar("observer", default=None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,8 +148,9 @@ class InnerCall:
 
     @functools.cached_property
     def counts(self) -> list[bool]:
-        """For each of the inner's params whether it is projected."""
-        return [self.plans[i] is not None for i, _ in small_leaves(self.plans)]
+        """For each of the inner's params whether it is projected by a basis."""
+        owners = (self.plans[i] for i, _ in small_leaves(self.plans))
+        return [plan is not None and bool(plan.modes) for plan in owners]
 
     @functools.cached_property
     def remembers(self) -> bool:

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from galore_optax import checks, keys, ordering
-from galore_optax.inner import OBSERVER, Inner, InnerCall, decay, with_stacks
+from galore_optax.inner import Inner, InnerCall, decay, with_stacks
 from galore_optax.params import for_init, with_updates, without_variables
 from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
@@ -25,6 +25,7 @@ from galore_optax.projection.refresh import Leaf, Refresh, Refreshed, check_subs
 from galore_optax.projection.subspace import SUBSPACES, FindSubspace
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.sharding import sharded_like, sum_of_all, varying_alike
+from galore_optax.transformation import OBSERVER
 
 
 class GaLoreState(NamedTuple):
@@ -34,8 +35,9 @@ class GaLoreState(NamedTuple):
         count: Updates done so far.
         bases: Like the params: at a projected leaf its orthonormal basis P, `(*batch, in, r)` where
             the left side is projected, `(*batch, out, r)` where the right side is, in the leaf's
-            dtype, a tuple of them where both sides (or a tensor's axes) are, a `QuantizedArray`
-            each with `projection_bits`; `optax.MaskedNode` at others.
+            dtype, a tuple of them where both sides (or a tensor's axes) are, `()` where none is
+            longer than the rank, each a `QuantizedArray` with `projection_bits`; at others
+            `optax.MaskedNode`.
         next_refresh: For each matrix the step from which a refresh is due, leaf by leaf in the
             order of `jax.tree.leaves`; one entry if none is projected.
         refreshes: How many refreshes each matrix has had, in the same order.
@@ -75,21 +77,21 @@ class GaLore:
     bits: int | None
     seed: Any
     sum_over: tuple[str, ...] = ()
+    whole: bool = False  # whether sides that are no longer than the rank have no basis
 
     def init(self, params: optax.Params) -> GaLoreState:
         """The first state: bases are random, and every refresh is due."""
         schedule.check_schedule(self.gap)
         params = dequantized(for_init(params))
         leaves, tree = jax.tree.flatten(params)
-        plans = projections(params, self.numbers, self.rank, self.side)
+        plans = projections(params, self.numbers, self.rank, self.side, self.whole)
         if callable(self.subspace):
             check_subspace(self.subspace, plans)
         warn_of_left_out(leaves, plans, self.numbers)
-        key = keys.of_seed(self.seed)
         bases: list[Any] = [optax.MaskedNode()] * len(leaves)
         for i, plan in enumerate(plans):
             if plan is not None:
-                bases[i] = plan.random_bases(leaves[i], key, self.bits)
+                bases[i] = plan.random_bases(leaves[i], keys.of_seed(self.seed), self.bits)
 
         def call(plans: Plans) -> InnerCall:
             small = partial(_project, tree, plans, bases, leaves)
@@ -100,10 +102,8 @@ class GaLore:
         recovery = first_states(self.recover, plans, leaves, inner_state)
         if any(plans):
             inner.check()
-        if (observe := OBSERVER.get()) is not None:
-            observe(inner, params)
-        matrices = sum(plan.matrices for plan in plans if plan is not None)
-        timing = schedule.first_timing(self.gap, matrices)
+        OBSERVER.get()(inner, params)
+        timing = schedule.first_timing(self.gap, sum(plan.matrices for plan in filter(None, plans)))
         # As after a refresh, which happens where gradients allow it.
         bases, timing, recovery, _ = varying_alike((bases, timing, recovery, leaves))
         return GaLoreState(
@@ -179,19 +179,22 @@ class _Call:
         *,
         layer: ArrayLike = 0,
         layers: int = 1,
+        matrices: Sequence[dict[str, int]] = (),
         allowed: ArrayLike = True,
         **extra_args: Any,
     ):
-        self.galore, self.layer, self.layers = galore, layer, layers
+        self.galore, self.layer = galore, layer
+        self.of_model = {"whole": matrices, "layer": layer, "layers": layers}
         self.allowed = allowed  # whether a refresh that is due may be made
         like, self.tree = jax.tree.flatten(updates)
         self.weights = None
         if params is not None:
             # As `init` made plans of the params, whose dtypes may be others than the gradients'.
-            own = with_updates(params, updates)
-            self.weights = like = dequantized(self.tree.flatten_up_to(own))
+            self.weights = like = dequantized(
+                self.tree.flatten_up_to(with_updates(params, updates))
+            )
         tree = self.tree.unflatten(like)
-        plans = projections(tree, galore.numbers, galore.rank, galore.side)
+        plans = projections(tree, galore.numbers, galore.rank, galore.side, galore.whole)
         left_out = [isinstance(b, optax.MaskedNode) for b in self.tree.flatten_up_to(state.bases)]
         plans = [None if out else plan for out, plan in zip(left_out, plans, strict=True)]
 
@@ -260,9 +263,9 @@ class _Call:
                     inner_leaves[moment.position] = value
         happened = [made[i].happened for i, _ in projected]
         similarities = [made[i].similarities for i, _ in projected]
-        timing = schedule.next_timing(
-            self.galore.gap, state, happened, similarities, self.layer, self.layers
-        )
+        own = {plan.path: plan.matrices for _, plan in projected}
+        phases = partial(schedule.staggered_phases, own, **self.of_model)
+        timing = schedule.next_timing(self.galore.gap, state, happened, similarities, phases)
         state = state._replace(bases=self.tree.unflatten(map(_stored, bases)), **timing)
         if rule == "reset":
             weights = grads if self.weights is None else self.weights
@@ -339,8 +342,7 @@ def _project(tree: Any, plans: Plans, bases: Sequence[Any], leaves: Sequence[Any
 
 
 def _types(tree: Any) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple(map(jax.typeof, leaves))
+    return jax.tree.structure(tree), tuple(map(jax.typeof, jax.tree.leaves(tree)))
 
 
 def _stored(bases: Any) -> Any:

@@ -4,6 +4,9 @@ A projection is linear: Σ PᵀGᵢ = Pᵀ ΣGᵢ. A sum of projected gradients 
 the memory of a gradient.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
 
 import optax
@@ -11,6 +14,20 @@ import optax
 from galore_optax import checks
 from galore_optax.params import with_updates
 from galore_optax.sharding import sum_of_all
+
+OBSERVER: ContextVar[Callable[[Any, optax.Params], None]]
+"""Is told in `init` what a `galore` decided (an `InnerCall`) for the params."""
+OBSERVER = ContextVar("observer", default=lambda call, params: None)
+
+
+@contextlib.contextmanager
+def observed(observer: Callable[[Any, optax.Params], None]) -> Iterator[None]:
+    """Sets the observer of every `init` within it."""
+    token = OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        OBSERVER.reset(token)
 
 
 @runtime_checkable

@@ -1,23 +1,46 @@
 """Updates of single parts of the params: the transformation sees all other parts masked out."""
 
 import dataclasses
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from galore_optax.layerwise.backward import Params
+from galore_optax.layerwise.backward import Params, at
 from galore_optax.layerwise.microbatches import over_microbatches_in_subspace
 from galore_optax.ordering import once_if
 from galore_optax.quantization.array import dequantized
-from galore_optax.transformation import subspace_parts
+from galore_optax.transformation import observed, subspace_parts
 
 
 def masked(params: Params) -> Params:
     """The params as `optax.masked` shows them if every leaf is masked out."""
     return jax.tree.map(lambda _: optax.MaskedNode(), jax.eval_shape(dequantized, params))
+
+
+def of_one_layer(params: Params, key: str) -> Params:
+    """The shapes of the params with one layer instead of the stack of them."""
+    return jax.eval_shape(lambda p: dequantized({**p, key: at(p[key], 0)}), params)
+
+
+def matrices_of(
+    tx: optax.GradientTransformation, params: Params, key: str, layers: int
+) -> list[dict[str, int]]:
+    """How many matrices each `galore` in `tx` projects of each leaf, by path, in all layers."""
+    found: list[dict[str, int]] = []
+
+    def observe(inner: Any, params: Any) -> None:
+        own = [(plan.path, plan.matrices) for plan in inner.plans if plan is not None]
+        stack = jax.tree_util.keystr((jax.tree_util.DictKey(key),))
+        found.append({p: n * layers if p.startswith(stack) else n for p, n in own})
+
+    with observed(observe), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jax.eval_shape(lambda p: tx.init(p), of_one_layer(params, key))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +52,7 @@ class PartUpdate:
     others: Params  # all params, masked out
     count: Int[Array, ""]  # steps done so far
     loss: Float[Array, ""]  # given to the transformation as `value`
+    matrices: Sequence[dict[str, int]]  # as `matrices_of`
 
     def updates(
         self,
@@ -47,12 +71,13 @@ class PartUpdate:
         """
         parts: Any = subspace_parts(self.tx)
         tx: Any = optax.with_extra_args_support(self.tx)
+        layer = {"value": self.loss, "matrices": self.matrices, **layer}
         params = {**self.others, **dequantized(part)}
         whole = None if gradient is None else {**self.others, **gradient}
         if projected is None:
-            updates, state = tx.update(whole, state, params, value=self.loss, **layer)
+            updates, state = tx.update(whole, state, params, **layer)
         else:
-            small, layer = {**self.others, **projected}, {"value": self.loss, **layer}
+            small = {**self.others, **projected}
             updates, state = parts.update_projected(small, state, params, gradient=whole, **layer)
         return {k: updates[k] for k in part}, state
 
@@ -62,7 +87,8 @@ class PartUpdate:
         """Returns a part's projected gradient, in a subspace that is refreshed if due and `ok`."""
         parts: Any = subspace_parts(self.tx)
         gradients, params = {**self.others, **gradient}, {**self.others, **dequantized(part)}
-        state = parts.refresh(gradients, state, params, value=self.loss, allowed=ok, **layer)
+        layer = {"value": self.loss, "matrices": self.matrices, **layer}
+        state = parts.refresh(gradients, state, params, allowed=ok, **layer)
         return parts.project(gradients, state), state
 
     def applied(self, part: Params, updates: optax.Updates, layer: Any = None) -> Params:
@@ -96,6 +122,7 @@ class PartUpdate:
 
         params = {**self.others, **dequantized(part)}
         parts: Any = subspace_parts(self.tx)
+        layer = {"matrices": self.matrices, **layer}
         total, state, kept = over_microbatches_in_subspace(
             parts, state, params, whole, *batches, **layer
         )

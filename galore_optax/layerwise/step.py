@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from galore_optax import checks
 from galore_optax.layerwise.backward import Backward, Batch, Layered, Params, at, forward, squares
-from galore_optax.layerwise.parts import PartUpdate, masked
+from galore_optax.layerwise.parts import PartUpdate, masked, matrices_of, of_one_layer
 from galore_optax.ordering import after, codes_after, once_if
 from galore_optax.quantization.array import dequantized
 from galore_optax.trace.dependence import coupled_leaves
@@ -130,7 +130,7 @@ class Layerwise:
         """Returns the initial state; ValueError if tx needs all gradients at once."""
         key = self.model.layers
         stack, rest, layers = self.model.split(params)
-        one = jax.eval_shape(lambda p: dequantized({**p, key: at(p[key], 0)}), params)
+        one = of_one_layer(params, key)
         # The transformation's warnings come from here: a part may lack what the whole has.
         tx = optax.with_extra_args_support(self.tx)
         coupled = coupled_leaves(tx, one, layer=jnp.int32(0), layers=layers, value=jnp.float32(0))
@@ -171,7 +171,8 @@ class Layerwise:
             factor = jnp.minimum(1.0, self.clip_norm / norm)
         loss, from_head, cotangent = backward.head(factor)
         others, count = masked(params), jnp.asarray(state.count)
-        update = PartUpdate(self.tx, self.apply_updates, others, count, loss)
+        matrices = matrices_of(self.tx, params, self.model.layers, layers)
+        update = PartUpdate(self.tx, self.apply_updates, others, count, loss, matrices)
         ok = jnp.isfinite(loss) if norm is None else jnp.isfinite(loss) & jnp.isfinite(norm)
         early = {k: from_head[k] for k in backward.early}
         total, ok = self._judged(jnp.zeros((), jnp.float32), ok, early)

@@ -41,6 +41,8 @@ class Projection:
         view: The leaf as a stack of matrices.
         modes: The axes of a matrix that are projected, (0,) for the input, (1,) for the output.
         ranks: Dimensions of the subspace of each of them.
+        whole: The axes of a matrix that would be projected, but are no longer than the rank: R has
+            them as they are.
         path: The leaf's path in the params; not compared, so that leaves of equal shape share what
             is compiled for them.
     """
@@ -49,6 +51,7 @@ class Projection:
     modes: tuple[int, ...]
     ranks: tuple[int, ...]
     path: str = dataclasses.field(compare=False)
+    whole: tuple[int, ...] = ()
     together: bool = False
 
     @property
@@ -228,9 +231,16 @@ def checked_rank(value: Any, name: str = "rank") -> int | float:
 
 
 def projections(
-    params: optax.Params, numbers: WeightDimensionNumbers, rank: Rank, side: str
+    params: optax.Params,
+    numbers: WeightDimensionNumbers,
+    rank: Rank,
+    side: str,
+    whole: bool = False,
 ) -> list[Projection | None]:
-    """The projection of every leaf, in the order of `jax.tree.leaves`; None where there is none."""
+    """The projection of every leaf, in the order of `jax.tree.leaves`; None where there is none.
+
+    `whole` leaves out the bases of sides that are no longer than the rank.
+    """
 
     def projection(path: str, view: LeafView) -> Projection:
         name = f"rank({path!r}, {view.shape})"
@@ -246,8 +256,11 @@ def projections(
         rows, columns = view.sizes
         # A tie goes to the input, as published for "smaller" and as in optax.contrib for "larger".
         left = {"smaller": rows <= columns, "larger": rows >= columns}.get(side, side == "left")
-        modes = (0, 1) if side == "both" else (0,) if left else (1,)
-        return Projection(view, modes, (within(min(rows, columns)),) * len(modes), path)
+        sides = (0, 1) if side == "both" else (0,) if left else (1,)
+        used = within(min(rows, columns))
+        modes = tuple(mode for mode in sides if used < view.sizes[mode] or not whole)
+        left_out = tuple(mode for mode in sides if mode not in modes)
+        return Projection(view, modes, (used,) * len(modes), path, left_out)
 
     views = matrix_views(params, numbers)
     return [None if view is None else projection(path, view) for path, view in views]

@@ -113,7 +113,7 @@ def first_states(
         if recover is not None and plan is not None:
             _check(recover, plan)
             states[i] = first_state(
-                partial(_one_state, recover, plan.ranks[0]), turned(plan.view, plan.modes[0]), leaf
+                partial(_one_state, recover, _rank(plan)), turned(plan.view, _mode(plan)), leaf
             )
     return states
 
@@ -135,13 +135,13 @@ def _warn_of_schedule(recover: Recover | None, inner: optax.OptState) -> None:
 
 
 def _check(recover: Recover, plan: Projection) -> None:
-    if len(plan.modes) != 1 or plan.view.tensor:
+    if len(plan.modes + plan.whole) != 1 or plan.view.tensor:
         raise ValueError(
             f"recover={checks.said(recover)} needs matrices of which one side is projected, unlike "
             f'the leaf at {plan.path}: choose side= other than "both" and GaLoreDimensionNumbers, '
             'or recover="project"'
         )
-    (n, m), (rank,) = _sides(plan), plan.ranks
+    (n, m), rank = turned(plan.view, _mode(plan)).sizes, _rank(plan)
     like = jax.ShapeDtypeStruct((n, m), jnp.float32)
     shapes = (n, m), (n, rank), (rank, m), (rank, m), ()
     given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -179,20 +179,23 @@ def recovered(
 
     `small` are R and N as the inner has them, `scalars` the scale and the count.
     """
-    (mode,) = plan.modes
+    mode = _mode(plan)
+    rank, rounded = _rank(plan), any(map(is_quantized, bases))
     with_arrays, arrays = _apart(recover, scalars[1])
 
     def one(gradient: Array, state: State, beside: Any, common: Any) -> tuple[Array, State]:
         basis, *pair = beside
         scalars, arrays = common
         sides = (jnp.moveaxis(x, mode, 0) for x in pair)
-        own = Matrix(gradient, basis, *sides, *scalars, orthonormal=not is_quantized(bases[0]))
+        own = Matrix(gradient, basis, *sides, *scalars, orthonormal=not rounded)
         update, state = with_arrays(arrays)(own, state)
         return update.astype(pair[1].dtype), state
 
     def stacked(beside: Any) -> Any:
-        (basis,), pair = beside
-        return dequantized(basis).astype(gradient.dtype), *map(plan.stacked, pair)
+        bases, pair = beside
+        identity = jnp.broadcast_to(jnp.eye(rank), (*plan.view.batch_shape, rank, rank))
+        (basis,) = dequantized(bases) if plan.modes else (identity,)
+        return basis.astype(gradient.dtype), *map(plan.stacked, pair)
 
     view = turned(plan.view, mode)
     return each_matrix(one, view, gradient, state, (bases, small), (scalars, arrays), stacked)
@@ -234,8 +237,13 @@ def _one_state(recover: Any, rank: int, like: jax.ShapeDtypeStruct) -> State:
     return recover.init(like, rank) if remembers(recover) else ()
 
 
-def _sides(plan: Projection) -> tuple[int, ...]:
-    return turned(plan.view, plan.modes[0]).sizes
+def _mode(plan: Projection) -> int:
+    """The side that is projected, or would be if it were longer than the rank."""
+    return (plan.modes + plan.whole)[0]
+
+
+def _rank(plan: Projection) -> int:
+    return plan.ranks[0] if plan.modes else plan.view.sizes[_mode(plan)]
 
 
 def _wide(x: Any) -> Any:

@@ -104,7 +104,7 @@ class Refresh:
 
     def _leaf(self, leaf: Leaf, key: Array, first: Array) -> Refreshed:
         gradient, bases, moments, due, path, recovery = leaf
-        if not self.projection.modes:  # a tensor without an axis above the rank: there is no basis
+        if not self.projection.modes:  # no axis is longer than the rank: there is no basis
             return self._stay(leaf)._replace(happened=due.reshape(-1))
         key = jax.random.fold_in(key, path)
         view, number = self.projection.view, self.projection.matrices

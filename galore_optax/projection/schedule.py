@@ -144,8 +144,7 @@ def next_timing(
     state: Any,
     happened: Sequence[Bool[Array, " matrices"]],
     similarities: Sequence[Float[Array, " matrices"]],
-    layer: ArrayLike = 0,
-    layers: int = 1,
+    phases: Callable[[], Float[Array, " matrices"]],
 ) -> dict[str, Any]:
     """Those fields of the `GaLoreState` after a step that say when refreshes are due.
 
@@ -154,15 +153,14 @@ def next_timing(
         state: The state before the step.
         happened: For each projected leaf, which matrices were refreshed in the step.
         similarities: Of their new subspaces to the ones before.
-        layer: Which layer the leaves belong to.
-        layers: Of how many.
+        phases: Returns the `staggered_phases` of all matrices.
     """
     refreshed, count = jnp.concatenate(happened), jnp.asarray(state.count)
     adaptation, steps = state.adaptation, _gap_at(gap, count)
     if isinstance(gap.gap if isinstance(gap, Adaptive) else gap, Staggered):
         # The second refresh comes half a gap to one and a half gaps after the first.
-        phases = _phases([x.size for x in happened], layer, layers)
-        own = jnp.ceil(steps.astype(phases.dtype) * phases).astype(jnp.int32)
+        own = phases()
+        own = jnp.ceil(steps.astype(own.dtype) * own).astype(jnp.int32)
         steps = jnp.where(state.refreshes == 0, own, steps)
     if isinstance(gap, Adaptive):
         # The first basis replaced a random one: their similarity means nothing.
@@ -191,12 +189,24 @@ def _adapted(rule: Adaptive, state: Any, counts: Any, similarities: Any) -> Adap
     )
 
 
-def _phases(matrices: Sequence[int], layer: ArrayLike, layers: int) -> Float[Array, " matrices"]:
-    """Numbers from 0.5 to 1.5, evenly spread over all matrices of all leaves and layers."""
-    total = sum(matrices) * layers
+def staggered_phases(
+    own: dict[str, int], whole: Sequence[dict[str, int]], layer: ArrayLike, layers: int
+) -> Float[Array, " matrices"]:
+    """Numbers from 0.5 to 1.5, evenly spread over all matrices of all leaves and layers.
+
+    Args:
+        own: How many matrices each leaf holds, by its path; those of one layer.
+        whole: The same of a model of which these are a part, in all layers, for each `galore` in
+            it. Without one that has them they are all.
+        layer: Which layer they belong to.
+        layers: Of how many.
+    """
+    model = {path: count * layers for path, count in own.items()}
+    model = next((other for other in whole if own.keys() <= other.keys()), model)
+    total = sum(model.values())
     places = (np.arange(total) + 0.5) / total + 0.5
-    leaves = np.split(places, np.cumsum(matrices)[:-1] * layers)
-    by_layer = np.concatenate([x.reshape(layers, -1) for x in leaves], axis=1)
+    leaves = dict(zip(model, np.split(places, np.cumsum([*model.values()])[:-1]), strict=True))
+    by_layer = np.concatenate([leaves[path].reshape(layers, -1) for path in own], axis=1)
     return jnp.asarray(by_layer, jnp.float32)[layer]
 
 

@@ -216,6 +216,8 @@ def _with_noise(sketch: Basis, noise: Basis) -> Basis:
 
 # Those that only multiply with the gradient, so that it may be a `Summed`.
 BY_PRODUCTS = ("randomized", "power", "random", "gaussian")
+# Those that find a subspace, but any of its bases: of the whole space, none is worth finding.
+_ANY_BASIS = (randomized, power, random, gaussian, switched)
 # Another method needs an entry here; it is a name of `galore(subspace=)` then.
 SUBSPACES = {
     "randomized": randomized,
@@ -226,6 +228,12 @@ SUBSPACES = {
     "switched": switched,
     "sampled": sampled,
 }
+
+
+def any_basis(subspace: str | FindSubspace) -> bool:
+    """Whether a method does not choose among the bases of the subspace that it finds."""
+    find = SUBSPACES[subspace] if isinstance(subspace, str) else subspace
+    return getattr(find, "func", find) in _ANY_BASIS
 
 
 class Summed:

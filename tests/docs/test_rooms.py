@@ -83,5 +83,5 @@ def test_no_module_asks_the_process_for_its_devices():
     found = {str(p.relative_to(ROOT)) for p in files if asks.search(p.read_text())}
     # The variables there are for reading a transformation: `explain` is told what was decided, and
     # a state is traced as floats.
-    variables = {"galore_optax/inner.py", "galore_optax/trace/traced.py"}
+    variables = {"galore_optax/transformation.py", "galore_optax/trace/traced.py"}
     assert found == {"train/step/mesh.py", *variables}

@@ -1,5 +1,7 @@
 """galore: the published trajectories, stacks, composition, and what it refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from paths import FIXTURES
 
 from galore_optax import (
     Adaptive,
+    Alice,
     GaLoreDimensionNumbers,
     Staggered,
     TuckerDimensionNumbers,
@@ -20,6 +23,7 @@ from galore_optax import (
     galore_adamw8bit,
     q_galore_adamw8bit,
     quantize_state,
+    subspace_parts,
 )
 
 PUBLISHED = np.load(FIXTURES / "galore_torch.npz")
@@ -455,13 +459,52 @@ def test_rank_may_be_a_fraction_or_a_function_of_path_and_shape():
 
     def ranks(rank):
         state = galore(rank, optax.adam(1e-3)).init(params)
-        return jax.tree.map(lambda basis: basis.shape[-1], state.bases)
+        return {name: basis.shape[-1] if len(basis) else () for name, basis in state.bases.items()}
 
     assert ranks(0.25) == {"a": 2, "b": 5, "c": 1}
-    assert ranks(1.0) == {"a": 8, "b": 20, "c": 2}
+    assert ranks(7 / 8) == {"a": 7, "b": 18, "c": ()}
     assert ranks(lambda path, shape: 3 if "a" in path else 0.5) == {"a": 3, "b": 10, "c": 1}
     with pytest.raises(ValueError, match=r"rank\(.*'a'.*=0"):
         ranks(lambda path, shape: 0)
+
+
+@pytest.mark.parametrize("inner", [optax.adamw(0.1, weight_decay=0.1), optax.lamb(0.1)])
+def test_a_matrix_no_larger_than_the_rank_has_no_basis_and_the_inners_update(inner):
+    stacks = GaLoreDimensionNumbers(-2, -1)
+    params = {"w": normal(0, 8, 12), "tall": normal(1, 12, 6), "stack": normal(2, 2, 8, 3)}
+    apart = {**params, "stack": tuple(params["stack"])}
+    tx = galore(12, inner, scale=1.0, weight_dimension_numbers=stacks)
+    update, state, theirs = jax.jit(tx.update), tx.init(params), inner.init(apart)
+    assert state.bases == {"w": (), "tall": (), "stack": ()}
+    assert not subspace_parts(tx).is_due(state)
+    for seed in range(2):
+        grads = jax.tree.map(lambda x, seed=seed: normal(seed, *x.shape), params)
+        got, state = update(grads, state, params)
+        own = {**grads, "stack": tuple(grads["stack"])}
+        expected, theirs = inner.update(own, theirs, apart)
+        got["stack"] = tuple(got["stack"])
+        close = functools.partial(np.testing.assert_allclose, atol=1e-6)
+        jax.tree.map(close, got, expected)
+    # As published, all directions are found with "svd".
+    svd = jax.eval_shape(galore(8, inner, subspace="svd").init, normal(0, 8, 12))
+    assert svd.bases.shape == (8, 8)
+
+
+@pytest.mark.parametrize("way", ["fira", "apollo", Alice(0.1)])
+def test_a_way_back_without_a_basis_is_that_of_the_whole_space(way):
+    params = grads = normal(0, 2, 8, 12)
+    common = dict(recover=way, weight_dimension_numbers=GaLoreDimensionNumbers(1, 2))
+
+    def identity(gradient, basis, key):
+        return jnp.eye(8)
+
+    updates = []
+    for find in ("randomized", identity):
+        tx = galore(8, optax.sgd(0.1), subspace=find, **common)
+        state = tx.init(params)
+        assert len(state.bases) == (0 if find == "randomized" else 2)
+        updates.append(jax.jit(tx.update)(grads, state, params)[0])
+    np.testing.assert_allclose(*updates, atol=1e-6)
 
 
 def test_the_gap_may_be_a_function_of_the_step():

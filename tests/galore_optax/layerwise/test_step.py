@@ -66,6 +66,11 @@ GALORE = {
         inner=INNERS["momentum"], subspace="power", update_proj_gap=2,
         weight_dimension_numbers={**NUMBERS, "out": {"norm": None, "head": MATRIX}},
     ),
+    # Of the head, too: refreshes are spread over all matrices of the model.
+    "sgd, staggered": dict(
+        inner=INNERS["momentum"], subspace="random", update_proj_gap=Staggered(4),
+        weight_dimension_numbers={**NUMBERS, "out": {"norm": None, "head": MATRIX}},
+    ),
     "adamw, random, staggered, reset": dict(
         inner=INNERS["adamw"], subspace="random", moments="reset", update_proj_gap=Staggered(4),
         weight_dimension_numbers=NUMBERS,
