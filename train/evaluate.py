@@ -68,6 +68,8 @@ def main(config: Evaluate) -> int:
         if value is not None and not 1 <= value < 2**31:
             raise ValueError(f"{flag(name)} {value}: expected 1 or more")
     texts = read_files(config.data)
+    if not any(texts):
+        raise ValueError(f"--data {' '.join(config.data)}: there is no text in it")
     model = _load(config)
     longest = nnx.merge(model.graph, model.params).config.max_length
     length = config.seq_len or model.seq_len or min(_LENGTH, longest)

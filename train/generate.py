@@ -10,6 +10,8 @@ from train.data.examples import chat_prompt
 from train.run.cli import run
 from train.run.trained import answer, chat_template, load_trained, sample_text
 
+_NOT_SAMPLING = ("run", "prompt", "chat", "chat_template")
+
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
@@ -21,6 +23,8 @@ class Generate:
     """Beginning of the text."""
     chat: bool = False
     """The prompt is a user's message, written by the chat template; the answer is printed."""
+    chat_template: str | None = None
+    """File with the chat template, in Jinja. Default: that of the run, or of its tokenizer."""
     max_new_tokens: int = 200
     """Tokens to add; fewer if the model ends the document."""
     temperature: float = 0.8
@@ -41,12 +45,16 @@ def main(config: Generate) -> int:
         if config.temperature == 0 and getattr(config, name) is not None:
             reason = "--temperature 0 takes the most likely token each time"
             raise ValueError(f"{flag(name)} has no effect: {reason}; leave one of them out")
+    if config.chat_template is not None and not config.chat:
+        raise ValueError("--chat-template has no effect: it writes what is said with --chat")
     trained = load_trained(config.run)
     model = nnx.merge(trained.graph, merge(trained.params))
-    how = {k: v for k, v in vars(config).items() if k not in ("run", "prompt", "chat")}
+    how = {k: v for k, v in vars(config).items() if k not in _NOT_SAMPLING}
     if config.chat:
         messages = [{"role": "user", "content": config.prompt}]
-        prompt = chat_prompt(messages, trained.tokenizer, chat_template(trained))
+        prompt = chat_prompt(
+            messages, trained.tokenizer, chat_template(trained, config.chat_template)
+        )
         print(answer(model, trained.tokenizer, prompt, **how))
         return 0
     print(sample_text(model, trained.tokenizer, config.prompt, stop=True, **how))

@@ -101,6 +101,12 @@ def test_wrong_use_is_named(run, options, says):
         main(Evaluate(data=(str(run.parent / "text.jsonl"),), **options))
 
 
+def test_a_text_without_a_document_is_named(run, tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(ValueError, match=r"--data .*a.txt: there is no text in it"):
+        main(Evaluate(data=(str(tmp_path / "a.txt"),), run=str(run)))
+
+
 def test_a_home_folder_is_expanded_in_each_of_several_files(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     seen = []

@@ -24,6 +24,7 @@ TEXTS = ["Hello wörld\n\n  two  spaces 漢字 🙂 don't", "", " lead", "a b"]
 def exported(tokenizer, out, **config):
     """The files beside the weights, of a run with a tokenizer."""
     out.mkdir()
+    write_json(out / "config.json", {})
     settings = {"data": "builtin", "init": None, "optimizer": "adamw", "command": "x", **config}
     trained = SimpleNamespace(tokenizer=tokenizer, config=small("x", **ADAMW), step=3)
     trained.config = SimpleNamespace(**{**vars(trained.config), **settings})

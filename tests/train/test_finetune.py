@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from train.data.pairs import PairTokenizer, pair_data
 from train.export import Export
 from train.export import main as export
 from train.finetune import main
-from train.run import cli, hosts
+from train.run import cli
 from train.run.glue import assemble
 from train.run.metrics import read_metrics
 from train.step.classifier import make_programs, model_config
@@ -105,6 +106,24 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(finished, folde
     assert losses(copy) == losses(finished)
     for name in ("predictions.tsv", "config.json"):
         assert (copy / name).read_text() == (finished / name).read_text()
+
+
+def test_a_run_goes_on_and_is_exported_without_the_folder_it_began_with(
+    finished, folder, tmp_path, capsys
+):
+    copy, config = unfinished(finished, tmp_path, "12"), small_glue(folder)
+    config, init = dataclasses.replace(config, out=str(copy), resume=True), Path(str(config.init))
+    init.rename(tmp_path / "moved")
+    try:
+        assert main(config) == 0
+        assert losses(copy) == losses(finished)
+        assert export(Export(run=str(copy), out=str(tmp_path / "out"))) == 0
+        assert (tmp_path / "out" / "tokenizer.json").is_file()
+        shutil.rmtree(copy / "model")
+        with pytest.raises(ValueError, match=r"--init .*: there is no such folder"):
+            main(config)
+    finally:
+        (tmp_path / "moved").rename(init)
 
 
 def test_a_run_does_not_go_on_with_other_examples(finished, folder, tmp_path):
@@ -194,11 +213,9 @@ def test_the_published_settings_are_the_defaults(tmp_path):
     assert lorp.gradient_rank == 2
 
 
-def test_several_processes_are_refused(folder, monkeypatch):
-    monkeypatch.setattr(hosts, "several", lambda: True)
-    examples, config = load_examples("mrpc", "train", folder / "data"), small_glue(folder)
-    with pytest.raises(ValueError, match="predicts in one process"):
-        assemble(examples, resolve(config, 40), print)
+def test_the_flags_of_several_processes_which_it_cannot_use_are_not_there():
+    names = {field.name for field in dataclasses.fields(Finetune)}
+    assert not {"processes", "process", "coordinator", "launcher"} & names
 
 
 def test_the_settings_of_a_config_json_are_read_back(finished):
@@ -208,7 +225,7 @@ def test_the_settings_of_a_config_json_are_read_back(finished):
     assert by_epochs.steps == 10
     # As config.json has it: resumed by --config, too.
     assert resolve(load_fields(by_epochs), 40) == by_epochs
-    with pytest.raises(ValueError, match=r"not a config.json of train.pretrain: unknown .*task"):
+    with pytest.raises(ValueError, match=r"is of a run of train.finetune, not of train.pretrain"):
         load(finished / "config.json")
 
 

@@ -77,7 +77,7 @@ def test_a_run_answers_a_message_by_its_chat_template(finished, monkeypatch, cap
     with pytest.raises(ValueError, match="need a chat template"):
         generate(asked)
     template = ChatTemplate("{{ messages[0].content }} + 1 = ", {})
-    monkeypatch.setattr("train.generate.chat_template", lambda _: template)
+    monkeypatch.setattr("train.generate.chat_template", lambda *_: template)
     capsys.readouterr()
     assert generate(asked) == 0
     answer = capsys.readouterr().out

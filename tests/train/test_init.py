@@ -144,6 +144,12 @@ def test_what_contradicts_the_weights_is_refused(folder, changes, message):
         resolve(small("out", **{"init": str(folder), **OWN} | changes))
 
 
+def test_a_run_of_an_encoder_is_named_as_that(tmp_path):
+    (tmp_path / "config.json").write_text('{"task": "mrpc", "optimizer": "adamw"}')
+    with pytest.raises(ValueError, match=r"is of a run of train.finetune, not of train.pretrain"):
+        resolve(small("unused", init=str(tmp_path), **OWN))
+
+
 def test_a_model_named_beside_init_may_have_its_sizes(folder):
     path = str(folder / "config.json")
     assert resolve(small("out", init=str(folder), **OWN | {"model": path})).model == path

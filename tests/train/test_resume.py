@@ -13,12 +13,14 @@ from tokenizer_file import write_byte_level as write_tokenizer
 
 from models.hugging_face.llama import save_llama
 from models.llama.model import Llama
+from train.config.finetune_lm import load_finetuning
 from train.config.resolve import load, resolve, settings_file
 from train.config.resume import differences, table
-from train.config.settings import Pretrain, to_json
+from train.config.settings import FinetuneLM, Pretrain, to_json
 from train.data.tokenizer import load_tokenizer
 from train.export import Export
 from train.export import main as export
+from train.finetune_lm import main as finetune
 from train.pretrain import main
 from train.run import cli
 from train.run.metrics import given_up, read_metrics
@@ -38,6 +40,15 @@ def resumed(out: Path, *flags: str) -> int:
     args = ["--resume", "--out", str(out), *flags]
     with pytest.raises(SystemExit) as stop:
         cli.run(main, Pretrain, "pretrain", load=load, settings_file=settings_file, args=args)
+    return stop.value.code
+
+
+def finetuned(out: Path, *flags: object) -> int:
+    """The same of train.finetune_lm."""
+    args = ["--out", str(out), *map(str, flags)]
+    how = {"load": load_finetuning, "settings_file": settings_file, "args": args}
+    with pytest.raises(SystemExit) as stop:
+        cli.run(finetune, FinetuneLM, "finetune_lm", **how)
     return stop.value.code
 
 
@@ -87,6 +98,47 @@ def test_a_run_that_gave_up_goes_on_from_its_last_good_checkpoint(short, tmp_pat
     assert "resumed from step 4, the last good checkpoint" in said
     assert rates(out) == pytest.approx([0.01] * 4 + [0.005] * 2)
     assert all(line["skipped"] == 0 for line in read_metrics(out) if "loss" in line)
+
+
+def test_a_fine_tuning_goes_on_without_the_run_it_began_with_and_its_card_says_how(short, tmp_path):
+    begun, out, data = tmp_path / "begun", tmp_path / "run", tmp_path / "a.jsonl"
+    shutil.copytree(short, begun)
+    rows = [{"prompt": f"{i} + 1 = ", "completion": str(i + 1)} for i in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--init", begun, "--data", data, "--optimizer", "adamw", "--learning-rate", "0.01"]
+    flags += ["--steps", "1", "--batch-size", "4", "--seq-len", "16"]
+    assert finetuned(out, *flags) == 0
+    before = losses(out)["loss", 1]
+    shutil.rmtree(begun)
+    data = data.rename(tmp_path / "moved.jsonl")
+    changes = ["--data", data, "--epochs", "0.25", "--accumulate", "2", "--schedule", "constant"]
+    assert finetuned(out, "--resume", *changes) == 0
+    found = losses(out)
+    assert (found["loss", 1], ("loss", 2) in found) == (before, True)
+    export(Export(run=str(out), out=str(tmp_path / "out")))
+    first, step, then = (
+        (tmp_path / "out" / "README.md").read_text().split("```")[1].split("\n")[1:4]
+    )
+    assert first.startswith("python -m train.finetune_lm ")
+    assert "--steps 1 " in first
+    steps = json.loads((out / "summary.json").read_text())["steps"]
+    assert step == "# after step 1:"
+    command = f"python -m train.finetune_lm --resume --out {out} --accumulate 2 --schedule constant"
+    assert then == f"{command} --steps {steps}"
+
+
+def test_a_run_of_another_command_is_named(short, capsys):
+    assert finetuned(short, "--resume") == 2
+    said = (
+        "is of a run of train.pretrain, not of train.finetune_lm; `python -m train.pretrain --res"
+    )
+    assert said in capsys.readouterr().err
+
+
+def test_the_kind_of_a_source_may_not_change_and_the_place_of_files_may():
+    old = {"data": ["a"]}
+    assert differences(old, {"data": ["b"]}) == []
+    assert differences({"data": "c4"}, {"data": "text"}) == ["--data c4 (now text)"]
 
 
 def test_the_docs_have_the_table_of_flags_that_may_change():

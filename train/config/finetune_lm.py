@@ -25,7 +25,7 @@ from train.config.settings import (
     ResolvedFinetuneLM,
     expand_home,
 )
-from train.config.source import read_settings, sizes, with_model
+from train.config.source import check_command, read_settings, sizes, with_model
 from train.config.weights import ADAPTERS_ONLY
 
 Settings = TypeVar("Settings", bound=FinetuneLM)
@@ -54,7 +54,7 @@ def resolve_finetuning(
     named: dict[str, Any] = {n: getattr(config, n) for n in ("init", "tokenizer", "end_token")}
     # A resumed run has a copy of the model's sizes.
     own = read_settings(config.config).get("model") if config.resume and config.config else None
-    source = with_model(Pretrain(**named, model=own, resume=config.resume))
+    source = with_model(Pretrain(**named, model=own, resume=config.resume, config=config.config))
     config, options = with_options(config)
     checks.check_rate_of_fine_tuning(config)
 
@@ -97,8 +97,8 @@ def resolve_finetuning(
 def load_finetuning(path: str | os.PathLike[str]) -> FinetuneLM:
     """Reads a config.json of train.finetune_lm; raises ValueError if it cannot be read as one."""
     fields = read_settings(path)
-    if fields.pop("command", None) != FinetuneLM.command:
-        raise ValueError(f"{path} is not a config.json of {FinetuneLM.command}")
+    check_command(fields, path, FinetuneLM.command)
+    fields.pop("command", None)
     fields.pop("model", None)  # that of --init
     return _of_fields(FinetuneLM, fields, path)
 

@@ -82,8 +82,8 @@ class AdapterFlags:
     """Adapters."""
 
     adapter: Literal["lora", "dora", "relora", "qlora", "low-rank", "gradnorm-lorp"] | None = None
-    """Trained instead of the layers' matrices, which are frozen (low-rank: replaced). Params
-    without an adapter, such as embedding, norms and head, are trained as usual."""
+    """Trained instead of the layers' matrices, which are frozen (low-rank: replaced); --train says
+    which other params are trained, too."""
     adapter_pattern: str | None = None
     """Regular expression for the paths of the matrices that get adapters, such as query|value.
     Default: all."""
@@ -221,6 +221,14 @@ class MemoryFlags:
     mesh: str | None = None
     """Devices, such as data=2,fsdp=4 (axes: data, fsdp, tensor). Default: one device; with several
     processes data=N over all of theirs."""
+    deterministic: bool = False
+    """Use only operations that give the same bits each time, on GPUs too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostFlags:
+    """Memory and devices."""
+
     processes: int | None = None
     """Processes of the run, on one or several hosts, each started with the same flags, and with the
     same files at the same paths. Default: 1."""
@@ -231,8 +239,6 @@ class MemoryFlags:
     launcher: bool = False
     """Take --processes, --process and --coordinator from the environment, as SLURM, Open MPI,
     Kubernetes (indexed jobs, with the package kubernetes) or torchrun set it."""
-    deterministic: bool = False
-    """Use only operations that give the same bits each time, on GPUs too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,7 +333,9 @@ class TrainingFlags(
 
     command = ""  # the module that `python -m` runs
     less_memory = ""  # what to try if the memory is too small
-    # For commands without `LayerwiseFlags`.
+    # For commands without `HostFlags` or `LayerwiseFlags`.
+    processes = process = coordinator = None
+    launcher = False
     layerwise = False
     accumulate_in_subspace = False
     compress_gradients = False

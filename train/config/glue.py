@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from models.encoder.config import EncoderConfig, weight_table
+from models.hugging_face.files import read_json
 from models.hugging_face.roberta import read_config
+from models.hugging_face.roberta_config import from_theirs
 from models.llama.axes import sides_in
 from train.config import checks
 from train.config.flags import TrainingFlags
 from train.config.optimizers import OPTIMIZERS
 from train.config.resolve import fill, fill_rest, reopened, with_options
 from train.config.settings import ResolvedTraining, expand_home, flag
+
+# What a run keeps of the model that it begins with, besides the weights.
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 GlueTask = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
 
@@ -115,7 +120,7 @@ def resolve(config: Finetune, examples: int) -> ResolvedFinetune:
     checks.check_types(config)
     config = reopened(expand_home(config))
     check_given(config)
-    resolved = resolve_for(config, examples, read_config(Path(str(config.init))))
+    resolved = resolve_for(config, examples, read_model(config))
     # Absolute, so that a run can be resumed from another folder.
     paths = {name: os.path.abspath(getattr(resolved, name)) for name in ("data_dir", "init")}
     return dataclasses.replace(resolved, **paths)
@@ -174,8 +179,24 @@ def check_given(config: Finetune) -> None:
         folder = getattr(config, name)
         if folder is None:
             raise ValueError(f"{flag(name)} is missing: give {what}")
-        if not os.path.isdir(folder):
+        own = name == "init" and model_folder(config) != Path(folder)
+        if not own and not os.path.isdir(folder):
             raise ValueError(f"{flag(name)} {folder}: there is no such folder; give {what}")
+
+
+def model_folder(config: Finetune) -> Path:
+    """The folder with the model's sizes and its tokenizer: the run's own copy, or --init."""
+    from_file = os.path.dirname(config.config or "") if config.resume else None
+    own = Path(config.out or from_file or ".") / "model"
+    return own if (own / FILES[0]).is_file() else Path(str(config.init))
+
+
+def read_model(config: Finetune) -> EncoderConfig:
+    """The model that a run begins with; a run's own copy has its sizes alone."""
+    folder = model_folder(config)
+    if folder == Path(str(config.init)):
+        return read_config(folder)
+    return from_theirs(read_json(folder / FILES[0]), {})
 
 
 def _defaults(config: Finetune, model: EncoderConfig) -> dict[str, Any]:

@@ -11,7 +11,14 @@ from train.config.defaults import DEFAULTS, PAPER
 from train.config.flags import TrainingFlags
 from train.config.optimizers import OPTIMIZERS
 from train.config.settings import NOT_STORED, Pretrain, Resolved, expand_home
-from train.config.source import read_settings, short_name, sizes, with_model
+from train.config.source import (
+    check_command,
+    read_settings,
+    short_name,
+    sizes,
+    with_file,
+    with_model,
+)
 from train.config.weights import ADAPTERS
 
 Config = TypeVar("Config", bound=TrainingFlags)
@@ -40,6 +47,7 @@ def resolve(config: Pretrain) -> Resolved:
         "clip": default_clip(config),
     }
     config = fill_rest(fill_open(config, others), options, defaults["adamw_state"])
+    config = with_file(config)
     resolved = Resolved(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     checks.check_values(resolved)
     # Absolute, so that a run can be resumed from another folder.
@@ -109,6 +117,7 @@ def fill_rest(config: Config, options: Mapping[str, Any], adamw_state: Any) -> C
 def load(path: str | os.PathLike[str], kind: type[Config] = Pretrain) -> Config:
     """Reads a config.json of a kind of settings; raises ValueError if it cannot be read as one."""
     fields = read_settings(path)
+    check_command(fields, path, kind.command)
     known = {f.name for f in dataclasses.fields(kind)} - set(NOT_STORED)
     if unknown := ", ".join(sorted(set(fields) - known)):
         raise ValueError(f"{path} is not a config.json of {kind.command}: unknown {unknown}")
@@ -131,7 +140,7 @@ def settings_file(config: TrainingFlags) -> str | None:
 
 
 def reopened(config: Config) -> Config:
-    """Leaves open again what --config says of a schedule, or a clipping, that a flag replaces."""
+    """Leaves open again what --config says of schedule, clipping or steps if a flag replaces it."""
     if config.config is None:
         return config
     base, opened = read_settings(config.config), set()
@@ -139,6 +148,8 @@ def reopened(config: Config) -> Config:
         opened |= {"floor", "decay_steps"}
     if config.clip_norm is None and config.clip is not None:
         opened |= {"clip"}
+    if getattr(config, "epochs", None) is not None:
+        opened |= {"steps"}
     same: dict[str, Any] = {
         name: None for name in opened if getattr(config, name) == base.get(name)
     }

@@ -11,6 +11,7 @@ from train.config.source import short_name
 # No number of the run depends on these, beyond rounding; what the files hold is compared.
 MAY_CHANGE = {
     "data_dir": "the data set has moved; its content is compared",
+    "data": "of train.finetune_lm: the files have moved; their content is compared",
     "eval_data": "the same for the text to evaluate on",
     "tokenizer": "the same tokenizer at another path; the run uses its own copy without",
     "chat_template": "the same for the template of chats",
@@ -32,6 +33,8 @@ MAY_CHANGE = {
 # These change the steps that follow, and nothing before them.
 FROM_HERE = {
     "steps": "more steps, or fewer that are not done yet; a finished run goes on",
+    "accumulate": "memory against time; the same numbers to rounding, except dropped inputs, and "
+    "new subspaces with --accumulate-in-subspace",
     "learning_rate": "the peak, by which all later learning rates are multiplied",
     "schedule": "later learning rates are those of a run that had it from its first step",
     "warmup_steps": "the same",
@@ -52,8 +55,8 @@ def table() -> str:
 
 def lasting(config: TrainingFlags) -> dict[str, Any]:
     """The settings that a run's checkpoints must agree with."""
-    free = {*MAY_CHANGE, *FROM_HERE, *_OPENED}
-    return {k: v for k, v in _compared(to_json(config)).items() if k not in free}
+    fields = _compared(to_json(config))
+    return {k: v for k, v in fields.items() if k not in _OPENED and not _free(k, v)}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -61,8 +64,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{flag(name)} {before} (now {after})"
         for name, (before, after) in changes(old, new).items()
-        if name not in {**MAY_CHANGE, **FROM_HERE} and not (name in _OPENED and before is None)
+        if not _free(name, after) and not (name in _OPENED and before is None)
     ]
+
+
+def _free(name: str, value: Any) -> bool:
+    """Whether a setting may change; `data` where it is files, not the kind of a source."""
+    return name in {**MAY_CHANGE, **FROM_HERE} and not (name == "data" and isinstance(value, str))
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train.config.flags import (
+    HostFlags,
     LayerwiseFlags,
     OwnTextFlags,
     SampleFlags,
@@ -25,7 +26,7 @@ HISTORY = "history"
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrain(SampleFlags, TextRunFlags, LayerwiseFlags, TrainingFlags, TextFlags):
+class Pretrain(SampleFlags, TextRunFlags, LayerwiseFlags, HostFlags, TrainingFlags, TextFlags):
     """Pre-train a LLaMA. Without any flag: `tiny` with GaLore on text that ships with Python."""
 
     command = "train.pretrain"
@@ -36,7 +37,7 @@ class Pretrain(SampleFlags, TextRunFlags, LayerwiseFlags, TrainingFlags, TextFla
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneLM(SampleFlags, LayerwiseFlags, TrainingFlags, OwnTextFlags):
+class FinetuneLM(SampleFlags, LayerwiseFlags, HostFlags, TrainingFlags, OwnTextFlags):
     """Fine-tune a LLaMA on your own text, on prompts with completions, or on chats.
 
     Of prompts and chats only the answers are learnt.

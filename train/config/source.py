@@ -30,10 +30,11 @@ def with_model(config: Pretrain) -> Pretrain:
         model = os.path.abspath(model)
         if not os.path.isfile(model):
             raise ValueError(f"--model {model}: there is no such file")
-    # A resumed run has its own copies, and weights in its checkpoints.
-    known = config.resume and model is not None and tokenizer is not None
-    if config.init is not None and not (known and not os.path.exists(config.init)):
+    if config.init is not None:
         config = dataclasses.replace(config, init=os.path.abspath(config.init))
+    # A resumed run has its own copies, and weights in its checkpoints: --init may be gone.
+    resumed = config.resume and config.config is not None
+    if config.init is not None and not (resumed and model is not None and tokenizer is not None):
         found = _folder(Path(str(config.init)))
         if model is None:
             model = found.model
@@ -67,21 +68,33 @@ def is_run(folder: str) -> bool:
     return "model_type" not in content
 
 
+def check_command(fields: Mapping[str, Any], path: str | os.PathLike[str], command: str) -> None:
+    """Raises ValueError if a config.json is transformers', or of a run of another command."""
+    if "model_type" in fields:
+        said = f"{Path(path).parent} is a model of transformers, not a run"
+        raise ValueError(f"{said}: give it to a command with --init")
+    begun = Pretrain.command if "optimizer" in fields else command
+    found = fields.get("command", "train.finetune" if "task" in fields else begun)
+    if found != command:
+        said = f"{path} is of a run of {found}, not of {command}"
+        raise ValueError(f"{said}; `python -m {found} --resume` goes on with it")
+
+
 def sizes(config: Pretrain | ResolvedText) -> tuple[LlamaConfig, bool]:
     """Returns the sizes of a run's model, and whether they include its vocabulary.
 
     A preset leaves the vocabulary to the tokenizer.
     """
-    file = model_file(config)
-    return _read(file or config.model or "tiny"), file is not None
-
-
-def model_file(config: Pretrain | ResolvedText) -> str | None:
-    """The config.json of transformers that has the sizes of a run's model; None: a preset's."""
     model = config.model or "tiny"
-    if model in SIZES and config.init is not None and not is_run(config.init):
-        return os.path.join(config.init, "config.json")
-    return None if model in SIZES else model
+    return _read(model), model not in SIZES
+
+
+def with_file(config: Pretrain) -> Pretrain:
+    """Has the config.json of transformers in --init say the sizes, if a preset's name did."""
+    resumed = config.resume and config.config is not None
+    if config.init is None or config.model not in SIZES or resumed or is_run(config.init):
+        return config
+    return dataclasses.replace(config, model=os.path.join(config.init, "config.json"))
 
 
 def made_of(config: Pretrain | ResolvedText, model: LlamaConfig) -> dict[str, Any]:
@@ -105,6 +118,8 @@ def _folder(folder: Path) -> _Folder:
         beside = str(tokenizer) if tokenizer.is_file() else None
         return _Folder(str(folder / "config.json"), beside, None)
     run = read_settings(folder / "config.json")
+    if "command" not in run:  # train.finetune_lm has one
+        check_command(run, folder / "config.json", Pretrain.command)
     return _Folder(run["model"], run["tokenizer"], run.get("end_token"))
 
 

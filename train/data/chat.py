@@ -6,7 +6,6 @@ be repeated; templates that use it where it is defined have a fixed one.
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,24 @@ def load_template(tokenizer: Path | None, named: str | None) -> "ChatTemplate":
     if beside is not None and (beside / "tokenizer_config.json").is_file():
         settings = read_json(beside / "tokenizer_config.json")
     names = {name: _text(settings[name]) for name in _NAMES if settings.get(name) is not None}
-    if named is not None:
-        path = Path(named)
-    elif beside is not None and (beside / FILE).is_file():
-        path = beside / FILE
-    elif (source := _default(settings.get("chat_template"))) is not None:
-        return ChatTemplate(source, names)
-    else:
-        where = "the tokenizer has none" if beside is None else f"{beside} has none"
-        raise ValueError(
-            f"`messages` need a chat template, and {where}: give a file with one in Jinja by "
-            "--chat-template"
-        )
+    source, place = _default(settings.get("chat_template")), f"chat_template beside {tokenizer}"
     try:
-        return ChatTemplate(path.read_text(), names)
-    except OSError as error:
-        raise ValueError(f"--chat-template {path} cannot be read: {error.strerror}") from None
+        if named is not None:
+            place = f"--chat-template {named}"
+            source = Path(named).read_text("utf-8")
+        elif beside is not None and (beside / FILE).is_file():
+            place = str(beside / FILE)
+            source = (beside / FILE).read_text("utf-8")
+        if source is not None:
+            return ChatTemplate(source, names)
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{place} cannot be used: {said}") from None
+    where = "the tokenizer has none" if beside is None else f"{beside} has none"
+    raise ValueError(
+        f"`messages` need a chat template, and {where}: give a file with one in Jinja by "
+        "--chat-template"
+    )
 
 
 def _text(token: Any) -> str:
@@ -57,15 +58,19 @@ def _default(templates: Any) -> str | None:
 
 
 class ChatTemplate:
-    """A template, and the names of the tokenizer's special tokens, which it may write."""
+    """A template, and the names of the tokenizer's special tokens, which it may write.
+
+    ValueError if it is not Jinja.
+    """
 
     def __init__(self, source: str, names: dict[str, str]):
         self.source, self._names = source, names
+        self._template = self._compiled()
 
     def render(self, messages: Sequence[dict[str, str]], *, answer: bool = False) -> str:
         """The text of messages; with `answer` up to where the assistant's answer begins.
 
-        ValueError if the template cannot be read, or refuses the messages.
+        ValueError if the template refuses the messages.
         """
         import jinja2
 
@@ -80,8 +85,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template cannot write the messages ({error})") from None
 
-    @cached_property
-    def _template(self) -> Any:
+    def _compiled(self) -> Any:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -43,6 +43,8 @@ def encode_examples(
     """
     result, cut, dropped = [], 0, 0
     for example in examples:
+        if example.kind == "messages":
+            template()  # an error of the template is not one of the example
         try:
             tokens = _encode(example, tokenizer, template)
         except ValueError as error:

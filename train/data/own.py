@@ -40,7 +40,8 @@ def own_examples(files: Sequence[str], eval_files: Sequence[str]) -> dict[str, l
         for example in read_examples(names):
             if example.kind == "plain":
                 pieces = cut(str(example.content[0]))
-                yield from (example._replace(kind="text", content=(x,)) for x in pieces)
+                texts = (x for x in pieces if x.strip())
+                yield from (example._replace(kind="text", content=(x,)) for x in texts)
             else:
                 yield example
 
@@ -57,6 +58,8 @@ def divided(
     training. ValueError if there is none for one of them, in what has this `name`.
     """
     found = [*found]
+    if not found:
+        raise ValueError(f"{name}: there is no text in it")
     if evaluation is None:
         first = dict.fromkeys(map(key, found))
         held = {x for number, x in enumerate(first) if number % VALIDATION_EVERY == 0}
@@ -65,11 +68,13 @@ def divided(
         validation = [*evaluation]
         held = {key(x) for x in validation}
     train = [x for x in found if key(x) not in held]
-    if not train or not validation:
-        what = "nothing to train on" if not train else "nothing for evaluation"
-        raise ValueError(
-            f"{name}: there is {what} besides the rest; give other files, or --eval-data"
-        )
+    if not validation:
+        raise ValueError("--eval-data: there is no text in it")
+    if not train and evaluation is None:
+        said = "one document, or several that are equal, cannot be trained and evaluated on"
+        raise ValueError(f"{name}: {said}; give more, or other text with --eval-data")
+    if not train:
+        raise ValueError(f"{name}: --eval-data has all of it; nothing is left to train on")
     return {"train": train, "validation": validation}
 
 

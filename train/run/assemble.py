@@ -15,7 +15,7 @@ from galore_optax.adapters.base import merge
 from models.llama.config import flops_per_token
 from train.config.resume import lasting
 from train.config.settings import Resolved, ResolvedText
-from train.config.source import made_of, model_file, short_name
+from train.config.source import made_of, short_name, sizes
 from train.data.loader import TrainingData, evaluation_batches
 from train.data.separator import files_of
 from train.data.sequences import Batch
@@ -98,8 +98,8 @@ def kept_files(config: ResolvedText) -> dict[str, dict[str, Path]]:
     kept = {}
     if config.tokenizer != "bytes":
         kept["tokenizer"] = {path.name: path for path in files_of(Path(config.tokenizer))}
-    if model := model_file(config):
-        kept["model"] = {f"{short_name(config.model)}.json": Path(model)}
+    if sizes(config)[1]:
+        kept["model"] = {f"{short_name(config.model)}.json": Path(config.model)}
     if template := getattr(config, "chat_template", None):
         kept["chat_template"] = {Path(template).name: Path(template)}
     return kept

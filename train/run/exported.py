@@ -8,7 +8,8 @@ from typing import Any
 
 from models.hugging_face.files import read_json, write_json
 from models.llama.config import TokenIds
-from train.config.settings import FinetuneLM, Pretrain, flag
+from train.config.resume import FROM_HERE
+from train.config.settings import HISTORY, FinetuneLM, Pretrain, flag, read_fields
 from train.data.chat import FILE as CHAT_TEMPLATE
 from train.data.separator import first_and_last
 from train.data.tokenizer import ByteTokenizer, FileTokenizer
@@ -129,7 +130,7 @@ def _of_bytes(tokenizer: ByteTokenizer) -> dict[str, Any]:
 
 def _card(trained: Trained, run: Path) -> str:
     """A model card: what the model was made of, by which command, and how good it is."""
-    config = trained.config
+    config, history = trained.config, read_fields(run / "config.json").get(HISTORY, [])
     lines = [x for x in read_metrics(run) if x["step"] == trained.step and "eval_loss" in x]
     found = lines[-1]["eval_perplexity"] if lines else None
     data = config.data
@@ -148,8 +149,22 @@ def _card(trained: Trained, run: Path) -> str:
         f"# {run.absolute().name}\n\n"
         f"Trained by galore-optax (`{config.optimizer}`), from {begun}. This is step "
         f"{trained.step:,}.\n\n- Data: {data}\n- Perplexity: {said}\n\n"
-        f"```bash\n{_command(config)}\n```\n"
+        f"```bash\n{_commands(config, history, run)}\n```\n"
     )
+
+
+def _commands(config: Any, history: list[dict[str, Any]], run: Path) -> str:
+    """The command that began a run, and those that changed what followed."""
+    lines: list[str] = []
+    for entry in reversed(history):
+        changed = {name: pair for name, pair in entry["changed"].items() if name in FROM_HERE}
+        words = ["python", "-m", config.command, "--resume", "--out", str(run)]
+        for name, (_, new) in changed.items():
+            words += [] if new is None else [flag(name), str(new)]
+        if changed:
+            lines = [f"# after step {entry['step']}:", shlex.join(words), *lines]
+        config = dataclasses.replace(config, **{name: old for name, (old, _) in changed.items()})
+    return "\n".join([_command(config), *lines])
 
 
 def _command(config: Any) -> str:

@@ -1,5 +1,6 @@
 """The encoder of a run of train.finetune, as transformers reads it."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,8 @@ from flax import nnx
 from galore_optax.adapters.base import merge
 from galore_optax.quantization.array import dequantized
 from models.hugging_face.files import read_json, write_json
-from models.hugging_face.roberta import read_config, save_roberta
-from train.config.glue import Finetune, ResolvedFinetune
+from models.hugging_face.roberta import save_roberta
+from train.config.glue import FILES, Finetune, ResolvedFinetune, model_folder, read_model
 from train.config.resolve import load
 from train.config.resume import lasting
 from train.data.glue import TASKS
@@ -32,15 +33,16 @@ def is_classifier(run: Path) -> bool:
 
 
 def export_classifier(run: Path, out: Path) -> None:
-    """Writes the weights of the run's best checkpoint, and the tokenizer of its --init.
+    """Writes the weights of the run's best checkpoint, and the tokenizer.
 
     Adapters are merged. ValueError if there is no checkpoint, or a model in `out`.
     """
-    config = ResolvedFinetune(**vars(load(run / "config.json", Finetune)))
+    settings = dataclasses.replace(load(run / "config.json", Finetune), out=str(run))
+    config = ResolvedFinetune(**vars(settings))
     if not (run / "checkpoints").is_dir():
         raise ValueError(f"--run {run} has no checkpoint yet")
-    init, task = Path(config.init), TASKS[config.task]
-    model = model_config(config, read_config(init), task.classes)
+    own, task = model_folder(config), TASKS[config.task]
+    model = model_config(config, read_model(config), task.classes)
     graph, _, shapes = abstract_params(config, model)
     place = replicated(make_mesh(None))
     shapes = jax.tree.map(lambda x: x.update(sharding=place), shapes)
@@ -53,7 +55,7 @@ def export_classifier(run: Path, out: Path) -> None:
         content["id2label"] = {str(i): name for i, name in enumerate(task.labels)}
         content["label2id"] = {name: i for i, name in enumerate(task.labels)}
     write_json(out / "config.json", content | {"finetuning_task": config.task})
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (init / name).is_file():
-            shutil.copyfile(init / name, out / name)
+    for name in FILES[1:]:
+        if (own / name).is_file():
+            shutil.copyfile(own / name, out / name)
     print(f"wrote the classifier after step {step} to {out}, with its tokenizer")

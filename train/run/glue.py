@@ -13,9 +13,9 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
 from models.encoder.config import EncoderConfig, flops_per_token, weight_table
-from models.hugging_face.roberta import read_config, read_weights
+from models.hugging_face.roberta import read_weights
 from models.hugging_face.roberta_config import to_theirs
-from train.config.glue import ResolvedFinetune
+from train.config.glue import FILES, ResolvedFinetune, model_folder, read_model
 from train.config.resume import lasting
 from train.data.glue import (
     TASKS,
@@ -29,7 +29,6 @@ from train.data.glue import (
 )
 from train.data.pairs import PairData, PairTokenizer, pair_data
 from train.run import directory as run_directory
-from train.run import hosts
 from train.run.checkpoint import Checkpoints
 from train.run.initial import state_from
 from train.run.metrics import evaluation_losses, read_metrics
@@ -128,15 +127,12 @@ class GlueParts(Parts):
 
 def assemble(examples: Examples, config: ResolvedFinetune, log: Log) -> GlueParts:
     """Builds a run from its settings and the training examples, and writes nothing."""
-    if hosts.several():
-        advice = "take more devices of one with --mesh"
-        raise ValueError(f"--processes: train.finetune predicts in one process; {advice}")
-    mesh, init = make_mesh(config.mesh), Path(config.init)
+    mesh, init, own = make_mesh(config.mesh), Path(config.init), model_folder(config)
     check_batch(config.batch_size, config.accumulate, mesh)
     log_devices(config, mesh, log)
-    encoder = read_config(init)
+    encoder = read_model(config)
     model = model_config(config, encoder, TASKS[config.task].classes)
-    path = init / "tokenizer.json"
+    path = own / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"--init {init} has no tokenizer.json: save the fast tokenizer there")
     # RoBERTa's tokenizers number the texts of a pair for other models; it never learnt them.
@@ -177,6 +173,7 @@ def assemble(examples: Examples, config: ResolvedFinetune, log: Log) -> GluePart
         initial=initial,
         data=data,
         made_with=made_with,
+        kept={"model": {name: own / name for name in FILES if (own / name).is_file()}},
         config=config,
         evaluation=evaluation,
         test=test,

@@ -39,10 +39,10 @@ def load_trained(run: str, option: str = "--run", log: Callable[[str], object] =
     """Reads the best checkpoint of a run, or the newest; ValueError if it has none."""
     folder = Path(run)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{option} {folder} is not a run of train.pretrain (no config.json)")
+        raise ValueError(f"{option} {folder} is not a run's folder (no config.json)")
+    settings = load_run(folder / "config.json")
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"{option} {folder} has no checkpoint yet")
-    settings = load_run(folder / "config.json")
     tokenizer = load_tokenizer(settings.tokenizer or "bytes", settings.end_token)
     model = model_config(settings, tokenizer)
     place = replicated(make_mesh(None))
@@ -69,10 +69,13 @@ def answer(
     return tokenizer.decode(np.asarray(found[0, len(prompt) :]))
 
 
-def chat_template(trained: Trained) -> ChatTemplate:
-    """The chat template of a run, or of its tokenizer; ValueError if it has none."""
+def chat_template(trained: Trained, named: str | None = None) -> ChatTemplate:
+    """The chat template in the file `named`, or of a run, or of its tokenizer.
+
+    ValueError if there is none.
+    """
     path = trained.tokenizer.path if isinstance(trained.tokenizer, FileTokenizer) else None
-    return load_template(path, getattr(trained.config, "chat_template", None))
+    return load_template(path, named or getattr(trained.config, "chat_template", None))
 
 
 def sample_text(
