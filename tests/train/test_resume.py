@@ -23,6 +23,7 @@ from train.export import main as export
 from train.finetune_lm import main as finetune
 from train.pretrain import main
 from train.run import cli
+from train.run.finetune_lm import FinetuningParts
 from train.run.metrics import given_up, read_metrics
 
 CONSTANT = {**ADAMW, "schedule": "constant", "warmup_steps": 0, "eval_every": 4, "save_every": 1}
@@ -100,7 +101,10 @@ def test_a_run_that_gave_up_goes_on_from_its_last_good_checkpoint(short, tmp_pat
     assert all(line["skipped"] == 0 for line in read_metrics(out) if "loss" in line)
 
 
-def test_a_fine_tuning_goes_on_without_the_run_it_began_with_and_its_card_says_how(short, tmp_path):
+def test_a_fine_tuning_goes_on_without_the_run_it_began_with_and_its_card_says_how(
+    short, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(FinetuningParts, "sample", lambda *_: None)  # it would be compiled, too
     begun, out, data = tmp_path / "begun", tmp_path / "run", tmp_path / "a.jsonl"
     shutil.copytree(short, begun)
     rows = [{"prompt": f"{i} + 1 = ", "completion": str(i + 1)} for i in range(30)]

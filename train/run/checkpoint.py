@@ -3,7 +3,8 @@
 A checkpoint has `params`, `rest` (the other fields of the train state) and `progress` (JSON: what
 the host knows, the format's number, the step and the run; shape and checksum of each array; and a
 checksum of all that). Orbax renames a checkpoint from a temporary name when it is complete.
-Evaluation losses are in metrics.jsonl: a step may be evaluated after it is saved.
+A run's checkpoint also has the losses of the evaluations before it. A step may be evaluated after
+it is saved: that loss is in metrics.jsonl alone.
 """
 
 import json
@@ -12,7 +13,8 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -136,11 +138,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
 
     def best_first(self) -> list[int]:
         """Steps with the lowest evaluation loss first, then those without, newest first."""
-        return sorted(self.steps(), key=self._rank)
-
-    def _rank(self, step: int) -> tuple[float, int]:
-        loss = self._evaluations.get(step, math.inf)
-        return (loss if math.isfinite(loss) else math.inf, -step)
+        return sorted(self.steps(), key=partial(_rank, self._trusted()))
 
     def should_preserve(
         self,
@@ -151,7 +149,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         """Says which checkpoints Orbax keeps."""
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
         # `_rank` puts the newest first where no step has been evaluated.
-        kept = {*steps[-self._keep :], *sorted(steps, key=self._rank)[:1]}
+        kept = {*steps[-self._keep :], *sorted(steps, key=partial(_rank, self._evaluations))[:1]}
         return [not self._prune or checkpoint.step in kept for checkpoint in checkpoints]
 
     def restore(
@@ -180,18 +178,37 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
                 return step, found["params"]
         raise ValueError(f"there is no checkpoint in {self.directory} that can be read")
 
+    def _trusted(self) -> Mapping[int, float]:
+        """The evaluations that the newest checkpoint knows, and those of its step and later ones.
+
+        metrics.jsonl may have lines of another run.
+        """
+        for step in reversed(self.steps()):
+            with suppress(Exception):  # it is damaged
+                known = self._progress(step)["progress"].get("evaluations")
+                if known is None:  # of an older version
+                    break
+                found = {n: x for n, x in self._evaluations.items() if n >= step}
+                return found | {n: math.nan if x is None else x for n, x in known}
+        return self._evaluations
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        """What a checkpoint has besides arrays; any exception if it is damaged."""
+        args = ocp.args.Composite(progress=ocp.args.JsonRestore())  # pyrefly: ignore
+        found = dict(self._manager.restore(step, args=args)["progress"])
+        written = found.get("format", 1)
+        if (written == FORMAT or "checksum" in found) and found != _sealed(found):
+            raise ValueError("progress is not what was saved")
+        return found
+
     def _read(self, step: int, wanted: Mapping[str, Tree]) -> Mapping[str, Any] | None:
         """The items of a checkpoint, or None if it is damaged."""
         path = self.directory / str(step)
         try:
-            args = ocp.args.Composite(progress=ocp.args.JsonRestore())  # pyrefly: ignore
-            found = dict(self._manager.restore(step, args=args)["progress"])
-            written = found.get("format", 1)
-            if (written == FORMAT or "checksum" in found) and found != _sealed(found):
-                raise ValueError("progress is not what was saved")
+            found = self._progress(step)
         except Exception as error:  # Orbax and TensorStore raise a dozen unrelated types
             return self._log_damage(step, error)
-        if written != FORMAT:
+        if (written := found.get("format", 1)) != FORMAT:
             raise ValueError(
                 f"{path} has checkpoint format {written}, this version reads "
                 f"format {FORMAT}: start a new run in another folder, or use the version of "
@@ -226,6 +243,11 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         reason = one_line(error)
         reason = reason if len(reason) < 120 else reason[:117] + "..."
         self._log(f"checkpoint {step} is damaged and passed over ({reason})")
+
+
+def _rank(evaluations: Mapping[int, float], step: int) -> tuple[float, int]:
+    loss = evaluations.get(step, math.inf)
+    return (loss if math.isfinite(loss) else math.inf, -step)
 
 
 def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from train.run.tracking import Tracker
 class MetricsLog:
     """Appends a line to metrics.jsonl, and an event to tensorboard/, for each step and evaluation.
 
-    Lines of a run's `directory` after `step`, from which it resumes, are dropped, and so is a line
-    that a kill has truncated. `settings` are TensorBoard's hyperparameters; the `tracker` gets what
-    TensorBoard gets. Raises OSError if a file cannot be written.
+    In a run's `directory` it goes on after the `step` from which it resumes. `settings` are
+    TensorBoard's hyperparameters; the `tracker` gets what TensorBoard gets. Raises OSError if a
+    file cannot be written.
     """
 
     def __init__(
@@ -32,10 +32,7 @@ class MetricsLog:
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
         from tensorboardX.record_writer import RecordWriter
 
-        path = directory / "metrics.jsonl"
-        kept = [line for line in read_metrics(directory) if line["step"] <= step]
-        write_at_once(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        self._file = (directory / "metrics.jsonl").open("a", buffering=1)
         (directory / "tensorboard").mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
         # On a full disk, the training loop would wait forever for the thread from which
@@ -112,6 +109,25 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
             if isinstance(line, dict) and isinstance(line.get("step"), int):
                 lines.append(line)
     return lines
+
+
+def keep_own(
+    directory: Path, step: int, evaluations: Mapping[int, float], metric: str | None = None
+) -> None:
+    """Drops the lines of a run's metrics.jsonl that it does not have at the step it resumes from.
+
+    These are lines of later steps, one that a kill has truncated, and evaluations that are not
+    among `evaluations`: such as those of another run, or of the same with other settings.
+    """
+
+    def own(line: Mapping[str, Any]) -> bool:
+        if "eval_loss" not in line:
+            return line["step"] <= step
+        known, found = evaluations.get(line["step"]), score(line, metric)
+        return known == found or (known is not None and math.isnan(known) and math.isnan(found))
+
+    kept = [json.dumps(line) + "\n" for line in read_metrics(directory) if own(line)]
+    write_at_once(directory / "metrics.jsonl", "".join(kept))
 
 
 def evaluation_losses(

@@ -1,6 +1,7 @@
 """A run's training: the loop over its batches, with evaluations, checkpoints and the report."""
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from train.run.metrics import (
     MetricsLog,
     evaluation_losses,
     given_up,
+    keep_own,
     read_metrics,
     score,
     stalled,
@@ -41,7 +43,7 @@ from train.step.state import TrainState
 
 @dataclasses.dataclass
 class Host:
-    """What the host knows of a run's progress; a checkpoint has all of it but `evaluations`."""
+    """What the host knows of a run's progress; a checkpoint has all of it."""
 
     step: int = 0
     tokens: int = 0  # targets trained on
@@ -84,7 +86,6 @@ class Training:
                     changed = run_directory.write_config(config, parts.kept, self.host.step)
                     if changed:
                         self.log(f"changed after step {self.host.step}: {', '.join(changed)}")
-            self.host.evaluations = evaluation_losses(self.directory, parts.metric, self.host.step)
             checkpoints = Checkpoints(
                 self.folder, config.keep, self.log, self.host.evaluations, run=parts.made_with
             )
@@ -124,7 +125,9 @@ class Training:
     def _metrics_log(self) -> MetricsLog:
         settings = {k: v for k, v in to_json(self.config).items() if v is not None}
         tracker = start_tracker(self.config.track, self.directory, settings)
-        return MetricsLog(self.directory, self.host.step, settings, tracker)
+        host, metric = self.host, self.parts.metric
+        keep_own(self.directory, host.step, host.evaluations, metric)
+        return MetricsLog(self.directory, host.step, settings, tracker)
 
     def compile(self) -> Callable[..., Any]:
         """Compiles the step, prints the memory that it will take; OSError if a device has less."""
@@ -167,7 +170,11 @@ class Training:
             raise ValueError(f"--steps {self.config.steps}: the run has done {step} already")
         position, peak = Position(*progress["position"]), tuple(progress["peak_memory"])
         skipped = int(rest["optimizer"].total_notfinite)
-        self.host = Host(step, progress["tokens"], position, peak, skipped, saved=step)
+        found = progress.get("evaluations")  # None: of an older version
+        if found is None:
+            found = evaluation_losses(self.directory, self.parts.metric, step).items()
+        known = {n: math.nan if x is None else x for n, x in found}
+        self.host = Host(step, progress["tokens"], position, peak, skipped, known, saved=step)
         why = ", the last good checkpoint" if self.gave_up else ""
         self.log(f"resumed from step {step}{why}")
         return TrainState(params=params, **rest)
@@ -307,6 +314,8 @@ class Training:
             return
         self._note_peak_memory()
         progress = {name: getattr(host, name) for name in ("tokens", "position", "peak_memory")}
+        known = host.evaluations.items()
+        progress["evaluations"] = [(n, x if math.isfinite(x) else None) for n, x in known]
         prune = not skipping(state.optimizer)
         self.checkpoints.save(host.step, state.params, state.rest(), progress, prune=prune)
         host.saved = host.step

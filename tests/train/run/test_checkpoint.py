@@ -262,6 +262,19 @@ def test_a_step_that_is_evaluated_after_it_was_saved_can_be_the_best(tmp_path):
         assert checkpoints.best_first() == [1, 3]
 
 
+def test_evaluations_that_the_run_never_made_do_not_choose_the_best(tmp_path):
+    mesh = make_mesh(None)
+    with Checkpoints(tmp_path, 5, print, {}) as checkpoints:
+        for step, known in ((1, [(1, 3.0)]), (2, [(1, 3.0), (2, 1.0)]), (3, [(1, 3.0), (2, None)])):
+            checkpoints.save(step, *tree(step, mesh), {"evaluations": known})
+    lines = {1: 0.5, 2: 0.7, 3: 2.0}  # of another run, but for that of step 3, which was made last
+    with Checkpoints(tmp_path, 1, print, lines, read_only=True) as checkpoints:
+        assert checkpoints.best_first() == [3, 1, 2]
+    shutil.rmtree(tmp_path / "3" / "progress")
+    with Checkpoints(tmp_path, 1, print, lines, read_only=True) as checkpoints:
+        assert checkpoints.best_first() == [2, 3, 1]
+
+
 def test_what_prunes_nothing_leaves_that_to_the_next(tmp_path):
     mesh = make_mesh(None)
     with Checkpoints(tmp_path, 1, print, {}) as checkpoints:

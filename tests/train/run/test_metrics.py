@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from train.run.metrics import evaluation_losses, stalled
+from train.run.metrics import evaluation_losses, keep_own, read_metrics, stalled
 
 
 def test_the_best_evaluation_has_the_lowest_loss_or_the_highest_metric(tmp_path):
@@ -17,6 +17,17 @@ def test_the_best_evaluation_has_the_lowest_loss_or_the_highest_metric(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert evaluation_losses(tmp_path) == {0: 0.7, 2: pytest.approx(math.nan, nan_ok=True)}
     assert evaluation_losses(tmp_path, "eval_metric")[0] == -0.1
+
+
+def test_a_resumed_run_keeps_its_own_lines_alone(tmp_path):
+    lines = [
+        {"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 0.5}, {"step": 2, "eval_loss": None},
+        {"step": 2, "eval_loss": 0.1}, {"step": 2, "loss": 0.4}, {"step": 4, "eval_loss": 0.2},
+        {"step": 5, "loss": 0.3},
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"st')
+    keep_own(tmp_path, 4, {0: 3.0, 2: math.nan})
+    assert read_metrics(tmp_path) == [*lines[:3], lines[4]]
 
 
 @pytest.mark.parametrize(
