@@ -6,6 +6,7 @@ fills a batch up.
 """
 
 import dataclasses
+import json
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from train.data.agreement import check_agreement
 from train.data.glue import Examples
+from train.data.separator import first_and_last
 from train.data.sequences import START, Batch, Position
 
 # Lengths to which rows are padded, up to --seq-len.
@@ -42,12 +45,15 @@ class PairTokenizer:
 
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
+            content = json.loads(tokenizer.to_str())
             tokenizer.no_padding()
             tokenizer.enable_truncation(self.seq_len, strategy="longest_first")
             added = tokenizer.num_special_tokens_to_add(is_pair=len(texts[0]) == 2)
             found = tokenizer.encode_batch([x if len(x) == 2 else x[0] for x in texts])
         except Exception as error:  # the package raises plain Exception
             raise ValueError(f"{self.path} cannot encode the texts ({error})") from error
+        first, _ = first_and_last(content["post_processor"])
+        check_agreement(tokenizer, content, self.path, first)
         if not added:
             raise ValueError(
                 f"{self.path} adds no special tokens: its post_processor must make a pair from two "

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from models.hugging_face.files import read_json
+from train.data.agreement import OF_TOKENIZER, check_agreement
 
 # Names of the token that ends a document, in common vocabularies.
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]", "[EOS]")
 
-# The files beside a tokenizer.json that say it: the tokenizer's, and a model's.
-_OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
+# The files of a model beside a tokenizer.json that say it, too.
 _OF_MODEL = ("generation_config.json", "config.json")
 
 
 def files_of(path: Path) -> list[Path]:
     """A tokenizer's file, and those that belong to one named tokenizer.json."""
-    beside = [path.parent / name for name in (*_OF_TOKENIZER, *_OF_MODEL, "chat_template.jinja")]
+    beside = [path.parent / name for name in (*OF_TOKENIZER, *_OF_MODEL, "chat_template.jinja")]
     return [path, *(p for p in beside if path.name == "tokenizer.json" and p.is_file())]
 
 
@@ -63,9 +63,11 @@ def find_beginning(tokenizer: Any, path: Path, separator: int) -> int:
     """Returns the id of the token that begins a document: transformers puts it before a prompt.
 
     It is what the post-processor puts before a text, or else the separator. ValueError if the
-    post-processor puts several tokens there.
+    post-processor puts several tokens there, or if the files beside a tokenizer.json contradict it.
     """
-    first = _first_tokens(json.loads(tokenizer.to_str())["post_processor"])
+    content = json.loads(tokenizer.to_str())
+    first = _first_tokens(content["post_processor"])
+    check_agreement(tokenizer, content, path, first)
     if len(first) > 1:
         names = _list(tokenizer, {*first})
         raise ValueError(
@@ -84,7 +86,7 @@ def _of_tokenizer(tokenizer: Any, path: Path, beside: Path | None) -> dict[str, 
     """The tokens that end a document by the files of a tokenizer."""
     last = _last_token(json.loads(tokenizer.to_str())["post_processor"])
     sources = {} if last is None else {"the post-processor": {last}}
-    for name in _OF_TOKENIZER:
+    for name in OF_TOKENIZER:
         token = _content(beside, name).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:

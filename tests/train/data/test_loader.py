@@ -108,7 +108,7 @@ def test_own_text_has_each_twentieth_document_for_validation_and_none_in_both(tm
     )
     assert validation == ["7"]
     assert train == [x for x in texts if x != "7"]
-    with pytest.raises(ValueError, match=r"b.txt: there is nothing to train on besides"):
+    with pytest.raises(ValueError, match=r"b.txt: one document, or several"):
         load_text("text", "train", str(tmp_path / "b.txt"))
 
 

@@ -1,0 +1,82 @@
+"""Files beside a tokenizer.json that contradict it are refused, and both are named."""
+
+import json
+
+import pytest
+from tokenizer_file import with_first, write_tokenizer
+
+from train.data.pairs import PairTokenizer
+from train.data.tokenizer import load_tokenizer
+
+WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "<b>": 4}
+BEGINS = {"post_processor": with_first("<s>", 1)}
+BERT = {
+    "normalizer": {
+        "type": "BertNormalizer", "lowercase": True, "strip_accents": None, "clean_text": True,
+        "handle_chinese_chars": True,
+    }
+}  # fmt: skip
+BYTES = {
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+        ],
+    }
+}
+
+
+def added(**tokens) -> dict:
+    known = {name: {"content": x, "special": x != "a"} for name, x in tokens.items()}
+    return {"added_tokens_decoder": {name[1:]: x for name, x in known.items()}}
+
+
+def written(folder, said, settings, name="tokenizer_config.json"):
+    path = write_tokenizer(folder / "tokenizer.json", WORDS, ["<s>", "</s>"], ["a"], **settings)
+    (folder / name).write_text(json.dumps(said))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("said", "settings", "says"),
+    [
+        (added(_1="<x>"), {}, r"the added token 1 '<x>', and tokenizer.json '<s>' there"),
+        (added(_9="<x>"), {}, r"added token 9 '<x>', and tokenizer.json no such id"),
+        (added(_4="<b>"), {}, r"added token 4 '<b>' as special, and tokenizer.json as ordinary"),
+        ({"bos_token": "<bos>"}, {}, r"bos_token '<bos>', and tokenizer.json no such token"),
+        ({"additional_special_tokens": ["<im>"]}, {}, r"additional_special_tokens '<im>', and"),
+        ({"extra_special_tokens": {"x": "<im>"}}, {}, r"extra_special_tokens '<im>', and"),
+        ({"bos_token": {"content": "a"}}, BEGINS, r"'a', and .* begins a text with '<s>'"),
+        ({"add_bos_token": False}, BEGINS, r"add_bos_token False, and .* a text with '<s>'"),
+        ({"add_bos_token": True}, {}, r"add_bos_token True, and .* begins a text with no token"),
+        ({"do_lower_case": False}, BERT, r"do_lower_case False, and .* with lowercase True"),
+        ({"strip_accents": True}, BERT, r"strip_accents True, and .* with strip_accents None"),
+        ({"add_prefix_space": False}, BYTES, r"False, and .*ByteLevel with add_prefix_space True"),
+    ],
+)  # fmt: skip
+def test_a_file_that_contradicts_tokenizer_json_is_refused(tmp_path, said, settings, says):
+    path = written(tmp_path, said, settings)
+    with pytest.raises(ValueError, match=rf"{path.parent}/tokenizer_config\.json has .*{says}"):
+        load_tokenizer(path, "</s>")
+    with pytest.raises(ValueError, match=says):
+        PairTokenizer(path, 8, 5, 1).rows([("a", "a")])
+
+
+@pytest.mark.parametrize(
+    ("said", "settings"),
+    [
+        (added(_1="<s>", _3="a"), {}),
+        ({"bos_token": "<s>", "add_bos_token": True, "pad_token": "<pad>"}, BEGINS),
+        ({"bos_token": "<s>", "add_bos_token": False}, {}),
+        ({"do_lower_case": True, "strip_accents": None, "add_prefix_space": False}, BERT),
+    ],
+)
+def test_files_that_agree_or_say_what_nothing_reads_are_taken(tmp_path, said, settings):
+    assert load_tokenizer(written(tmp_path, said, settings), "</s>").separator == 2
+
+
+def test_another_file_of_the_tokenizer_counts_too_and_those_of_another_name_do_not(tmp_path):
+    path = written(tmp_path, {"bos_token": "<bos>"}, {}, "special_tokens_map.json")
+    with pytest.raises(ValueError, match=r"special_tokens_map\.json has bos_token"):
+        load_tokenizer(path)
+    assert load_tokenizer(path.rename(tmp_path / "mine.json")).separator == 2
