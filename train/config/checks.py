@@ -11,7 +11,7 @@ from galore_optax.projection.subspace import BY_PRODUCTS
 from models.llama.axes import smaller_sides
 from models.llama.config import SIZES
 from train.config.flags import TrainingFlags
-from train.config.optimizers import OPTIMIZERS
+from train.config.optimizers import OPTIMIZERS, measurable
 from train.config.settings import (
     Pretrain,
     Resolved,
@@ -31,7 +31,7 @@ _AT_LEAST = {
     "keep": 1, "log_every": 1, "patience": 1, "max_skipped": 1, "workers": 0, "seed": 0,
     "gradient_rank": 1, "restart_every": 1, "restart_warmup": 0, "decay_steps": 1,
     "processes": 1, "process": 0,
-    "profile": 1, "sample_every": 1,
+    "profile": 1, "sample_every": 1, "energy_every": 1,
 }  # fmt: skip
 _POSITIVE = ("scale", "learning_rate", "clip_norm", "alpha", "eps")
 _SHARES = ("b1", "b2", "dropout")
@@ -203,10 +203,24 @@ def _conflicts(c: ResolvedTraining) -> Iterator[str]:
         yield f"{both}: expected at most --steps {c.steps} together"
     if c.stagger and c.update_proj_gap == 1:
         yield "--stagger has no effect with --update-proj-gap 1: each step refreshes all matrices"
+    yield from _measured(c)
     gap = c.update_proj_gap
     if gap is not None and c.moments is not None and not c.stagger and gap >= c.steps:
         reason = f"with --update-proj-gap {gap} of --steps {c.steps} there is one refresh"
         yield f"--moments {c.moments} has no effect: {reason}, the first; leave it out"
+
+
+def _measured(c: ResolvedTraining) -> Iterator[str]:
+    """An error if --energy-every has nothing to measure."""
+    users = [name for name, recipe in OPTIMIZERS.items() if measurable(name, recipe)]
+    said = f"--energy-every {c.energy_every}"
+    if c.energy_every is not None and c.optimizer not in users:
+        choice = f"leave it out, or choose one of {', '.join(users)}"
+        yield f"{said}: --optimizer {c.optimizer} has no orthonormal bases of gradients; {choice}"
+    for name in ("layerwise", "accumulate_in_subspace", "compress_gradients"):
+        if c.energy_every is not None and getattr(c, name):
+            reason = "there is no whole gradient to measure"
+            yield f"{said} with {flag(name)}: {reason}; leave one of them out"
 
 
 def _by_layers(c: ResolvedText) -> Iterator[str]:

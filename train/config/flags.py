@@ -279,6 +279,9 @@ class RunFlags:
     patience: int | None = None
     """The run ends after this many evaluations in a row that were no better than the best before.
     Default: it never ends early."""
+    energy_every: int | None = None
+    """Steps between two measurements, each as long as a backward pass, of the gradient's energy
+    that GaLore's bases keep and of how far they turn, for subspace.png. Default: none."""
     profile: int | None = None
     """Steps to trace, from the third on. TensorBoard and Perfetto show the trace in profile/ of the
     run. Default: none."""

@@ -159,6 +159,13 @@ OPTIMIZERS: Mapping[str, Recipe] = {
 }
 
 
+def measurable(name: str, recipe: Recipe) -> bool:
+    """Whether an optimizer's bases are orthonormal, and those of the weights' gradients."""
+    # APOLLO's are random and not orthonormal; those of gradnorm-lorp-adamw are of factors.
+    own = "update_proj_gap" in recipe.options and recipe.adapter is None
+    return own and not name.startswith("apollo")
+
+
 def learning_rate_schedule(config: ResolvedTraining) -> optax.Schedule:
     """Linear warm-up, then what `--schedule` names.
 

@@ -28,6 +28,7 @@ MAY_CHANGE = {
     "track": "where metrics are sent",
     "max_skipped": "when the run gives up",
     "sample_every": "steps between samples of text",
+    "energy_every": "steps between measurements of subspaces",
     "prompt": "of samples",
 }
 # These change the steps that follow, and nothing before them.

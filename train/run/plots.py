@@ -1,7 +1,7 @@
 """Plots: the training and evaluation losses of a run, and the memory that runs will take."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,38 @@ def plot_loss(lines: Iterable[Mapping[str, Any]], path: Path, title: str, unit: 
     axes.grid(alpha=0.3)
     if len(train) or len(evals):
         figure.legend(frameon=False, ncols=3, loc="outside lower center")
+    figure.savefig(path)
+
+
+def plot_subspaces(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Plots the lines of `subspace.jsonl`: rows are matrices, by param and layer."""
+    from matplotlib.figure import Figure
+
+    names = [*lines[0]["energy"]]
+    layers = [len(lines[0]["energy"][name]) for name in names]
+    ends = np.cumsum([0, *layers])
+    parts = {"energy": "share of the gradient's energy kept", "turned": "turned since the last"}
+    height = min(12, 3 + 0.12 * ends[-1])
+    figure = Figure(figsize=(10, height), dpi=120, layout="constrained")
+    both = figure.subplots(1, 2, sharey=True)
+    steps = [line["step"] for line in lines]
+    for axes, (kind, what) in zip(both, parts.items(), strict=True):
+        none = [[None] * count for count in layers]
+        rows = [
+            np.concatenate([line[kind].get(n, x) for n, x in zip(names, none, strict=True)])
+            for line in lines
+        ]
+        values = np.array(rows, float).T
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+        axes.set(title=what, xlabel="step")
+        shown = np.unique(np.linspace(0, len(steps) - 1, 6).astype(int))
+        axes.set_xticks(shown, [f"{steps[i]:,}" for i in shown])
+        axes.set_yticks((ends[:-1] + ends[1:] - 1) / 2, names)
+        for end in ends[1:-1]:
+            axes.axhline(end - 0.5, color="white", linewidth=0.8)
+        figure.colorbar(image, ax=axes)
+    both[0].set_ylabel("layers of each param, the first on top")
+    figure.suptitle(textwrap.fill(title, 90))
     figure.savefig(path)
 
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves: summary.json, loss.png, and a table about the run."""
+"""What a finished run leaves: summary.json, plots, and a table about the run."""
 
 import math
 import resource
@@ -18,7 +18,8 @@ from train.memory.units import in_words
 from train.run import directory as run_directory
 from train.run.metrics import read_metrics, tokens_per_second
 from train.run.parts import Log, Parts, count, whole_params
-from train.run.plots import plot_loss
+from train.run.plots import plot_loss, plot_subspaces
+from train.run.subspaces import read_subspaces
 from train.step.state import TrainState
 
 RESIDENT = "resident memory of the process"  # a source of `peak_memory`
@@ -61,6 +62,8 @@ def report(
     }
     title = f"{parts.name}, {config.optimizer}, batch {config.batch_size} x {config.seq_len} tokens"
     plot_loss(lines, directory / "loss.png", title, parts.unit)
+    if measured := read_subspaces(directory):
+        plot_subspaces(measured, directory / "subspace.png", title)
     ends = _bytes_of(parts.abstract.optimizer.inner_state, ("embedding", "head"))
     refreshes = next((x["refreshes"] for x in reversed(lines) if "refreshes" in x), None)
     log(title)

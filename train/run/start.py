@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import jax
 
-from train.config.settings import ResolvedTraining, to_json
+from train.config.settings import ResolvedTraining, flag, to_json
 from train.run import directory as run_directory
 from train.run import hosts
 from train.run.parts import Log, Parts
@@ -40,9 +40,10 @@ def train(config: Config, assemble: Callable[[Config, Log], Parts], log: Log) ->
         stack.enter_context(hosts.peers_loss_as_os_error())
         with hosts.together():
             parts = assemble(config, log)
-            if parts.sample_every is not None and hosts.several():
-                reason = "each of several processes has a part of the weights"
-                raise ValueError(f"--sample-every {parts.sample_every}: {reason}; leave it out")
+            for name in ("sample_every", "energy_every") if hosts.several() else ():
+                if (every := getattr(config, name, None)) is not None:
+                    reason = "each of several processes has a part of the weights"
+                    raise ValueError(f"{flag(name)} {every}: {reason}; leave it out")
         with hosts.together():
             hosts.check_same({**to_json(config), **parts.made_with})
         with hosts.together():

@@ -34,6 +34,7 @@ from train.run.profiling import Profiler
 from train.run.progress import Progress
 from train.run.report import peak_memory, report
 from train.run.signals import NAMES, StopRequest
+from train.run.subspaces import Subspaces
 from train.run.tracking import start_tracker
 from train.step.choice import BySize, Steps
 from train.step.mesh import put_batch
@@ -72,6 +73,7 @@ class Training:
         self.metrics: MetricsLog | None = None
         self.clock = 0.0
         self.ended = False  # all steps are done, or --patience is over
+        self.subspaces: Subspaces | None = None
         self.gave_up = False  # when the run was here before
 
     def run(self) -> int:
@@ -98,6 +100,8 @@ class Training:
             traced = config.profile if hosts.is_first() else None
             self.profiler = Profiler(self.directory / "profile", traced, self.log)
             stack.enter_context(closing(self.profiler))
+            if config.energy_every is not None:
+                self.subspaces = Subspaces(config, parts, self.directory, self.host.step, self.log)
             peak = peak_flops(parts.mesh.devices.flat[0].device_kind, config.dtype)
             at_peak = peak and peak * parts.mesh.size / parts.flops_per_token()
             quiet = not hosts.is_first()
@@ -215,6 +219,10 @@ class Training:
                 if self.parts.restart is not None and self.restart_due():
                     state = self.parts.restart(state)
                     self.progress.log(f"adapters merged and reset after step {host.step}")
+                if self.subspaces and host.step % (config.energy_every or 1) == 0:
+                    self.report_pending()
+                    self.subspaces.measure(host.step, state, batch)
+                    self.clock = time.perf_counter()
                 self.profiler.next_step(state)
                 state, metrics = train_step(state, batch)
                 host.step += 1

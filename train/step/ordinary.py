@@ -85,7 +85,7 @@ def train_step(
     divided: Split = split,
 ) -> tuple[TrainState, Metrics]:
     """One update. A loss or gradient that is not finite changes neither params nor moments."""
-    trained, of_trained, applied, updated = _trainable(summed, stochastic_rounding, state, divided)
+    trained, of_trained, applied, updated = trainable(summed, stochastic_rounding, state, divided)
     loss, gradient, tokens = loss_and_gradient(of_trained, trained, batch, accumulate, mesh)
     parts, norm = subspace_parts(recipe), _norm(gradient)
 
@@ -127,7 +127,7 @@ def train_step_in_subspace(
     `jax.shard_map` each device has its own rows of `batch`, to be summed over the mesh axes
     `sum_over`: its gradients are, projected.
     """
-    trained, of_trained, applied, updated = _trainable(
+    trained, of_trained, applied, updated = trainable(
         summed, stochastic_rounding, state, divided, sum_over
     )
     clipping, own = state.optimizer.inner_state
@@ -165,7 +165,7 @@ def _clipped(gradient: Any, norm: Float[Array, ""], most: float | None) -> Any:
     return jax.tree.map(lambda x: (x * factor).astype(x.dtype), gradient)
 
 
-def _trainable(
+def trainable(
     summed: Loss,
     stochastic_rounding: bool,
     state: TrainState,
