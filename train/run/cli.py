@@ -64,6 +64,7 @@ def run(
             raise
         print(f"error: {_with_flags(one_line(error), config_type)}", file=sys.stderr)
         code = 2
+        hosts.tell_others(args)
         hosts.end_alone(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -140,6 +140,13 @@ def write_config(
     return [f"{flag(name)} {old} -> {new}" for name, (old, new) in changed.items()]
 
 
+def seen(config: ResolvedTraining) -> list[str]:
+    """The names in a run's folder that decide how a run is resumed: all its processes see them."""
+    out = directory(config)
+    names = ("config.json", "summary.json", "checkpoints/*")
+    return sorted(str(path.relative_to(out)) for name in names for path in out.glob(name))
+
+
 def _settings(file: Path) -> tuple[dict[str, Any], list[Any]]:
     """The settings in a config.json, and their history."""
     fields = read_fields(file)

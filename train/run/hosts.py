@@ -5,6 +5,7 @@ a batch on its devices. All compute and write checkpoints; the first alone print
 other files of the run.
 """
 
+import argparse
 import atexit
 import contextlib
 import json
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -24,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.config.flags import TrainingFlags
 from train.config.settings import flag
+from train.run.meeting import Place, meet, tell
 from train.run.signals import StopRequest
 
 # A process that is silent for so long is taken for dead, and ends the others.
@@ -36,6 +38,7 @@ _LOST = ("Gloo", "NCCL", "nccl", "UNAVAILABLE")
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
 _AT_END: list[Callable[[], None]] = []
+_MET: list[Place | None] = []  # where this process has begun to meet the others, if it has
 
 
 def join(config: TrainingFlags) -> None:
@@ -54,53 +57,78 @@ def join(config: TrainingFlags) -> None:
             "--coordinator HOST:PORT, --processes and --process, or --launcher"
         )
     if config.launcher:
-        _initialize(**_of_launcher())
+        _initialize(_of_launcher())
     elif given:
         count, index = config.processes, config.process
         assert count is not None
         assert index is not None
         if not 0 <= index < count:
             raise ValueError(f"--process {index}: expected 0 to {count - 1}, below --processes")
-        _initialize(config.coordinator, count, index)
+        assert config.coordinator is not None
+        _initialize(Place(config.coordinator, count, index))
 
 
-def _of_launcher() -> dict[str, Any]:
-    """The arguments of `_initialize` that torchrun gives; the others are found by JAX."""
+def _of_launcher() -> Place | None:
+    """Where this process is by torchrun's environment; JAX finds it from that of the others."""
     found = {name: os.environ[name] for name in _TORCHRUN if name in os.environ}
     if len(found) < len(_TORCHRUN):
-        return {}
+        return None
     address, port, *numbers = found.values()
     local = os.environ.get("LOCAL_RANK")
     try:
         count, index = map(int, numbers)
-        devices = None if local is None else int(local)
+        device = None if local is None else int(local)
     except ValueError as error:
         raise ValueError(
             f"--launcher: {', '.join(_TORCHRUN)} in the environment: {error}"
         ) from None
-    where = {"coordinator": f"{address}:{port}", "count": count, "index": index}
-    return {**where, "devices": devices}
+    return Place(f"{address}:{port}", count, index, device)
 
 
-def _initialize(
-    coordinator: str | None = None,
-    count: int | None = None,
-    index: int | None = None,
-    devices: int | None = None,
-) -> None:
+def place_of(args: Sequence[str]) -> Place | None:
+    """Where a command's arguments put its process, though they may be wrong otherwise."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--launcher", action="store_true")
+    for name in ("--processes", "--process"):
+        parser.add_argument(name, type=int)
+    try:
+        found, _ = parser.parse_known_args(args)
+        if found.launcher:
+            return _of_launcher()
+        place = Place(found.coordinator, found.processes, found.process)
+        return place if None not in vars(found).values() and place.address else None
+    except (argparse.ArgumentError, ValueError, AttributeError):
+        return None
+
+
+def tell_others(args: Sequence[str]) -> None:
+    """Tells the other processes of a command with an error that has not met them yet."""
+    place = None if _MET else place_of(args)
+    if place is not None:
+        print("telling the other processes of the run ...", file=sys.stderr, flush=True)
+        tell(place)
+
+
+def _initialize(place: Place | None) -> None:
+    coordinator = None if place is None else place.coordinator
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         raise ValueError(f"--coordinator {coordinator}: expected HOST:PORT, such as 10.0.0.1:29500")
+    _MET.append(place)
+    if place is not None:
+        print(
+            f"waiting for {place.count} processes at {coordinator} ...", file=sys.stderr, flush=True
+        )
+        meet(place, _MEETING_SECONDS)
     # On CPUs two programs' collectives may not run at once: Gloo would mix up their messages.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     _say_if_aborted()
-    if coordinator is not None:
-        print(f"waiting for {count} processes at {coordinator} ...", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
             coordinator,
-            count,
-            index,
-            local_device_ids=devices,
+            None if place is None else place.count,
+            None if place is None else place.index,
+            local_device_ids=None if place is None else place.device,
             initialization_timeout=_MEETING_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_HEARTBEAT_SECONDS,

@@ -30,6 +30,9 @@ def train(config: Config, assemble: Callable[[Config, Log], Parts], log: Log) ->
         if hosts.is_first():
             check_tracker(config.track)
             run_directory.check(config)
+    with hosts.together():
+        where = {"--out": config.out, "--resume": config.resume}
+        hosts.check_same({**where, "files in --out": run_directory.seen(config)})
     if run_directory.finished(config):
         log(f"the run in {run_directory.directory(config)} is finished: nothing is left to do")
         return 0

@@ -16,8 +16,10 @@ from small_run import ADAMW, losses, small
 
 from train.config.resolve import resolve
 from train.pretrain import main
+from train.run import directory as run_directory
 from train.run import hosts
 from train.run.directory import resume_command
+from train.run.meeting import Place
 
 # The quickest step to compile: what several processes share does not depend on the optimizer.
 SETTINGS = {**ADAMW, "mesh": "data=2,fsdp=4"}
@@ -107,12 +109,29 @@ def test_torchruns_variables_say_where_a_process_is(monkeypatch):
     for name, value in {**known, "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     given: list = []
-    monkeypatch.setattr(hosts, "_initialize", lambda **found: given.append(found))
+    monkeypatch.setattr(hosts, "_initialize", given.append)
     hosts.join(small("unused", launcher=True))
-    assert given == [{"coordinator": "10.0.0.1:29500", "count": 8, "index": 3, "devices": 1}]
+    assert given == [Place("10.0.0.1:29500", 8, 3, 1)]
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(ValueError, match=r"--launcher: .*RANK in the environment: .*'first'"):
         hosts.join(small("unused", launcher=True))
+
+
+def test_processes_compare_where_they_write_and_what_they_see_there(tmp_path, monkeypatch):
+    """One would resume a run that the others begin."""
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "config.json").touch()
+    seen = {"--out": str(tmp_path), "--resume": True}
+    seen["files in --out"] = ["checkpoints/4", "config.json"]
+
+    def compare(values):
+        assert values == seen
+        raise ValueError("compared")
+
+    monkeypatch.setattr(hosts, "check_same", compare)
+    monkeypatch.setattr(run_directory, "check", lambda config: None)
+    with pytest.raises(ValueError, match="compared"):
+        main(small(tmp_path, resume=True))
 
 
 def test_the_command_that_resumes_is_that_process_s():
