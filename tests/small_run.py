@@ -1,16 +1,19 @@
 """A pre-training run of a second: a model of two narrow layers on a little of the built-in text.
 
-As a command it takes the settings as JSON, and the point at which it kills itself.
+As a command it takes the settings as JSON, and the point at which it kills itself; or `nan`, and
+the step in which one process has a row that is not finite.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,9 +27,11 @@ from train.config.settings import Pretrain
 from train.data.text import load_text
 from train.memory.fit import RECIPES
 from train.pretrain import main
-from train.run import assemble, checkpoint, metrics
+from train.run import assemble, checkpoint, metrics, training
 from train.run.cli import run
+from train.step import programs
 from train.step.mesh import put_batch
+from train.step.ordinary import Forward
 
 MICRO = LlamaConfig(width=32, mlp_width=48, layers=2, heads=2, kv_heads=1, max_length=64)
 SMALL = Pretrain(
@@ -169,8 +174,42 @@ def kill_at(where: str, step: int, signum: int) -> None:
     setattr(owner, name, patched)
 
 
+# No byte of text in UTF-8.
+BAD = 255
+
+
+def break_at_bad_tokens(forward: Forward) -> Forward:
+    """A model whose hidden states are not finite in a row with the token `BAD`."""
+
+    def breaking(params, batch):
+        hidden, head = forward(params, batch)
+        bad = jnp.any(batch["inputs"] == BAD, axis=1)
+        return jnp.where(bad[:, None, None], jnp.nan, hidden), head
+
+    return breaking
+
+
+def poison_last_row_at(step: int, process: int) -> None:
+    """Has the last row of a step's batch be not finite, where one process puts it on its device."""
+    make, put, batches = programs.make_forward, training.put_batch, itertools.count(1)
+
+    def poisoning(mesh, batch):
+        trains = threading.current_thread() is not threading.main_thread()
+        if trains and next(batches) == step and jax.process_index() == process:
+            inputs = batch["inputs"].copy()
+            inputs[-1] = BAD
+            batch = {**batch, "inputs": inputs}
+        return put(mesh, batch)
+
+    programs.make_forward = lambda *args: break_at_bad_tokens(make(*args))
+    training.put_batch = poisoning
+
+
 if __name__ == "__main__":
     settings, where, step, signum = sys.argv[1:]
-    kill_at(where, int(step), signal.Signals[signum])
+    if where == "nan":
+        poison_last_row_at(int(step), process=1)
+    else:
+        kill_at(where, int(step), signal.Signals[signum])
     sys.argv = sys.argv[:1]
     run(lambda _: main(small(**json.loads(settings))), Pretrain, "small_run")

@@ -271,6 +271,9 @@ def _text(c: Resolved) -> Iterator[str]:
     if c.data == "builtin" and c.data_dir is not None:
         choice = "choose --data c4 or text"
         yield f"--data-dir has no effect with --data builtin: leave it out, or {choice}"
+    if c.data != "c4" and c.skip_unreadable:
+        reason = f"--data {c.data} is read before the first step"
+        yield f"--skip-unreadable has no effect: {reason}; leave it out"
     if c.data != "text" and c.eval_data is not None:
         advice = "leave it out, or choose --data text"
         yield f"--eval-data has no effect with --data {c.data}: {advice}"

@@ -40,6 +40,9 @@ class TextFlags:
     sequences: Literal["packed", "document"] = "packed"
     """`packed`: no padding, no attention across documents; `document`: one document per row,
     truncated or padded, as published."""
+    skip_unreadable: bool = False
+    """Go on without documents of C4 that cannot be read, because a file of it is gone or damaged,
+    and name each. Default: the run saves its last step, and stops."""
 
 
 @dataclasses.dataclass(frozen=True)

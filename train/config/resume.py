@@ -17,6 +17,7 @@ MAY_CHANGE = {
     "chat_template": "the same for the template of chats",
     "mesh": "other devices",
     "workers": "processes that read",
+    "skip_unreadable": "what follows where a document cannot be read",
     "rematerialize": "memory against time",
     "scan_layers": "compile time against time",
     "deterministic": "the same bits each time on a GPU",

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -85,7 +85,7 @@ class TrainingData:
             options = grain.MultiprocessingOptions(self.workers, _GROUPS_AHEAD)
             groups = groups.mp_prefetch(options, worker_init_fn=_start_worker)
         empty = 0
-        with closing(iter(groups)) as iterator:
+        with closing(iter(groups)) as iterator, _worker_loss_as_os_error():
             for tokens, lengths in iterator:
                 # A copy, because shared memory is released with `tokens`.
                 for document in np.split(np.array(tokens), np.cumsum(lengths)[:-1]):
@@ -93,6 +93,21 @@ class TrainingData:
                     if empty > 2 * len(self.source):  # at least one whole epoch
                         raise ValueError("every document of the training text is empty")
                     yield document
+
+
+@contextmanager
+def _worker_loss_as_os_error() -> Iterator[None]:
+    """Raises what Grain raises when a worker process has ended as an OSError that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        reason = "most likely because the host's memory was short"
+        raise OSError(
+            f"a process that reads and tokenizes was ended from outside, {reason}: resume the run, "
+            f"with fewer --workers ({error})"
+        ) from error
 
 
 def _join(documents: Sequence[Document]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " d"]]:

@@ -1,10 +1,13 @@
 """The sources of text: documentation that ships with Python, C4 in TFDS' layout, or own files."""
 
 import ast
+import bisect
 import hashlib
+import itertools
 import os
 import re
 import shlex
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
@@ -60,6 +63,23 @@ def content_of(documents: Sequence[str] | Sequence[bytes]) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
+class SkippingUnreadable(Sequence[str]):
+    """Documents, of which those that cannot be read are empty; says which."""
+
+    def __init__(self, source: Sequence[str]):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, number):
+        try:
+            return self._source[number]
+        except OSError as error:
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
+            return ""
+
+
 class C4Text(Sequence[str]):
     """One split of the TFDS data set c4/en, read by number and without TensorFlow."""
 
@@ -75,7 +95,9 @@ class C4Text(Sequence[str]):
         try:
             records: Any = tfds.data_source("c4/en", data_dir=data_dir, split=split, download=False)
             self.files: list[tuple[str, int]] = []  # names and bytes
-            for file in records.dataset_info.splits[split].filepaths:
+            info = records.dataset_info.splits[split]
+            self._ends = [*itertools.accumulate(info.shard_lengths)]  # of files, in documents
+            for file in info.filepaths:
                 if not file.exists():
                     raise FileNotFoundError(f"{file} is missing")
                 self.files.append((file.name, os.path.getsize(file)))
@@ -98,7 +120,8 @@ class C4Text(Sequence[str]):
         try:
             return self._records[number]["text"].decode("utf-8")
         except RuntimeError as error:  # array_record's for a damaged file
-            raise OSError(f"cannot read document {number} of {self._records}: {error}") from error
+            file, _ = self.files[bisect.bisect_right(self._ends, number)]
+            raise OSError(f"cannot read document {number} of {file}: {error}") from error
 
 
 def _check_file_format(folder: Path) -> None:

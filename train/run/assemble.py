@@ -19,7 +19,7 @@ from train.config.source import made_of, short_name, sizes
 from train.data.loader import TrainingData, evaluation_batches
 from train.data.separator import files_of
 from train.data.sequences import Batch
-from train.data.text import content_of, load_text
+from train.data.text import SkippingUnreadable, content_of, load_text
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.run import directory as run_directory
 from train.run import hosts
@@ -126,7 +126,11 @@ def assemble(config: Resolved, log: Log) -> TextParts:
     train_text = load_text(config.data, "train", *where)
     eval_text = load_text(config.data, "validation", *where)
     own = {name: getattr(config, name) for name in ("batch_size", "seed", "workers")}
-    data = TrainingData(train_text, tokenizer, **own, **common)
+    if config.skip_unreadable and hosts.several():
+        reason = "a file that one of several processes cannot read gives it other rows"
+        raise ValueError(f"--skip-unreadable: {reason}; leave it out")
+    source = SkippingUnreadable(train_text) if config.skip_unreadable else train_text
+    data = TrainingData(source, tokenizer, **own, **common)
     sizes = {"batch_size": config.batch_size // config.accumulate, "max_tokens": config.eval_tokens}
     evaluation = evaluation_batches(eval_text, tokenizer, **sizes, **common)
     eval_tokens = int(sum(batch["weights"].sum() for batch in evaluation))

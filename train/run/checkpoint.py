@@ -32,6 +32,8 @@ Tree = Any
 # Raise it whenever the layout of the train state or of `progress` changes. Checkpoints before 2
 # have no number.
 FORMAT = 4
+# Seconds. Orbax measures them by the wall clock: a write would fail when that is set forward.
+_NO_TIMEOUT = 10**8
 
 
 class Checkpoints(checkpoint_managers.PreservationPolicy):
@@ -63,6 +65,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
                 create=not read_only,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
+                async_options=ocp.AsyncOptions(timeout_secs=_NO_TIMEOUT),
             ),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),

@@ -211,8 +211,12 @@ class Training:
                 try:
                     batch, host.position = next(batches)
                 except Exception:
+                    if hosts.several():  # the others may have no error, and save nothing
+                        raise
                     # Ctrl-C reaches the worker processes too, and ends them.
-                    if self.stop.signum is None or hosts.several():
+                    if self.stop.signum is None:
+                        self.report_pending()
+                        self._save(state)
                         raise
                     self.stopped_by = signal.Signals(self.stop.signum)
                     break

@@ -1,5 +1,6 @@
 """The text that training reads: where it is from, its order, and that a position resumes it."""
 
+import collections
 import json
 import multiprocessing
 import os
@@ -176,14 +177,24 @@ def test_a_data_set_in_another_file_format_is_named_as_that(tmp_path):
     assert "delete" not in str(caught.value)
 
 
-def test_a_shard_that_breaks_while_training_is_named(shared_data, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_shard_that_breaks_while_training_is_named(shared_data, tmp_path, damage):
     folder = tmp_path / "c4" / "en" / "3.0.1"
     folder.mkdir(parents=True)
     for file in (shared_data / "c4" / "en" / "3.0.1").iterdir():
         shutil.copyfile(file, folder / file.name)
-    os.truncate(folder / "c4-train.array_record-00003-of-00008", 100_000)
-    with pytest.raises(OSError, match="cannot read document 375"):
-        list(load_text("c4", "train", tmp_path))
+    shard, text = (
+        folder / "c4-train.array_record-00003-of-00008",
+        load_text("c4", "train", tmp_path),
+    )
+    if damage == "cut":
+        os.truncate(shard, 100_000)
+    else:
+        shard.unlink()
+    with pytest.raises(
+        OSError, match=r"cannot read document 375 of c4-train.array_record-00003-of-00008: "
+    ):
+        list(text)
 
 
 # Order
@@ -255,6 +266,16 @@ def test_an_error_in_a_worker_is_raised_in_the_run():
     with pytest.raises(OSError, match="the disk is gone"):
         first(training_data(Broken(DOCUMENTS), workers=1), 1)
     assert not multiprocessing.active_children()
+
+
+# Grain may be waiting for the group that the worker was to send.
+@pytest.mark.filterwarnings("ignore:resource_tracker")
+def test_a_worker_that_is_killed_ends_the_stream_with_an_error_that_says_so():
+    with closing(training_data(workers=1).batches()) as batches:
+        next(batches)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        with pytest.raises(OSError, match=r"a process that reads and tok.*: resume the run, with"):
+            collections.deque(batches, maxlen=0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,18 +1,14 @@
 """Runs of two processes, over Gloo: as one process's, and nothing lost when one is killed."""
 
-import json
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from paths import ROOT
-from small_run import ADAMW, losses, small
+from small_pair import SETTINGS, end, pair
+from small_run import losses, small
 
 from train.config.resolve import resolve
 from train.pretrain import main
@@ -21,41 +17,7 @@ from train.run import hosts
 from train.run.directory import resume_command
 from train.run.meeting import Place
 
-# The quickest step to compile: what several processes share does not depend on the optimizer.
-SETTINGS = {**ADAMW, "mesh": "data=2,fsdp=4"}
 OTHERS = {"coordinator": "127.0.0.1:1", "processes": 2, "process": 0}
-
-
-def pair(out: Path, **settings) -> list[subprocess.Popen]:
-    """The two processes of a run, with four devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"coordinator": f"127.0.0.1:{free.getsockname()[1]}", "processes": 2}
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-    own = [json.dumps({**SETTINGS, **settings, **where, "process": i}) for i in range(2)]
-    script = [sys.executable, str(ROOT / "tests/small_run.py")]
-    return [
-        subprocess.Popen(
-            [*script, text[:-1] + f', "out": "{out}"}}', "metrics", "-1", "SIGTERM"],
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for text in own
-    ]
-
-
-def end(processes: list[subprocess.Popen], out: Path, step: int, which: int, signum: int):
-    """Sends one process a signal once a step's metrics are written; the exit codes and stderr."""
-    file, deadline = out / "metrics.jsonl", time.monotonic() + 120
-    while not (file.exists() and f'"step": {step},' in file.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    processes[which].send_signal(signum)
-    ended = [process.communicate(timeout=60) for process in processes]
-    return [process.returncode for process in processes], [stderr for _, stderr in ended]
 
 
 def test_a_pair_killed_and_stopped_goes_on_with_one_process_and_repeats_its_losses(tmp_path):

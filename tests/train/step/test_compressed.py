@@ -2,12 +2,15 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
-from small_run import ADAMW, small, train, trained
+from small_run import ADAMW, BAD, break_at_bad_tokens, small, train, trained
 
 from train.config.resolve import resolve
 from train.plan import programs_of
+from train.step import programs
+from train.step.mesh import put_batch
 
 COMPRESSED = {"compress_gradients": True, "mesh": "data=8", "clip_norm": 0.5, "batch_size": 16}
 
@@ -26,6 +29,20 @@ def test_losses_are_those_of_gradients_summed_whole_and_no_gradient_of_a_matrix_
     ]
     # Embedding and head are sent as they are; of matrices at most a sketch of both layers.
     assert set(numbers) - {257 * 32} <= set(range(2 * 4 * 48 + 1))
+
+
+def test_a_row_of_one_device_that_is_not_finite_makes_all_skip_the_step(monkeypatch):
+    make = programs.make_forward
+    monkeypatch.setattr(programs, "make_forward", lambda *a: break_at_bad_tokens(make(*a)))
+    parts, _, state, _ = trained(2, **COMPRESSED)
+    before = jax.device_get(state.params)
+    batch, _ = next(parts.data.batches())
+    batch["inputs"][-1] = BAD
+    state, told = parts.train_step(state, put_batch(parts.mesh, batch))
+    assert int(told["skipped"]) == 1
+    for x, y in zip(*map(jax.tree.leaves, (before, state.params)), strict=True):
+        for copy in y.addressable_shards:
+            np.testing.assert_array_equal(copy.data, x)
 
 
 @pytest.mark.parametrize(
