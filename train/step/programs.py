@@ -160,9 +160,10 @@ def make_programs(config: ResolvedText, model: LlamaConfig, mesh: Mesh) -> Progr
     scan = config.scan_layers
     if scan is None:
         # Written out, layers read their weights within the stacks, and keep activations where they
-        # were made: llama-1b's step moves a fifth less (benchmarks/RESULTS.md). Over several GPUs
-        # XLA would gather the weights of all layers at once.
-        scan = config.layerwise or mesh.size > 1 or mesh.devices.flat[0].platform != "gpu"
+        # were made: llama-1b's step moves a fifth less (benchmarks/RESULTS.md). If GPUs share them,
+        # XLA would keep the gathered weights of all layers from the forward to the backward pass.
+        shared = mesh.size > mesh.shape["data"]
+        scan = config.layerwise or shared or mesh.devices.flat[0].platform != "gpu"
     model = dataclasses.replace(
         model,
         scan=scan,
