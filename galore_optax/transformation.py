@@ -18,6 +18,7 @@ from galore_optax.sharding import sum_of_all
 OBSERVER: ContextVar[Callable[[Any, optax.Params], None]]
 """Is told in `init` what a `galore` decided (an `InnerCall`) for the params."""
 OBSERVER = ContextVar("observer", default=lambda call, params: None)
+_NOBODY = OBSERVER.get()
 
 
 @contextlib.contextmanager
@@ -28,6 +29,11 @@ def observed(observer: Callable[[Any, optax.Params], None]) -> Iterator[None]:
         yield
     finally:
         OBSERVER.reset(token)
+
+
+def is_observed() -> bool:
+    """Whether there is an observer, who is to hear again what was said once."""
+    return OBSERVER.get() is not _NOBODY
 
 
 @runtime_checkable

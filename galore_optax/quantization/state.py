@@ -24,6 +24,7 @@ from galore_optax.quantization.codes import Code, Dynamic, Table
 from galore_optax.quantization.elementwise import updated
 from galore_optax.trace.roles import Role, state_roles
 from galore_optax.trace.traced import as_floats_asked, trace
+from galore_optax.transformation import is_observed
 
 # Of the codes tried on the moments of a LLaMA (benchmarks/four_bit_codes.py) these change Adam's
 # update least: squares for numbers with a sign, and over four powers of ten for those without.
@@ -135,7 +136,7 @@ def quantize_state(
     said: set[str] = set()
 
     def warn(path: str, how: str) -> None:  # once, though galore traces `init` at each update
-        if path not in said:
+        if path not in said or is_observed():  # `explain` says all of it
             said.add(path)
             warnings.warn(f"quantize_state stores {path} {how}", stacklevel=3)
 

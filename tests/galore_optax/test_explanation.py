@@ -142,6 +142,13 @@ def test_fallbacks_are_notes_of_the_table():
     assert "['w'] 64x512     left, rank 8  within the subspace" in text
 
 
+def test_notes_are_all_of_it_though_init_has_warned_before():
+    params, tx = {"w": jnp.ones((64, 128))}, quantize_state(optax.rmsprop(0.1, centered=True))
+    with pytest.warns(UserWarning, match="as floats"):
+        tx.init(params)
+    assert len(explain(tx, params).notes) == 2
+
+
 def test_an_update_that_needs_an_argument_is_explained_with_it():
     def update(updates, state, params=None, *, temperature):
         return jax.tree.map(lambda u, p: temperature * u - 0.1 * p, updates, params), state
