@@ -71,15 +71,20 @@ class Alice:
         residual = own.gradient - own.back(own.projected)
         least = max(_SHARE, 16 * float(jnp.finfo(own.gradient.dtype).eps) ** 2)
         energy = jnp.maximum(energies(residual), least * energies(own.gradient))
-        mean = self.decay * mean + (1 - self.decay) * energy
+        mean = _mean(self.decay, mean, energy)
         factor = (n - r) ** 0.5 * jax.lax.rsqrt(jnp.maximum(mean, _LEAST))
         limited, previous = limit(factor**2 * energy, previous, 1.0)
         factor = at(self.learning_rate, own.count) * self.compensation * limited * factor
         if tracked:
             r = own.projected.astype(mean.dtype)
-            tracked = [self.tracking * tracked[0] + (1 - self.tracking) * r @ r.T]
+            tracked = [_mean(self.tracking, tracked[0], r @ r.T)]
         update = own.scale * (own.back(own.step) - factor * residual)
         return update, (mean, previous, *tracked)
+
+
+def _mean(decay: Any, mean: Array, new: Array) -> Array:
+    """The exponential mean, which stays where a number is not finite."""
+    return jnp.where(jnp.isfinite(new), decay * mean + (1 - decay) * new, mean)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -189,10 +189,10 @@ def test_a_zero_or_nan_gradient_leaves_the_memory_as_it_was(way):
     zero = jax.tree.map(jnp.zeros_like, params)
     expected, after = update(params, update(zero, state, params)[1], params)
     assert jnp.linalg.norm(expected["w"]) > 1e-3  # not limited to the growth of nothing
-    norm = jax.tree.leaves(after.recovery)[-1]
-    assert norm > 0
+    assert all(jnp.all(x > 0) for x in jax.tree.leaves(after.recovery))
     nan = jax.tree.map(lambda x: x * jnp.nan, params)
-    assert jax.tree.leaves(update(nan, after, params)[1].recovery)[-1] == norm
+    recovery = update(nan, after, params)[1].recovery
+    jax.tree.map(np.testing.assert_array_equal, recovery, after.recovery)
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(None, "float32"), (4, "float32"), (None, "bfloat16")])
