@@ -44,7 +44,28 @@ class _Wandb:
         self._run.finish()
 
 
-_TRACKERS = {"wandb": _Wandb}
+class _Mlflow:
+    """MLflow: one run of the experiment galore-optax, which a resumed run goes on with."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]):
+        self._mlflow = importlib.import_module("mlflow")
+        file = directory / "mlflow-id"
+        known = file.read_text().strip() if file.exists() else None
+        if known is None:  # of a known run both are set
+            self._mlflow.set_experiment("galore-optax")
+        run = self._mlflow.start_run(run_id=known, run_name=None if known else directory.name)
+        if known is None:
+            write_at_once(file, run.info.run_id)
+            self._mlflow.log_params(dict(settings))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+_TRACKERS = {"wandb": _Wandb, "mlflow": _Mlflow}
 
 
 def check_tracker(name: str | None) -> None:

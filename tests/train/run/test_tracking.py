@@ -91,6 +91,36 @@ def test_a_service_gets_metrics_and_settings_and_goes_on_with_its_run(run, monke
         start_tracker("wandb", out, {})
 
 
+def test_mlflow_gets_the_settings_once_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    said: list[tuple] = []
+
+    def noted(name):
+        return lambda *given, **how: said.append((name, given, how))
+
+    names = ("set_experiment", "log_params", "log_metrics", "end_run")
+    mlflow = SimpleNamespace(**{name: noted(name) for name in names})
+
+    def start_run(**how):
+        said.append(("start_run", (), how))
+        return SimpleNamespace(info=SimpleNamespace(run_id="abc"))
+
+    mlflow.start_run = start_run
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    (tmp_path / "run").mkdir()
+    for _ in range(2):
+        tracker = start_tracker("mlflow", tmp_path / "run", {"steps": 3})
+        assert tracker is not None
+        tracker.log({"training/loss": 1.0}, 2)
+        tracker.close()
+    assert [name for name, *_ in said] == [
+        "set_experiment", "start_run", "log_params", "log_metrics", "end_run",
+        "start_run", "log_metrics", "end_run",
+    ]  # fmt: skip
+    assert said[1][2] == {"run_id": None, "run_name": "run"}
+    assert said[3][1:] == (({"training/loss": 1.0},), {"step": 2})
+    assert said[5][2]["run_id"] == "abc"
+
+
 def test_a_service_whose_package_is_absent_is_named_before_anything_is_written(
     tmp_path, monkeypatch
 ):
