@@ -290,8 +290,8 @@ class RunFlags:
     """Steps to trace, from the third on. TensorBoard and Perfetto show the trace in profile/ of the
     run. Default: none."""
     track: Literal["wandb", "mlflow"] | None = None
-    """Service that gets the metrics, too: Weights & Biases or MLflow. Its package must be installed.
-    Default: none."""
+    """Service that gets the metrics, too: Weights & Biases or MLflow, whose package must be
+    installed. Default: none."""
     max_skipped: int = 10
     """The run stops after this many steps in a row whose loss or gradient is not finite."""
     seed: int = 0

@@ -136,7 +136,9 @@ def _card(trained: Trained, run: Path) -> str:
     data = config.data
     if isinstance(config, FinetuneLM):
         data = " ".join(config.data)
-    elif data != "builtin":
+    elif data == "builtin":
+        data = "the documentation of Python's standard library"
+    else:
         data = f"{data} in {config.data_dir}"
     said = (
         "not evaluated"

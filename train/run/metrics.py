@@ -59,7 +59,9 @@ class MetricsLog:
             if name != "step":
                 # TensorBoard keeps the first description of a tag.
                 told = self._explained.pop(name, "")
-                about = {"metadata": SummaryMetadata(summary_description=told)} if told else {}
+                scalar = SummaryMetadata.PluginData(plugin_name="scalars")
+                described = SummaryMetadata(summary_description=told, plugin_data=scalar)
+                about = {"metadata": described} if told else {}
                 tag = f"{kind}/{name}"
                 scalars.append(Summary.Value(tag=tag, simple_value=float(value), **about))
         step = int(values["step"])

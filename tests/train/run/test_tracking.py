@@ -66,6 +66,8 @@ def test_tensorboard_has_the_settings_and_what_metrics_mean(run):
     settings = content.session_start_info.hparams
     assert settings["learning_rate"].number_value == 0.01
     assert settings["optimizer"].string_value == "adamw"
+    plugins = {x.metadata.plugin_data.plugin_name for x in values if x.metadata.ByteSize()}
+    assert plugins == {"hparams", "scalars"}  # without a name, a reader of TensorBoard's warns
     told = [x.metadata.summary_description for x in values if x.tag == "training/skipped"]
     assert (
         told
