@@ -97,7 +97,8 @@ def varying_alike(tree: Any, but: Sequence[str] = ()) -> Any:
 
 def sum_of_all(tree: Any, axes: Sequence[str]) -> Any:
     """The sums over the devices along mesh axes of `jax.shard_map`; the tree if there is none."""
-    return jax.lax.psum(tree, tuple(axes)) if axes else tree
+    # Each array by itself: no array of a traced update seems to depend on another one.
+    return jax.tree.map(lambda x: jax.lax.psum(x, tuple(axes)), tree) if axes else tree
 
 
 def within_shard_map() -> bool:

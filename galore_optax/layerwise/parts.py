@@ -13,6 +13,7 @@ from galore_optax.layerwise.backward import Params, at
 from galore_optax.layerwise.microbatches import over_microbatches_in_subspace
 from galore_optax.ordering import once_if
 from galore_optax.quantization.array import dequantized
+from galore_optax.sharding import sum_of_all
 from galore_optax.transformation import observed, subspace_parts
 
 
@@ -53,6 +54,7 @@ class PartUpdate:
     count: Int[Array, ""]  # steps done so far
     loss: Float[Array, ""]  # given to the transformation as `value`
     matrices: Sequence[dict[str, int]]  # as `matrices_of`
+    sum_over: tuple[str, ...] = ()  # mesh axes along which devices have summands of the gradients
 
     def updates(
         self,
@@ -95,16 +97,30 @@ class PartUpdate:
         """Returns a part of the params, of the layer with that index, after its update."""
         return self.apply(part, updates, self.count, layer)
 
+    def shared(
+        self, parts: Params, states: dict[str, Any], gradients: Params, ok: Bool[Array, ""]
+    ) -> tuple[Params, dict[str, optax.OptState]]:
+        """Projects each entry's gradient, and sums that over the devices; see `projected`."""
+        small, new = {}, {}
+        for k, gradient in gradients.items():
+            own, new[k] = self.projected({k: parts[k]}, states[k], {k: gradient}, ok)
+            small[k] = own[k]  # pyrefly: ignore[bad-index]
+        return sum_of_all(small, self.sum_over), new
+
     def each(
         self, parts: Params, states: dict[str, Any], gradients: Params, ok: Bool[Array, ""]
     ) -> tuple[Params, dict[str, optax.OptState]]:
-        """Updates each entry of `parts` that has a gradient, by itself, if `ok`."""
+        """Updates each entry of `parts` that has a gradient, by itself, if `ok`.
+
+        With `sum_over` the gradients are those of `shared`.
+        """
         new, new_states = {}, {}
 
         for k, gradient in gradients.items():
 
             def update(part: Params, state: Any, gradient: Any = {k: gradient}) -> tuple[Any, Any]:  # noqa: B006
-                updates, state = self.updates(part, state, gradient)
+                whole, small = (None, gradient) if self.sum_over else (gradient, None)
+                updates, state = self.updates(part, state, whole, projected=small)
                 return self.applied(part, updates), state
 
             part, new_states[k] = once_if(ok, update, {k: parts[k]}, states[k])

@@ -19,11 +19,13 @@ from jaxtyping import Array, Bool, Float
 
 from galore_optax import checks
 from galore_optax.layerwise.backward import Backward, Batch, Layered, Params, at, forward, squares
+from galore_optax.layerwise.layers import Layers, changing_leaves
 from galore_optax.layerwise.parts import PartUpdate, masked, matrices_of, of_one_layer
-from galore_optax.ordering import after, codes_after, once_if
+from galore_optax.ordering import after, codes_after
 from galore_optax.quantization.array import dequantized
+from galore_optax.sharding import sum_of_all
 from galore_optax.trace.dependence import coupled_leaves
-from galore_optax.transformation import refreshes, subspace_parts
+from galore_optax.transformation import subspace_parts
 
 CLIPS = ("exact", "previous")
 
@@ -63,6 +65,10 @@ class Layerwise:
     applied. With `clip="exact"` it is known before anything changes, and the whole step is skipped,
     as by `optax.apply_if_finite`. Otherwise parts from the first such gradient on are not updated;
     parts nearer to the loss have been, and stay one update ahead, also in their schedules.
+
+    If `tx` has a `sum_over`, call `step` within `jax.shard_map` (`check_vma=False`): each device
+    gives its rows of a batch and its summand of the loss, and gets the update of the sum.
+    Microbatches are then summed as with `accumulate_in_subspace`.
 
     Attributes:
         clip_norm: Gradients are scaled down to this global norm; None leaves them.
@@ -119,11 +125,9 @@ class Layerwise:
             lacks = "no subspace" if parts is None else "its way back needs whole gradients"
             said = f"accumulate_in_subspace=True with tx={checks.said(self.tx)}: {lacks}"
             raise ValueError(f'{said}; give galore(...) with recover="project", or a recipe of it')
-        if parts is not None and parts.sum_over:
-            said = f"sum_over={parts.sum_over} with layers: a layer is updated from one gradient"
-            raise ValueError(f"{said}; leave it out, or update all params together")
-        if self.accumulate_in_subspace and self._exact:
-            said = 'accumulate_in_subspace=True with clip="exact": that norm is not known before'
+        if self._projected and self._exact:
+            what = f"sum_over={self._sum_over}" if self._sum_over else "accumulate_in_subspace=True"
+            said = f'{what} with clip="exact": that norm is not known before'
             raise ValueError(f'{said} the new bases are; choose clip="previous", or clip_norm=None')
 
     def init(self, params: Params) -> LayerwiseState:
@@ -133,7 +137,8 @@ class Layerwise:
         one = of_one_layer(params, key)
         # The transformation's warnings come from here: a part may lack what the whole has.
         tx = optax.with_extra_args_support(self.tx)
-        coupled = coupled_leaves(tx, one, layer=jnp.int32(0), layers=layers, value=jnp.float32(0))
+        extra_args = {"layer": jnp.int32(0), "layers": layers, "value": jnp.float32(0)}
+        coupled = coupled_leaves(tx, one, self._sum_over, **extra_args)
         if coupled is not None:
             raise ValueError(
                 f"tx: its update of {coupled[0]} depends on the gradient of {coupled[1]}, as that "
@@ -170,26 +175,26 @@ class Layerwise:
         if norm is not None and self.clip_norm is not None:
             factor = jnp.minimum(1.0, self.clip_norm / norm)
         loss, from_head, cotangent = backward.head(factor)
+        loss = sum_of_all(loss, self._sum_over)
         others, count = masked(params), jnp.asarray(state.count)
-        matrices = matrices_of(self.tx, params, self.model.layers, layers)
-        update = PartUpdate(self.tx, self.apply_updates, others, count, loss, matrices)
+        common = count, loss, matrices_of(self.tx, params, self.model.layers, layers)
+        update = PartUpdate(self.tx, self.apply_updates, others, *common, self._sum_over)
         ok = jnp.isfinite(loss) if norm is None else jnp.isfinite(loss) & jnp.isfinite(norm)
         early = {k: from_head[k] for k in backward.early}
-        total, ok = self._judged(jnp.zeros((), jnp.float32), ok, early)
-        new_rest, rest_states = update.each(rest, state.rest, early, ok)
+        own = (rest, state.rest)
+        new_rest, rest_states, total, ok = self._rest(update, *own, early, jnp.float32(0), ok)
         # The layers wait for that, so that its gradients are freed before.
         top = after((new_rest, cotangent), jnp.int32(layers - 1))
         stacks, key = (stack, state.layers), self.model.layers
-        changes = _changes(update, stacks, key, layers)
-        own = _Layers(update, key, layers, self.accumulate_in_subspace, changes)
+        changes = changing_leaves(update, stacks, key, layers)
+        own = Layers(update, key, layers, self._projected, changes)
         carry = stacks, own.as_it_is(*at(stacks, top)), cotangent, total, ok
         turn = partial(self._turn, backward, own)
         stacks, last, cotangent, total, ok = jax.lax.fori_loop(0, layers, turn, carry)
         new_stack, layer_states = own.written(stacks, 0, last)
 
         late = backward.embed(cotangent, from_head)
-        total, ok = self._judged(total, ok, late)
-        late_rest, late_states = update.each(rest, state.rest, late, ok)
+        late_rest, late_states, total, ok = self._rest(update, rest, state.rest, late, total, ok)
 
         grad_norm = norm if self._exact and norm is not None else jnp.sqrt(total) / factor
         finite_norm = jnp.where(jnp.isfinite(grad_norm), grad_norm, state.norm)
@@ -202,6 +207,17 @@ class Layerwise:
     def _exact(self) -> bool:
         return self.clip_norm is not None and self.clip == "exact"
 
+    @property
+    def _sum_over(self) -> tuple[str, ...]:
+        """Mesh axes along which each device has a summand of the gradients."""
+        parts = subspace_parts(self.tx)
+        return () if parts is None else parts.sum_over
+
+    @property
+    def _projected(self) -> bool:
+        """Whether gradients are summed projected, over microbatches or devices."""
+        return self.accumulate_in_subspace or bool(self._sum_over)
+
     def _norm(self, backward: Backward, stack: Any, previous: Array) -> Array | None:
         """Returns the global norm to clip by, infinite if the last hidden states are not finite."""
         if self.clip_norm is None:
@@ -212,8 +228,25 @@ class Layerwise:
             needed, other = previous == 0, previous
         # In a conditional, across which XLA shares nothing: otherwise this backward pass and the
         # one that updates share, and so keep, arrays as large as the head's gradient.
-        summed = not self.accumulate_in_subspace
-        return jax.lax.cond(needed, lambda: backward.norm(stack, summed=summed), lambda: other)
+        summed = not self._projected
+        norm = jax.lax.cond(needed, lambda: backward.norm(stack, summed=summed), lambda: other)
+        # The sum of the devices' norms is an upper bound of their sum's.
+        return jnp.where(needed, sum_of_all(norm, self._sum_over), other)
+
+    def _rest(
+        self,
+        update: PartUpdate,
+        rest: Params,
+        states: dict[str, Any],
+        gradients: Params,
+        total: Array,
+        ok: Array,
+    ) -> tuple[Params, dict[str, Any], Array, Array]:
+        """Updates the entries of `rest` that have gradients; also returns what `_judged` does."""
+        if self._sum_over:
+            gradients, states = update.shared(rest, states, gradients, ok)
+        total, ok = self._judged(total, ok, gradients)
+        return *update.each(rest, states, gradients, ok), total, ok
 
     def _judged(self, total: Array, ok: Array, gradient: Params) -> tuple[Array, Array]:
         """Adds a gradient's squares to their sum; returns it, and whether it is still finite."""
@@ -222,7 +255,7 @@ class Layerwise:
         total += squares(gradient)
         return total, ok & jnp.isfinite(total)
 
-    def _turn(self, backward: Backward, layers: "_Layers", turns: Array, carry: Any) -> Any:
+    def _turn(self, backward: Backward, layers: Layers, turns: Array, carry: Any) -> Any:
         """Computes one layer's gradient and update."""
         stacks, above, cotangent, total, ok = carry
         i = layers.count - 1 - turns
@@ -234,117 +267,8 @@ class Layerwise:
         if layers.projected:
             over = partial(layers.summed, own, state, i)
             gradient, state, cotangent = backward.layer(own, i, cotangent, over)
+            gradient = sum_of_all(gradient, self._sum_over)
         else:
             gradient, cotangent = backward.layer(own, i, cotangent)
         total, ok = self._judged(total, ok, gradient)
         return stacks, layers.updated(own, state, gradient, i, ok), cotangent, total, ok
-
-
-class _Layer(NamedTuple):
-    """A layer that is to be written."""
-
-    params: Any
-    updates: Any  # that are still to be applied, if `ok`; None if they are
-    state: list[Any]  # the leaves that an update changes
-    ok: Bool[Array, ""]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layers:
-    """The updates of stacked layers."""
-
-    update: PartUpdate
-    key: str  # of the layers among the params
-    count: int
-    projected: bool  # whether gradients are projected already
-    changes: list[bool]  # for each leaf of a layer's state whether an update changes it
-
-    def as_it_is(self, own: Any, state: Any) -> _Layer:
-        """A layer without an update."""
-        updates = jax.tree.map(jnp.zeros_like, own) if self._late(own) else None
-        return _Layer(own, updates, self._changing(state), jnp.array(False))
-
-    def updated(self, own: Any, state: Any, gradient: Any, i: Array, ok: Array) -> _Layer:
-        """A layer after its update, if `ok`."""
-        of, small = self._of(i), gradient if self.projected else None
-        if small is None and refreshes(self.update.tx):
-            # Not in the loop below, in which the gradients of all matrices stay until its end: here
-            # a refresh frees those before (7B's recipe for 10 GB takes 0.2 GB less).
-            small, state = self.update.projected({self.key: own}, state, gradient, ok, **of)
-
-        def update(params: Any, whole: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
-            before = {self.key: params}, self._whole(state, changing), whole
-            updates, after = self.update.updates(*before, projected=small, **of)
-            return updates, self._changing(after)
-
-        def late(memory: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
-            # The gradient that updates overwrite; read from outside, it is copied (26 GB for 7B).
-            updates, changing = update(own, memory, changing)
-            return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, memory), changing
-
-        def at_once(params: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
-            updates, changing = update(params, None if self.projected else gradient, changing)
-            return self.update.applied({self.key: params}, updates, i)[self.key], changing
-
-        if self._late(own):
-            updates, changing = once_if(ok, late, gradient, self._changing(state))
-            return _Layer(own, updates[self.key], changing, ok)
-        params, changing = once_if(ok, at_once, own, self._changing(state))
-        return _Layer(params, None, changing, ok)
-
-    def written(self, stacks: Any, i: Array | int, one: _Layer) -> Any:
-        """The stacks with layer `i` replaced."""
-
-        def put(x: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
-
-        params, states = stacks
-        new = one.params
-        if one.updates is not None:
-            new = self.update.applied({self.key: new}, {self.key: one.updates}, i)[self.key]
-            new = jax.tree.map(partial(jnp.where, one.ok), new, one.params)
-        changing = map(put, self._changing(states), one.state)
-        return jax.tree.map(put, params, new), self._whole(states, list(changing))
-
-    def _late(self, own: Any) -> bool:
-        """Whether updates are applied where a layer is written.
-
-        Rounding bfloat16 at random is then one pass of a GPU with the writing. What else is added
-        to weights is part of the product that projects an update back, or of a kernel.
-        """
-        return not self.projected and all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(own))
-
-    def _changing(self, state: Any) -> list[Any]:
-        leaves = zip(jax.tree.leaves(state), self.changes, strict=True)
-        return [x for x, changes in leaves if changes]
-
-    def _whole(self, state: Any, changing: list[Any]) -> Any:
-        """A state with other leaves where an update changes it."""
-        leaves, tree = jax.tree.flatten(state)
-        new = iter(changing)
-        pairs = zip(leaves, self.changes, strict=True)
-        return tree.unflatten([next(new) if changes else x for x, changes in pairs])
-
-    def summed(self, own: Any, state: Any, i: Array, pull: Callable, *batches: Any) -> Any:
-        """The sum of microbatches' projected gradients, see `PartUpdate.summed`."""
-        return self.update.summed({self.key: own}, state, self._of(i), pull, *batches)
-
-    def _of(self, i: Array) -> dict[str, Any]:
-        return {"layer": i, "layers": self.count}
-
-
-def _changes(update: PartUpdate, stacks: Any, key: str, layers: int) -> list[bool]:
-    """For each leaf of a layer's state whether an update changes it."""
-    found = [True] * len(jax.tree.leaves(stacks[1]))
-    if subspace_parts(update.tx) is None or refreshes(update.tx):
-        return found
-
-    def traced(stacks: Any, i: Array) -> None:
-        own, state = at(stacks, i)
-        gradient = {key: dequantized(own)}
-        _, new = update.updates({key: own}, state, gradient, layer=i, layers=layers)
-        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True)
-        found[:] = [old is not new for old, new in pairs]
-
-    jax.eval_shape(traced, stacks, jnp.int32(0))
-    return found

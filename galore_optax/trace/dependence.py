@@ -79,13 +79,17 @@ def is_zero(atom: Any) -> bool:
 
 
 def coupled_leaves(
-    tx: optax.GradientTransformationExtraArgs, params: optax.Params, **extra_args: object
+    tx: optax.GradientTransformationExtraArgs,
+    params: optax.Params,
+    axes: Sequence[str] = (),
+    **extra_args: object,
 ) -> tuple[str, str] | None:
     """The paths of two leaves, the first of which is updated by the second's gradient.
 
     None if every leaf is updated by itself. A dependence through a scalar of the state, one or more
     updates later, counts too. One through an array of the state does not: the array would have to
-    hold something of several leaves. The values of the params are not used.
+    hold something of several leaves. The values of the params are not used. `axes` are those of
+    `jax.shard_map` that the update sums over.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -100,7 +104,7 @@ def coupled_leaves(
     def update(gradient: optax.Updates, state: optax.OptState, params: optax.Params) -> object:
         return tx.update(gradient, state, params, **extra_args)
 
-    traced = jax.make_jaxpr(update)(params, state, params)
+    traced = jax.make_jaxpr(update, axis_env=[(axis, 1) for axis in axes])(params, state, params)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     n = len(paths)
     # Paths name gradients, and numbers the scalars of the state, which are followed.

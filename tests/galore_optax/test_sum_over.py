@@ -1,12 +1,15 @@
 """`sum_over`: devices' gradients are summed projected, with the updates of their sum."""
 
+import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy_layers
 from jax.sharding import AxisType, PartitionSpec
 from toy_layers import MODEL
 
@@ -79,7 +82,7 @@ def test_devices_gradients_give_the_update_of_their_sum_and_no_gradient_is_sent(
     assert not shapes & {"64,96", "96,64", "80,48", "48,80", "3,80,48"}
 
 
-def test_a_step_without_a_refresh_sums_too_and_layers_are_refused():
+def test_a_step_without_a_refresh_sums_too():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     shared, alone = (galore(4, optax.sgd(1.0), sum_over=axes) for axes in ("data", ()))
     params = {"w": jnp.ones((8, 16)), "b": jnp.ones(3)}
@@ -94,8 +97,29 @@ def test_a_step_without_a_refresh_sums_too_and_layers_are_refused():
     total = jax.tree.map(lambda x: x.sum(0), gradients)
     expected, _ = without_refresh(alone).update(total, alone.init(params), params)
     jax.tree.map(np.testing.assert_allclose, got, expected)
-    with pytest.raises(ValueError, match="a layer is updated from one gradient"):
-        Layerwise(MODEL, shared)
+
+
+def test_a_layerwise_step_sums_devices_gradients_projected():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    numbers = {**toy_layers.NUMBERS, "embedding": toy_layers.MATRIX}  # a part that is no layer, too
+    how = dict(weight_dimension_numbers=numbers, update_proj_gap=2)
+    alone = Layerwise(
+        MODEL, galore_adamw(1e-2, 4, **how), accumulate=2, accumulate_in_subspace=True
+    )
+    parts = MODEL._replace(head=lambda *args: MODEL.head(*args) / mesh.size)
+    shared = Layerwise(parts, galore_adamw(1e-2, 4, **how, sum_over="data"), accumulate=2)
+    whole, rows = PartitionSpec(), PartitionSpec(None, "data")
+    specs = {"mesh": mesh, "in_specs": (whole, whole, rows), "out_specs": whole}
+    step = jax.jit(jax.shard_map(shared.step, **specs, check_vma=False))
+    ours = theirs = toy_layers.params()
+    states, alone_step = [shared.init(ours), alone.init(theirs)], jax.jit(alone.step)
+    for batch in toy_layers.batches(3, 2):
+        ours, states[0], told = step(ours, states[0], batch)
+        theirs, states[1], wanted = alone_step(theirs, states[1], batch)
+        np.testing.assert_allclose(told.loss, wanted.loss, rtol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), ours, theirs)
+    with pytest.raises(ValueError, match=r"sum_over=\('data',\) with clip=\"exact\": that norm"):
+        dataclasses.replace(shared, clip_norm=1.0)
 
 
 def test_what_needs_the_gradient_itself_is_refused():

@@ -245,20 +245,17 @@ def _by_layers(c: ResolvedText) -> Iterator[str]:
             reason = f"--optimizer {c.optimizer} {lacks}"
             choice = f"leave it out or choose one of {', '.join(users)}"
             yield f"{flag(name)}: {reason}; {choice}"
-    if c.compress_gradients and c.layerwise:
-        reason = "a layer's gradient is summed before its update"
-        yield f"--compress-gradients with --layerwise: {reason}; leave one of them out"
     if c.compress_gradients and c.subspace not in BY_PRODUCTS:
         reason = f"--subspace {c.subspace} needs the gradient itself"
         yield f"--compress-gradients: {reason}; choose one of {', '.join(BY_PRODUCTS)}"
     if c.compress_gradients and c.adapter is not None:
         reason = "the gradients of adapters are small"
         yield f"--compress-gradients with --adapter {c.adapter}: {reason}; leave one of them out"
-    if c.clip == "exact" and c.layerwise and c.accumulate_in_subspace:
-        yield (
-            "--clip exact with --layerwise --accumulate-in-subspace: the norm of the projected sum "
-            "is not known before the new subspaces are; choose previous, or leave one of them out"
-        )
+    for name in ("accumulate_in_subspace", "compress_gradients"):
+        if c.clip == "exact" and c.layerwise and getattr(c, name):
+            reason = "the norm of the projected sum is not known before the new subspaces are"
+            advice = "choose previous, or leave one of them out"
+            yield f"--clip exact with --layerwise {flag(name)}: {reason}; {advice}"
 
 
 def _text(c: Resolved) -> Iterator[str]:

@@ -263,7 +263,8 @@ class LayerwiseFlags:
     in memory."""
     clip: Literal["exact", "previous"] | None = None
     """Norm by which --layerwise clips: the step's own (a second backward pass), or the previous
-    step's. Default: exact; previous with --accumulate-in-subspace, the only choice there."""
+    step's. Default: exact; previous with --accumulate-in-subspace or --compress-gradients, the only
+    choice there."""
 
 
 @dataclasses.dataclass(frozen=True)

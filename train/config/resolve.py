@@ -164,7 +164,8 @@ def fewest_parts(batch: int, rows: Any) -> int:
 
 def default_clip(config: TrainingFlags) -> str | None:
     """The norm by which a step clips, if it does."""
-    in_subspace = config.layerwise and config.accumulate_in_subspace
+    projected = config.accumulate_in_subspace or config.compress_gradients
+    in_subspace = config.layerwise and projected
     return None if config.clip_norm is None else "previous" if in_subspace else "exact"
 
 

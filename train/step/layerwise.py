@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from galore_optax import Layered, Layerwise, apply_updates
 from galore_optax.quantization.array import dequantized
+from galore_optax.sharding import sum_of_all
 from models.llama.attention import sequences_of
 from models.llama.config import LlamaConfig
 from models.llama.layer import embed, rms_norm, training_layer
@@ -35,7 +36,7 @@ def make_optimizer(
         return apply_updates(part, updates, key)
 
     return Layerwise(
-        layered_llama(model, mesh),
+        layered_llama(model, mesh, whole=not config.compress_gradients),
         make_recipe(config, refreshes),
         clip_norm=config.clip_norm,
         clip=config.clip or "exact",
@@ -46,8 +47,11 @@ def make_optimizer(
     )
 
 
-def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
-    """A LLaMA as embedding, layer and head, which take a batch of `with_sequences`."""
+def layered_llama(config: LlamaConfig, mesh: Mesh, whole: bool = True) -> Layered:
+    """A LLaMA as embedding, layer and head, which take a batch of `with_sequences`.
+
+    That is the `whole` batch, or within `jax.shard_map` a device's own rows.
+    """
     # `Layerwise` decides whether a layer is recomputed in the backward pass.
     config = dataclasses.replace(config, rematerialize=False)
 
@@ -57,7 +61,8 @@ def layered_llama(config: LlamaConfig, mesh: Mesh) -> Layered:
     def layer(params, hidden, batch):
         hidden = training_layer(config, batch["sequences"], params, hidden)
         # XLA would split them otherwise within the loop over the layers.
-        return jax.lax.with_sharding_constraint(hidden, NamedSharding(mesh, BATCH))
+        at = NamedSharding(mesh, BATCH)
+        return jax.lax.with_sharding_constraint(hidden, at) if whole else hidden
 
     def head(params, hidden, batch):
         hidden = rms_norm(hidden, params["norm"], config.norm_eps)
@@ -90,11 +95,12 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes the step. It counts as skipped if `Layerwise` left out any part, as not finite."""
     schedule = learning_rate_schedule(config)
+    sum_over = ("data",) if config.compress_gradients else ()
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        tokens = jnp.sum(batch["weights"])
+        tokens = sum_of_all(jnp.sum(batch["weights"]), sum_over)
         if config.accumulate > 1:
-            batch = microbatches(batch, config.accumulate, mesh)
+            batch = microbatches(batch, config.accumulate, None if sum_over else mesh)
         batch = with_sequences(model, config.sequences, batch, tokens)
         params, inner, told = optimizer.step(state.params, state.optimizer.inner_state, batch)
         after = skipping.counted(state.optimizer, told.finite, inner)

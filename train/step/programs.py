@@ -39,8 +39,9 @@ from train.step.mesh import (
 from train.step.ordinary import Forward, Loss, summed_loss, train_step, train_step_in_subspace
 from train.step.state import Batch, Params, TrainState, step_key
 
+Step = Callable[..., Any]
 # The init of an optimizer, the shardings of its state, and the step.
-Optimizer = tuple[Callable[[Params], Any], Any, Callable[..., Any]]
+Optimizer = tuple[Callable[[Params], Any], Any, Step]
 
 
 class Network(NamedTuple):
@@ -277,6 +278,7 @@ def _by_layers(
     """The optimizer and the step of `--layerwise`."""
     by_layers = layerwise.make_optimizer(config, model, mesh, refreshes)
     step = layerwise.make_step(by_layers, config, model, mesh)
+    step = _on_each_device(config, mesh, step) if config.compress_gradients else step
     return by_layers.init, layerwise_shardings(by_layers, shapes, at), step
 
 
@@ -303,16 +305,18 @@ def _ordinary(
     if not config.compress_gradients:
         step = partial(train_step_in_subspace, *given, *how, divided=divided)
         return tx.init, optimizer_at, step
+    step = partial(
+        train_step_in_subspace, *given, *how[:-1], None, divided=divided, sum_over=("data",)
+    )
+    return tx.init, optimizer_at, _on_each_device(config, mesh, step)
+
+
+def _on_each_device(config: ResolvedTraining, mesh: Mesh, step: Step) -> Step:
+    """The step of `--compress-gradients`, which each device makes with its rows of the batch."""
     if mesh.size == 1 or mesh.shape["data"] != mesh.size:
         said = "there is nothing to all-reduce" if mesh.size == 1 else "weights must not be split"
         asked = "without --mesh" if config.mesh is None else f"with --mesh {config.mesh}"
         raise ValueError(f"--compress-gradients {asked}: {said}; give --mesh data=N")
-    step = partial(
-        train_step_in_subspace, *given, *how[:-1], None, divided=divided, sum_over=("data",)
-    )
-    specs = PartitionSpec(), BATCH
+    whole = PartitionSpec()
     # Typed by what varies over devices, a derivative by replicated weights would be all-reduced.
-    step = jax.shard_map(
-        step, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
-    )
-    return tx.init, optimizer_at, step
+    return jax.shard_map(step, mesh=mesh, in_specs=(whole, BATCH), out_specs=whole, check_vma=False)

@@ -15,11 +15,14 @@ from train.step.mesh import put_batch
 COMPRESSED = {"compress_gradients": True, "mesh": "data=8", "clip_norm": 0.5, "batch_size": 16}
 
 
-def test_losses_are_those_of_gradients_summed_whole_and_no_gradient_of_a_matrix_is_sent():
+@pytest.mark.parametrize(
+    "changes", [{}, {"layerwise": True, "clip_norm": None}], ids=["ordinary", "layerwise"]
+)
+def test_losses_are_those_of_gradients_summed_whole_and_no_gradient_of_a_matrix_is_sent(changes):
     # Clipped by the projected gradient's norm, too.
     whole = {"accumulate_in_subspace": True, "compress_gradients": False, "mesh": None}
-    programs, _, _, losses = trained(6, **COMPRESSED)
-    np.testing.assert_allclose(losses, train(**COMPRESSED | whole), rtol=2e-5)
+    programs, _, _, losses = trained(6, **COMPRESSED | changes)
+    np.testing.assert_allclose(losses, train(**COMPRESSED | changes | whole), rtol=2e-5)
     text = programs.train_step.lower(programs.abstract, programs.batch).compile().as_text()
     sent = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
     numbers = [
@@ -52,7 +55,10 @@ def test_a_row_of_one_device_that_is_not_finite_makes_all_skip_the_step(monkeypa
         ({"mesh": "data=2,fsdp=4"}, "weights must not be split; give --mesh data=N"),
         (ADAMW, "--compress-gradients: --optimizer adamw has no subspace"),
         ({"subspace": "svd"}, "--subspace svd needs the gradient itself"),
-        ({"layerwise": True}, "--compress-gradients with --layerwise: a layer's gradient"),
+        (
+            {"layerwise": True, "clip": "exact"},
+            "--clip exact with --layerwise --compress-gradients: the norm of the projected sum",
+        ),
     ],
 )
 def test_what_cannot_be_compressed_is_refused(changes, message):
