@@ -19,7 +19,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         advice = "give a directory with a Hugging Face checkpoint"
         raise ValueError(f"{path} cannot be read ({error.strerror}); {advice}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must contain a JSON object")

@@ -97,7 +97,9 @@ def read_weights(
     Yields the path and the array of each of `weight_table`, one at a time, so that the host never
     has a second copy of the model; errors as for `load_llama`.
     """
-    files, places = tensor_files(directory), _places(config)
+    files = tensor_files(directory)
+    check_layers(config.layers, files)
+    places = _places(config)
     known = places.keys() | _frequency_names(config) | ({_HEAD} if config.tied else set())
     check_names(missing=places.keys() - files.keys(), unexpected=files.keys() - known)
 
@@ -115,11 +117,21 @@ def read_weights(
         _check_tied(files[_HEAD], read(_EMBEDDING))
     weights: dict[Any, Any] = flatten_dict(weight_table(config))
     for path, names in groupby(places, lambda name: places[name].path):
-        stack = np.empty(weights[path].shape, config.param_dtype)
+        stack = None
         for name in names:
-            layer = places[name].layer
-            stack[layer] = read(name) if layer is ... else read(name).T
+            layer, tensor = places[name].layer, read(name)
+            if stack is None:  # a tensor has the sizes that config.json claims
+                stack = np.empty(weights[path].shape, config.param_dtype)
+            stack[layer] = tensor if layer is ... else tensor.T
+        assert stack is not None
         yield path, stack
+
+
+def check_layers(layers: int, files: Collection[str]) -> None:
+    """Raises ValueError if config.json claims more layers than there are tensors."""
+    if layers > len(files):
+        said = f"config.json says {layers} layers, and there are {len(files)} tensors"
+        raise ValueError(f"{said}; config.json and weights must match")
 
 
 def check_names(**wrong: Collection[str]) -> None:

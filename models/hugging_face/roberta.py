@@ -21,6 +21,7 @@ from models.encoder.config import EncoderConfig, weight_table
 from models.encoder.model import Encoder
 from models.hugging_face.files import read_json, read_tensor
 from models.hugging_face.llama import (
+    check_layers,
     check_names,
     check_no_model,
     check_params,
@@ -115,6 +116,7 @@ def read_weights(
     Errors as for `load_roberta`.
     """
     files = tensor_files(directory)
+    check_layers(config.layers, files)
     places = _places(config, files)
     unexpected = {
         name
@@ -128,7 +130,7 @@ def read_weights(
         by_path.setdefault(place.path, []).append(name)
     for path, names in by_path.items():
         shape = weights[path].shape
-        stack = np.empty(shape, config.param_dtype)
+        stack = None
         for name in names:
             _, layer, transposed = places[name]
             tensor = read_tensor(files[name], name)
@@ -140,8 +142,11 @@ def read_weights(
                 raise ValueError(
                     f"{name} has shape {tensor.shape} as (in, out), but config.json says {expected}"
                 )
+            if stack is None:  # a tensor has the sizes that config.json claims
+                stack = np.empty(shape, config.param_dtype)
             stack[layer] = tensor
         else:
+            assert stack is not None
             yield path, stack
 
 

@@ -164,7 +164,7 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         advice = "give the config.json of a run's folder"
         raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is not a config.json of train.pretrain: it holds no object")

@@ -82,8 +82,10 @@ class ChatTemplate:
                 documents=None,
                 **self._names,
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template cannot write the messages ({error})") from None
+        # The sandbox refuses long ranges; nothing else keeps a template from asking for memory.
+        except (jinja2.TemplateError, TypeError, OverflowError, MemoryError) as error:
+            said = str(error) or "it needs more memory than there is"
+            raise ValueError(f"the chat template cannot write the messages ({said})") from None
 
     def _compiled(self) -> Any:
         import jinja2

@@ -28,7 +28,7 @@ def is_classifier(run: Path) -> bool:
     """Whether a folder is a run of train.finetune."""
     try:
         return "task" in json.loads((run / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False  # the reader of other runs says what is wrong
 
 

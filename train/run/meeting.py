@@ -113,7 +113,7 @@ class _Others:
         try:
             found = json.loads(text)
             said = {name: int(found[name]) for name in ("process", "processes", "stopped")}
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return None  # no process of a run
         before = {0, *(other["process"] for other in self.said.values())}
         self.said[connection] = said
@@ -193,7 +193,7 @@ def _ask(place: Place, seconds: float, stopped: bool = False) -> str | None:
             raise OSError(
                 f"{said}: process 0 does not answer ({error.strerror or error})"
             ) from None
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise OSError(f"{said}: process 0 has ended, or is another program") from None
 
 

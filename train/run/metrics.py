@@ -106,7 +106,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without one that a kill has truncated."""
     path, lines = directory / "metrics.jsonl", []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):
                 lines.append(line)

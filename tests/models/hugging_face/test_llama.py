@@ -394,8 +394,25 @@ def test_an_absent_or_damaged_checkpoint_is_refused(checkpoint, tmp_path):
     (checkpoint / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
         load_llama(checkpoint)
+    (checkpoint / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"is not valid JSON: maximum recursion"):
+        load_llama(checkpoint)
     (checkpoint / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json must contain a JSON object"):
+        load_llama(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ({"vocab_size": 10**12}, r"embed_tokens.weight has shape .* config.json says \(10000000"),
+        ({"intermediate_size": 10**12}, "mlp.* has shape .* but config.json says"),
+        ({"num_hidden_layers": 10**12}, "config.json says 10000.* layers, and there are"),
+    ],
+)
+def test_no_memory_is_taken_for_sizes_that_only_config_json_claims(checkpoint, claim, message):
+    edit(checkpoint / "config.json", **claim)
+    with pytest.raises(ValueError, match=message):
         load_llama(checkpoint)
 
 

@@ -148,6 +148,8 @@ def test_a_token_across_the_border_of_prompt_and_completion_is_two():
         (messages("hi", "ho"), "{% for %}", r"^--chat-template .*t.jinja cannot be .* valid Jinja"),
         (messages("hi", "ho"), "{{ strftime_now('%d') }}", "'strftime_now' is undefined"),
         (messages("hi", "ho"), "{{ messages.__class__.__mro__ }}", "unsafe"),
+        (messages("hi", "ho"), "{% for i in range(10**9) %}a{% endfor %}", "Range too big"),
+        (messages("hi", "ho"), "{{ 'a' * 10**18 }}", "needs more memory than there is"),
     ],
 )  # fmt: skip
 def test_messages_that_cannot_be_written_are_named(chat, tmp_path, example, template, says):

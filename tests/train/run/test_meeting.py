@@ -90,6 +90,8 @@ def test_who_did_not_come_is_named_and_other_programs_are_not_heard(at, capsys, 
         time.sleep(0.3)
         with socket.create_connection(Place(at, 4, 1).address) as connection:
             connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        with socket.create_connection(Place(at, 4, 1).address) as connection:
+            connection.sendall(b"[" * 4000)  # JSON too deep to read
 
     found = outcomes((meet, Place(at, 4, 0), 1.5), (meet, Place(at, 4, 2), 9), (stray,))
     said = f"the processes of the run do not meet at {at}: processes 1, 3 did not come"
