@@ -251,6 +251,13 @@ def _by_layers(c: ResolvedText) -> Iterator[str]:
     if c.compress_gradients and c.adapter is not None:
         reason = "the gradients of adapters are small"
         yield f"--compress-gradients with --adapter {c.adapter}: {reason}; leave one of them out"
+    if c.compress_bits not in (None, 8):
+        yield f"--compress-bits {c.compress_bits}: choose 8, or leave it out"
+    if c.compress_bits is not None and not c.compress_gradients:
+        yield "--compress-bits 8 has no effect: give --compress-gradients, too, or leave it out"
+    if c.compress_bits is not None and c.layerwise:
+        reason = "a layer's sum is sent as it is"
+        yield f"--compress-bits 8 with --layerwise: {reason}; leave one of them out"
     for name in ("accumulate_in_subspace", "compress_gradients"):
         if c.clip == "exact" and c.layerwise and getattr(c, name):
             reason = "the norm of the projected sum is not known before the new subspaces are"

@@ -41,8 +41,7 @@ class TextFlags:
     """`packed`: no padding, no attention across documents; `document`: one document per row,
     truncated or padded, as published."""
     skip_unreadable: bool = False
-    """Go on without documents of C4 that cannot be read, because a file of it is gone or damaged,
-    and name each. Default: the run saves its last step, and stops."""
+    """Name and skip documents of C4 that cannot be read. Default: the run saves, and stops."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,13 +257,14 @@ class LayerwiseFlags:
     compress_gradients: bool = False
     """With --mesh data=N, all-reduce gradients projected, a fraction of their size, and clip them
     by their norm there. Microbatches are summed as with --accumulate-in-subspace."""
+    compress_bits: int | None = None
+    """8: send each step's sum in 8 bits, rounded at random. Default: as it is computed."""
     layerwise: bool = False
     """Update each layer as soon as the backward pass has its gradient: only one layer's gradient is
     in memory."""
     clip: Literal["exact", "previous"] | None = None
     """Norm by which --layerwise clips: the step's own (a second backward pass), or the previous
-    step's. Default: exact; previous with --accumulate-in-subspace or --compress-gradients, the only
-    choice there."""
+    step's. Default: exact; previous with one of the two flags above, the only choice there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,4 +348,5 @@ class TrainingFlags(
     layerwise = False
     accumulate_in_subspace = False
     compress_gradients = False
+    compress_bits = None
     clip = None

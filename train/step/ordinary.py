@@ -21,6 +21,7 @@ from galore_optax.ordering import once_if
 from galore_optax.sharding import sum_of_all
 from galore_optax.transformation import SubspaceParts
 from train.step import skipping
+from train.step.eight_bits import sum_in_8_bits
 from train.step.loss import summed_cross_entropy
 from train.step.mesh import microbatches
 from train.step.state import Batch, Metrics, Params, TrainState, step_key, step_metrics
@@ -119,13 +120,14 @@ def train_step_in_subspace(
     batch: Batch,
     divided: Split = split,
     sum_over: Sequence[str] = (),
+    eight_bits: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One update, from microbatches' gradients that are projected, summed and then clipped.
 
     The optimizer's state is that of `train_step`. If the sum is not finite, a basis that the first
     microbatch has refreshed stays, with the moments carried over, and nothing else changes. Within
     `jax.shard_map` each device has its own rows of `batch`, to be summed over the mesh axes
-    `sum_over`: its gradients are, projected.
+    `sum_over`: its gradients are, projected, and with `eight_bits` sent so.
     """
     trained, of_trained, applied, updated = trainable(
         summed, stochastic_rounding, state, divided, sum_over
@@ -134,7 +136,12 @@ def train_step_in_subspace(
     how = accumulate, mesh, sum_over
     gradients, parts, tokens = _by_microbatch(of_trained, trained, batch, *how)
     gradient, own, losses = over_microbatches_in_subspace(recipe, own, trained, gradients, parts)
-    gradient, loss = sum_of_all((gradient, jnp.sum(losses)), sum_over)
+    if eight_bits:
+        key = step_key(state.key, state.step, 3)
+        gradient, losses = sum_in_8_bits(gradient, sum_over, key), sum_of_all(losses, sum_over)
+    else:
+        gradient, losses = sum_of_all((gradient, losses), sum_over)
+    loss = jnp.sum(losses)
     norm = _norm(gradient)
 
     def update(trained: Params, own: Any) -> tuple[Params, Any]:

@@ -305,9 +305,8 @@ def _ordinary(
     if not config.compress_gradients:
         step = partial(train_step_in_subspace, *given, *how, divided=divided)
         return tx.init, optimizer_at, step
-    step = partial(
-        train_step_in_subspace, *given, *how[:-1], None, divided=divided, sum_over=("data",)
-    )
+    sums = {"sum_over": ("data",), "eight_bits": config.compress_bits is not None}
+    step = partial(train_step_in_subspace, *given, *how[:-1], None, divided=divided, **sums)
     return tx.init, optimizer_at, _on_each_device(config, mesh, step)
 
 

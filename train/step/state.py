@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
 
 
 def step_key(key: Key[Array, ""], step: Int[Array, ""], use: int) -> Key[Array, ""]:
-    """The random key of a step for one use: 0 rounding, 1 dropout, 2 restart."""
+    """The random key of a step for one use: 0 rounding, 1 dropout, 2 restart, 3 sums."""
     return jax.random.fold_in(jax.random.fold_in(key, step), use)
 
 

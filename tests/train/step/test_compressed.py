@@ -3,14 +3,17 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from small_run import ADAMW, BAD, break_at_bad_tokens, small, train, trained
 
 from train.config.resolve import resolve
 from train.plan import programs_of
 from train.step import programs
-from train.step.mesh import put_batch
+from train.step.eight_bits import sum_in_8_bits
+from train.step.mesh import make_mesh, put_batch
 
 COMPRESSED = {"compress_gradients": True, "mesh": "data=8", "clip_norm": 0.5, "batch_size": 16}
 
@@ -34,6 +37,39 @@ def test_losses_are_those_of_gradients_summed_whole_and_no_gradient_of_a_matrix_
     assert set(numbers) - {257 * 32} <= set(range(2 * 4 * 48 + 1))
 
 
+def test_sums_in_8_bits_are_right_on_average_and_bytes_are_what_is_sent():
+    mesh = make_mesh("data=8")
+    values = jax.random.normal(jax.random.key(0), (8, 70, 90)) * jnp.arange(1, 9)[:, None, None]
+    tree = {"large": values, "small": values[:, 0]}
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+
+    def own(tree, key):
+        return sum_in_8_bits(jax.tree.map(lambda x: x[0], tree), ("data",), key)
+
+    specs = {"mesh": mesh, "in_specs": (rows, whole), "out_specs": whole}
+    sums = jax.jit(jax.shard_map(own, **specs, check_vma=False))
+    got = [sums(tree, jax.random.key(i)) for i in range(30)]
+    exact = jax.tree.map(lambda x: np.sum(x, axis=0), tree)
+    np.testing.assert_allclose(got[0]["small"], exact["small"], rtol=1e-5)
+    size = np.std(exact["large"])
+    errors = np.stack([x["large"] - exact["large"] for x in got]) / size
+    assert np.std(errors) < 0.02
+    assert np.std(errors.mean(0)) < 1.3 * np.std(errors) / 30**0.5
+    text = sums.lower(tree, jax.random.key(0)).compile().as_text()
+    for collective in ("all-to-all", "all-gather"):
+        assert re.search(rf"s8\[.* {collective}\(", text)
+    assert "70,90" not in "".join(re.findall(r"= (.*?) all-reduce", text))
+    bad = {**tree, "large": values.at[5, 3, 3].set(jnp.nan)}
+    assert not np.isfinite(sums(bad, jax.random.key(0))["large"]).all()
+
+
+def test_losses_with_sums_in_8_bits_are_nearly_those_without():
+    exact = train(**COMPRESSED)
+    got = train(**COMPRESSED, compress_bits=8)
+    assert not np.array_equal(got, exact)
+    np.testing.assert_allclose(got, exact, rtol=2e-3)
+
+
 def test_a_row_of_one_device_that_is_not_finite_makes_all_skip_the_step(monkeypatch):
     make = programs.make_forward
     monkeypatch.setattr(programs, "make_forward", lambda *a: break_at_bad_tokens(make(*a)))
@@ -54,6 +90,12 @@ def test_a_row_of_one_device_that_is_not_finite_makes_all_skip_the_step(monkeypa
         ({"mesh": None}, "--compress-gradients without --mesh: there is nothing to all-reduce"),
         ({"mesh": "data=2,fsdp=4"}, "weights must not be split; give --mesh data=N"),
         (ADAMW, "--compress-gradients: --optimizer adamw has no subspace"),
+        ({"compress_bits": 4}, "--compress-bits 4: choose 8, or leave it out"),
+        ({"compress_bits": 8, "layerwise": True}, "--compress-bits 8 with --layerwise: a layer"),
+        (
+            {"compress_bits": 8, "compress_gradients": False},
+            "--compress-bits 8 has no effect: give --compress-gradients, too",
+        ),
         ({"subspace": "svd"}, "--subspace svd needs the gradient itself"),
         (
             {"layerwise": True, "clip": "exact"},
