@@ -1,8 +1,8 @@
-"""A step of every optimizer and adapter, and of a mesh, compiled for GPUs: what they do there.
+"""A step of every optimizer and adapter, and whole training steps, compiled for GPUs.
 
-`gpu_programs.json` has the kernels and bytes of each program: on one card with all subspaces
-refreshed too, on several of a step without a refresh, with the bytes that are sent. This rewrites
-it, and prints what changed:
+`gpu_programs.json` has the kernels and bytes of each program: of an optimizer with all subspaces
+refreshed too, of a whole step without a refresh, with the bytes that several cards send. This
+rewrites it, and prints what changed:
 
     JAX_PLATFORMS=cpu PYTHONPATH=.:tests python -m tests.train.step.test_gpu_programs
 """
@@ -35,7 +35,8 @@ STEPS = {
     **{name: {"optimizer": "adamw", "adapter": name} for name in ("dora", "low-rank")},
     "4 bits": {"optimizer": "q-galore-adamw8bit", "moment_bits": 4, "side": "larger"},
 }
-MESHES = {
+WHOLE = {
+    "1 card": {"optimizer": "galore-adamw"},
     "4 cards": {"optimizer": "galore-adamw", "mesh": "data=2,fsdp=2"},
     "4 cards, layer-wise": {
         "optimizer": "galore-adamw", "mesh": "data=2,fsdp=2", "layerwise": True,
@@ -46,7 +47,7 @@ ALIKE = {"apollo-adamw", "apollo-mini-adamw", "alice"}
 # On the older card those of which it needs kernels.
 OLDER = {"galore-adamw8bit", "q-galore-adamw8bit", "4 bits"}
 CASES = [("rtx-3080", case) for case in STEPS if case in OLDER]
-CASES += [("h100", case) for case in (*STEPS, *MESHES) if case not in ALIKE]
+CASES += [("h100", case) for case in (*STEPS, *WHOLE) if case not in ALIKE]
 # Bounds of a count as shares of the table's. XLA's versions differ a little; a program that does
 # far less than the table says should have its row rewritten.
 LESS, MORE = 0.67, 1.1
@@ -79,8 +80,8 @@ def settings(**changes):
 def program(card_name: str, case: str) -> str:
     """The text of a case's program for a card."""
     card = find_card(card_name)
-    if case in MESHES:
-        parts = programs_of(settings(**MESHES[case]), card)
+    if case in WHOLE:
+        parts = programs_of(settings(**WHOLE[case]), card)
         lowered = parts.step_without_refresh.lower(parts.abstract, parts.batch)
         return lowered.compile().as_text() or ""
     return step_of_a_stack(card, settings(**STEPS[case]))
@@ -151,7 +152,7 @@ def test_a_program_does_no_more_than_the_table_says(card, case, optimized):
     assert done.keys() == pinned.keys()
     for name, value in done.items():
         assert LESS * pinned[name] <= value <= MORE * pinned[name], f"{name}: {value:,}"
-    assert ("__cudnn$fmha" in text) == (case in MESHES)
+    assert ("__cudnn$fmha" in text) == (case in WHOLE)
     if traffic := outside_check():
         assert (done["bytes"], done["kernels"]) == traffic(text).run()
 
