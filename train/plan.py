@@ -24,6 +24,7 @@ from train.memory.fit import RECIPES, Fit, first_fit, splits
 from train.memory.plan import CONTEXT, SIZES, MemoryPlan, compiled_steps, estimate, known, plan
 from train.memory.program import count, in_words
 from train.run.cli import run
+from train.run.directory import check_can_be_written
 from train.run.plots import check_picture, plot_plan
 from train.step.mesh import make_mesh, parse_mesh
 from train.step.programs import Programs, make_programs, model_config, vocabulary_note
@@ -155,13 +156,9 @@ def main(config: Plan) -> int:
 
 def _check_files(config: Plan) -> None:
     """Raises ValueError unless the files can be written when the steps are compiled."""
-    for name in ("dump", "plot"):
-        if (file := getattr(config, name)) is not None and not Path(file).parent.is_dir():
-            raise ValueError(
-                f"{flag(name)} {file!r}: there is no folder {str(Path(file).parent)!r}"
-            )
     if config.plot is not None:
         check_picture(config.plot, "--plot")
+        check_can_be_written(Path(config.plot), "--plot")
     if config.dump is None:
         return
     if config.compare or config.card is not None:
@@ -169,6 +166,7 @@ def _check_files(config: Plan) -> None:
     path = Path(config.dump)
     if path.exists() or path.is_symlink():
         raise ValueError(f"--dump {config.dump!r} is there already: choose another name")
+    check_can_be_written(path, "--dump")
 
 
 def print_plans(

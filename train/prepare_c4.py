@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ VALIDATION_EVERY = 100
 # A reader keeps all files open: all of C4 must fit into the usual limit of 1,024 files.
 _DOCUMENTS_PER_FILE = 1_000_000
 _DOCUMENTS_IN_MEMORY = 1_000
+# Seconds in which a server must answer.
+_PATIENCE = 10
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,9 @@ def _download(url: str, download_dir: Path) -> Path:
     import tensorflow_datasets as tfds
 
     try:
+        if url.startswith(("http://", "https://")):
+            # TFDS tries an address that does not answer for minutes, with a warning each time.
+            urllib.request.urlopen(url, timeout=_PATIENCE).close()
         return Path(tfds.download.DownloadManager(download_dir=download_dir).download(url))
     except Exception as error:  # of any of the libraries that TFDS downloads with
         raise ValueError(f"input={url!r} cannot be downloaded: {error}") from error

@@ -260,8 +260,11 @@ def test_the_plan_of_a_card_is_drawn(capsys, monkeypatch, tmp_path):
         (["--gpu", "rtx-1"], "--gpu 'rtx-1': expected one of rtx-3060-12gb"),
         (["--dump", "x", "--compare", "adamw"], "--dump writes one program"),
         (["--dump", "README.md"], "--dump 'README.md' is there already"),
-        (["--dump", "nowhere/x"], "--dump 'nowhere/x': there is no folder 'nowhere'"),
-        (["--plot", "nowhere/x.png"], "--plot 'nowhere/x.png': there is no folder 'nowhere'"),
+        (["--dump", "nowhere/x"], "--dump nowhere/x cannot be written (No such file or directory)"),
+        (
+            ["--plot", "nowhere/x.png"],
+            "--plot nowhere/x.png cannot be written (No such",
+        ),
         (["--plot", "x.xyz"], "--plot 'x.xyz': expected a name that ends in ."),
         (["--dump", "x", "--dtype", "bfloat16"], "--dump with an estimate"),
         (["--compare", "sgd"], "--optimizer 'sgd': choose one of"),

@@ -117,6 +117,18 @@ def check_can_be_made(folder: Path, name: str) -> None:
                 path.rmdir()
 
 
+def check_can_be_written(file: Path, name: str) -> None:
+    """Raises OSError with the flag's name if a file cannot be written; changes nothing."""
+    there = file.exists()
+    try:
+        with file.open("a"):
+            pass
+    except OSError as error:
+        raise OSError(f"{name} {file} cannot be written ({error.strerror}); name another") from None
+    if not there:
+        file.unlink()
+
+
 def write_config(
     config: ResolvedTraining, kept: Mapping[str, Mapping[str, Path]], step: int = 0
 ) -> list[str]:

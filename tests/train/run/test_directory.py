@@ -79,3 +79,12 @@ def test_a_folder_that_cannot_be_made_is_named_before_the_data_are_read():
 def test_the_check_of_a_folder_leaves_nothing(tmp_path):
     assert run_directory.check(resolve(Pretrain(out=str(tmp_path / "a" / "b")))) is None
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_named_and_nothing_changes(tmp_path):
+    with pytest.raises(OSError, match=r"--dump .*none/x cannot be written \(No such file"):
+        run_directory.check_can_be_written(tmp_path / "none" / "x", "--dump")
+    (tmp_path / "there").write_text("a")
+    for name in ("there", "x"):
+        run_directory.check_can_be_written(tmp_path / name, "--dump")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("there", "a")]
