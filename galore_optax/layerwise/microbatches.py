@@ -1,7 +1,7 @@
 """Gradients summed over microbatches, as they are or projected into GaLore's subspace.
 
 A projection is linear, Σ PᵀGᵢ = Pᵀ ΣGᵢ, so the sum of projected gradients takes rank / min(in, out)
-of a gradient's memory for each matrix.
+of a gradient's memory for each matrix. Here batches are cut already (`train.step.microbatches`).
 """
 
 from collections.abc import Callable

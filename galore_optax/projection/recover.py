@@ -1,7 +1,8 @@
 """The way back: from the inner's step in the subspace to the update of a whole matrix.
 
 GaLore's is P N: the part of the gradient outside the subspace is lost. Others use it. They are
-given the gradient itself, and cannot work on a sum of projected gradients.
+given the gradient itself, and cannot work on a sum of projected gradients. Each is a page of this
+folder (`fira` is the shortest); their names are `galore_optax.galore.RECOVERS`.
 """
 
 import dataclasses

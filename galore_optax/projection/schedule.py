@@ -4,6 +4,7 @@ GaLore (arXiv:2403.03507, algorithm 2) refreshes every matrix every `update_proj
 Q-GaLore (arXiv:2407.08296, section 3.2) doubles the gap of a matrix once the similarities of its
 last few subspaces are high on average. Here the similarity does not depend on the signs and the
 order of a basis' vectors, the gap has a cap, and after a doubling new similarities are waited for.
+Here the next due step is computed; `galore_optax.stages` compares it with the count.
 """
 
 import dataclasses

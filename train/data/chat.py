@@ -1,7 +1,8 @@
 """Chat templates: from messages to the text that a model reads, as transformers renders it.
 
 A template is Jinja, run in a sandbox. It does not get the date (`strftime_now`), so that a run can
-be repeated; templates that use it where it is defined have a fixed one.
+be repeated; templates that use it where it is defined have a fixed one. `train.data.examples` makes
+tokens of the text, and says which of them are predicted.
 """
 
 import json

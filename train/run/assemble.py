@@ -27,7 +27,8 @@ from train.run.initial import initial_state
 from train.run.metrics import read_metrics
 from train.run.parts import Evaluation, Log, Parts, log_devices, log_programs
 from train.run.trained import sample_text
-from train.step.mesh import check_batch, make_mesh
+from train.step.mesh import make_mesh
+from train.step.microbatches import check_batch
 from train.step.programs import abstract_params, make_programs, model_config, vocabulary_note
 from train.step.state import Params, TrainState
 

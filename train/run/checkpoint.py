@@ -7,11 +7,9 @@ A run's checkpoint also has the losses of the evaluations before it. A step may 
 it is saved: that loss is in metrics.jsonl alone.
 """
 
-import json
 import math
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -24,7 +22,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from train.config.resume import default_of
-from train.run.checksums import checksums, leaf_names
+from train.run.checksums import check, checksums, leaf_names, sealed
 from train.run.cli import one_line
 
 Tree = Any
@@ -109,7 +107,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),  # pyrefly: ignore
                     rest=ocp.args.StandardSave(rest),  # pyrefly: ignore
-                    progress=ocp.args.JsonSave(_sealed(content)),  # pyrefly: ignore
+                    progress=ocp.args.JsonSave(sealed(content)),  # pyrefly: ignore
                 ),
             )
         if not saved:
@@ -200,7 +198,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())  # pyrefly: ignore
         found = dict(self._manager.restore(step, args=args)["progress"])
         written = found.get("format", 1)
-        if (written == FORMAT or "checksum" in found) and found != _sealed(found):
+        if (written == FORMAT or "checksum" in found) and found != sealed(found):
             raise ValueError("progress is not what was saved")
         return found
 
@@ -224,9 +222,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         try:
             items = self._manager.restore(step, args=ocp.args.Composite(**args))
             for name in wanted:
-                now = checksums(items[name])
-                if changed := [k for k, (_, sum_) in found[name].items() if now[k] != sum_]:
-                    raise ValueError(f"{name}/{changed[0]} is not what was saved")
+                check(name, items[name], {k: sum_ for k, (_, sum_) in found[name].items()})
         except Exception as error:
             return self._log_damage(step, error)
         return {**{name: items[name] for name in wanted}, "progress": found["progress"]}
@@ -251,13 +247,6 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
 def _rank(evaluations: Mapping[int, float], step: int) -> tuple[float, int]:
     loss = evaluations.get(step, math.inf)
     return (loss if math.isfinite(loss) else math.inf, -step)
-
-
-def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON values with a checksum of all others, as JSON has them."""
-    content = json.loads(json.dumps({k: v for k, v in content.items() if k != "checksum"}))
-    text = json.dumps(content, sort_keys=True)
-    return {**content, "checksum": zlib.crc32(text.encode())}
 
 
 def _described(tree: Tree) -> dict[str, tuple[str, int]]:

@@ -1,9 +1,12 @@
-"""Checksums of arrays, computed where they are: a changed array is found on any mesh.
+"""Checksums of a checkpoint's arrays, computed where they are, and of its JSON; their verification.
 
 Any change of one number changes its array's checksum; other changes do in all but one of 2**32
 cases. The sum does not depend on how an array is split over devices, and takes one read of it.
 """
 
+import json
+import zlib
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +28,20 @@ def checksums(tree: Tree) -> dict[str, int]:
     """The checksum of each array in a tree, by name."""
     found = jax.device_get(_checksums(leaf_names(tree)))
     return {name: int(value) for name, value in found.items()}
+
+
+def check(name: str, tree: Tree, saved: Mapping[str, int]) -> None:
+    """ValueError if an array of the item `name` has another checksum than when it was saved."""
+    now = checksums(tree)
+    if changed := [k for k, value in saved.items() if now[k] != value]:
+        raise ValueError(f"{name}/{changed[0]} is not what was saved")
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with a checksum of all others, as JSON has them."""
+    content = json.loads(json.dumps({k: v for k, v in content.items() if k != "checksum"}))
+    text = json.dumps(content, sort_keys=True)
+    return {**content, "checksum": zlib.crc32(text.encode())}
 
 
 @jax.jit

@@ -26,7 +26,8 @@ from train.run.assemble import TextParts, kept_files
 from train.run.initial import initial_state
 from train.run.parts import Log, log_devices, log_programs
 from train.run.trained import answer
-from train.step.mesh import check_batch, make_mesh
+from train.step.mesh import make_mesh
+from train.step.microbatches import check_batch
 from train.step.programs import abstract_params, make_programs, model_config
 from train.step.state import Params
 

@@ -35,7 +35,8 @@ from train.run.metrics import evaluation_losses, read_metrics
 from train.run.parts import Evaluation, Log, Parts, log_devices, log_programs
 from train.run.scores import scores
 from train.step.classifier import make_programs, model_config
-from train.step.mesh import check_batch, make_mesh
+from train.step.mesh import make_mesh
+from train.step.microbatches import check_batch
 from train.step.programs import weight_keys
 from train.step.state import Params, TrainState
 

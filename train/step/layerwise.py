@@ -19,7 +19,8 @@ from train.config.optimizers import learning_rate_schedule, make_recipe
 from train.config.settings import ResolvedText
 from train.step import skipping
 from train.step.loss import summed_cross_entropy
-from train.step.mesh import BATCH, microbatches
+from train.step.mesh import BATCH
+from train.step.microbatches import microbatches
 from train.step.state import Batch, Metrics, Params, TrainState, step_key, step_metrics
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
 
 from galore_optax.quantization.array import is_quantized
 
@@ -168,32 +167,8 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     }
 
 
-def microbatches(batch: Mapping[str, Array], count: int, mesh: Mesh | None) -> dict[str, Array]:
-    """Cuts a batch's arrays `(B, L)` into `count` microbatches, to `(A, B / A, L)`."""
-
-    def cut(x: Array) -> Array:
-        # Row i goes to microbatch i mod A: (B, L) -> (B/A, A, L) -> (A, B/A, L) moves nothing
-        # between devices, as each holds a range of rows.
-        x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-        if mesh is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
-
-    return {name: cut(x) for name, x in batch.items()}
-
-
 def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The `ShapeDtypeStruct`s of a batch of `put_batch`."""
     ids = jax.ShapeDtypeStruct((batch_size, seq_len), np.int32, sharding=NamedSharding(mesh, BATCH))
     names = ("inputs", "targets", "positions", "segment_ids")
     return {**dict.fromkeys(names, ids), "weights": ids.update(dtype=np.float32)}
-
-
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises ValueError unless a batch divides into microbatches, and these over the devices."""
-    shards = batch_shards(mesh)
-    if batch_size % accumulate or (batch_size // accumulate) % shards:
-        raise ValueError(
-            f"--batch-size {batch_size} with --accumulate {accumulate} cannot be split over "
-            f"data * fsdp = {shards} devices: choose a multiple of {accumulate * shards}"
-        )

@@ -23,7 +23,7 @@ from galore_optax.transformation import SubspaceParts
 from train.step import skipping
 from train.step.eight_bits import sum_in_8_bits
 from train.step.loss import summed_cross_entropy
-from train.step.mesh import microbatches
+from train.step.microbatches import microbatches
 from train.step.state import Batch, Metrics, Params, TrainState, step_key, step_metrics
 
 Forward = Callable[[Params, Batch], tuple[Float[Array, "B L D"], Float[Array, "V D"]]]

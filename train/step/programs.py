@@ -32,10 +32,10 @@ from train.step.mesh import (
     BATCH,
     abstract_batch,
     batch_shards,
-    check_batch,
     heads_sharding,
     param_shardings,
 )
+from train.step.microbatches import check_batch
 from train.step.ordinary import Forward, Loss, summed_loss, train_step, train_step_in_subspace
 from train.step.state import Batch, Params, TrainState, step_key
 

@@ -13,7 +13,8 @@ from models.llama.axes import logical_axes
 from models.llama.config import SIZES, LlamaConfig, Weight, weight_table
 from train.config.resolve import resolve
 from train.run.assemble import assemble
-from train.step.mesh import check_batch, make_mesh, param_shardings, parse_mesh, put_batch
+from train.step.mesh import make_mesh, param_shardings, parse_mesh, put_batch
+from train.step.microbatches import check_batch
 
 
 def test_axes_that_are_not_named_have_size_one():
