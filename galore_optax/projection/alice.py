@@ -78,7 +78,7 @@ class Alice:
         if tracked:
             r = own.projected.astype(mean.dtype)
             tracked = [_mean(self.tracking, tracked[0], r @ r.T)]
-        update = own.scale * (own.back(own.step) - factor * residual)
+        update = own.scale * (own.back(own.step) - factor[None] * residual)
         return update, (mean, previous, *tracked)
 
 

@@ -50,4 +50,4 @@ class Apollo:
         factor = growth(own.step, own.projected, columns=self.per == "column")
         squares = factor**2 * energies(own.gradient)
         limited, state = limit(squares, state, at(self.learning_rate, own.count))
-        return -own.scale * limited * factor * own.gradient, state
+        return -own.scale * jnp.atleast_2d(limited * factor) * own.gradient, state

@@ -51,6 +51,6 @@ class Fira:
             residual = energies(own.gradient - alpha * own.back(own.projected))
         rate = at(self.learning_rate, own.count)
         limited, state = limit(factor**2 * residual, state, rate)
-        factor = limited * factor
+        factor = jnp.atleast_2d(limited * factor)
         small = alpha * (own.step + factor * own.projected)
         return own.back(small) - factor * own.gradient, state

@@ -75,7 +75,7 @@ def scale_by_racs(
             decay * old + (1 - decay) * new for old, new in ((state.rows, q), (state.columns, s))
         )
         by_rows, by_columns = (jax.lax.rsqrt(jnp.maximum(x, _LEAST)) for x in (q, s))
-        scaled = by_rows[:, None] * wide * by_columns
+        scaled = by_rows[:, None] * wide * by_columns[None]
         factor, norm = limit(energies(scaled), state.norm, 1.0)
         return (scale * factor * scaled).astype(gradient.dtype), Scales(q, s, norm)
 

@@ -24,7 +24,7 @@ def scale_by_columns(
 
     def update(gradient: Float[Array, "n m"], state: Any) -> tuple[Float[Array, "n m"], Any]:
         wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
-        size = jnp.sqrt(jnp.mean(jnp.square(wide), axis=0))
+        size = jnp.sqrt(jnp.mean(jnp.square(wide), axis=0, keepdims=True))
         return (wide / jnp.maximum(size, _LEAST)).astype(gradient.dtype), state
 
     return of_matrices(update, weight_dimension_numbers)

@@ -93,6 +93,12 @@ CASES = {
             9, go.quantize_state(optax.adamw(0.01), bits=4, **TINY), moments="reset", **EVERY_STEP
         )
     ),
+    **{
+        name: lambda way=way: steps(go.galore(9, optax.adam(0.01), recover=way, **EVERY_STEP))
+        for name, way in {"fira": "fira", "mini": "apollo-mini", "alice": go.Alice(0.01)}.items()
+    },
+    "racs": lambda: steps(go.racs(0.01, weight_dimension_numbers=NUMBERS)),
+    "scale": lambda: steps(go.scale_sgd(0.01, False, weight_dimension_numbers=NUMBERS)),
     "q-galore": quantized,
     "adapters": adapters,
     "layerwise": layerwise,
