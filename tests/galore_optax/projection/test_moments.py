@@ -30,7 +30,7 @@ def test_at_full_rank_rotated_momentum_is_plain_momentum(leaf):
 
     def last(moments):
         tx = galore(
-            8, inner, update_proj_gap=2, scale=1.0, side=side, moments=moments,
+            8, inner, update_proj_gap=2, scale=1.0, side=side, moments=moments, subspace="svd",
             weight_dimension_numbers=numbers,
         )  # fmt: skip
         return run(tx, normal(9, *shape), grads)[-1]
