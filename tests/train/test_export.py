@@ -56,6 +56,7 @@ def test_the_exported_tokenizer_gives_our_ids_after_the_token_that_begins_a_text
     tmp_path, shared_data
 ):
     write_byte_level(tmp_path / "tokenizer.json")
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "a", "eos_token": "</s>"})
     for i, tokenizer in enumerate(
         (
             ByteTokenizer(),
@@ -65,6 +66,8 @@ def test_the_exported_tokenizer_gives_our_ids_after_the_token_that_begins_a_text
         )
     ):
         theirs = exported(tokenizer, tmp_path / str(i))
+        again = load_tokenizer(tmp_path / str(i) / "tokenizer.json")
+        assert (again.begin, again.separator) == (tokenizer.begin, tokenizer.separator)
         for text in TEXTS:
             ours = tokenizer.encode(text).tolist()
             assert theirs.encode(text).ids == [tokenizer.begin, *ours]

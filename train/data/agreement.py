@@ -54,7 +54,8 @@ def _contradictions(
             yield f"{key} {token!r}", "no such token"
     begin = dict(_named(said)).get("bos_token")
     names = [str(tokenizer.id_to_token(i)) for i in first]
-    if first and begin is not None and begin not in names:
+    # Without the key, bos_token is a name for templates: tokenizer.json says what begins a text.
+    if said.get("add_bos_token") and first and begin is not None and begin not in names:
         yield f"bos_token {begin!r}", f"a post_processor that begins a text with {names[0]!r}"
     if "add_bos_token" in said and bool(said["add_bos_token"]) != bool(first):
         begins = f"begins a text with {names[0]!r}" if first else "begins a text with no token"

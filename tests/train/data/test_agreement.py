@@ -46,7 +46,10 @@ def written(folder, said, settings, name="tokenizer_config.json"):
         ({"bos_token": "<bos>"}, {}, r"bos_token '<bos>', and tokenizer.json no such token"),
         ({"additional_special_tokens": ["<im>"]}, {}, r"additional_special_tokens '<im>', and"),
         ({"extra_special_tokens": {"x": "<im>"}}, {}, r"extra_special_tokens '<im>', and"),
-        ({"bos_token": {"content": "a"}}, BEGINS, r"'a', and .* begins a text with '<s>'"),
+        (
+            {"bos_token": {"content": "a"}, "add_bos_token": True}, BEGINS,
+            r"'a', and .* begins a text with '<s>'",
+        ),
         ({"add_bos_token": False}, BEGINS, r"add_bos_token False, and .* a text with '<s>'"),
         ({"add_bos_token": True}, {}, r"add_bos_token True, and .* begins a text with no token"),
         ({"do_lower_case": False}, BERT, r"do_lower_case False, and .* with lowercase True"),
@@ -68,6 +71,7 @@ def test_a_file_that_contradicts_tokenizer_json_is_refused(tmp_path, said, setti
         (added(_1="<s>", _3="a"), {}),
         ({"bos_token": "<s>", "add_bos_token": True, "pad_token": "<pad>"}, BEGINS),
         ({"bos_token": "<s>", "add_bos_token": False}, {}),
+        ({"bos_token": "a"}, BEGINS),  # as an export of ours, if a template names it
         ({"do_lower_case": True, "strip_accents": None, "add_prefix_space": False}, BERT),
     ],
 )
