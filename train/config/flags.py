@@ -288,11 +288,9 @@ class RunFlags:
     """Steps between two measurements, each as long as a backward pass, of the gradient's energy
     that GaLore's bases keep and of how far they turn, for subspace.png. Default: none."""
     profile: int | None = None
-    """Steps to trace, from the third on. TensorBoard and Perfetto show the trace in profile/ of the
-    run. Default: none."""
+    """Steps to trace for TensorBoard and Perfetto, into profile/ of the run. Default: none."""
     track: Literal["wandb", "mlflow"] | None = None
-    """Service that gets the metrics, too: Weights & Biases or MLflow, whose package must be
-    installed. Default: none."""
+    """Service that gets the metrics, too; its package must be installed. Default: none."""
     max_skipped: int = 10
     """The run stops after this many steps in a row whose loss or gradient is not finite."""
     seed: int = 0
