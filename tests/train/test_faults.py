@@ -166,3 +166,19 @@ def test_wrong_flags_of_one_process_end_both_in_a_minute(tmp_path, wrong):
     assert "error: Unrecognized options: --rnak" in errors[wrong]
     assert f"error: process {wrong} of the run has stopped: it says why" in errors[1 - wrong]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_one_process_alone_cannot_read_of_a_checkpoint_ends_both_and_is_named(tmp_path):
+    out = tmp_path / "run"
+    assert ended(pair(out, mesh="fsdp=8"), 120)[0] == [0, 0]
+    (out / "summary.json").unlink()
+    for file in out.glob("checkpoints/14/params/ocdbt.process_1/d/*"):
+        file.write_bytes(file.read_bytes()[:1000])
+    codes, errors = ended(pair(out, mesh="fsdp=8", resume=True), 120)
+    assert codes == [2, 2]
+    assert f"error: {out}/checkpoints/14 cannot be read" in errors[1]
+    assert "move it away, and start all processes again with --resume" in errors[1]
+    assert "another process of the run has ended" in errors[0]
+    shutil.rmtree(out / "checkpoints" / "14")
+    assert ended(pair(out, mesh="fsdp=8", resume=True), 120)[0] == [0, 0]

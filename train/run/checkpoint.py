@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from train.config.resume import default_of
+from train.run import hosts
 from train.run.checksums import check, checksums, leaf_names, sealed
 from train.run.cli import one_line
 
@@ -205,10 +206,9 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
     def _read(self, step: int, wanted: Mapping[str, Tree]) -> Mapping[str, Any] | None:
         """The items of a checkpoint, or None if it is damaged."""
         path = self.directory / str(step)
-        try:
-            found = self._progress(step)
-        except Exception as error:  # Orbax and TensorStore raise a dozen unrelated types
-            return self._log_damage(step, error)
+        found = self._attempt(step, lambda: self._progress(step))
+        if found is None:
+            return None
         if (written := found.get("format", 1)) != FORMAT:
             raise ValueError(
                 f"{path} has checkpoint format {written}, this version reads "
@@ -219,13 +219,33 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
             _check_same(path, {k: shape for k, (shape, _) in found[name].items()}, _shapes(tree))
         self._check_made(path, found)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}  # pyrefly: ignore
+        args = ocp.args.Composite(**args)
+        items = self._attempt(step, lambda: dict(self._manager.restore(step, args=args)))
+        if items is None:
+            return None
         try:
-            items = self._manager.restore(step, args=ocp.args.Composite(**args))
             for name in wanted:
                 check(name, items[name], {k: sum_ for k, (_, sum_) in found[name].items()})
-        except Exception as error:
-            return self._log_damage(step, error)
+        except ValueError as error:
+            return self._log_damage(step, _short(error))
         return {**{name: items[name] for name in wanted}, "progress": found["progress"]}
+
+    def _attempt(self, step: int, read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """What `read` returns; None if it fails.
+
+        OSError instead in one of several processes, as the others wait in Orbax for its end.
+        """
+        try:
+            with hosts.peers_loss_as_os_error():
+                return read()
+        except hosts.PeerLost:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise a dozen unrelated types
+            if hosts.several():
+                advice = "move it away, and start all processes again with --resume"
+                path = self.directory / str(step)
+                raise OSError(f"{path} cannot be read ({_short(error)}): {advice}") from error
+            return self._log_damage(step, _short(error))
 
     def _check_made(self, path: Path, made: Mapping[str, Any]) -> None:
         """Raises ValueError if a checkpoint was made at another step or by another run."""
@@ -238,10 +258,13 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
                     f"{value!r} here; restore what was there, or start a new run in another folder"
                 )
 
-    def _log_damage(self, step: int, error: Exception) -> None:
-        reason = one_line(error)
-        reason = reason if len(reason) < 120 else reason[:117] + "..."
+    def _log_damage(self, step: int, reason: str) -> None:
         self._log(f"checkpoint {step} is damaged and passed over ({reason})")
+
+
+def _short(error: Exception) -> str:
+    reason = one_line(error)
+    return reason if len(reason) < 120 else reason[:117] + "..."
 
 
 def _rank(evaluations: Mapping[int, float], step: int) -> tuple[float, int]:

@@ -238,16 +238,20 @@ def check_same(values: Mapping[str, Any]) -> None:
         )
 
 
+class PeerLost(OSError):
+    """Another process of the run has ended."""
+
+
 @contextmanager
 def peers_loss_as_os_error() -> Iterator[None]:
-    """Raises what JAX raises when another process has ended as an OSError that says so."""
+    """Raises what JAX raises when another process has ended as a PeerLost that says so."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         text = _one_line(error)
         if not several() or not any(name in text for name in _LOST):
             raise
-        raise OSError(
+        raise PeerLost(
             "another process of the run has ended, or cannot be reached: start all of them again "
             f"with --resume ({text[:200]})"
         ) from error
