@@ -306,5 +306,5 @@ def _as_os_error(directory: Path) -> Iterator[None]:
         yield
     except Exception as error:
         code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore
-        reason = os.strerror(int(code[1])) if code else one_line(error)
+        reason = os.strerror(int(code[1])) if code else _short(error)
         raise OSError(f"cannot write a checkpoint to {directory}: {reason}") from error
