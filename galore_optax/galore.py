@@ -35,7 +35,7 @@ from galore_optax.sharding import explain_sharding_errors
 from galore_optax.stages import GaLore
 from galore_optax.transformation import transformation
 
-# Another way back needs a name here, or is given as a function.
+# A new way back needs a name here, or is given as a function.
 RECOVERS = {
     "project": None,
     "fira": Fira(),
@@ -79,14 +79,14 @@ def galore(
     other elementwise use (decay within a trust ratio, decay masked by the sign of the update) acts
     within the subspace only, with a warning.
 
-    For one layer of a stack at a time (`Layerwise`) the update takes the extra arguments `layer`
-    and `layers`, which layer of how many: random numbers and refreshes are those of the stack.
+    To update one layer of a stack at a time (`Layerwise`), give the extra arguments `layer`, its
+    index, and `layers`, their number: random numbers and refreshes are then those of the stack.
 
     Args:
         rank: Dimensions of the subspace: an integer of at least 1, a float up to 1 for a fraction
             of the smaller side, or a function from a leaf's path and shape to either. A side that
-            is no longer has no basis, as if it were an identity; with "svd", "sampled" or a
-            function it has one, as published: all of its directions.
+            is no longer than the rank has no basis, as if P were the identity; with
+            subspace="svd", "sampled" or a function it has one of all its directions, as published.
         inner: The transformation to run in the subspace, e.g. `optax.adamw(1e-2)`.
         update_proj_gap: When subspaces are refreshed: an integer, the steps from one refresh to the
             next; a function from the step of a refresh to that number; `Staggered(gap)`, which
@@ -100,16 +100,17 @@ def galore(
             from a gradient `(n, m)`, the present basis `(n, r)` and a key to a basis. For "svd" and
             "sampled" a sharded matrix is gathered.
         recover: The way back to a whole matrix: "project" is scale · P N; "fira" adds the gradient
-            outside the subspace; "apollo" scales the gradient itself, each column as `inner` scaled
-            that column of R; "apollo-mini" likewise, the whole matrix alike. The last three limit
-            how fast updates grow: if the learning rate is a schedule give it to `Fira` or `Apollo`,
-            as to `Alice`; with all of these `inner` must descend. Or a function from a `Matrix` and
-            a state to an update and the new state. All but "project" need one projected side and
-            the gradient itself, not a sum of projected ones.
+            outside the subspace; "apollo" scales each column of the gradient as `inner` scaled that
+            column of R; "apollo-mini" scales the whole gradient as `inner` scaled R. The last three
+            limit how fast updates grow: if the learning rate is a schedule, give `Fira(schedule)`
+            or `Apollo(schedule)` instead of the name. `Alice(learning_rate)` and any function from
+            a `Matrix` and a state to an update and the new state are accepted, too. All but
+            "project" need one projected side, the gradient itself instead of a sum of projected
+            ones, and (those named here) an `inner` that descends.
         side: Which side of a matrix `(in, out)` is projected: "smaller" (as published), "larger"
             (least memory with one side; as in `optax.contrib.galore`), "left" (input), "right"
-            (output) or "both", where R = PᵀGQ is rank by rank (and with "svd" first diagonal but
-            for rounding, which Adam scales up). Ties go to the input.
+            (output) or "both", where R = PᵀGQ is rank by rank (and with subspace="svd" diagonal at
+            a refresh but for rounding errors, which Adam scales up). Ties go to the input.
         weight_dimension_numbers: Which leaves are matrices, or stacks of them: a
             `GaLoreDimensionNumbers` (or a `TuckerDimensionNumbers`, for tensors) for every leaf
             that has its axes, a tree of them (or a prefix of one) with None for leaves to leave
@@ -117,8 +118,8 @@ def galore(
             other than stacks of vectors: biases `(layers, out)` beside kernels `(layers, in, out)`.
         moments: What becomes of the inner's moments at a refresh: "rotate" carries them over to the
             new basis, "keep" leaves their numbers, as published, "reset" leaves their sizes and
-            takes directions from the present gradient (zeros would not fit Adam's step count,
-            which goes on); or a function from a moment's name, the moment and
+            takes directions from the present gradient (it does not set them to zero, since Adam's
+            step count goes on); or a function from a moment's name, the moment and
             `turn(x, squared=False)` to the new moment. None is "rotate" ("keep" with
             subspace="gaussian"), but refuses an inner whose
             state remembers the params, which belong to the old basis.
@@ -126,11 +127,11 @@ def galore(
             stores them in the dtype of the leaf.
         decoupled_decay: Overrides the rule above: True takes the use of params for decoupled decay,
             False for something else. None decides by the rule.
-        seed: An integer, or a key of JAX (typed or raw). Random numbers are folded from it, the
+        seed: An integer, or a key of JAX (typed or raw). Random keys are folded from it, the
             step, the leaf's path and the matrix's index.
         sum_over: Mesh axes of `jax.shard_map` over which to sum the gradients: each device gives
-            that of its own part of a batch, and all get the updates and the state of the sum. R is
-            all-reduced instead of G, and for a refresh products of G with `rank` columns.
+            the gradient of its part of a batch, and all get the updates and the state of the sum. R
+            is all-reduced instead of G; a refresh all-reduces products of G with `rank` columns.
 
     Returns:
         The transformation; its state is a `GaLoreState`. `subspace_parts` gives the parts of its

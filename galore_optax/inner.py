@@ -42,8 +42,8 @@ class Inner:
         tx: The transformation.
         moments: What becomes of its moments at a refresh: galore's argument of that name.
         decay: Whether its use of params is decoupled weight decay; None finds out.
-        roles: Of the leaves of its state: a pure function of the shapes, kept from call to call.
-        elementwise: Whether its update of stacks is elementwise, the same.
+        roles: A cache, by shapes, of the roles of the leaves of its state.
+        elementwise: A cache, by shapes, of whether its update of stacks is elementwise.
     """
 
     tx: optax.GradientTransformationExtraArgs
@@ -181,7 +181,7 @@ class InnerCall:
         return *self.inner.tx.update(grads, state, params, **self.extra_args), slopes
 
     def check(self) -> None:
-        """Refuses what cannot run in a subspace, and warns of what acts otherwise than outside."""
+        """Refuses what cannot run in a subspace, and warns of what acts differently there."""
         rule, decay = self.inner.rule, self.inner.decay
         if rule == "keep" and decay is not None:
             return

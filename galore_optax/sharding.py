@@ -97,7 +97,7 @@ def varying_alike(tree: Any, but: Sequence[str] = ()) -> Any:
 
 def sum_of_all(tree: Any, axes: Sequence[str]) -> Any:
     """The sums over the devices along mesh axes of `jax.shard_map`; the tree if there is none."""
-    # Each array by itself: no array of a traced update seems to depend on another one.
+    # Array by array, so that in a traced update no array seems to depend on another one.
     return jax.tree.map(lambda x: jax.lax.psum(x, tuple(axes)), tree) if axes else tree
 
 

@@ -189,7 +189,7 @@ class _Call:
         like, self.tree = jax.tree.flatten(updates)
         self.weights = None
         if params is not None:
-            # As `init` made plans of the params, whose dtypes may be others than the gradients'.
+            # Plans are made from the params, as in `init`: gradients may have other dtypes.
             self.weights = like = dequantized(
                 self.tree.flatten_up_to(with_updates(params, updates))
             )
@@ -219,9 +219,9 @@ class _Call:
     ) -> GaLoreState:
         """The state with new bases, moments and times of refreshes where refreshes are due.
 
-        In groups, leaves of equal shape and of one path but for numbers (layers of a list) share
-        one compiled refresh. The gradients of a group are then in memory at once, which summing
-        projected microbatches is to avoid.
+        With `in_groups`, leaves of equal shape whose paths differ in numbers only (layers of a
+        list) share one compiled refresh. The gradients of a group are then in memory at once, which
+        summing projected microbatches is to avoid.
         """
         projected = [(i, plan) for i, plan in enumerate(self.plans) if plan is not None]
         if not projected:

@@ -20,7 +20,7 @@ class _Layer(NamedTuple):
     """A layer that is to be written."""
 
     params: Any
-    updates: Any  # that are still to be applied, if `ok`; None if they are
+    updates: Any  # to be applied when it is written, if `ok`; None if they are applied already
     state: list[Any]  # the leaves that an update changes
     ok: Bool[Array, ""]
 
@@ -44,8 +44,8 @@ class Layers:
         """A layer after its update, if `ok`."""
         of, small = self._of(i), gradient if self.projected else None
         if small is None and refreshes(self.update.tx):
-            # Not in the loop below, in which the gradients of all matrices stay until its end: here
-            # a refresh frees those before (7B's recipe for 10 GB takes 0.2 GB less).
+            # Not in the loop below, which keeps the gradients of all matrices until its end: here
+            # one is freed after its refresh (7B's recipe for 10 GB takes 0.2 GB less).
             small, state = self.update.projected({self.key: own}, state, gradient, ok, **of)
 
         def update(params: Any, whole: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
@@ -54,7 +54,8 @@ class Layers:
             return updates, self._changing(after)
 
         def late(memory: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
-            # The gradient that updates overwrite; read from outside, it is copied (26 GB for 7B).
+            # `memory` is the gradient, which updates overwrite. If the loop read it from outside,
+            # XLA would copy it (26 GB for 7B).
             updates, changing = update(own, memory, changing)
             return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, memory), changing
 

@@ -58,8 +58,8 @@ class Layerwise:
     numbers for each layer; `galore` does not.
 
     Up to rounding, the result equals the ordinary step's if there each layer's leaves are separate.
-    For what is done per leaf (8 bits above a size, Adafactor's clipping) use
-    `galore_optax.unstacked` there; `galore` needs it for 8 bits above a size alone.
+    If something is decided per leaf (which arrays are quantized, Adafactor's clipping), use
+    `galore_optax.unstacked` there; of these, `galore` needs it for quantization alone.
 
     A loss or gradient that is not finite (or whose sum of squares overflows float32) is never
     applied. With `clip="exact"` it is known before anything changes, and the whole step is skipped,
@@ -81,7 +81,7 @@ class Layerwise:
             `galore` or a recipe of it. A layer's new basis is found from the first microbatch, and
             the norm for clipping and metrics is the projected sum's (for the first step's clipping
             an upper bound of it).
-        checkpoint: Whether the backward pass computes layers again, not keeping what it needs.
+        checkpoint: Whether the backward pass recomputes a layer's activations (checkpointing).
         apply_updates: From a part of the params, its updates, the steps done so far and the layer
             (None for other parts) to the new part.
 

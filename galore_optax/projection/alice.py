@@ -12,8 +12,8 @@ from galore_optax import checks
 from galore_optax.projection.recover import Matrix, at, energies, limit
 
 _LEAST = 1e-30  # energy of a column that is zero
-# The least share of a column's energy that counts as outside the subspace: what is less there is
-# rounding, and would be scaled up to the size of the others.
+# The least share of a column's energy that counts as outside the subspace: less than that is a
+# rounding error, and would be scaled up to the size of the other columns.
 _SHARE = 1e-6
 
 
@@ -26,10 +26,10 @@ class Alice:
         C = \sqrt{n - r} \, (G - P R) \, \text{diag}(p)^{-1/2}
 
     where η is the learning rate, α the `scale` of `galore`, and p an exponential mean of the energy
-    that each column has outside the subspace: p_i is the mean of ‖G_i - (P R)_i‖², and of at least
-    1e-6 ‖G_i‖² (more where G has fewer bits than float32). The norm of C grows by at most 1.01 a
-    step, as Fira's residual. The state is p and that norm, and with `tracking` an exponential mean
-    of R Rᵀ, from which and the gradient a new subspace is found.
+    that each column has outside the subspace: ‖G_i - (P R)_i‖², but at least 1e-6 ‖G_i‖² (more if G
+    has fewer bits than float32). The norm of C grows by at most 1.01 a step, as Fira's residual.
+    The state is p and that norm. With `tracking` it also has an exponential mean of R Rᵀ, and a new
+    subspace is found from this mean and the gradient together.
 
     Attributes:
         learning_rate: The inner's, a number or a schedule.
@@ -55,7 +55,7 @@ class Alice:
 
     @property
     def history(self) -> "_History | None":
-        """What is known of gradients before."""
+        """The columns that stand for earlier gradients; None without `tracking`."""
         return _History(self.tracking) if self.tracking else None
 
     def init(self, like: jax.ShapeDtypeStruct, rank: int) -> tuple[Array, ...]:
@@ -67,7 +67,7 @@ class Alice:
         """The update, and the new state."""
         mean, previous, *tracked = state
         (n, _), r = own.gradient.shape, len(own.projected)
-        # Not ‖G_i‖² - ‖R_i‖², which of a P in 4 bits can be anything where it should be small.
+        # Not ‖G_i‖² - ‖R_i‖², which is far off where it is small if P is stored in 4 bits.
         residual = own.gradient - own.back(own.projected)
         least = max(_SHARE, 16 * float(jnp.finfo(own.gradient.dtype).eps) ** 2)
         energy = jnp.maximum(energies(residual), least * energies(own.gradient))
@@ -83,16 +83,16 @@ class Alice:
 
 
 def _mean(decay: Any, mean: Array, new: Array) -> Array:
-    """The exponential mean, which stays where a number is not finite."""
+    """The new exponential mean; the old one where `new` is not finite."""
     return jnp.where(jnp.isfinite(new), decay * mean + (1 - decay) * new, mean)
 
 
 @dataclasses.dataclass(frozen=True)
 class _History:
-    """Columns H for which β₃ P M Pᵀ + (1 - β₃) G Gᵀ, with M the mean of R Rᵀ, is that of [G, H].
+    """Columns H such that [G, H] [G, H]ᵀ is β₃ P M Pᵀ + (1 - β₃) G Gᵀ up to a factor.
 
-    Up to a factor, of which no subspace depends. M stays in the coordinates in which it was found
-    when P changes, as published.
+    M is the mean of R Rᵀ; no subspace depends on the factor. When P changes, the numbers in M stay
+    as they are, as published.
     """
 
     decay: float

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from galore_optax.projection.dimension_numbers import LeafView
 from galore_optax.sharding import axis_specs, specs, with_automatic_axes
 
-State = Any  # of one matrix: a tree of arrays, scalars or with as many elements as a side has
+State = Any  # of one matrix: a tree of arrays
 
 
 def turned(view: LeafView, mode: int) -> LeafView:
@@ -22,12 +22,12 @@ def turned(view: LeafView, mode: int) -> LeafView:
 
 
 def first_state(
-    init: Callable[[jax.ShapeDtypeStruct], State], view: LeafView, leaf: Float[Array, "..."]
+    init: Callable[[jax.ShapeDtypeStruct], State], view: LeafView, leaf: Float[Array, "*shape"]
 ) -> State:
     """The state of each matrix of a leaf, with the axes of the stack first.
 
-    `init` makes that of one from its shape and a dtype of float32 or wider. An array along a side
-    is sharded as the leaf is along that side.
+    `init` makes the state of one matrix from its shape and a dtype, float32 or wider. An axis that
+    is as long as a side of the matrix is sharded as that side is.
     """
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     like = jax.ShapeDtypeStruct(view.sizes, wide)
@@ -68,10 +68,10 @@ def each_matrix(
     common: Any = (),
     stacked: Callable[[Any], Any] = lambda beside: beside,
 ) -> tuple[Float[Array, "*shape"], State]:
-    """What a function makes of each matrix, its state, what is `beside` it, and what is `common`.
+    """Applies a function to each matrix, its state, its part of `beside`, and `common`.
 
-    Arrays that `stacked` makes of what is beside have the axes of the stack first, as states have.
-    The result is sharded as the leaf is.
+    `stacked` turns `beside` into arrays with the axes of the stack first, as states have them.
+    Returns the results, as a leaf that is sharded as the given one, and the new states.
     """
 
     def whole(leaf: Array, state: State, beside: Any, common: Any) -> tuple[Array, State]:

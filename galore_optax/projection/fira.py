@@ -1,4 +1,4 @@
-"""Fira's way back: P N and the rest of the gradient, each column scaled as the inner scaled it."""
+"""Fira's way back: P N, and the rest of the gradient, scaled column by column as R was."""
 
 import dataclasses
 from typing import Any
@@ -22,11 +22,11 @@ class Fira:
 
     with one factor for each column i, α the `scale` of `galore`. The norm of the residual's part
     grows by at most γ = 1.01 a step: a state of one number for each matrix. As in the authors' code
-    the residual has α in it, and is not multiplied by α.
+    α is within the residual and not a factor of it.
 
     Attributes:
-        learning_rate: The inner's, a number or a schedule. The limiter compares norms without it;
-            otherwise it would limit a warm-up, too. None: it is constant.
+        learning_rate: The inner's, a number or a schedule. The limiter divides norms by it;
+            otherwise it would limit a warm-up, too. None: the learning rate is constant.
 
     References:
         Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, equations 8 to 11.

@@ -195,7 +195,7 @@ Plans = Sequence[Projection | None]
 """How each leaf of the params is projected, in the order of `jax.tree.leaves`."""
 
 
-def unfold(matrix: Float[Array, "..."], mode: int) -> Float[Array, "n m"]:
+def unfold(matrix: Float[Array, "*sizes"], mode: int) -> Float[Array, "n m"]:
     """A matrix or tensor with one axis first and all others merged behind it.
 
     The longest of the others goes first: a merged axis keeps the sharding of its first part only,
@@ -207,8 +207,8 @@ def unfold(matrix: Float[Array, "..."], mode: int) -> Float[Array, "n m"]:
 
 
 def projected(
-    matrix: Float[Array, "..."], modes: Sequence[int], bases: Sequence[Float[Array, "n r"]]
-) -> Float[Array, "..."]:
+    matrix: Float[Array, "*sizes"], modes: Sequence[int], bases: Sequence[Float[Array, "n r"]]
+) -> Float[Array, "*small"]:
     """R of one matrix or tensor, at least in float32."""
     for mode, basis in zip(modes, bases, strict=True):
         wide = jnp.promote_types(jnp.promote_types(matrix.dtype, basis.dtype), jnp.float32)

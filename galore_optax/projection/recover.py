@@ -1,8 +1,8 @@
 """The way back: from the inner's step in the subspace to the update of a whole matrix.
 
-GaLore's is P N: the part of the gradient outside the subspace is lost. Others use it. They are
-given the gradient itself, and cannot work on a sum of projected gradients. Each is a page of this
-folder (`fira` is the shortest); their names are `galore_optax.galore.RECOVERS`.
+GaLore's is P N: the part of the gradient outside the subspace is lost. Other ways back use it, so
+they need the gradient itself, and cannot work on a sum of projected gradients. Each is a module in
+this folder (`fira` is the shortest); their names are in `galore_optax.galore.RECOVERS`.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ class Matrix(NamedTuple):
         step: N, what the inner made of R; it descends, with the learning rate in it.
         scale: The argument of `galore`.
         count: Steps done before.
+        orthonormal: Whether P is; a basis stored in 4 or 8 bits is not quite.
     """
 
     gradient: Float[Array, "n m"]
@@ -44,7 +45,7 @@ class Matrix(NamedTuple):
     step: Float[Array, "r m"]
     scale: Any  # a number, or an array without axes
     count: Any  # an integer, likewise
-    orthonormal: bool = True  # whether P is, which few bits round
+    orthonormal: bool = True
 
     def back(self, small: Float[Array, "r m"]) -> Float[Array, "n m"]:
         """P times a projected matrix, in the dtype of N."""
@@ -53,10 +54,10 @@ class Matrix(NamedTuple):
 
 
 Recover = Callable[[Matrix, State], tuple[Float[Array, "n m"], State]]
-"""From a matrix and its state to its update and its new state. Its method `init`, if it has one,
-makes the first state from a `jax.ShapeDtypeStruct` of shape (n, m), in float32 or wider, and the
-rank; else that is (). If it has a `history`, a hashable function from state and P to columns
-(n, k), these are added to the gradient's when a subspace is found."""
+"""From a matrix and its state to its update and its new state. A method `init`, if it has one,
+makes the first state from a `jax.ShapeDtypeStruct` of shape (n, m), in float32 or wider, and
+the rank; otherwise the state is (). If it has a `history`, a hashable function from the state and P
+to columns (n, k), a new subspace is found from the gradient's columns and these together."""
 
 
 def energies(x: Float[Array, "n m"]) -> Float[Array, " m"]:
@@ -67,7 +68,7 @@ def energies(x: Float[Array, "n m"]) -> Float[Array, " m"]:
 def growth(
     step: Float[Array, "r m"], projected: Float[Array, "r m"], columns: bool = True
 ) -> Float[Array, "*m"]:
-    """How much longer the inner made R: ‖N‖ / ‖R‖ of each column, or of all together."""
+    """The factor by which the inner scaled R: ‖N‖ / ‖R‖ of each column, or of the whole matrix."""
     made, given = energies(step), energies(projected)
     if not columns:
         made, given = jnp.sum(made), jnp.sum(given)
@@ -77,12 +78,12 @@ def growth(
 def limit(
     squares: Float[Array, " m"], previous: Float[Array, ""], learning_rate: ArrayLike
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The factor with which an update's norm grows by at most γ, and then its norm.
+    """The factor that keeps an update's norm from growing by more than γ, and the norm after it.
 
-    The norm-growth limiter (Fira, arXiv:2410.01623, section 4.3). Norms are compared over the
-    learning rate, `squares` are the energies of the update's columns, and `previous` is the norm
-    returned by the step before, 0 if there was none. The norm stays where it is not known: where
-    the update is not finite, or the learning rate is zero.
+    The norm-growth limiter (Fira, arXiv:2410.01623, section 4.3). Norms are divided by the learning
+    rate before they are compared, `squares` are the energies of the update's columns, and
+    `previous` is the norm returned by the step before, 0 if there was none. The previous norm is
+    returned if the new one is unknown: if the update is not finite, or the learning rate is zero.
     """
     learning_rate = jnp.asarray(learning_rate, squares.dtype)  # a schedule's may be float64
     norm = jnp.sqrt(jnp.sum(jnp.maximum(squares, 0)))
@@ -103,10 +104,10 @@ def at(learning_rate: optax.ScalarOrSchedule | None, count: Any) -> Any:
 def first_states(
     recover: Recover | None, plans: Plans, leaves: Sequence[Array], inner: optax.OptState
 ) -> list[State]:
-    """The first state of each leaf: of each matrix, with the axes of the stack first.
+    """The first state of each leaf: the states of its matrices, with the axes of the stack first.
 
-    Refuses leaves without a side that stays whole, and a function that makes something else. Warns
-    where a limiter does not know the schedule in the inner's state.
+    Refuses leaves that are projected on other than one side, and a function that returns something
+    other than an update. Warns if a limiter is not given the schedule in the inner's state.
     """
     _warn_of_schedule(recover, inner)
     states: list[State] = [optax.MaskedNode()] * len(leaves)
@@ -203,10 +204,10 @@ def recovered(
 
 
 def _apart(recover: Any, count: Any) -> tuple[Callable[[dict[str, Array]], Recover], Any]:
-    """A way back as a function of its fields that are arrays, and these at a step.
+    """A function from a way back's fields that are arrays to it, and these fields at a step.
 
-    Under explicit mesh axes it must not close over arrays, as hyperparameters are that
-    `optax.inject_hyperparams` makes.
+    Under explicit mesh axes it must not close over arrays, and `optax.inject_hyperparams` makes
+    hyperparameters arrays.
     """
     if not dataclasses.is_dataclass(recover):
         return lambda _: recover, {}
@@ -225,12 +226,12 @@ def _apart(recover: Any, count: Any) -> tuple[Callable[[dict[str, Array]], Recov
 
 
 def history(recover: Recover | None) -> Callable[[State, Array], Array] | None:
-    """What it adds to a gradient when a subspace is found; None: nothing."""
+    """The function to the columns that are added to a gradient when a subspace is found, if any."""
     return getattr(recover, "history", None)
 
 
 def remembers(recover: Recover | None) -> bool:
-    """Whether there is a state."""
+    """Whether a way back has a state."""
     return hasattr(recover, "init")
 
 

@@ -1,7 +1,7 @@
 """The refresh of a leaf's subspaces: new bases where they are due, moments carried over to them.
 
-A refresh stays due until a finite gradient performs it that is not zero, or a finite one beside a
-history that is not (Alice's tracking).
+A refresh stays due until there is a gradient that is finite and not zero. With a history (Alice's
+tracking) that is not zero, a zero gradient is enough.
 """
 
 import dataclasses
@@ -121,8 +121,8 @@ class Refresh:
             def body(i: Array, carry: Any) -> Any:
                 own = partial(_matrix_of, i=i, batch_shape=shape)
                 stacks, found, similar = carry
-                # All is read beside the condition: with the collectives that send a matrix of a
-                # sharded stack in it, devices waited forever (jaxlib 0.10, CPU).
+                # Everything is read outside the conditional: with collectives in it, which send a
+                # matrix of a sharded stack, devices waited forever (jaxlib 0.10, CPU).
                 mine = own(gradients), jax.tree.map(own, stacks), jax.tree.map(own, recovery)
                 new, happened, similarity = self._matrix(*mine, own(due), key, first + i)
                 at = jnp.unravel_index(i, shape)

@@ -214,11 +214,11 @@ def _with_noise(sketch: Basis, noise: Basis) -> Basis:
     return sketch + _in(sketch.dtype, _NOISE) * largest / sketch.shape[0] ** 0.5 * noise
 
 
-# Those that only multiply with the gradient, so that it may be a `Summed`.
+# Those that use the gradient in products only, so that it may be a `Summed`.
 BY_PRODUCTS = ("randomized", "power", "random", "gaussian")
-# Those that find a subspace, but any of its bases: of the whole space, none is worth finding.
+# Those that find any basis of a subspace. If that is the whole space, there is nothing to find.
 _ANY_BASIS = (randomized, power, random, gaussian, switched)
-# Another method needs an entry here; it is a name of `galore(subspace=)` then.
+# The names that `galore(subspace=)` takes; a new method needs an entry here.
 SUBSPACES = {
     "randomized": randomized,
     "svd": svd,

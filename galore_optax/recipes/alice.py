@@ -29,8 +29,8 @@ def alice(
 ) -> optax.GradientTransformationExtraArgs:
     """Alice with AdamW: a subspace of leading and of random directions, the rest compensated.
 
-    Its state is that of `galore_adamw`, and for each matrix its columns' mean energies, a number,
-    and a matrix (rank, rank) from which, with the gradient, a new subspace is found (`Alice`).
+    Its state is that of `galore_adamw` and, for each matrix, its columns' mean energies, a norm,
+    and the mean of R Rᵀ, from which a new subspace is found together with the gradient (`Alice`).
     Moments are corrected for their start at zero, as AdamW's are.
 
     Args:
@@ -39,10 +39,10 @@ def alice(
         leading: How many of them are leading directions; the others are drawn from the rest of the
             space. Default: 5/16 of the rank, the paper's 160 of 512 for a 1B model.
         compensation: The factor α_c; the paper has 0.2 for a 1B model.
-        tracking: Decay rate of that matrix; 0, the paper's Alice-0, has none: a new subspace is
+        tracking: Decay rate of the mean of R Rᵀ; with 0, the paper's Alice-0, a new subspace is
             found from the gradient alone.
         scale: Factor on the whole update; the paper has 0.25 for a 1B model.
-        moments: As in `galore`; as published.
+        moments: As in `galore`; "keep" is as published.
         b1: Decay rate of the first moment, and of the columns' energies.
         b2: Decay rate of the second moment.
         **options: The other arguments of `galore_adamw`.

@@ -22,7 +22,7 @@ def fira_adamw(
     b2: float = 0.999,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Fira with AdamW: GaLore, and the gradient outside the subspace, scaled (`Fira`).
+    """Fira with AdamW: GaLore's update and the scaled gradient outside the subspace (`Fira`).
 
     Its state is that of `galore_adamw` and a number for each matrix.
 
@@ -72,7 +72,7 @@ def apollo_adamw(
         per: What has a factor of its own, "column" or "matrix".
         scale: Factor on the update; the `scale` of the authors' code is its square.
         subspace: As in `galore`; the paper also tries "svd".
-        moments: As in `galore`; as published, though the moments belong to another basis.
+        moments: As in `galore`; "keep" is as published: moments keep belonging to the old basis.
         b1: Decay rate of the first moment.
         b2: Decay rate of the second moment.
         **options: The other arguments of `galore_adamw`.
@@ -115,7 +115,7 @@ def apollo_mini_adamw(
 
 
 def _uncorrected(learning_rate: optax.ScalarOrSchedule, b1: Any, b2: Any) -> Callable[[Any], Any]:
-    """The factor on m / √v whose moments are not corrected, of which the authors limit the norm."""
+    """The learning rate times Adam's bias correction: the authors limit the norm of m / √v."""
 
     def rate(count: Any) -> Any:
         base = learning_rate(count) if callable(learning_rate) else learning_rate

@@ -1,4 +1,4 @@
-"""Transformations of every matrix by itself, beside Adam for what is no matrix."""
+"""Transformations that treat every matrix by itself; leaves that are no matrices get Adam."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,9 +33,9 @@ def of_matrices(
 ) -> optax.GradientTransformation:
     """Applies a function to the gradient (in, out) of each matrix; other leaves stay as they are.
 
-    It is given the gradient, the state and the hyperparameters, which may be arrays, and returns
-    the update and the new state.
-    A stack of matrices has a state for each. `init` makes the first state from a matrix's shape.
+    The function is given the gradient, the state and the hyperparameters, which may be arrays, and
+    returns the update and the new state. `init` makes the first state from a matrix's shape; each
+    matrix of a stack has its own.
     """
 
     def init_fn(params: optax.Params) -> MatricesState:

@@ -1,4 +1,4 @@
-"""RACS: the gradient with its rows and columns scaled, and a state of two vectors a matrix."""
+"""RACS: the gradient with its rows and columns scaled; its state is two vectors per matrix."""
 
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ def scale_by_racs(
 def _fixed_point(
     gradient: Float[Array, "n m"], steps: int
 ) -> tuple[Float[Array, " n"], Float[Array, " m"]]:
-    """The scales q and s; of a gradient over its largest magnitude, for squares within range."""
+    """The scales q and s of a gradient divided by its largest magnitude, so that squares fit."""
     largest = jnp.max(jnp.abs(gradient))
     largest = jnp.where(largest > 0, largest, 1)
     squares = jnp.square(gradient / largest)

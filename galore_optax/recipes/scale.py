@@ -45,7 +45,7 @@ def scale_sgd(
     """SCALE: SGD with normalized columns and momentum in the last layer; AdamW for vectors.
 
     Its only large state is the momentum of the last layer. Embedding and head are matrices here:
-    a column of a table (vocabulary, width) is one of its width.
+    a column of a table (vocabulary, width) has an entry for each id.
 
     Args:
         learning_rate: Learning rate or schedule. The paper pre-trains with 1e-3.
