@@ -7,8 +7,8 @@ def parts(rows: int, needed: int, shares: int) -> int:
     """Returns into how many equal parts to cut rows, so that each device has a share of each part.
 
     That is the least number from `needed` to four times `needed` that divides the rows, or else the
-    largest below. Where `shares`, the number of devices that the rows may be split over, has a
-    common divisor with the rows, so has each part. 16 serves 2, 4 and 8, too.
+    largest below. A part has the same greatest common divisor with `shares`, the number of devices
+    that the rows may be split over, as all rows have. 16 serves 2, 4 and 8, too.
     """
     common = math.gcd(rows, shares)
     fitting = [

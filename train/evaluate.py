@@ -97,9 +97,9 @@ def evaluated(
 ) -> dict[str, float | int]:
     """The loss of a model on documents, packed into rows.
 
-    `loss` is the mean over all tokens, the ends of documents too, in nats. `perplexity_per_byte` is
-    exp of the summed loss over the number of UTF-8 bytes, which models with other tokenizers can be
-    compared by.
+    `loss` is the mean over all tokens, including the ends of documents, in nats.
+    `perplexity_per_byte` is exp of the mean loss per UTF-8 byte: models with different tokenizers
+    can be compared by it.
     """
     model: Any = nnx.merge(loaded.graph, loaded.params)
     sizes = {"batch_size": batch_size, "seq_len": seq_len}

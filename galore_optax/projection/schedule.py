@@ -196,11 +196,11 @@ def staggered_phases(
     """Numbers from 0.5 to 1.5, evenly spread over all matrices of all leaves and layers.
 
     Args:
-        own: How many matrices each leaf holds, by its path; those of one layer.
-        whole: The same of a model of which these are a part, in all layers, for each `galore` in
-            it. Without one that has them they are all.
-        layer: Which layer they belong to.
-        layers: Of how many.
+        own: How many matrices each leaf of one layer holds, by its path.
+        whole: For each `galore` of a model, the same of all leaves in all layers. If none has the
+            paths of `own`, these are all there are.
+        layer: The index of the layer.
+        layers: The number of layers.
     """
     model = {path: count * layers for path, count in own.items()}
     model = next((other for other in whole if own.keys() <= other.keys()), model)

@@ -30,8 +30,8 @@ def gradnorm_lorp_adamw(
 
     Args:
         learning_rate: Learning rate or schedule.
-        rank: The gradients' rank, below the adapter's, which the params have. A fraction is one of
-            the adapter's.
+        rank: The gradients' rank, below the rank of the adapters in the params. A fraction is one
+            of the adapter's rank.
         weight_dimension_numbers: As in `galore`; None projects the factors of every adapter, and if
             there is none (factors kept in arrays of your own) what it projects in `galore`.
         **options: The other arguments of `galore_adamw`.
@@ -42,7 +42,7 @@ def gradnorm_lorp_adamw(
 
     References:
         Huang et al., `GradNormLoRP <https://arxiv.org/abs/2412.19616>`_, 2024. Low-rank gradients
-        are the paper's; that they are those of a and b, projected by GaLore, is reconstructed.
+        are the paper's; projecting those of a and b by GaLore is our reconstruction.
 
     Examples:
         >>> import jax, jax.numpy as jnp

@@ -94,7 +94,8 @@ class Encoder(nnx.Module):
     ) -> Float[Array, "B D"]:
         """Returns tanh of a matrix times the first token's hidden state, in float32.
 
-        With a key it drops of its input as RoBERTa's classifier does; BERT's pooler does not.
+        With a key the input has dropout in a RoBERTa, as in its classification head; BERT's pooler
+        has none.
         """
         first = hidden[:, 0].astype(jnp.float32)
         if self.config.pad_id is not None:

@@ -72,8 +72,8 @@ def load_llama(
 ) -> Llama:
     """Reads a LLaMA checkpoint in Hugging Face's format: config.json and model.safetensors.
 
-    Shards of the latter need model.safetensors.index.json. Llama 1 to 3.2 and what has their
-    layers, such as TinyLlama, SmolLM, and Mistral without a sliding window. Weights and computation
+    Shards of the latter need model.safetensors.index.json. It may be a Llama 1 to 3.2 or a model of
+    the same layers: TinyLlama, SmolLM, Mistral without a sliding window. Weights and computation
     get `dtype`; `overrides` are further fields of `LlamaConfig`, such as `rematerialize=True`.
 
     ValueError if there is no checkpoint, if it is damaged, quantized or of another architecture, or
@@ -135,7 +135,7 @@ def check_layers(layers: int, files: Collection[str]) -> None:
 
 
 def check_names(**wrong: Collection[str]) -> None:
-    """Raises ValueError if a kind of tensors, such as those that are missing, has a name."""
+    """Raises ValueError, by keyword such as `missing`, if there are names of wrong tensors."""
     for what, names in wrong.items():
         if names:
             some = ", ".join(sorted(names)[:3] + ["..."] * (len(names) > 3))
@@ -255,7 +255,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
             "save_pretrained(other) of the model's class"
         )
     paths = [single] if expected is None else sorted({directory / x for x in expected.values()})
-    # transformers reads the single file and not the index, and an adapter's base and not the model.
+    # transformers prefers the single file to the index, and the base of an adapter to the model.
     others = {single, *directory.glob("model-*.safetensors"), directory / "adapter_config.json"}
     if beside := sorted(path for path in others - {*paths} if path.exists()):
         read = paths[0].name if expected is None else index.name

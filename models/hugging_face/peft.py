@@ -216,7 +216,7 @@ def _check_patterns(path: Path, config: dict[str, Any]) -> None:
 def _of_module(config: dict[str, Any], name: str, pattern: str, module: str, layers: int) -> Any:
     """A setting of a module, which patterns of modules' names may change; the same in all layers.
 
-    The first pattern counts that is a whole name or its end after a dot, as in peft.
+    As in peft, the first pattern counts that matches a whole name, or its end after a dot.
     """
     patterns: dict[str, Any] = config.get(pattern, {})
 

@@ -111,8 +111,8 @@ def read_weights(
 ) -> Iterator[tuple[tuple[str, ...], Shaped[np.ndarray, "..."]]]:
     """Reads the weights of a checkpoint, of which `config` is the configuration.
 
-    Yields the path and the array of each of `weight_table` that the files have, one at a time. All
-    must have all but pooler and classifier; a classifier of another number of classes is left out.
+    Yields the path and the array of each of `weight_table` that the files have, one at a time. They
+    may lack pooler and classifier only; a classifier of another number of classes is left out.
     Errors as for `load_roberta`.
     """
     files = tensor_files(directory)

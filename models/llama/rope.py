@@ -56,11 +56,11 @@ class RopeScaling:
 
 def frequencies(
     theta: float, width: int, scaling: RopeScaling | None, positions: Int[Array, "*A B L"]
-) -> Float[Array, "..."]:
+) -> Float[Array, "*rows half"]:
     """Returns the angle per position of each pair of a head's components, in float32.
 
-    The shape is (K/2,), or (*A, B, 1, 1, K/2) with the kind `dynamic`, which depends on the length
-    of each row.
+    The shape is (K/2,); with the kind `dynamic`, for which the angle depends on the length of each
+    row, (*A, B, 1, 1, K/2).
     """
     exponents = -jnp.arange(0, width, 2, dtype=jnp.float32) / width
     if scaling is None:

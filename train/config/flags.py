@@ -50,10 +50,10 @@ class OwnTextFlags:
 
     init: str | None = None
     """Folder with the weights to begin with: a LLaMA or Mistral of transformers, or a run of
-    train.pretrain or train.finetune_lm. Needed."""
+    train.pretrain or train.finetune_lm. Required."""
     data: tuple[str, ...] = ()
     """Files to learn from, folders or patterns such as 'chats/*.jsonl': JSON lines or Parquet with
-    `text`, `prompt` and `completion`, or `messages`; plain text (.txt, .md). Needed."""
+    `text`, `prompt` and `completion`, or `messages`; plain text (.txt, .md). Required."""
     eval_data: tuple[str, ...] = ()
     """The same for evaluation. Default: each twentieth example of --data, which is not learnt."""
     tokenizer: str | None = None
@@ -66,7 +66,7 @@ class OwnTextFlags:
     tokenizer.json."""
     sequences: Literal["packed", "document"] = "packed"
     """`packed`: several whole examples in a row, without attention across; `document`: one example
-    per row. What exceeds a row is cut off, of `text` continued in another row."""
+    per row. What exceeds a row is cut off; a `text` goes on in another row."""
     epochs: float | None = None
     """Passes over the examples, instead of --steps. Default: 3."""
 
@@ -123,13 +123,12 @@ class GaLoreFlags:
     """GaLore."""
 
     update_proj_gap: int | None = None
-    """Steps between two refreshes of GaLore's subspaces. Default: 200; 500 for llama-7b, 100 for
-    tiny."""
+    """Steps between refreshes of a subspace. Default: 200; 500 for llama-7b, 100 for tiny."""
     scale: float | None = None
     """Factor of projected updates and of racs. Default: 0.25, or as published."""
     subspace: Literal["randomized", "power", "svd", "random", "switched", "sampled"] | None = None
-    """How GaLore finds a subspace: a randomized range finder, the same from the last basis (power),
-    the exact SVD (published), at random, or as Alice or SARA. Default: randomized."""
+    """How GaLore finds a subspace: a randomized range finder, a power step from the last basis, the
+    exact SVD (published), at random, as Alice (switched) or SARA (sampled). Default: randomized."""
     moments: Literal["rotate", "keep", "reset"] | None = None
     """What GaLore does to moments at a refresh: carry them over, keep them (as published) or reset
     them. Default: rotate."""
@@ -258,13 +257,12 @@ class LayerwiseFlags:
     """With --mesh data=N, all-reduce gradients projected, a fraction of their size, and clip them
     by their norm there. Microbatches are summed as with --accumulate-in-subspace."""
     compress_bits: int | None = None
-    """8: send each step's sum in 8 bits, rounded at random. Default: as it is computed."""
+    """8: --compress-gradients sends 8 bits a number, rounded at random. Default: unrounded."""
     layerwise: bool = False
-    """Update each layer as soon as the backward pass has its gradient: only one layer's gradient is
-    in memory."""
+    """Update each layer within the backward pass: only one layer's gradient is in memory."""
     clip: Literal["exact", "previous"] | None = None
     """Norm by which --layerwise clips: the step's own (a second backward pass), or the previous
-    step's. Default: exact; previous with one of the two flags above, the only choice there."""
+    step's. Default: exact; with --accumulate-in-subspace or --compress-gradients only previous."""
 
 
 @dataclasses.dataclass(frozen=True)

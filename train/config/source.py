@@ -98,7 +98,7 @@ def with_file(config: Pretrain) -> Pretrain:
 
 
 def made_of(config: Pretrain | ResolvedText, model: LlamaConfig) -> dict[str, Any]:
-    """What a checkpoint must agree with besides the settings, where these only name a file."""
+    """What a checkpoint must agree with besides the settings: sizes that these name by a file."""
     known = config.init is None and config.model in SIZES
     sizes = dataclasses.replace(model, token_ids=TokenIds())
     return {} if known else {"sizes of the model": to_theirs(sizes)}

@@ -1,4 +1,4 @@
-"""Whether the files beside a tokenizer.json say what it says: else one would be left unread."""
+"""Checks that the files beside a tokenizer.json agree with it: only one of them would be used."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -16,7 +16,7 @@ from train.data.files import Example
 from train.data.sequences import START, Batch, Batches, Document, Position
 from train.data.tokenizer import Tokenizer
 
-# Texts of which one has no token with the beginning of most others.
+# Texts to put before a piece: for most pieces one of them has no token in common with it.
 _BEFORE = ("\n", ".", "a")
 
 Pieces = Iterable[tuple[str, bool]]  # texts, and whether they are to be predicted
@@ -107,9 +107,9 @@ def _rest(whole: list[int], ids: list[int]) -> list[int] | None:
 
 
 def _alone(piece: str, encode: Callable[[str], list[int]]) -> list[int]:
-    """The token ids of a piece of a text, without those that a tokenizer puts before a text.
+    """The token ids of a piece within a text, without what a tokenizer puts before a text.
 
-    A SentencePiece tokenizer begins each text with a space.
+    A SentencePiece tokenizer, for instance, begins each text with a space.
     """
     for before in _BEFORE:
         if (new := _rest(encode(before + piece), encode(before))) is not None:

@@ -131,7 +131,7 @@ def _start_worker(_number: int, _count: int) -> None:
 
 
 def _end_with_the_run() -> None:
-    """Ends a worker whose run was killed: by itself, Grain's waits forever."""
+    """Ends a worker process after its run was killed; Grain's would wait forever."""
     run = multiprocessing.parent_process()
     assert run is not None
     run.join()

@@ -52,10 +52,10 @@ def own_examples(files: Sequence[str], eval_files: Sequence[str]) -> dict[str, l
 def divided(
     found: Iterable[T], evaluation: Iterable[T] | None, key: Callable[[T], Hashable], name: str
 ) -> dict[str, list[T]]:
-    """What is for training and for validation; what has one key belongs to one of them.
+    """What is for training and what for validation; all that has the same key is in one of them.
 
-    Without `evaluation` that is each twentieth, counted without repetitions; else these are not for
-    training. ValueError if there is none for one of them, in what has this `name`.
+    `evaluation` is for validation, and left out of training; None takes each twentieth that was
+    `found`, counted without repetitions. ValueError, with `name`, if one of them would be empty.
     """
     found = [*found]
     if not found:

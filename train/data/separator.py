@@ -1,4 +1,4 @@
-"""Which tokens of a `tokenizer.json` begin and end a document, and that their names are text."""
+"""Which tokens of a `tokenizer.json` begin and end a document; no text gives special tokens."""
 
 import itertools
 import json
@@ -152,7 +152,7 @@ def _list(tokenizer: Any, ids: set[int]) -> str:
 
 
 def spell_out(tokenizer: Any, special: dict[int, str]) -> None:
-    """Changes `tokenizer` so that the names of special tokens in a text are text."""
+    """Changes `tokenizer` so that a special token's name in a text is encoded as ordinary text."""
     tokenizer.encode_special_tokens = True
     # The model itself still finds those in its vocabulary (T5's lists them, merges may make them),
     # unless their first character is split off before.

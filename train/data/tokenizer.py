@@ -1,8 +1,8 @@
 """From text to token ids and back: plain bytes, or any `tokenizer.json`.
 
-`separator` is the id of the token that ends a document, `begin` of that which begins one, and may
-be the same; `vocab_size` is above all ids of texts; `content` differs between tokenizers that give
-other ids.
+`separator` is the id of the token that ends a document, `begin` that of the token that begins one;
+they may be equal. `vocab_size` is above all ids of texts; `content` differs between tokenizers that
+give different ids.
 """
 
 import json

@@ -22,7 +22,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-# Of a card, as a share: where even the smallest step takes more, it is tried first.
+# A share of the room: if the known part of the smallest step is above it, that is tried first.
 _FULL = 0.95
 
 

@@ -55,7 +55,7 @@ class MemoryPlan:
         return self.peak <= card * 2**30 - CONTEXT
 
     def as_json(self) -> dict[str, Any]:
-        """The plan under the names that the README documents."""
+        """The plan under the names that docs/memory.md documents."""
         return {
             "weight_bytes": self.weights,
             "optimizer_state_bytes": sum(self.states.values()),

@@ -1,9 +1,9 @@
 """What an optimized GPU program does, read from its text: kernels, bytes, products, collectives.
 
 Rules. Every instruction that does something is a kernel. It reads its operands once and writes its
-result once; of an operand that is only sliced the slices are read, and where a result is written
-in place what is written. Loops count as often as they run. Of a conditional the branch that moves
-less counts: a step without a refresh. A kernel takes at least the time of its bytes at the memory's
+result once. If an operand is only sliced, the slices count; if a result is written in place, the
+written part. A loop's body counts as often as it runs. Of a conditional the branch that moves less
+counts: a step without a refresh. A kernel takes at least the time of its bytes at the memory's
 bandwidth, of its products at the peak, and of the gap between two launches.
 """
 
@@ -40,7 +40,7 @@ class Count(NamedTuple):
     collectives: Mapping[str, tuple[int, float]] = {}  # by kind: how many, bytes
 
     def and_then(self, other: "Count", times: int = 1) -> "Count":
-        """This, followed by another part as often as said."""
+        """This part, followed by another part `times` times."""
         collectives = dict(self.collectives)
         for kind, (number, size) in other.collectives.items():
             before = collectives.get(kind, (0, 0))

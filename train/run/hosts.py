@@ -28,7 +28,7 @@ from train.config.settings import flag
 from train.run.meeting import Place, meet, tell
 from train.run.signals import StopRequest
 
-# A process that is silent for so long is taken for dead, and ends the others.
+# A process that is silent for this time is taken for dead, and the others end.
 _HEARTBEAT_SECONDS = 30
 # By then all processes must have been started.
 _MEETING_SECONDS = 180
@@ -221,7 +221,7 @@ def together() -> Iterator[None]:
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raises ValueError with the names of what this process has otherwise than the first one."""
+    """Raises ValueError that names the values in which this process differs from the first one."""
     if not several():
         return
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -229,7 +229,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     names = sorted(values)
     texts = [json.dumps([name, values[name]], sort_keys=True) for name in names]
     own = np.array([zlib.crc32(text.encode()) for text in texts], np.uint32)
-    # All have as many: the settings of one command, and what its parts are made with.
+    # All processes have the same names: settings of one command, and what its parts are made of.
     first = np.asarray(broadcast_one_to_all(own))
     if different := [n for n, x, y in zip(names, own, first, strict=True) if x != y]:
         raise ValueError(

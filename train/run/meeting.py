@@ -1,9 +1,9 @@
 """How the processes of a run meet before JAX joins them, and tell each other why one does not come.
 
-JAX would wait for minutes, and abort with a page of its stack, where one process has ended with an
-error, has another --processes, or the --process of another. Process 0 listens at the coordinator's
-address, which JAX has afterwards. Each other one sends a line of JSON, and gets one when all are
-there or one is wrong.
+JAX would wait for minutes, and abort with a page of its stack, if one process has ended with an
+error, or has another --processes, or the same --process as another one. Process 0 listens at the
+coordinator's address, which JAX uses afterwards. Each other process sends a line of JSON, and gets
+one back as soon as all are there or something is wrong.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-# After so long a process says which others it waits for.
+# After this time a process says which others it waits for.
 _HINT_SECONDS = 20
-# So long a process that ended with an error waits for the others, to tell them.
+# How long a process that ended with an error waits for the others, to tell them.
 _TELLING_SECONDS = 30
 # Most bytes of a message.
 _LONGEST = 4096

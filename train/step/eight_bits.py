@@ -1,9 +1,9 @@
 """Sums over devices in 8 bits, within `jax.shard_map`: a quarter of the bytes of float32.
 
 Each device sends each other one a share of its numbers, as a reduce-scatter does, sums what it has
-got in float32, and sends the sum to all. Both times numbers are rounded at random, so that they are
-right on average. An error that is added to the next step's numbers instead would be a state of each
-device: a run could not go on with others.
+received in float32, and sends the sum to all. Both times numbers are rounded at random, so that
+they are right on average. Adding the rounding error to the next step's numbers instead (error
+feedback) would need a state on each device, and a run could not go on with other devices.
 """
 
 from collections.abc import Sequence

@@ -94,7 +94,7 @@ def train_step(
         if parts is None or parts.needs_gradient:
             updates, own = recipe.update(_clipped(gradient, norm, clip_norm), own, trained)
             return applied(trained, updates), own
-        # The same, as a projection is linear, without a pass over the gradient of its own.
+        # A projection is linear, so clipping R is the same, and saves a pass over the gradient.
         own = parts.refresh(gradient, own, trained)
         projected = _clipped(parts.project(gradient, own), norm, clip_norm)
         updates, own = parts.update_projected(projected, own, trained)
@@ -162,9 +162,9 @@ def _norm(gradient: Params) -> Float[Array, ""]:
 
 
 def _clipped(gradient: Any, norm: Float[Array, ""], most: float | None) -> Any:
-    """The gradient, or what it is projected to, scaled so that the gradient's norm is at most so.
+    """A gradient, projected or not, scaled as clipping the whole gradient's `norm` to `most` does.
 
-    `optax.clip_by_global_norm` computes a norm of its own, and selects: both are passes over it.
+    `optax.clip_by_global_norm` computes the norm again, and selects: two more passes over it.
     """
     if most is None:
         return gradient
