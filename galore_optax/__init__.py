@@ -1,8 +1,8 @@
-"""GaLore (arXiv:2403.03507) as optax transformations, and what makes training cheap in memory.
+"""GaLore (arXiv:2403.03507) as optax transformations, and other ways to train in less memory.
 
-Public is what this module exports. The packages below it are private and may change at any time:
-`projection` (the subspace of a leaf), `trace` (what is read from a traced optimizer),
-`quantization`, `layerwise` (updates within the backward pass) and `adapters`.
+What this module exports is public. The packages below it are private and may change at any time:
+`recipes` (whole optimizers), `projection` (the subspace of a leaf), `trace` (what is read from a
+traced optimizer), `quantization`, `layerwise` (updates within the backward pass) and `adapters`.
 """
 
 from galore_optax.adapters.base import adapt, join, merge, product, split

@@ -116,7 +116,7 @@ class InnerCall:
                 leaves[k] = abstract(leaf.shape[stacks.get(k, 0) :], leaf.dtype)
             try:
                 found = self._fits_the_state() and is_elementwise(self.traced, stacks)
-                # `init` has answered the rest where the state has arrays of a stack's shape.
+                # A given state with arrays of a stack's shape shows that `init` checked the rest.
                 if found and not self._of_stacks(stacks):
                     one = self._trace(tree.unflatten(leaves), None)
                     found = is_elementwise(one, stacks) and same_equations(self.traced, one)

@@ -190,10 +190,9 @@ def split(
 ) -> tuple[PyTree, Frozen]:
     """Splits params into a trained and a frozen part; `join` is the inverse.
 
-    The trained part has None instead of each adapter's base, with `adapters_only` instead of each
-    leaf that has no adapter, and instead of each leaf or adapter for whose path, such as
-    "layers/mlp/up", `trains` returns False. Differentiate `lambda trained: loss(join(trained,
-    frozen))`.
+    The trained part has None instead of each adapter's base, and of each leaf or adapter for whose
+    path, such as "layers/mlp/up", `trains` returns False; with `adapters_only` also instead of each
+    leaf without an adapter. Differentiate `lambda trained: loss(join(trained, frozen))`.
     """
     checks.choice(adapters_only, "adapters_only", (False, True))
     checks.function(trains, "trains")

@@ -14,18 +14,18 @@ along the other axis, which is kept.
 The rows of Q∘Q sum to the share of each new direction that the old subspace covers. The rest was
 outside of it, so it is weaker than the weakest of the old directions. If strengths go on falling
 outside as they fall inside, from `most` to `least`, those of the next r directions are around
-least · √(least / most): so the rest counts, each column's mean of v over the old directions being
-scaled to that. A rest of 0, as in LDAdam, makes v fall to the covered share at each refresh for a
-gradient of flat spectrum, to 0.37 of itself; Adam's v takes 1 / (1 - b2) steps to recover, and the
-steps grow with 1 / √v. The mean of v, or the weakest, is too much for a spectrum that falls
-(benchmarks/RESULTS.md). If the update divides by v of the step before (ACProp, ADOPT), too little
-is worse than too much, and the rest counts with the mean.
+least · √(least / most). The rest is taken to be as strong: for each column, the mean of v over the
+old directions is scaled to that. A rest of 0, as in LDAdam, would make v fall to the covered share
+at each refresh if the gradient's spectrum is flat, to 0.37 of itself; Adam's v takes 1 / (1 - b2)
+steps to recover, and the steps grow with 1 / √v. The mean of v, or the weakest, is too much for a
+spectrum that falls (benchmarks/RESULTS.md). If the update divides by v of the step before (ACProp,
+ADOPT), too little is worse than too much, and the rest is taken to be as strong as the mean.
 
 A reset forgets which direction a moment belongs to, not its size. Adam counts its steps for all
 params together, and corrects young moments by that count, which a reset cannot set back: zeros
 would be taken for moments of many gradients, and Adam's steps would be up to 5 times too large. So
 a first moment gets the present gradient's direction and keeps its norm; second moments and factors
-are dealt out anew, the largest to the new direction with most of the present gradient. With a
+are assigned anew, the largest to the new direction with most of the present gradient. With a
 constant gradient both are what they were.
 """
 

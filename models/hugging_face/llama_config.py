@@ -92,7 +92,7 @@ NO_EFFECT = {
 def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> LlamaConfig:
     """Returns the configuration in a config.json; ValueError if it is not one of our LLaMAs.
 
-    That is also so if it has a key that is not known here, or two keys that contradict each other.
+    ValueError also if it has a key that is not known here, or two keys that contradict each other.
     """
     kind = theirs.get("model_type")
     check("model_type", kind, (*_DEFAULTS,))
