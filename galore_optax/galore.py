@@ -192,8 +192,8 @@ def galore(
     if subspace in ("gaussian", gaussian):
         if isinstance(way_back, Fira | Alice):
             raise ValueError(
-                'subspace="gaussian" is not orthonormal, as '
-                f"recover={checks.said(recover)} needs it: choose another one, or another way back"
+                'subspace="gaussian" is not orthonormal, but '
+                f"recover={checks.said(recover)} needs that: choose another subspace or way back"
             )
         if moments == "rotate":
             raise ValueError(

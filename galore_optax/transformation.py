@@ -32,7 +32,7 @@ def observed(observer: Callable[[Any, optax.Params], None]) -> Iterator[None]:
 
 
 def is_observed() -> bool:
-    """Whether there is an observer, who is to hear again what was said once."""
+    """Whether there is an observer, for which warnings are repeated that were given before."""
     return OBSERVER.get() is not _NOBODY
 
 

@@ -183,7 +183,7 @@ class Layerwise:
         early = {k: from_head[k] for k in backward.early}
         own = (rest, state.rest)
         new_rest, rest_states, total, ok = self._rest(update, *own, early, jnp.float32(0), ok)
-        # The layers wait for that, so that its gradients are freed before.
+        # The layers wait for these updates, so that the head's gradients are freed first.
         top = after((new_rest, cotangent), jnp.int32(layers - 1))
         stacks, key = (stack, state.layers), self.model.layers
         changes = changing_leaves(update, stacks, key, layers)
@@ -261,7 +261,7 @@ class Layerwise:
         i = layers.count - 1 - turns
         # A layer is written at the beginning of the next turn, before anything is read. If one turn
         # reads a stack and then writes it, XLA copies it in every turn (measured with 16 layers,
-        # 86 MiB of params: Adam takes 237 MiB of temporaries then, 25 MiB so).
+        # 86 MiB of params: Adam takes 237 MiB of temporaries then, 25 MiB here).
         stacks = layers.written(stacks, jnp.minimum(i + 1, layers.count - 1), above)
         own, state = at(stacks, i)
         if layers.projected:

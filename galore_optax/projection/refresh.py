@@ -29,7 +29,7 @@ from galore_optax.quantization.array import dequantized, stored_like
 from galore_optax.sharding import specs, sum_of_all, varying_alike, with_automatic_axes
 
 Moments = tuple[tuple[Any, ...], ...]
-"""The moments of all matrices together, or of each, in the inner's state."""
+"""Moments in the inner's state: one tuple for all matrices together, or a tuple for each."""
 
 
 class Leaf(NamedTuple):
@@ -39,7 +39,7 @@ class Leaf(NamedTuple):
     bases: Bases
     moments: Moments  # ((),) if they are not carried over
     due: Bool[Array, "*batch"]
-    path: UInt32[Array, ""]  # its number
+    path: UInt32[Array, ""]  # the number of its path
     recovery: Any  # what the way back remembers, if it has a history; else ()
 
 
@@ -73,7 +73,7 @@ class Refresh:
     history: Callable[[Any, Array], Array] | None = None
 
     def __call__(self, leaves: Sequence[Leaf], key: Array, first: Array) -> list[Refreshed]:
-        """Of each leaf; see `refresh`.
+        """Refreshes each leaf; see `refresh`.
 
         A loop: XLA took six minutes to compile the refreshes of 224 leaves one after the other.
         """
@@ -232,7 +232,7 @@ class Refresh:
         return tuple(jax.tree.map(itemgetter(i), moments) for i in np.ndindex(*shape))
 
 
-# Compiled on its own, since outside of jit every conditional would be compiled anew at every call.
+# Jitted, since outside of jit every conditional would be compiled again at every call.
 @partial(jax.jit, static_argnums=0)
 def refresh(
     how: Refresh, leaves: Sequence[Leaf], key: PRNGKeyArray, first: Int[Array, ""]

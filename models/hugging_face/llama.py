@@ -246,7 +246,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         for name, file in expected.items():
             if not file or Path(file).name != file:
                 raise ValueError(
-                    f"{index} says that {name} is in {file!r}: no name of a file beside it"
+                    f"{index} says that {name} is in {file!r}: not the name of a file beside it"
                 )
     elif not single.exists() and (pickled := sorted(directory.glob("*.bin"))):
         raise ValueError(

@@ -116,7 +116,7 @@ _RATES: Mapping[int, Mapping[str, float]] = {
 
 
 def resolve(config: Finetune, examples: int) -> ResolvedFinetune:
-    """Fills in the defaults for so many examples to train on, and checks each value."""
+    """Fills in the defaults for a number of training examples, and checks each value."""
     checks.check_types(config)
     config = reopened(expand_home(config))
     check_given(config)

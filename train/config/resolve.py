@@ -157,7 +157,7 @@ def reopened(config: Config) -> Config:
 
 
 def fewest_parts(batch: int, rows: Any) -> int:
-    """The fewest equal microbatches of at most so many rows, default all; 1 for an empty batch."""
+    """The fewest equal microbatches of at most `rows` rows (None: all); 1 for an empty batch."""
     most = min(rows or batch, batch)
     return next((batch // n for n in range(most, 0, -1) if batch % n == 0), 1)
 

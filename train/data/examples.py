@@ -159,7 +159,7 @@ def _check_contents(messages: Sequence[dict[str, str]], tokenizer: Tokenizer) ->
 
 @dataclasses.dataclass(frozen=True)
 class ExampleData:
-    """An endless stream of batches of examples, shuffled anew in each epoch."""
+    """An endless stream of batches of examples, reshuffled in each epoch."""
 
     examples: Sequence[Document]  # of `encode_examples`
     _: dataclasses.KW_ONLY

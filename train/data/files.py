@@ -72,7 +72,7 @@ def read_examples(paths: Sequence[str]) -> Iterator[Example]:
                 yield from _of_plain(file, path) if plain else _of_json(file, path)
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{path} is not text in UTF-8 (byte {error.start} is none): convert it"
+                f"{path} is not text in UTF-8 (at byte {error.start}): convert it"
             ) from None
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: the gzip file is damaged ({error})") from None
@@ -97,7 +97,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
         else:
             files = sorted(Path(file) for file in glob.glob(name, recursive=True))
         if not files:
-            what = "has no file of" if path.is_dir() else "is a pattern that fits no file; read are"
+            what = "has no file of" if path.is_dir() else "is a pattern that matches no file of"
             raise ValueError(f"{name} {what} {', '.join(_SUFFIXES)}")
         for file in files:
             if not file.name.lower().endswith(_SUFFIXES):

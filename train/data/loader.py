@@ -34,7 +34,7 @@ _WORKERS_PER_CORE = 8
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """An endless stream of batches, shuffled anew in each epoch, that starts at any position."""
+    """An endless stream of batches, reshuffled in each epoch, that starts at any position."""
 
     source: Sequence[str]  # the documents, e.g. of `train.data.text.load_text`
     tokenizer: Tokenizer

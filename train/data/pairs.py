@@ -82,7 +82,7 @@ def padded_length(length: int, seq_len: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PairData:
-    """An endless stream of batches, shuffled anew in each epoch, that starts at any position."""
+    """An endless stream of batches, reshuffled in each epoch, that starts at any position."""
 
     rows: list[Row]
     labels: np.ndarray

@@ -184,7 +184,7 @@ def _read(path: str) -> Card:
 
 
 def card_of_size(size: float) -> Card:
-    """The smallest card of the table that has so many GiB or more.
+    """The smallest card of the table with at least `size` GiB.
 
     Raises ValueError if all are smaller.
     """
@@ -210,7 +210,7 @@ def _is_installed(module: str) -> bool:
 
 
 def devices(card: Card, count: int) -> list[jax.Device]:
-    """So many cards that programs can be compiled for, of which none need be there.
+    """A number of devices to compile programs for; no such GPU is needed.
 
     Raises ValueError if the wheels are not installed, or XLA refuses the target.
     """

@@ -170,7 +170,7 @@ def _roots(body: Computation, by_name: Mapping[str, Instruction]) -> list[Instru
 
 
 def _asked_of(i: Instruction, operand: str, needed: float, whole: int) -> float:
-    """How many of an operand's `whole` numbers are needed for so many of an instruction's."""
+    """How many of an operand's `whole` numbers are needed for `needed` of an instruction's."""
     if i.operation in ("slice", "dynamic-slice", "gather"):
         return needed if operand == i.operands[0] else whole
     if i.operation in ("reduce", "dot", "reduce-window", "scatter", "sort"):

@@ -43,7 +43,7 @@ class Progress:
     def step(self, line: dict[str, Any], tokens: int, seconds: float, show: bool) -> None:
         """Moves the bar, and prints a line if `show`; `line` is the step's in metrics.jsonl.
 
-        The step had so many `tokens` and took so many `seconds`: a printed line has the tokens per
+        `tokens` and `seconds` are those of the step: a printed line has the tokens per
         second since the line before, and the loss smoothed over about twenty steps.
         """
         step = line["step"]

@@ -431,7 +431,7 @@ def test_an_index_names_no_file_of_another_folder(tmp_path, file):
     index = directory / "model.safetensors.index.json"
     files = json.loads(index.read_text())["weight_map"]
     index.write_text(json.dumps({"weight_map": files | {"model.norm.weight": file}}))
-    with pytest.raises(ValueError, match=r"model\.norm\.weight is in '.*': no name of a file"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is in '.*': not the name of a file"):
         load_llama(directory)
 
 
