@@ -81,8 +81,8 @@ def sharded_like(tree: Any, like: Any) -> Any:
 def varying_alike(tree: Any, but: Sequence[str] = ()) -> Any:
     """Makes arrays vary over each mesh axis of `jax.shard_map` over which one of them varies.
 
-    The branches of a conditional must agree in that, as must a loop's carry and what the loop makes
-    of it. What varies over the axes `but` is summed over them.
+    The branches of a conditional must agree in that, as must a loop's carry before and after it.
+    Arrays are not made to vary over the axes `but`, over which they are summed.
     """
     if not within_shard_map():
         return tree

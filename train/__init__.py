@@ -1,1 +1,1 @@
-"""The trainer: one command per file at this level, the parts beneath them beside."""
+"""The trainer: one command per file at this level; the folders are the rooms that they use."""

@@ -155,9 +155,9 @@ def adapt(
 ) -> PyTree:
     """Returns params with adapters instead of some of the matrices.
 
-    Leaves with three axes, `(layers, in, out)`, can be adapted: those in whose path, such as
-    "layers/mlp/up", the regular expression `pattern` is found. `create` makes an adapter from a
-    weight and a key, such as `partial(LoRA.create, rank=8)`. ValueError if no leaf is adapted.
+    Adapted are leaves with three axes, `(layers, in, out)`, in whose path, such as "layers/mlp/up",
+    the regular expression `pattern` is found. `create`, such as `partial(LoRA.create, rank=8)`,
+    makes an adapter from a weight and a key. ValueError if no leaf is adapted.
     """
     checks.instance(pattern, "pattern", str)
     leaves, tree = jax.tree.flatten_with_path(params, is_leaf=is_quantized)

@@ -1,4 +1,4 @@
-"""The updates of stacked layers, of which one is written while the next one's gradient is made."""
+"""The updates of stacked layers; one is written while the gradient of the next one is computed."""
 
 import dataclasses
 from collections.abc import Callable

@@ -35,7 +35,7 @@ def over_microbatches(function: Callable[..., tuple[Any, Any]], *batches: Any) -
 def over_microbatches_in_subspace(
     tx: SubspaceParts, state: Any, params: Any, function: Callable, *batches: Any, **extra_args: Any
 ) -> tuple[optax.Updates, optax.OptState, Any]:
-    """As `over_microbatches`, with gradients as the first trees, which are summed projected.
+    """As `over_microbatches`; the first trees are gradients, which are projected and then summed.
 
     The first microbatch's gradient refreshes the bases that are due, with the `extra_args`. Returns
     the sum, for `tx.update_projected`, the new state, and the second trees, stacked.

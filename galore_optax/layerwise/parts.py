@@ -112,7 +112,7 @@ class PartUpdate:
     ) -> tuple[Params, dict[str, optax.OptState]]:
         """Updates each entry of `parts` that has a gradient, by itself, if `ok`.
 
-        With `sum_over` the gradients are those of `shared`.
+        With `sum_over` the gradients are projected and summed: what `shared` returns.
         """
         new, new_states = {}, {}
 

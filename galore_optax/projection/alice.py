@@ -59,7 +59,7 @@ class Alice:
         return _History(self.tracking) if self.tracking else None
 
     def init(self, like: jax.ShapeDtypeStruct, rank: int) -> tuple[Array, ...]:
-        """The mean of each column's energy, the norm of the step before, and that of R Rᵀ."""
+        """The mean of the columns' energies, the norm of the step before, the mean of R Rᵀ: 0."""
         shapes = [like.shape[1:], ()] + [(rank, rank)] * bool(self.tracking)
         return tuple(jnp.zeros(shape, like.dtype) for shape in shapes)
 

@@ -153,7 +153,7 @@ def next_timing(
         gap: `update_proj_gap`.
         state: The state before the step.
         happened: For each projected leaf, which matrices were refreshed in the step.
-        similarities: Of their new subspaces to the ones before.
+        similarities: Those of the new subspaces to the ones before.
         phases: Returns the `staggered_phases` of all matrices.
     """
     refreshed, count = jnp.concatenate(happened), jnp.asarray(state.count)

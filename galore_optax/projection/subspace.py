@@ -19,11 +19,11 @@ from galore_optax.sharding import varying_alike
 Gradient, Basis = Float[Array, "n m"], Float[Array, "n r"]
 FindSubspace = Callable[[Gradient, Basis, PRNGKeyArray], Basis]
 """From a gradient in float32 or wider, whose largest magnitude is 1, the present basis and a key to
-a new orthonormal basis of the same shape, or one that is not finite if there is none."""
+a new orthonormal basis of the same shape, which is not finite if none was found."""
 
 # Shifted Cholesky QR. The first shift keeps the Gram matrix positive definite in float32, whatever
 # the columns' condition; later passes with smaller shifts make the columns orthonormal. If there
-# are nearly as many columns as rows, noise that completes them is of a high condition itself.
+# are nearly as many columns as rows, the noise that completes them has a high condition itself.
 _SHIFTS = (1e-6, 1e-6 / 30, 1e-6 / 30**2)
 _SHIFTS_OF_MANY = (1e-6, 1e-6 / 30, 1e-6 / 30, 1e-6 / 30, 1e-6 / 30**2)
 _NOISE = 1e-6  # relative; gives a basis of full rank to a gradient that lacks it
@@ -237,9 +237,10 @@ def any_basis(subspace: str | FindSubspace) -> bool:
 
 
 class Summed:
-    """A gradient of which each device has a summand, within `jax.shard_map`: its products.
+    """Products of a gradient of which each device has a summand, within `jax.shard_map`.
 
-    A product of a sum is the sum of the products, which is smaller: a sketch, not the gradient.
+    A product with the sum is the sum of the devices' products, so that these, which are small, are
+    sent instead of the gradient.
     """
 
     def __init__(self, part: Gradient, axes: Sequence[str]):

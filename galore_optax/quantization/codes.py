@@ -271,7 +271,7 @@ def hashed(
 def elements(shape: tuple[int, ...], strides: Sequence[int] = ()) -> UInt32[Array, "*shape"]:
     """Returns the number of each element of an array, modulo 2**32, in row-major order.
 
-    Or with other strides, of which each axis has one.
+    Or by `strides`, one for each axis.
     """
     strides = strides or row_major(shape)
     number = jnp.zeros(shape, jnp.uint32)

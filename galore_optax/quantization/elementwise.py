@@ -24,10 +24,10 @@ from galore_optax.rows import parts
 from galore_optax.sharding import explicit_axes, varying_alike, within_shard_map
 from galore_optax.trace.elementwise import Part, arrays, body_of, elementwise_parts
 
-# The most elements in a chunk, so that a turn of the loop is worth its start. A CPU takes half as
-# many, whose floats stay in its cache (8-bit Adam takes 10% to 30% longer with all, EPYC, 2 cores).
+# The most elements in a chunk: enough for a turn of the loop to be worth its start. A CPU takes
+# half as many, whose floats stay in its cache (8-bit Adam takes 10% to 30% longer with all, EPYC).
 CHUNK = 2**20
-# What Pallas has for Triton: for all floats, and for those of at least 32 bits.
+# Primitives that Pallas has for Triton: for all floats, and for those of at least 32 bits.
 _SIMPLE = {
     "abs", "add", "add_any", "broadcast_in_dim", "convert_element_type", "div", "eq", "ge", "gt",
     "integer_pow", "le", "lt", "max", "min", "mul", "ne", "neg", "select_n", "square",

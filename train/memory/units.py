@@ -4,7 +4,7 @@ _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "bytes": 1}
 
 
 def unit_of(size: float) -> tuple[str, int]:
-    """The largest unit of which a size has one or more: its name and its bytes."""
+    """The largest unit that is not above a size: its name and its bytes."""
     return next(((k, n) for k, n in _UNITS.items() if size >= n), ("bytes", 1))
 
 

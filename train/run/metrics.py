@@ -137,7 +137,7 @@ def evaluation_losses(
 ) -> dict[int, float]:
     """The loss of each evaluation in a run's metrics.jsonl, by step; NaN if it was not finite.
 
-    With a `metric`, of which the highest is the best, the negative of that instead. Those after the
+    With a `metric`, whose highest value is the best, its negative instead. Evaluations after the
     step `last` are left out.
     """
     lines = (line for line in read_metrics(directory) if "eval_loss" in line)

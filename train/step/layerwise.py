@@ -61,7 +61,7 @@ def layered_llama(config: LlamaConfig, mesh: Mesh, whole: bool = True) -> Layere
 
     def layer(params, hidden, batch):
         hidden = training_layer(config, batch["sequences"], params, hidden)
-        # XLA would split them otherwise within the loop over the layers.
+        # Otherwise XLA would split the hidden states differently within the loop over the layers.
         at = NamedSharding(mesh, BATCH)
         return jax.lax.with_sharding_constraint(hidden, at) if whole else hidden
 
