@@ -46,7 +46,9 @@ def main(config: Generate) -> int:
             reason = "--temperature 0 takes the most likely token each time"
             raise ValueError(f"{flag(name)} has no effect: {reason}; leave one of them out")
     if config.chat_template is not None and not config.chat:
-        raise ValueError("--chat-template has no effect: it writes what is said with --chat")
+        raise ValueError(
+            "--chat-template has no effect without --chat: add --chat, or leave it out"
+        )
     trained = load_trained(config.run)
     model = nnx.merge(trained.graph, merge(trained.params))
     how = {k: v for k, v in vars(config).items() if k not in _NOT_SAMPLING}

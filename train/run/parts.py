@@ -97,7 +97,7 @@ def count(params: PyTree) -> int:
 
 
 def log_devices(config: ResolvedTraining, mesh: Mesh, log: Log) -> None:
-    """Says on which devices a run is, and what is repeatable there."""
+    """Prints on which devices a run is, and whether it can be repeated bit for bit there."""
     device = mesh.devices.flat[0]
     layout = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     available = len(available_devices())
@@ -115,7 +115,7 @@ def log_devices(config: ResolvedTraining, mesh: Mesh, log: Log) -> None:
 def log_programs(
     config: ResolvedTraining, programs: Programs, model: str, weights: str, log: Log
 ) -> None:
-    """Says what is trained by which optimizer; `model` and `weights` are said of the model."""
+    """Prints what is trained, and by which optimizer; `model` and `weights` describe the model."""
     params, optimizer = programs.abstract.params, programs.abstract.optimizer
     for note in programs.notes:
         log(f"sharding: {note}")

@@ -96,7 +96,7 @@ def _bytes_of(state: Any, names: Collection[str]) -> int:
 def _table(
     summary: Mapping[str, Any], state: Mapping[str, int], ends: int, refreshes: int | None
 ) -> Iterator[tuple[str, str, str]]:
-    """What is said of a finished run: name, value and note of each row.
+    """The table about a finished run: name, value and note of each row.
 
     `state` is the optimizer's in bytes by kind, `ends` its share of embedding and head.
     """
