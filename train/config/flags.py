@@ -84,8 +84,8 @@ class AdapterFlags:
     """Adapters."""
 
     adapter: Literal["lora", "dora", "relora", "qlora", "low-rank", "gradnorm-lorp"] | None = None
-    """Trained instead of the layers' matrices, which are frozen (low-rank: replaced); --train says
-    which other params are trained, too."""
+    """Trained instead of the layers' matrices, which are frozen (low-rank: replaced). Other params
+    are trained as --train says."""
     adapter_pattern: str | None = None
     """Regular expression for the paths of the matrices that get adapters, such as query|value.
     Default: all."""
@@ -283,12 +283,12 @@ class RunFlags:
     """The run ends after this many evaluations in a row that were no better than the best before.
     Default: it never ends early."""
     energy_every: int | None = None
-    """Steps between two measurements, each as long as a backward pass, of the gradient's energy
-    that GaLore's bases keep and of how far they turn, for subspace.png. Default: none."""
+    """Steps between two measurements for subspace.png, each as long as a backward pass. Default:
+    none. It shows what GaLore's bases keep of the gradient's energy, and how far they turn."""
     profile: int | None = None
-    """Steps to trace for TensorBoard and Perfetto, into profile/ of the run. Default: none."""
+    """Steps to trace into profile/, for TensorBoard and Perfetto. Default: none."""
     track: Literal["wandb", "mlflow"] | None = None
-    """Service that gets the metrics, too; its package must be installed. Default: none."""
+    """Service that gets the metrics, too. Its package must be installed. Default: none."""
     max_skipped: int = 10
     """The run stops after this many steps in a row whose loss or gradient is not finite."""
     seed: int = 0
