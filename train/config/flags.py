@@ -248,8 +248,8 @@ class LayerwiseFlags:
 
     scan_layers: bool | None = None
     """Run the layers in a loop, which compiles in a time that does not grow with depth, instead of
-    one by one, which is faster on a GPU. Default: False on GPUs that do not share weights (fsdp,
-    tensor), without --layerwise."""
+    one by one, which is faster on a GPU and takes more memory. Default: False on GPUs that share no
+    weights (fsdp, tensor), without --layerwise and --rematerialize."""
     accumulate_in_subspace: bool = False
     """Sum the microbatches' gradients projected, a fraction of their size, and clip them by their
     norm there; the first microbatch gives a new subspace. With --layerwise: for the layers only."""

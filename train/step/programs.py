@@ -161,10 +161,11 @@ def make_programs(config: ResolvedText, model: LlamaConfig, mesh: Mesh) -> Progr
     scan = config.scan_layers
     if scan is None:
         # Written out, layers read their weights within the stacks, and keep activations where they
-        # were made: llama-1b's step moves a fifth less (benchmarks/RESULTS.md). If GPUs share them,
-        # XLA would keep the gathered weights of all layers from the forward to the backward pass.
-        shared = mesh.size > mesh.shape["data"]
-        scan = config.layerwise or shared or mesh.devices.flat[0].platform != "gpu"
+        # were made: llama-1b's step moves a fifth less (benchmarks/RESULTS.md). Recomputed layers
+        # take 6% more memory so; and if GPUs share weights, XLA would keep what is gathered of all
+        # layers from the forward to the backward pass.
+        less_memory = config.layerwise or config.rematerialize or mesh.size > mesh.shape["data"]
+        scan = less_memory or mesh.devices.flat[0].platform != "gpu"
     model = dataclasses.replace(
         model,
         scan=scan,
