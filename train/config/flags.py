@@ -41,7 +41,7 @@ class TextFlags:
     """`packed`: no padding, no attention across documents; `document`: one document per row,
     truncated or padded, as published."""
     skip_unreadable: bool = False
-    """Name and skip documents of C4 that cannot be read. Default: the run saves, and stops."""
+    """Name and skip documents of C4 that cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,12 +257,12 @@ class LayerwiseFlags:
     """With --mesh data=N, all-reduce gradients projected, a fraction of their size, and clip them
     by their norm there. Microbatches are summed as with --accumulate-in-subspace."""
     compress_bits: int | None = None
-    """8: --compress-gradients sends 8 bits a number, rounded at random. Default: unrounded."""
+    """8: --compress-gradients sends 8 bits a number, rounded at random."""
     layerwise: bool = False
     """Update each layer within the backward pass: only one layer's gradient is in memory."""
     clip: Literal["exact", "previous"] | None = None
     """Norm by which --layerwise clips: the step's own (a second backward pass), or the previous
-    step's. Default: exact; with --accumulate-in-subspace or --compress-gradients only previous."""
+    step's. Default: exact; previous if projected."""
 
 
 @dataclasses.dataclass(frozen=True)
