@@ -178,7 +178,7 @@ class NF4(Table):
 
     def encode(self, blocks, axis, random):
         refuse_random(random)
-        scales = jnp.max(jnp.abs(blocks), axis, keepdims=True)
+        scales = jnp.max(_nan_as_inf(jnp.abs(blocks)), axis, keepdims=True)
         x = blocks * (1 / jnp.maximum(scales, jnp.finfo(scales.dtype).tiny))
         values = np.array(self.values, x.dtype)
         codes = bisected(lambda middle: x > middle, list((values[:-1] + values[1:]) / 2))
@@ -196,7 +196,7 @@ class Affine:
     bits: int
 
     def encode(self, blocks, axis, random):
-        low, high = (f(blocks, axis, keepdims=True) for f in (jnp.min, jnp.max))
+        low, high = _extremes(blocks, axis)
         last = 2**self.bits - 1
         scales = _normal((high - low) / last)
         x = (blocks - low) / jnp.where(scales == 0, 1, scales)
@@ -234,8 +234,23 @@ def _chosen(values: Sequence[Any], bits: Sequence[Array]) -> Any:
 
 def _scales(blocks: Blocks, axis: int, signed: bool) -> PerBlock:
     """Returns the element of largest magnitude, with its sign, by which a block is divided."""
-    low, high = (f(blocks, axis, keepdims=True) for f in (jnp.min, jnp.max))
+    low, high = _extremes(blocks, axis)
     return _normal(jnp.where(high >= -low, high, low) if signed else jnp.maximum(high, 0))
+
+
+def _extremes(blocks: Blocks, axis: int) -> tuple[PerBlock, PerBlock]:
+    """Returns the smallest and the largest element; the latter is infinite if one is NaN."""
+    blocks = _nan_as_inf(blocks)
+    low, high = (f(blocks, axis, keepdims=True) for f in (jnp.min, jnp.max))
+    return low, high
+
+
+def _nan_as_inf(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """A block with NaN must not be decoded to finite numbers, and the largest of a block may be.
+
+    XLA's CPU compiler and Triton drop NaN in `jnp.max` and `jnp.min` (jaxlib 0.10, 4,096 elements).
+    """
+    return jnp.where(x == x, x, jnp.inf)
 
 
 def _normal(scales: PerBlock) -> PerBlock:

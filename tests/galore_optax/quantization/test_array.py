@@ -183,12 +183,14 @@ def test_a_block_with_a_number_that_is_not_finite_is_not_finite(name, bad):
     code, block = ALL[name]
     if name.endswith("unsigned") and bad < 0:
         pytest.skip("less than zero, which is zero without a sign")
-    x = np.ones((2, 2 * block), np.float32)
+    x = np.ones(
+        (64, 2 * block), np.float32
+    )  # so many that XLA's CPU compiler drops NaN in a maximum
     x[0, 3] = bad
     got = np.asarray(read(stored(x, code, block)))
     assert not np.isfinite(got[0, :block]).any()
     np.testing.assert_array_equal(got[0, block:], 1)
-    np.testing.assert_array_equal(got[1], 1)
+    np.testing.assert_array_equal(got[1:], 1)
 
 
 # bitsandbytes.
