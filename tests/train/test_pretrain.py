@@ -100,7 +100,11 @@ def test_the_learning_rate_rises_then_falls_to_a_tenth(finished):
 @pytest.mark.parametrize(
     ("where", "step", "checkpoints"),
     # Which checkpoint is whole when the kill comes is a race with the thread that writes them.
-    [("metrics", 11, (4, 8)), ("save", 12, (8, 12)), ("metrics", 2, (0,))],
+    [
+        pytest.param("metrics", 11, (4, 8), marks=pytest.mark.slow),
+        ("save", 12, (8, 12)),
+        pytest.param("metrics", 2, (0,), marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_at_any_moment_repeats_the_uninterrupted_one_bit_for_bit(
     finished, tmp_path, where, step, checkpoints, capsys

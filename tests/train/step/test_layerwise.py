@@ -51,8 +51,10 @@ def test_losses_are_those_of_one_device_and_the_ordinary_step(one_device, which,
 
 @pytest.mark.parametrize(
     "changes",
-    [LOW_BIT | {"mesh": "fsdp=2,data=4"}, {"mesh": "data=2,fsdp=2,tensor=2", **ADAMW}],
-    ids=["quantized", "float32"],
+    [
+        pytest.param(LOW_BIT | {"mesh": "fsdp=2,data=4"}, id="quantized", marks=pytest.mark.slow),
+        pytest.param({"mesh": "data=2,fsdp=2,tensor=2", **ADAMW}, id="float32"),
+    ],
 )
 def test_a_tied_head_and_biases_train_on_a_mesh_as_in_the_ordinary_step(monkeypatch, changes):
     tied = dict(tied=True, attention_bias=True, mlp_bias=True, head_dim=12)
@@ -71,7 +73,9 @@ def test_a_tied_head_and_biases_train_on_a_mesh_as_in_the_ordinary_step(monkeypa
     np.testing.assert_allclose(by_layers, train(4, **ordinary), rtol=rtol)
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "galore-adafactor"])
+@pytest.mark.parametrize(
+    "optimizer", ["adafactor", pytest.param("galore-adafactor", marks=pytest.mark.slow)]
+)
 def test_what_optimizers_do_by_leaf_they_do_by_layer_in_the_ordinary_step_too(optimizer):
     settings = dict(optimizer=optimizer, learning_rate=0.02)  # fast enough for Adafactor to clip
     settings |= {} if "galore" in optimizer else NO_SUBSPACE
