@@ -239,10 +239,9 @@ def _scales(blocks: Blocks, axis: int, signed: bool) -> PerBlock:
 
 
 def _extremes(blocks: Blocks, axis: int) -> tuple[PerBlock, PerBlock]:
-    """Returns the smallest and the largest element; the latter is infinite if one is NaN."""
-    blocks = _nan_as_inf(blocks)
-    low, high = (f(blocks, axis, keepdims=True) for f in (jnp.min, jnp.max))
-    return low, high
+    """Returns the smallest and the largest element; one of them is not finite if one is NaN."""
+    low = jnp.min(blocks, axis, keepdims=True)
+    return low, jnp.max(_nan_as_inf(blocks), axis, keepdims=True)  # made for one use, not stored
 
 
 def _nan_as_inf(x: Float[Array, "*s"]) -> Float[Array, "*s"]:

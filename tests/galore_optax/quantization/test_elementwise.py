@@ -80,7 +80,7 @@ def test_floats_of_a_few_rows_are_all_that_there_is(monkeypatch, optimized):
     state = jax.eval_shape(tx.init, params)
     step = jax.jit(lambda g, s: tx.update(g, s), donate_argnums=(0, 1))
     memory = step.lower(params, state).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * 4 * module.CHUNK
+    assert memory.temp_size_in_bytes < 6 * 4 * module.CHUNK
 
 
 def test_chunks_are_smaller_on_a_cpu_and_larger_in_a_program_for_another_platform():
