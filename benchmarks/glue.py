@@ -3,8 +3,8 @@
     python -m benchmarks.glue --data-dir DIR --init DIR --out DIR --tasks mrpc rte --seeds 3
 
 Every run is `python -m train.finetune`; finished ones are reused, and a run that was interrupted
-goes on. Of each method's learning rates the one with the best mean counts. The table goes to
-standard output and table.md, the plot to glue.png.
+goes on. Of each method's learning rates the one with the best mean counts, and --best-seeds adds
+runs at that rate. The table goes to standard output and table.md, the plot to glue.png.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ METHODS: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "GradNormLoRP r=8": (("--optimizer", "gradnorm-lorp-adamw", "--rank", "8"), ADAPTER),
 }
 
-Scores = dict[float, list[float]]  # the metric of each seed, by learning rate
+Scores = tuple[float, list[float]]  # the best learning rate, and the metric of each seed with it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Glue:
     methods: tuple[str, ...] = tuple(METHODS)
     """Rows of the table."""
     seeds: int = 1
-    """Runs of each, with seeds from 0."""
+    """Runs at each learning rate, with seeds from 0."""
+    best_seeds: int | None = None
+    """Runs at the best learning rate, with those of --seeds. None: no more than these."""
     rate_factor: float = 1.0
     """Factor of all learning rates, which are for RoBERTa-base: smaller models take higher ones."""
     rates: int = 3
@@ -66,19 +68,11 @@ def main(config: Glue) -> None:
     found: dict[tuple[str, str], Scores] = {}
     for task in config.tasks:
         for method in config.methods:
-            found[method, task] = {
-                rate: [_metric(config, task, method, rate, seed) for seed in range(config.seeds)]
-                for rate in _rates(config, method)
-            }
+            found[method, task] = _scores(config, task, method)
         done = [name for name in config.tasks if (config.methods[0], name) in found]
         (config.out / "table.md").write_text(table(found, config.methods, done))
         _plot(found, config.methods, done, config.out / "glue.png")
     print((config.out / "table.md").read_text(), end="")
-
-
-def best(scores: Scores) -> tuple[float, list[float]]:
-    """The learning rate with the highest mean, and its scores."""
-    return max(scores.items(), key=lambda item: statistics.fmean(item[1]))
 
 
 def table(
@@ -89,13 +83,23 @@ def table(
     for method in methods:
         cells, means = [], []
         for task in tasks:
-            rate, scores = best(found[method, task])
+            rate, scores = found[method, task]
             means.append(100 * statistics.fmean(scores))
             spread = f" ± {100 * statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
             cells.append(f"{means[-1]:.2f}{spread} ({rate:.1e}, n={len(scores)})")
         cells.append(f"{statistics.fmean(means):.2f}")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _scores(config: Glue, task: str, method: str) -> Scores:
+    scores = {
+        rate: [_metric(config, task, method, rate, seed) for seed in range(config.seeds)]
+        for rate in _rates(config, method)
+    }
+    rate = max(scores, key=lambda x: statistics.fmean(scores[x]))
+    more = range(config.seeds, config.best_seeds or config.seeds)
+    return rate, scores[rate] + [_metric(config, task, method, rate, seed) for seed in more]
 
 
 def _rates(config: Glue, method: str) -> list[float]:
@@ -130,7 +134,7 @@ def _plot(
     axes = figure.add_subplot()
     width = 0.8 / len(methods)
     for i, method in enumerate(methods):
-        scores = [best(found[method, task])[1] for task in tasks]
+        scores = [found[method, task][1] for task in tasks]
         means = [100 * statistics.fmean(x) for x in scores]
         spreads = [100 * statistics.stdev(x) if len(x) > 1 else 0 for x in scores]
         at = [j + (i - (len(methods) - 1) / 2) * width for j in range(len(tasks))]
