@@ -1,5 +1,7 @@
 """Leaves of equal shape are refreshed by one program, each as it would be alone."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,3 +68,11 @@ def test_a_tensor_without_an_axis_above_the_rank_is_not_due_for_ever():
     tx = galore(8, optax.adam(1e-2), weight_dimension_numbers=numbers)
     _, state = tx.update(params, tx.init(params), params)
     assert not subspace_parts(tx).is_due(state)
+
+
+def test_a_step_without_a_refresh_copies_neither_bases_nor_moments():
+    params = {"w": jax.ShapeDtypeStruct((6, 64, 96), jnp.float32)}
+    tx = galore(16, optax.adam(1e-3), weight_dimension_numbers=GaLoreDimensionNumbers(1, 2))
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state).compile()
+    assert not re.findall(r"= f32\[6,\d+,\d+\]\S* copy\(", step.as_text())
