@@ -35,6 +35,7 @@ def test_q_galore_learns_with_weights_of_a_byte_and_counts_its_refreshes(finishe
     assert 4 * others + matrices < summary["weight_bytes"] < 4 * others + 1.3 * matrices
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_everything_in_few_bits_repeats_itself_bit_for_bit(finished, tmp_path):
     out = tmp_path / "run"
     assert run_killed({"out": str(out), **Q_GALORE}, "metrics", 11, "SIGKILL").returncode == -9

@@ -151,7 +151,9 @@ def stopped_in_evaluation(step: int, config: Pretrain) -> None:
         assert main(config) == 128 + 15
 
 
-@pytest.mark.parametrize("step", [0, 7, 14])
+@pytest.mark.parametrize(
+    "step", [pytest.param(0, marks=pytest.mark.slow), 7, pytest.param(14, marks=pytest.mark.slow)]
+)
 def test_an_evaluation_that_is_stopped_is_done_after_resuming(finished, tmp_path, step, capsys):
     out = tmp_path / "run"
     stopped_in_evaluation(step, small(out))

@@ -141,9 +141,9 @@ def test_power_iteration_from_a_good_basis_keeps_it_good():
 
 @settings(max_examples=12, deadline=None)
 @given(
-    n=st.integers(1, 24),
-    m=st.integers(1, 24),
-    rank=st.integers(1, 24),
+    n=st.sampled_from([1, 7, 24]),  # few shapes: each is compiled
+    m=st.sampled_from([1, 16]),
+    rank=st.sampled_from([1, 24]),
     zeros=st.floats(0, 1),
     exponent=st.integers(-20, 20),
     seed=st.integers(0, 100),

@@ -62,15 +62,20 @@ def made(inner, find, **options):
     return galore(RANK, inner, **usual | options)
 
 
-def trajectory(inner, find, name, steps=5):
-    tx, params = made(inner, find), PARAMS
+def trajectory(inner, find, name, steps=4):
+    """Updates of a stack, projected from the right, and of a bias."""
+    few = ("tall", "bias")
+    numbers, params = ({key: tree[key] for key in few} for tree in (NUMBERS, PARAMS))
+    tx = made(inner, find, weight_dimension_numbers=numbers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state, update = tx.init(params), tx.update
     found = []
     for step in range(steps):
         value = optax.tree.norm(params)
-        updates, state = update(gradients(step), state, params, **arguments(name, value))
+        grads = gradients(step)
+        grads = {key: grads[key] for key in few}
+        updates, state = update(grads, state, params, **arguments(name, value))
         params = optax.apply_updates(params, updates)
         found.append(updates)
     return found

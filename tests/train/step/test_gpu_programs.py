@@ -42,12 +42,8 @@ WHOLE = {
         "optimizer": "galore-adamw", "mesh": "data=2,fsdp=2", "layerwise": True,
     },
 }  # fmt: skip
-# These are made of the same steps as fira-adamw; and of it and the others one card is enough.
-ALIKE = {"apollo-adamw", "apollo-mini-adamw", "alice"}
-# On the older card those of which it needs kernels.
-OLDER = {"galore-adamw8bit", "q-galore-adamw8bit", "4 bits"}
-CASES = [("rtx-3080", case) for case in STEPS if case in OLDER]
-CASES += [("h100", case) for case in (*STEPS, *WHOLE) if case not in ALIKE]
+CASES = [("rtx-3080", case) for case in STEPS]
+CASES += [("h100", case) for case in (*STEPS, *WHOLE)]
 # Bounds of a count as shares of the table's. XLA's versions differ a little; a program that does
 # far less than the table says should have its row rewritten.
 LESS, MORE = 0.67, 1.1
@@ -145,6 +141,7 @@ def outside_check():
 
 
 @needs_wheels
+@pytest.mark.slow  # for a command of its own in `.ci/run`
 @pytest.mark.parametrize(("card", "case"), CASES)
 def test_a_program_does_no_more_than_the_table_says(card, case, optimized):
     text = program(card, case)

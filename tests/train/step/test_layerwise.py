@@ -128,6 +128,7 @@ def test_small_updates_of_bfloat16_weights_are_kept_on_average_or_lost_as_publis
     assert 0.02 < changed() < 1 / 6
 
 
+@pytest.mark.slow
 def test_microbatches_summed_in_the_subspace_give_the_ordinary_steps_losses_on_a_mesh_too():
     # The bases come from the first of two microbatches; nothing is clipped, since by layers that
     # would be by another norm.

@@ -103,7 +103,7 @@ def one_device():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mesh": "fsdp=8"},
+        pytest.param({"mesh": "fsdp=8"}, marks=pytest.mark.slow),
         {"mesh": "data=2,fsdp=2,tensor=2"},
         {"mesh": "data=8", **ADAMW},
         {"mesh": "data=2,fsdp=4", **ADAMW},
