@@ -7,9 +7,10 @@ with the first beside it,
     v ← (Q∘Q) (v - m²) + (Q m)²
 
 v - m² is a variance; its covariances are taken as zero. Where m² exceeds v, v takes its place, so
-that no second moment becomes negative. A second moment without a first becomes (Q∘Q) v. A factored
-second moment (Adafactor, SM3) has a factor along the rank, which becomes (Q∘Q) times it, and one
-along the other axis, which is kept.
+that no second moment becomes negative. A second moment without a first becomes (Q∘Q) v, and so does
+a magnitude (AdaMax), since m² is not of its size: the update takes no root of it. A factored second
+moment (Adafactor, SM3) has a factor along the rank, which becomes (Q∘Q) times it, and one along the
+other axis, which is kept.
 
 The rows of Q∘Q sum to the share of each new direction that the old subspace covers. The rest was
 outside of it, so it is weaker than the weakest of the old directions. If strengths go on falling
@@ -116,7 +117,7 @@ def moments_of(
         field = _field(path, param_paths[role.param])
         containers[position] = field[:-1]
         own, first = found[i][j], None
-        if role.kind == SECOND:
+        if role.kind == SECOND and role.root:
             beside = (
                 k
                 for k, other in enumerate(own)
@@ -258,7 +259,8 @@ class CarryOver:
                 along = _sums(_wide(moment), at)
                 mean, least = jnp.mean(along), jnp.min(along)
                 falls = _root(least / jnp.where(mean > 0, jnp.max(along), 1))
-                usual = usual * falls * least / jnp.where(mean > 0, mean, 1)
+                # Products of moments would leave the range of float32 where these do not.
+                usual = usual * falls * (least / jnp.where(mean > 0, mean, 1))
         return carried + outside * usual
 
     def _dealt(self, i: int, moments: Sequence[Array], small: Any) -> Array:

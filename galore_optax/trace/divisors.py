@@ -38,12 +38,14 @@ class Divisors(Reading):
         stale: Likewise, without the present updates in them, so that a leaf near zero makes the
             quotient arbitrarily large (ACProp, ADOPT).
         rooted: A root is taken of their difference from another one.
+        roots: A root is taken of them.
     """
 
     def __init__(self) -> None:
         self.divisors: set[int] = set()
         self.stale: set[int] = set()
         self.rooted: set[int] = set()
+        self.roots: set[int] = set()
 
     def constant(self, value: Any) -> Made:
         return Made()
@@ -70,6 +72,8 @@ class Divisors(Reading):
             self._divide(into[0])
         if name in _ROOTS:
             self.rooted |= into[0].differences
+        if name in _ROOTS or name == "cbrt":
+            self.roots |= into[0].leaves
         everything = self.join(into[1:] if name == "select_n" else into)
         if name in _OTHER:
             return Made(fresh=everything.fresh)

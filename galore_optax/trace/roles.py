@@ -41,6 +41,7 @@ class Role:
         divisor: Whether the update may divide by it.
         stale: Whether it divides by it as it was before the step, without the step's gradient.
         rooted: Whether the update takes a root of its difference from another leaf.
+        root: Whether the update takes a root of it, as of a square; AdaMax's is a magnitude.
         unclear: Whether it is not known how its elements follow a param's coordinates.
         shared: Whether it merges coordinates of several params.
     """
@@ -52,6 +53,7 @@ class Role:
     divisor: bool = True
     stale: bool = False
     rooted: bool = False
+    root: bool = False
     unclear: bool = False
     shared: bool = False
 
@@ -114,6 +116,7 @@ def state_roles(traced: Traced, moving: Collection[tuple[int, int]] | None = Non
             divisor=i in divisors.divisors,
             stale=i in divisors.stale,
             rooted=i in divisors.rooted,
+            root=i in divisors.roots,
         )
         for i, (value, x) in enumerate(zip(found, states, strict=True))
     ]

@@ -139,6 +139,22 @@ def test_with_a_constant_gradient_the_steps_stay_what_they_are(inner, moments):
     np.testing.assert_allclose(sizes, 1 / np.sqrt(8), rtol=1e-4)
 
 
+@pytest.mark.parametrize("inner", [optax.adamw(0.1, eps=0), optax.adamax(0.1, eps=0)])
+def test_steps_after_a_refresh_do_not_depend_on_the_gradients_size(inner):
+    """Powers of two scale without rounding; squares of moments would leave float32's range."""
+    tx = galore(4, inner, update_proj_gap=2, subspace="svd")
+    params, update = normal(9, 8, 12), jax.jit(tx.update)
+
+    def last(size):
+        state, step = tx.init(params), None
+        for i in range(4):
+            step, state = update(size * normal(i, 8, 12), state, params)
+        return step
+
+    for size in (2.0**-44, 2.0**44):
+        np.testing.assert_array_equal(last(size), last(1.0))
+
+
 def test_what_is_no_moment_is_kept():
     described = (Moment("ratio", Role(OTHER, 0, BOTH)), Moment("norm", Role(OTHER, 0, (None,))))
     moments = (normal(2, 4, 12), normal(3, 1))
