@@ -193,13 +193,15 @@ class InnerCall:
                 '"reset" starts again from the present params at every refresh, "keep" leaves them '
                 "as they are"
             )
-        undecided = not self.remembers and decay is None and decoupled_decay(traced) is None
+        undecided = decay is None and decoupled_decay(traced) is None
         if undecided and acts_within_subspace(traced, self.counts):
+            # What an inner does at params zero means nothing if it remembers others.
+            decays = "decoupled_decay=True takes it for decoupled decay, "
+            otherwise = "" if self.remembers else decays
             _warn(
                 "galore: inner uses params elementwise, and not as decoupled weight decay: this "
                 "acts on the projected weights only (weight decay, for instance, does not reach "
-                "the whole matrix); decoupled_decay=True takes it for decoupled decay, "
-                "decoupled_decay=False says that it is meant"
+                f"the whole matrix); {otherwise}decoupled_decay=False says that it is meant"
             )
         if rule == "keep" or traced.update is None:
             return

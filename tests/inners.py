@@ -135,8 +135,6 @@ BUILDING_BLOCKS = {
 INNERS = OPTIMIZERS | {
     name: optax.chain(block, optax.scale(-0.1)) for name, block in BUILDING_BLOCKS.items()
 }
-# `galore` warns that their state is not understood, or that they use params by coordinates.
-WARN = {"galore", "scale_by_galore", "sophia", "adaptive_grad_clip"}
 REMEMBER_PARAMS = {
     "cocob",
     "dog",
@@ -151,6 +149,10 @@ REMEMBER_PARAMS = {
     "schedule_free_adamw",
     "schedule_free_sgd",
 }
+# These use params in norms only. Of the others, and of inners whose state is not understood,
+# `galore` warns.
+BY_SCALARS = {"dog", "dowg", "scale_by_distance_over_gradients"}
+WARN = {"galore", "scale_by_galore", "sophia", "adaptive_grad_clip"} | REMEMBER_PARAMS - BY_SCALARS
 FEW = {"w": START["w"], "bias": START["bias"]}
 
 

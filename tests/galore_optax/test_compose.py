@@ -123,7 +123,7 @@ def test_lowers_a_convex_loss_around(name):
         assert not np.array_equal(before, after)
 
 
-@pytest.mark.parametrize("name", sorted(REMEMBER_PARAMS))
+@pytest.mark.parametrize("name", inside_galore(REMEMBER_PARAMS))
 def test_an_inner_that_remembers_params_is_refused_unless_told_what_to_do(name):
     with pytest.raises(ValueError, match=r"(?s)inner.*params.*moments"):
         around(INNERS[name]).init(START)

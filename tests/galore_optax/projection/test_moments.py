@@ -219,7 +219,7 @@ def test_an_inner_that_remembers_the_params_is_refused_unless_moments_says_what_
     with pytest.raises(ValueError, match=r"inner.*remembers the params.*moments="):
         galore(4, inner).init(params)
     for moments in ("keep", "reset", "rotate"):
-        tx = galore(4, inner, moments=moments, update_proj_gap=2)
+        tx = galore(4, inner, moments=moments, update_proj_gap=2, decoupled_decay=False)
         assert np.isfinite(run(tx, params, [normal(i, 8, 12) for i in range(4)])[-1]).all()
 
 

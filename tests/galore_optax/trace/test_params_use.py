@@ -292,6 +292,15 @@ def test_a_use_that_acts_within_the_subspace_warns_once_and_names_the_way_to_say
         galore(2, inner, decoupled_decay=decided).init(WEIGHT)
 
 
+@pytest.mark.parametrize("moments", ["keep", "reset"])
+def test_decay_of_an_inner_that_remembers_params_warns_too(moments):
+    inner = optax.contrib.schedule_free_adamw(0.1, weight_decay=0.2)
+    with pytest.warns(UserWarning, match=r"uses params elementwise") as seen:
+        galore(2, inner, moments=moments).init(WEIGHT)
+    assert "decoupled_decay=True" not in str(seen[0].message)
+    galore(2, inner, moments=moments, decoupled_decay=False).init(WEIGHT)
+
+
 @pytest.mark.parametrize("name", HARMLESS)
 def test_regularization_of_the_gradient_and_scalars_are_harmless(name):
     assert not acts_within_subspace(traced(HARMLESS[name], {"w": WEIGHT}), [True])
