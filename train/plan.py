@@ -1,6 +1,7 @@
 """The memory that a run will take, without taking it: `python -m train.plan`."""
 
 import dataclasses
+import gc
 import json
 import math
 import shlex
@@ -20,8 +21,8 @@ from train.config.source import short_name
 from train.data.tokenizer import load_tokenizer
 from train.memory import glue
 from train.memory.cards import EXTRA, Card, can_compile, card_of_size, devices, find_card
-from train.memory.fit import RECIPES, Fit, first_fit, splits
-from train.memory.plan import CONTEXT, SIZES, MemoryPlan, compiled_steps, estimate, known, plan
+from train.memory.fit import FULL, RECIPES, Fit, first_fit, splits
+from train.memory.plan import CONTEXT, SIZES, MemoryPlan, compiled_steps, estimate, make_known, plan
 from train.memory.program import count, in_words
 from train.run.cli import run
 from train.run.directory import check_can_be_written
@@ -105,12 +106,24 @@ def planned(
     return one, done if peak else {**done, "floor_seconds": None}
 
 
-def _plan_of_largest(config: Resolved, card: Card | None) -> MemoryPlan:
-    """The plan of a step, from the larger one of its programs: that which refreshes subspaces."""
-    programs = dataclasses.replace(programs_of(config, card), step_without_refresh=None)
+def _plan_to_fit(
+    config: Resolved, programs: Programs, card: Card | None, room: float, near: bool
+) -> MemoryPlan:
+    """The plan of a step, from the program that refreshes subspaces.
+
+    `near` says that it may not be within `room` bytes. Then the program without a refresh, which
+    compiles in half the time and takes about as much, may show that, and else counts, too.
+    """
     if card is None and _is_estimated(config, programs):
         return estimate(config, programs)
-    return plan(config, programs, _compiled(programs, card))
+    whole = dataclasses.replace(programs, step_without_refresh=None)
+    lean = programs.step_without_refresh
+    compiled = []
+    if near and lean is not None:
+        compiled = _compiled(dataclasses.replace(whole, train_step=lean), card)
+        if (one := plan(config, programs, compiled)).peak > room:
+            return one
+    return plan(config, programs, compiled + _compiled(whole, card))
 
 
 def _is_estimated(config: ResolvedTraining, programs: Programs) -> bool:
@@ -292,14 +305,15 @@ def _fit(config: Plan, method: Mapping[str, Any], size: float, gpu: Card | None)
     shards = axes.get("data", 1) * axes.get("fsdp", 1)
     pairs = splits(batch, config.accumulate, shards, config.batch_size is not None)
     tried = [_resolved(config, **method, batch_size=b, accumulate=a) for b, a in pairs]
-    # Refused if no batch can be split as asked.
-    programs = programs_of(tried[-1] if tried else _resolved(config, **method), gpu)
-    return first_fit(
-        tried,
-        size * 2**30 - CONTEXT,
-        lambda one: known(one, programs),
-        lambda one: _plan_of_largest(one, gpu),
-    )
+    smallest = tried[-1] if tried else _resolved(config, **method)
+    programs = programs_of(smallest, gpu)  # refused if no batch can be split as asked
+    known, room = make_known(smallest, programs), size * 2**30 - CONTEXT
+
+    def planned(one: Resolved) -> MemoryPlan:
+        own = programs if one == smallest else programs_of(one, gpu)
+        return _plan_to_fit(one, own, gpu, room, near=known(one) > FULL * room)
+
+    return first_fit(tried, room, known, planned)
 
 
 def _command(config: Plan, method: Mapping[str, Any], found: Resolved) -> str:
@@ -324,6 +338,7 @@ def load_plan(path: str) -> Plan:
 
 
 if __name__ == "__main__":
+    gc.disable()  # tracing makes no cycles to speak of, and looking for them takes a fifth of it
     # Python would hear Ctrl-C only after a compilation, and there is nothing to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     run(main, Plan, "python -m train.plan", load=load_plan)

@@ -20,6 +20,7 @@ from train.plan import Plan, load_plan, main, programs_of
 from train.pretrain import main as pretrain
 from train.run import training
 from train.run.cli import run
+from train.step.programs import Programs
 
 
 def planned(**changes):
@@ -143,15 +144,15 @@ def pretend(monkeypatch, fits):
     """Has a step take no more than there is if `fits` is true of its settings."""
     compiled = []
 
-    def plan_of(config, card):
+    def plan_of(config, programs, card, room, near):
         compiled.append(config)
         states = {"projections": 0, "moments": 0, "counters": 0}
         return MemoryPlan(2**30, states, 0, 0, 0, 0, 2**30 if fits(config) else 12 * 2**30)
 
     monkeypatch.setattr(plan_module, "can_compile", lambda: False)
-    monkeypatch.setattr(plan_module, "_plan_of_largest", plan_of)
+    monkeypatch.setattr(plan_module, "_plan_to_fit", plan_of)
     monkeypatch.setattr(plan_module, "programs_of", lambda config, card: None)
-    monkeypatch.setattr(plan_module, "known", lambda config, programs: 0)
+    monkeypatch.setattr(plan_module, "make_known", lambda config, programs: lambda one: 0)
     return compiled
 
 
@@ -241,6 +242,31 @@ def test_few_steps_are_compiled_to_find_a_batch():
     compiled.clear()
     assert first_fit(tried, 620, known, planned) is None
     assert compiled == [1]
+
+
+@pytest.mark.parametrize(
+    ("near", "lean_peak", "wanted"),
+    [(True, 13, ["lean"]), (True, 11, ["lean", "whole"]), (False, 13, ["whole"])],
+)
+def test_a_step_that_hardly_fits_is_refused_by_its_program_without_a_refresh(
+    near, lean_peak, wanted, monkeypatch
+):
+    compiled = []
+
+    def compiled_steps(programs):
+        compiled.append(programs.train_step)
+        return [lean_peak if programs.train_step == "lean" else 10]
+
+    def plan_of(config, programs, peaks):
+        return MemoryPlan(0, {}, 0, 0, 0, 0, max(peaks))
+
+    monkeypatch.setattr(plan_module, "compiled_steps", compiled_steps)
+    monkeypatch.setattr(plan_module, "plan", plan_of)
+    fields = dict.fromkeys(f.name for f in dataclasses.fields(Programs))
+    programs = Programs(**{**fields, "train_step": "whole", "step_without_refresh": "lean"})
+    found = plan_module._plan_to_fit(resolve(small("unused")), programs, None, 12, near)
+    assert compiled == wanted
+    assert found.peak == (max(lean_peak, 10) if near else 10)
 
 
 def test_the_plan_of_a_card_is_drawn(capsys, monkeypatch, tmp_path):

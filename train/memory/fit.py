@@ -23,7 +23,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 
 # A share of the room: if the known part of the smallest step is above it, that is tried first.
-_FULL = 0.95
+FULL = 0.95
 
 
 class Fit(NamedTuple):
@@ -67,7 +67,7 @@ def first_fit(
     """
     sizes = [(one, known(one)) for one in tried]
     left = [(one, size) for one, size in sizes if size <= room]
-    smallest_first = bool(left) and left[-1][1] > _FULL * room
+    smallest_first = bool(left) and left[-1][1] > FULL * room
     failed: list[tuple[int, int]] = []  # rows in memory, and the rest of the peak
     best = None
     for one, size in left[-1:] + left[:-1] if smallest_first else left:

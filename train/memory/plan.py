@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,15 +77,20 @@ def stored(programs: Programs) -> tuple[int, dict[str, int]]:
     return _bytes(programs.abstract.params), states
 
 
-def known(config: ResolvedTraining, programs: Programs) -> int:
-    """The bytes of a step's peak that are known before it is compiled: all but temporaries.
+def make_known(config: ResolvedTraining, programs: Programs) -> Callable[[ResolvedTraining], int]:
+    """Makes the function to the bytes of a step's peak that are known before it is compiled.
 
-    `programs` may be those of another batch size and other microbatches.
+    These are all but temporaries. It is for settings that differ from `config`, whose programs are
+    given, in batch and microbatches.
     """
     weights, states = stored(programs)
-    row = dataclasses.replace(config, batch_size=1, accumulate=1)
-    activations = rows_in_memory(config) * _activations(row, programs)
-    return weights + sum(states.values()) + _gradients(config, programs) + activations
+    row = _activations(dataclasses.replace(config, batch_size=1, accumulate=1), programs)
+
+    def known(one: ResolvedTraining) -> int:
+        kept = _gradients(one, programs) + rows_in_memory(one) * row
+        return weights + sum(states.values()) + kept
+
+    return known
 
 
 def rows_in_memory(config: ResolvedTraining) -> int:
