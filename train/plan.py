@@ -24,6 +24,7 @@ from train.memory.cards import EXTRA, Card, can_compile, card_of_size, devices, 
 from train.memory.fit import FULL, RECIPES, Fit, first_fit, splits
 from train.memory.plan import CONTEXT, SIZES, MemoryPlan, compiled_steps, estimate, make_known, plan
 from train.memory.program import count, in_words
+from train.memory.units import unit_of
 from train.run.cli import run
 from train.run.directory import check_can_be_written
 from train.run.plots import check_picture, plot_plan
@@ -190,16 +191,18 @@ def print_plans(
     from rich.table import Table
 
     compiled_for = next(iter(plans.values())).device
-    table = Table(title=f"{title}: memory of one device ({compiled_for}), GiB")
+    unit, size_of_unit = unit_of(max(one.peak for one in plans.values()))
+    table = Table(title=f"{title}: memory of one device ({compiled_for}), {unit}")
     table.add_column("", no_wrap=True)
-    for name in ("weights", "bases", "moments", "grads", "acts", "temps", "peak", "card"):
+    names = "weights", "bases", "moments", "grads", "acts", "temps", "peak", "card, GiB"
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for name, one in plans.items():
         bases, moments = one.states["projections"], one.states["moments"]
         rest = one.temporaries + one.batch + one.states["counters"]
         sizes = one.weights, bases, moments, one.gradients, one.activations, rest, one.peak
         card = next((str(size) for size in SIZES if one.fits(size)), "none")
-        table.add_row(name, *(f"{size / 2**30:,.3f}" for size in sizes), card)
+        table.add_row(name, *(f"{size / size_of_unit:,.3f}" for size in sizes), card)
     Console(width=max(Console().width, 105)).print(table)  # no number is truncated
     if isinstance(config, Resolved):
         tokenizer = load_tokenizer(config.tokenizer, config.end_token)

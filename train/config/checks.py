@@ -217,7 +217,7 @@ def _measured(c: ResolvedTraining) -> Iterator[str]:
     if c.energy_every is not None and c.optimizer not in users:
         choice = f"leave it out, or choose one of {', '.join(users)}"
         yield f"{said}: --optimizer {c.optimizer} has no orthonormal bases of gradients; {choice}"
-    for name in ("layerwise", "accumulate_in_subspace", "compress_gradients"):
+    for name in ("accumulate_in_subspace", "compress_gradients"):
         if c.energy_every is not None and getattr(c, name):
             reason = "there is no whole gradient to measure"
             yield f"{said} with {flag(name)}: {reason}; leave one of them out"

@@ -222,13 +222,14 @@ def make_recipe(config: ResolvedTraining, refreshes: bool = True) -> optax.Gradi
     return tx if refreshes else galore_optax.without_refresh(tx)
 
 
-def make_optimizer(
-    config: ResolvedTraining, refreshes: bool = True
-) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: ResolvedTraining) -> optax.GradientTransformationExtraArgs:
     """The named optimizer of gradients clipped by their global norm; see `make_recipe`."""
-    return optax.chain(clipping(config.clip_norm), make_recipe(config, refreshes))
+    return clipped(make_recipe(config), config.clip_norm)
 
 
-def clipping(norm: float | None) -> optax.GradientTransformation:
-    """Clips gradients to a global norm; None leaves them."""
-    return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
+def clipped(
+    recipe: optax.GradientTransformation, norm: float | None
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer of gradients that are clipped to a global norm; None leaves them."""
+    clip = optax.identity() if norm is None else optax.clip_by_global_norm(norm)
+    return optax.chain(clip, recipe)

@@ -10,12 +10,16 @@ import optax
 from jaxtyping import Array, Float
 
 from galore_optax import subspace_parts
+from galore_optax.layerwise.backward import at, forward
+from galore_optax.layerwise.parts import masked
 from galore_optax.projection.schedule import overlap
 from galore_optax.quantization.array import dequantized, is_quantized
 from train.config.optimizers import make_recipe
-from train.config.settings import ResolvedTraining
+from train.config.settings import ResolvedText, ResolvedTraining
 from train.config.weights import split_params
+from train.step import layerwise
 from train.step.mesh import replicated
+from train.step.microbatches import microbatches
 from train.step.ordinary import loss_and_gradient, trainable
 from train.step.programs import Programs
 from train.step.state import Batch, TrainState
@@ -30,8 +34,14 @@ def make_energies(
 ) -> Callable[[TrainState, Batch], ByLayer]:
     """Makes the function of a step's state and batch to ‖PᵀG‖² / ‖G‖², with P before the step.
 
-    It computes the gradient of the whole batch, as the step does.
+    It computes the gradient of the whole batch, as the step does: with `--layerwise` by layers.
     """
+    of_layers = config.layerwise and isinstance(config, ResolvedText)
+    energies = _by_layers(config, programs) if of_layers else _at_once(config, programs)
+    return jax.jit(energies, out_shardings=replicated(programs.mesh))
+
+
+def _at_once(config: ResolvedTraining, programs: Programs) -> Callable[..., ByLayer]:
     parts = subspace_parts(make_recipe(config))
     assert parts is not None
     rounds, divided = bool(config.stochastic_rounding), partial(split_params, config)
@@ -45,19 +55,47 @@ def make_energies(
         whole, names = _by_name(gradient), bases_of(own)
         return {x: _energy(small[x], x) / _energy(whole[x], x) for x in names}
 
-    return jax.jit(energies, out_shardings=replicated(programs.mesh))
+    return energies
 
 
-def bases_of(optimizer: Any) -> dict[str, tuple[Array, ...]]:
-    """The bases in an optimizer's state, one for each projected side, by the param's name."""
+def _by_layers(config: ResolvedText, programs: Programs) -> Callable[..., ByLayer]:
+    """The same with one layer's gradient in memory; only layers have bases."""
+    model, mesh = programs.model, programs.mesh
+    optimizer = layerwise.make_optimizer(config, model, mesh)
+    parts = subspace_parts(optimizer.tx)
+    assert parts is not None
+
+    def energies(state: TrainState, batch: Batch) -> ByLayer:
+        own, tokens = state.optimizer.inner_state.layers, jnp.sum(batch["weights"])
+        batches = microbatches(batch, config.accumulate, mesh)
+        batches = layerwise.with_sequences(model, config.sequences, batches, tokens)
+        stack, _, layers = optimizer.model.split(state.params)
+        backward = forward(optimizer.model, state.params, batches, checkpoint=optimizer.checkpoint)
+        _, _, cotangent = backward.head()
+        others, names = masked(state.params), bases_of(own)
+
+        def turn(cotangent: Array, i: Array) -> tuple[Array, ByLayer]:
+            gradient, cotangent = backward.layer(at(stack, i), i, cotangent)
+            small = _by_name(parts.project({**others, **gradient}, at(own, i)))
+            whole = _by_name(gradient)
+            return cotangent, {x: _squares(small[x]) / _squares(whole[x]) for x in names}
+
+        return jax.lax.scan(turn, cotangent, jnp.arange(layers), reverse=True)[1]
+
+    return energies
+
+
+def bases_of(optimizer: Any) -> dict[str, tuple[Any, ...]]:
+    """The bases in an optimizer's state, as stored: one for each projected side, by param."""
+    optimizer = getattr(optimizer, "layers", optimizer)  # a layer-wise one's, of all that have any
     ((_, bases),) = optax.tree.get_all_with_path(optimizer, "bases")
-    found = {name: x if type(x) is tuple else (x,) for name, x in _by_name(bases).items()}
-    return {name: dequantized(sides) for name, sides in found.items()}
+    return {name: x if type(x) is tuple else (x,) for name, x in _by_name(bases).items()}
 
 
 @partial(jax.jit, static_argnames="name")
-def turned(old: tuple[Array, ...], new: tuple[Array, ...], name: str) -> Float[Array, " layers"]:
+def turned(old: tuple[Any, ...], new: tuple[Any, ...], name: str) -> Float[Array, " layers"]:
     """1 - ‖P_oldᵀ P_new‖² / r of each layer, the mean over sides: 0 for the same subspace."""
+    old, new = dequantized((old, new))
 
     def of_matrices(a: Array, b: Array) -> Array:
         a, b = (x.astype(jnp.float32).reshape(-1, *x.shape[-2:]) for x in (a, b))
@@ -79,6 +117,8 @@ def _by_name(tree: Any) -> dict[str, Any]:
 def _energy(x: Any, name: str) -> Float[Array, " layers"]:
     """The squared norm of each layer of a stack, which may be a tuple of its matrices."""
     x = jnp.stack(x) if type(x) is tuple else x
-    squares = jnp.square(jnp.abs(x.astype(jnp.float32)))
-    layers = x.shape[0] if name.startswith(STACK) else 1
-    return jnp.sum(squares.reshape(layers, -1), axis=1)
+    return jax.vmap(_squares)(x if name.startswith(STACK) else x[None])
+
+
+def _squares(x: Any) -> Float[Array, ""]:
+    return sum(jnp.sum(jnp.square(jnp.abs(y.astype(jnp.float32)))) for y in jax.tree.leaves(x))

@@ -19,6 +19,7 @@ from models.llama.config import LlamaConfig
 from train.config.flags import TrainingFlags
 from train.config.optimizers import (
     OPTIMIZERS,
+    clipped,
     learning_rate_schedule,
     make_optimizer,
     make_recipe,
@@ -293,7 +294,8 @@ def _ordinary(
     refreshes: bool = True,
 ) -> Optimizer:
     """The optimizer and the step that updates all params after the backward pass."""
-    tx, recipe = make_optimizer(config, refreshes), make_recipe(config, refreshes)
+    recipe = make_recipe(config, refreshes)
+    tx = clipped(recipe, config.clip_norm)
     divided = partial(split_params, config)
     optimizer_at = state_shardings(tx, divided(shapes)[0], divided(at)[0])
     schedule, rounds = learning_rate_schedule(config), bool(config.stochastic_rounding)

@@ -320,7 +320,7 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--eps 0", "--eps 0.0: expected a positive number"),
         ("--energy-every 5 --optimizer adamw", "adamw has no orthonormal bases of gradients"),
         ("--energy-every 5 --optimizer apollo-adamw", "no orthonormal bases of gradients; leave"),
-        ("--energy-every 5 --layerwise", "with --layerwise: there is no whole gradient to measure"),
+        ("--energy-every 5 --accumulate-in-subspace", "there is no whole gradient to measure"),
         ("--b2 0.9 --optimizer adafactor", "--b2 0.9 has no effect with --optimizer adafactor"),
         ("--moments keep --optimizer adamw", "--moments keep has no effect"),
         ("--moments keep --steps 50", "there is one refresh, the first; leave it out"),

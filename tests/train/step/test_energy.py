@@ -29,9 +29,25 @@ def test_the_energy_is_that_of_the_projected_gradient_of_each_layer():
         for layer in range(expected):
             g = r = np.asarray(gradient[room][weight][layer], np.float64)
             for basis in bases[f"layers/{name}"]:
-                p = np.asarray(basis[layer], np.float64)
+                p = np.asarray(basis.dequantize()[layer], np.float64)
                 r = p.T @ r if p.shape[0] == r.shape[0] else r @ p
             assert share[layer] == pytest.approx((r**2).sum() / (g**2).sum(), rel=1e-3)
+
+
+def test_a_layerwise_step_is_measured_by_layers():
+    def energies(**how):
+        config = resolve(small("unused", energy_every=1, accumulate=2, clip_norm=None, **how))
+        parts = assemble(config, lambda _: None)
+        batch = put_batch(parts.mesh, next(parts.data.batches())[0])
+        state = parts.init(jax.random.key(0))
+        return make_energies(config, parts)(state, batch), bases_of(state.optimizer.inner_state)
+
+    at_once, _ = energies()
+    by_layers, bases = energies(layerwise=True)
+    assert at_once.keys() == by_layers.keys() == bases.keys()
+    for name, share in at_once.items():
+        assert share.shape == (2,)
+        np.testing.assert_allclose(share, by_layers[name], rtol=1e-4)
 
 
 def test_a_basis_has_turned_by_what_is_not_in_the_one_before():
