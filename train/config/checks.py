@@ -193,7 +193,8 @@ def _conflicts(c: ResolvedTraining) -> Iterator[str]:
         yield f"--weight-bits 4 with --adapter {adapter}: {reason}; choose 8, or leave it out"
     if every is not None and pause is not None and pause >= every:
         yield f"--restart-warmup {pause}: expected fewer steps than --restart-every {every}"
-    if every is not None and pause is not None and every >= c.steps:
+    # A resumed run may get fewer steps, and later more again.
+    if every is not None and pause is not None and every >= c.steps and not c.resume:
         reason = f"with --restart-every {every} of --steps {c.steps} there is no restart"
         yield f"--restart-warmup {pause} has no effect: {reason}; leave it out"
     if c.warmup_steps >= c.steps:
@@ -205,7 +206,8 @@ def _conflicts(c: ResolvedTraining) -> Iterator[str]:
         yield "--stagger has no effect with --update-proj-gap 1: each step refreshes all matrices"
     yield from _measured(c)
     gap = c.update_proj_gap
-    if gap is not None and c.moments is not None and not c.stagger and gap >= c.steps:
+    once = gap is not None and gap >= c.steps and not c.stagger
+    if once and c.moments is not None and not c.resume:
         reason = f"with --update-proj-gap {gap} of --steps {c.steps} there is one refresh"
         yield f"--moments {c.moments} has no effect: {reason}, the first; leave it out"
 

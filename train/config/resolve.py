@@ -140,10 +140,22 @@ def settings_file(config: TrainingFlags) -> str | None:
 
 
 def reopened(config: Config) -> Config:
-    """Leaves open again what --config says of schedule, clipping or steps if a flag replaces it."""
+    """Leaves open again what --config says of schedule, clipping or steps if a flag replaces it.
+
+    So are settings that need more than the --steps given.
+    """
     if config.config is None:
         return config
     base, opened = read_settings(config.config), set()
+    warmup, decay, steps = config.warmup_steps or 0, config.decay_steps or 0, config.steps
+    if steps is not None and steps != base.get("steps"):
+        last = max(1, steps // 5) if config.schedule == "wsd" else 1
+        opened |= {"warmup_steps"} if warmup + last > steps else set()
+        opened |= {"decay_steps"} if warmup + decay > steps else set()
+        if not config.resume and (config.update_proj_gap or 0) >= steps:
+            opened |= {"moments"}
+        if not config.resume and (config.restart_every or 0) >= steps:
+            opened |= {"restart_warmup"}
     if config.schedule != base.get("schedule"):
         opened |= {"floor", "decay_steps"}
     if config.clip_norm is None and config.clip is not None:

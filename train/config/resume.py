@@ -34,7 +34,8 @@ MAY_CHANGE = {
 }
 # These change the steps that follow, and nothing before them.
 FROM_HERE = {
-    "steps": "more steps, or fewer that are not done yet; a finished run goes on",
+    "steps": "more steps, or fewer that are not done yet, with a shorter warm-up if it took all of "
+    "them; a finished run goes on",
     "accumulate": "memory against time; the same numbers to rounding, except dropped inputs, and "
     "new subspaces with --accumulate-in-subspace",
     "learning_rate": "the peak, by which all later learning rates are multiplied",

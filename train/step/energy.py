@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from galore_optax import subspace_parts
-from galore_optax.layerwise.backward import at, forward
+from galore_optax.layerwise.backward import at, forward, squares
 from galore_optax.layerwise.parts import masked
 from galore_optax.projection.schedule import overlap
 from galore_optax.quantization.array import dequantized, is_quantized
@@ -36,8 +36,11 @@ def make_energies(
 
     It computes the gradient of the whole batch, as the step does: with `--layerwise` by layers.
     """
-    of_layers = config.layerwise and isinstance(config, ResolvedText)
-    energies = _by_layers(config, programs) if of_layers else _at_once(config, programs)
+    if config.layerwise:
+        assert isinstance(config, ResolvedText)
+        energies = _by_layers(config, programs)
+    else:
+        energies = _at_once(config, programs)
     return jax.jit(energies, out_shardings=replicated(programs.mesh))
 
 
@@ -78,7 +81,7 @@ def _by_layers(config: ResolvedText, programs: Programs) -> Callable[..., ByLaye
             gradient, cotangent = backward.layer(at(stack, i), i, cotangent)
             small = _by_name(parts.project({**others, **gradient}, at(own, i)))
             whole = _by_name(gradient)
-            return cotangent, {x: _squares(small[x]) / _squares(whole[x]) for x in names}
+            return cotangent, {x: squares(small[x]) / squares(whole[x]) for x in names}
 
         return jax.lax.scan(turn, cotangent, jnp.arange(layers), reverse=True)[1]
 
@@ -117,8 +120,4 @@ def _by_name(tree: Any) -> dict[str, Any]:
 def _energy(x: Any, name: str) -> Float[Array, " layers"]:
     """The squared norm of each layer of a stack, which may be a tuple of its matrices."""
     x = jnp.stack(x) if type(x) is tuple else x
-    return jax.vmap(_squares)(x if name.startswith(STACK) else x[None])
-
-
-def _squares(x: Any) -> Float[Array, ""]:
-    return sum(jnp.sum(jnp.square(jnp.abs(y.astype(jnp.float32)))) for y in jax.tree.leaves(x))
+    return jax.vmap(squares)(x if name.startswith(STACK) else x[None])

@@ -18,6 +18,7 @@ from train.config.optimizers import (
     make_recipe,
 )
 from train.config.resolve import load, resolve
+from train.config.resume import differences
 from train.config.settings import Pretrain, to_json
 from train.run import cli
 
@@ -401,3 +402,28 @@ def test_numbers_switches_and_home_folders_are_as_people_type_them():
     assert (config.out, config.tokenizer) == (f"{home}/runs/a", f"{home}/t.json")
     assert config.prompt == "~/x"
     assert resolve(Pretrain(tokenizer="~/t.json")).tokenizer == f"{home}/t.json"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"moments": "keep"},
+        {"schedule": "wsd", "decay_steps": 300},
+        {"schedule": "wsd", "warmup_steps": 4, "decay_steps": 10},
+        {"optimizer": "relora-adamw"},
+    ],
+)
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("steps", [5, 60, 100])
+def test_a_config_json_with_fewer_steps_keeps_what_has_room_in_them(said, resume, steps, tmp_path):
+    before = resolve(Pretrain(**said))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_json(before)))
+    given = {"config": str(file), "resume": resume, "steps": steps}
+    after = resolve(dataclasses.replace(load(file), **given))
+    assert after.warmup_steps in (before.warmup_steps, steps // 10)
+    assert after.warmup_steps + (after.decay_steps or 0) <= steps
+    assert not resume or not differences(to_json(before), to_json(after))
+    if resume and before.moments is not None:
+        assert after.moments == before.moments  # for when it gets more steps again
