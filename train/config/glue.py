@@ -28,13 +28,13 @@ class GlueFlags:
     """Task and data."""
 
     task: GlueTask | None = None
-    """Task of GLUE."""
+    """Task of GLUE. Required."""
     data_dir: str | None = None
     """Folder of TFDS' data sets, with glue/mrpc in it, or of the official TSV files, with
-    MRPC/train.tsv."""
+    MRPC/train.tsv. Required."""
     init: str | None = None
     """Folder of transformers with the weights to begin with and their tokenizer.json: a RoBERTa or
-    a BERT."""
+    a BERT. Required."""
     epochs: int | None = None
     """Passes over the training data. Default: 30, as published; no use with --steps."""
 

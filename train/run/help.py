@@ -54,7 +54,7 @@ def _shown(field: dataclasses.Field[Any], explained: dict[str, str]) -> str:
     silent = field.default is None or field.default is False or field.default in ("", ())
     if default := re.search(r"Default: (.*?)\.(?: |$)", text):
         return f"{_first(text)} [{default[1]}]"
-    if field.default is dataclasses.MISSING:
+    if field.default is dataclasses.MISSING or text.endswith("Required."):
         return f"{_first(text)} [required]"
     return _first(text) if silent else f"{_first(text)} [{field.default}]"
 

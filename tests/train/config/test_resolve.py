@@ -12,6 +12,7 @@ import pytest
 from galore_optax import Adaptive, Staggered
 from models.llama.config import SIZES
 from train.config.defaults import DEFAULTS
+from train.config.glue import Finetune
 from train.config.optimizers import (
     OPTIMIZERS,
     learning_rate_schedule,
@@ -19,8 +20,9 @@ from train.config.optimizers import (
 )
 from train.config.resolve import load, resolve
 from train.config.resume import differences
-from train.config.settings import Pretrain, to_json
+from train.config.settings import FinetuneLM, Pretrain, to_json
 from train.run import cli
+from train.run.help import short_help
 
 
 def command(*args: str) -> Pretrain:
@@ -376,6 +378,11 @@ def test_help_has_every_flag_in_groups_with_its_default_and_is_short(capsys, mon
     assert "[Default" not in text
     assert max(map(len, text.splitlines())) <= 100
     assert len(text.splitlines()) < 2 * len(dataclasses.fields(Pretrain)) + 30
+
+
+@pytest.mark.parametrize(("kind", "needed"), [(FinetuneLM, 2), (Finetune, 3), (Pretrain, 0)])
+def test_help_says_which_flags_are_required(kind, needed):
+    assert short_help(kind, "train").count("[required]") == needed
 
 
 def test_the_long_help_explains_every_flag(capsys):
