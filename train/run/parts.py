@@ -119,8 +119,9 @@ def log_programs(
     params, optimizer = programs.abstract.params, programs.abstract.optimizer
     for note in programs.notes:
         log(f"sharding: {note}")
+    stored = "" if config.weight_dtype == config.dtype else f" with {config.weight_dtype} weights"
     log(
-        f"model: {model}, {count(params):,} params, {config.dtype}, "
+        f"model: {model}, {count(params):,} params, {config.dtype}{stored}, "
         f"{in_words(tree_bytes(params))}; {weights}"
     )
     trained = sum(x.size for x in jax.tree.leaves(split_params(config, params)[0]))
@@ -133,8 +134,10 @@ def log_programs(
     elif config.train is not None or config.freeze is not None:
         log(f"frozen: all but {trained:,} params")
     rank = config.rank if config.gradient_rank is None else config.gradient_rank
-    gap = config.update_proj_gap
+    gap, moments = config.update_proj_gap, config.state_dtype
+    other = moments is not None and moments != config.weight_dtype
     log(
         f"optimizer: {config.optimizer}, state of {in_words(tree_bytes(optimizer))}"
+        + (f", moments in {moments}" if other else "")
         + (f", rank {rank}, a subspace every {gap} steps" if gap else "")
     )

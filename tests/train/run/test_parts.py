@@ -1,0 +1,37 @@
+"""What a run prints of its programs before it compiles them."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from small_run import small
+
+from train.config.resolve import resolve
+from train.run.parts import log_programs
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "model", "optimizer"),
+    [
+        ({}, "32 params, float32, 128 bytes; random", "state of 16 bytes, rank"),
+        (
+            {"dtype": "bfloat16", "weight_dtype": "float32", "state_dtype": "bfloat16"},
+            "32 params, bfloat16 with float32 weights, 128 bytes; random",
+            "state of 16 bytes, moments in bfloat16, rank",
+        ),
+        ({"dtype": "bfloat16"}, "32 params, bfloat16, 128 bytes", "moments in float32, rank"),
+    ],
+)
+def test_dtypes_that_differ_are_named(dtypes, model, optimizer):
+    shapes = {"layers": jax.ShapeDtypeStruct((4, 8), jnp.float32)}
+    state = {"mu": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    programs = SimpleNamespace(
+        abstract=SimpleNamespace(params=shapes, optimizer=state), notes=["norm is whole"]
+    )
+    lines: list[str] = []
+    config = resolve(small("unused", **dtypes))
+    log_programs(config, programs, "tiny", "random", lines.append)  # pyrefly: ignore
+    assert lines[0] == "sharding: norm is whole"
+    assert model in lines[1]
+    assert optimizer in lines[2]
