@@ -257,7 +257,8 @@ class LayerwiseFlags:
     """With --mesh data=N, all-reduce gradients projected, a fraction of their size, and clip them
     by their norm there. Microbatches are summed as with --accumulate-in-subspace."""
     compress_bits: int | None = None
-    """8: --compress-gradients sends 8 bits a number, rounded at random."""
+    """8: --compress-gradients sends 8 bits a number; what rounding leaves out is sent in the next
+    step, until when each device keeps it, in float32."""
     layerwise: bool = False
     """Update each layer within the backward pass: only one layer's gradient is in memory."""
     clip: Literal["exact", "previous"] | None = None

@@ -10,18 +10,17 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import PyTree
 
-from galore_optax import join, state_bytes, subspace_parts
+from galore_optax import join, state_bytes
 from galore_optax.layerwise.backward import forward
 from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.quantization.weights import sources, with_sources
 from models.llama.axes import dimension_numbers
-from train.config.optimizers import make_recipe
 from train.config.settings import ResolvedText, ResolvedTraining
 from train.config.weights import split_params
 from train.step import layerwise
 from train.step.mesh import batch_shards
-from train.step.programs import Programs, make_programs
+from train.step.programs import Programs, make_programs, projected_shapes
 
 # Bytes of a card that a program cannot use: the CUDA context's.
 CONTEXT = 0.6 * 2**30
@@ -72,9 +71,15 @@ class MemoryPlan:
 
 
 def stored(programs: Programs) -> tuple[int, dict[str, int]]:
-    """Bytes on one device of the weights and, by kind, of the optimizer's state."""
-    states = state_bytes(_on_one_device(programs.abstract.optimizer))
-    return _bytes(programs.abstract.params), states
+    """Bytes on one device of the weights and, by kind, of the optimizer's state.
+
+    Besides its kinds, `unsent` are the errors of sums in 8 bits, if there are any.
+    """
+    abstract = programs.abstract
+    states = state_bytes(_on_one_device(abstract.optimizer))
+    if abstract.unsent is not None:
+        states["unsent"] = _bytes(abstract.unsent)
+    return _bytes(abstract.params), states
 
 
 def make_known(config: ResolvedTraining, programs: Programs) -> Callable[[ResolvedTraining], int]:
@@ -196,15 +201,8 @@ def _share_summed(config: ResolvedTraining, part: PyTree) -> float:
     in_subspace = config.accumulate_in_subspace or config.compress_gradients
     if not (in_subspace and jax.tree.leaves(dimension_numbers(part))):
         return 1
-    recipe = make_recipe(config)
-    parts = subspace_parts(recipe)
-    assert parts is not None
-
-    def sizes(part: PyTree) -> tuple[PyTree, PyTree]:
-        gradient = dequantized(part)
-        return parts.project(gradient, recipe.init(gradient)), gradient
-
-    summed, whole = (sum(x.size for x in jax.tree.leaves(t)) for t in jax.eval_shape(sizes, part))
+    trees = projected_shapes(config, part), jax.eval_shape(dequantized, part)
+    summed, whole = (sum(x.size for x in jax.tree.leaves(tree)) for tree in trees)
     return summed / whole
 
 

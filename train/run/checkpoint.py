@@ -25,6 +25,8 @@ from train.config.resume import default_of
 from train.run import hosts
 from train.run.checksums import check, checksums, leaf_names, sealed
 from train.run.cli import one_line
+from train.step.eight_bits import shared_out
+from train.step.mesh import replicated
 
 Tree = Any
 
@@ -215,6 +217,10 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
                 f"format {FORMAT}: start a new run in another folder, or use the version of "
                 "galore-optax that wrote it"
             )
+        kept = wanted.get("rest", {}).get("unsent")
+        if kept is not None:
+            unsent = _as_saved(kept, found["rest"])
+            wanted = {**wanted, "rest": {**wanted["rest"], "unsent": unsent}}
         for name, tree in wanted.items():
             _check_same(path, {k: shape for k, (shape, _) in found[name].items()}, _shapes(tree))
         self._check_made(path, found)
@@ -228,7 +234,10 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
                 check(name, items[name], {k: sum_ for k, (_, sum_) in found[name].items()})
         except ValueError as error:
             return self._log_damage(step, _short(error))
-        return {**{name: items[name] for name in wanted}, "progress": found["progress"]}
+        items = {name: items[name] for name in wanted}
+        if kept is not None and kept != wanted["rest"]["unsent"]:
+            items["rest"]["unsent"] = shared_out(items["rest"]["unsent"], kept)
+        return {**items, "progress": found["progress"]}
 
     def _attempt(self, step: int, read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """What `read` returns; None if it fails.
@@ -288,6 +297,21 @@ def _shapes(tree: Tree) -> dict[str, str]:
     return {name: leaf_shape(leaf) for name, leaf in leaf_names(tree).items()}
 
 
+def _as_saved(unsent: Tree, shapes: Mapping[str, Sequence[Any]]) -> Tree:
+    """`TrainState.unsent` as the devices kept it that saved it, which may be others than here."""
+    first = re.match(r"float32\[(\d+)", shapes.get("unsent/0", ("", 0))[0])
+    if first is None:
+        return unsent
+    devices = int(first[1])
+
+    def as_saved(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        divides = devices % x.shape[0] == 0
+        at = x.sharding if divides else replicated(x.sharding.mesh)  # pyrefly: ignore
+        return x.update(shape=(devices, *x.shape[1:]), sharding=at)
+
+    return jax.tree.map(as_saved, unsent)
+
+
 def _check_same(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
     names = sorted({*stored, *wanted})
     pairs = [(stored.get(name, "absent"), wanted.get(name, "absent"), name) for name in names]
@@ -295,7 +319,8 @@ def _check_same(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]
         there, here, name = different[0]
         raise ValueError(
             f"{path} is a checkpoint of another model or optimizer: {name} is {there} there and "
-            f"{here} here ({len(different)} differ)"
+            f"{here} here ({len(different)} differ); restore what was there, or start a new run in "
+            "another folder"
         )
 
 

@@ -26,6 +26,7 @@ RULES: Mapping[str | None, str | None] = {
 }  # fmt: skip
 
 BATCH = PartitionSpec(("data", "fsdp"))
+OWN = PartitionSpec("data")  # of an axis with an entry for each device of `--compress-gradients`
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:

@@ -5,6 +5,7 @@ Letters: A microbatches, B batch, L length, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from galore_optax.ordering import once_if
 from galore_optax.sharding import sum_of_all
 from galore_optax.transformation import SubspaceParts
 from train.step import skipping
-from train.step.eight_bits import sum_in_8_bits
+from train.step.eight_bits import of_same_bases, sum_in_8_bits
 from train.step.loss import summed_cross_entropy
 from train.step.microbatches import microbatches
 from train.step.state import Batch, Metrics, Params, TrainState, step_key, step_metrics
@@ -120,28 +121,28 @@ def train_step_in_subspace(
     batch: Batch,
     divided: Split = split,
     sum_over: Sequence[str] = (),
-    eight_bits: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One update, from microbatches' gradients that are projected, summed and then clipped.
 
     The optimizer's state is that of `train_step`. If the sum is not finite, a basis that the first
     microbatch has refreshed stays, with the moments carried over, and nothing else changes. Within
     `jax.shard_map` each device has its own rows of `batch`, to be summed over the mesh axes
-    `sum_over`: its gradients are, projected, and with `eight_bits` sent so.
+    `sum_over`: its gradients are, projected, and sent in 8 bits if `state` has what is `unsent`.
     """
     trained, of_trained, applied, updated = trainable(
         summed, stochastic_rounding, state, divided, sum_over
     )
-    clipping, own = state.optimizer.inner_state
+    clipping, before = state.optimizer.inner_state
     how = accumulate, mesh, sum_over
     gradients, parts, tokens = _by_microbatch(of_trained, trained, batch, *how)
-    gradient, own, losses = over_microbatches_in_subspace(recipe, own, trained, gradients, parts)
-    if eight_bits:
-        key = step_key(state.key, state.step, 3)
-        gradient, losses = sum_in_8_bits(gradient, sum_over, key), sum_of_all(losses, sum_over)
+    gradient, own, losses = over_microbatches_in_subspace(recipe, before, trained, gradients, parts)
+    kept = unsent = None
+    if state.unsent is None:
+        gradient = sum_of_all(gradient, sum_over)
     else:
-        gradient, losses = sum_of_all((gradient, losses), sum_over)
-    loss = jnp.sum(losses)
+        kept = of_same_bases(state.unsent, gradient, before, own)
+        gradient, unsent = sum_in_8_bits(gradient, kept, sum_over)
+    loss = jnp.sum(sum_of_all(losses, sum_over))
     norm = _norm(gradient)
 
     def update(trained: Params, own: Any) -> tuple[Params, Any]:
@@ -153,7 +154,8 @@ def train_step_in_subspace(
     new, own = once_if(finite, update, trained, own)
     optimizer = skipping.counted(state.optimizer, finite, (clipping, own))
     metrics = step_metrics(schedule, state, optimizer, loss, norm, tokens)
-    return updated(new, optimizer), metrics
+    unsent = jax.tree.map(partial(jnp.where, finite), unsent, kept)
+    return updated(new, optimizer)._replace(unsent=unsent), metrics
 
 
 def _norm(gradient: Params) -> Float[Array, ""]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from galore_optax import layerwise_shardings, restart, state_shardings, subspace_parts
+from galore_optax.quantization.array import dequantized
 from models.llama import model as llama
 from models.llama.attention import attention_implementation
 from models.llama.axes import dimension_numbers, logical_axes
@@ -29,8 +30,10 @@ from train.config.source import sizes
 from train.config.weights import ADAPTERS, check_trained, split_params, stored_weights
 from train.data.tokenizer import Tokenizer
 from train.step import layerwise, skipping
+from train.step.eight_bits import errors_of
 from train.step.mesh import (
     BATCH,
+    OWN,
     abstract_batch,
     batch_shards,
     heads_sharding,
@@ -211,11 +214,18 @@ def programs_of(
     optimizer = partial(by_layers or ordinary, shapes, params_at)
     init_optimizer, optimizer_at, step = optimizer()
     whole, by_rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, BATCH)
-    state_at = TrainState(params_at, skipping.shardings(mesh, optimizer_at), whole, whole)  # pyrefly: ignore
+    unsent = None
+    if config.compress_bits is not None:
+        summed = projected_shapes(config, split_params(config, shapes)[0])
+        unsent = errors_of(summed, mesh.shape["data"])
+    unsent_at = jax.tree.map(lambda _: NamedSharding(mesh, OWN), unsent)
+    optimizer_at = skipping.shardings(mesh, optimizer_at)
+    state_at = TrainState(params_at, optimizer_at, whole, whole, unsent_at)  # pyrefly: ignore
 
     def start(params: Params, key: Key[Array, ""]) -> TrainState:
         optimizer = skipping.init(init_optimizer(split_params(config, params)[0]))
-        return TrainState(params, optimizer, jnp.zeros((), jnp.int32), key)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), unsent)
+        return TrainState(params, optimizer, jnp.zeros((), jnp.int32), key, nothing)
 
     def init(key: Key[Array, ""]) -> TrainState:
         return start(network.init(key), key)
@@ -309,9 +319,22 @@ def _ordinary(
     if not config.compress_gradients:
         step = partial(train_step_in_subspace, *given, *how, divided=divided)
         return tx.init, optimizer_at, step
-    sums = {"sum_over": ("data",), "eight_bits": config.compress_bits is not None}
-    step = partial(train_step_in_subspace, *given, *how[:-1], None, divided=divided, **sums)
+    step = partial(train_step_in_subspace, *given, *how[:-1], None, divided=divided)
+    step = partial(step, sum_over=("data",))
     return tx.init, optimizer_at, _on_each_device(config, mesh, step)
+
+
+def projected_shapes(config: ResolvedTraining, part: Params) -> Params:
+    """The shapes of the projected gradient of trained params."""
+    recipe = make_recipe(config)
+    parts = subspace_parts(recipe)
+    assert parts is not None
+
+    def projected(part: Params) -> Params:
+        gradient = dequantized(part)
+        return parts.project(gradient, recipe.init(gradient))  # pyrefly: ignore
+
+    return jax.eval_shape(projected, part)
 
 
 def _on_each_device(config: ResolvedTraining, mesh: Mesh, step: Step) -> Step:
@@ -321,5 +344,7 @@ def _on_each_device(config: ResolvedTraining, mesh: Mesh, step: Step) -> Step:
         asked = "without --mesh" if config.mesh is None else f"with --mesh {config.mesh}"
         raise ValueError(f"--compress-gradients {asked}: {said}; give --mesh data=N")
     whole = PartitionSpec()
+    state = TrainState(whole, whole, whole, whole, OWN)  # pyrefly: ignore
     # Typed by what varies over devices, a derivative by replicated weights would be all-reduced.
-    return jax.shard_map(step, mesh=mesh, in_specs=(whole, BATCH), out_specs=whole, check_vma=False)
+    specs = {"in_specs": (state, BATCH), "out_specs": (state, whole)}
+    return jax.shard_map(step, mesh=mesh, **specs, check_vma=False)

@@ -20,14 +20,16 @@ class TrainState(NamedTuple):
     optimizer: optax.ApplyIfFiniteState  # of the trained params, with the counts of skipped steps
     step: Int[Array, ""]  # batches seen, those of skipped steps too
     key: Key[Array, ""]  # of the run's seed; a step's randomness comes from it and `step`
+    unsent: Any = None  # with --compress-bits what `train.step.eight_bits` has not sent yet
 
     def rest(self) -> dict[str, Any]:
-        """All fields but the params, by name."""
-        return {name: x for name, x in self._asdict().items() if name != "params"}
+        """All fields but the params, by name; `unsent` only if there is any."""
+        fields = {name: x for name, x in self._asdict().items() if name != "params"}
+        return {name: x for name, x in fields.items() if x is not None}
 
 
 def step_key(key: Key[Array, ""], step: Int[Array, ""], use: int) -> Key[Array, ""]:
-    """The random key of a step for one use: 0 rounding, 1 dropout, 2 restart, 3 sums."""
+    """The random key of a step for one use: 0 rounding, 1 dropout, 2 restart."""
     return jax.random.fold_in(jax.random.fold_in(key, step), use)
 
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from train.run import checkpoint
 from train.run.checkpoint import FORMAT, Checkpoints
 from train.run.checksums import checksums
-from train.step.mesh import make_mesh, replicated
+from train.step.mesh import OWN, make_mesh, replicated
 
 # Where an error has ended a read or write, TensorStore calls back into its closed event loop.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -128,6 +128,30 @@ def test_damage_to_any_file_is_passed_over_or_harmless_but_never_read_as_data(
     assert fell_back >= 5  # the files of arrays, at least
     assert len(run.log) == fell_back
     assert all("checkpoint 20 is damaged and passed over" in line for line in run.log)
+
+
+@pytest.mark.parametrize("devices", [8, 4, 2])
+def test_what_sums_in_8_bits_have_not_sent_stays_and_other_devices_share_its_sum(tmp_path, devices):
+    unsent = np.random.default_rng(0).standard_normal((4, 5, 7), np.float32)
+
+    def state(devices, values):
+        mesh = make_mesh(f"data={devices}", jax.devices()[:devices])
+        step = jax.device_put(jnp.int32(3), replicated(mesh))
+        own = jax.device_put(values, NamedSharding(mesh, OWN))
+        return {"w": step}, {"step": step, "unsent": (own,)}
+
+    with Checkpoints(tmp_path, 1, print, {}) as checkpoints:
+        checkpoints.save(3, *state(4, unsent), {})
+        checkpoints.wait()
+        wanted = abstract(state(devices, np.zeros((devices, 5, 7), np.float32)))
+        _, _, found, _ = checkpoints.restore(*wanted)
+    (got,) = found["unsent"]
+    assert got.sharding == wanted[1]["unsent"][0].sharding
+    if devices == 4:
+        np.testing.assert_array_equal(got, unsent)
+    else:
+        same = np.broadcast_to(unsent.sum(0) / devices, got.shape)
+        np.testing.assert_allclose(got, same, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "int4", "bool"])

@@ -9,10 +9,18 @@ import pytest
 from jax.sharding import PartitionSpec
 from small_run import ADAMW, BAD, break_at_bad_tokens, small, train, trained
 
+from galore_optax import (
+    GaLoreDimensionNumbers,
+    galore_adafactor,
+    galore_adamw,
+    subspace_parts,
+    unstacked,
+)
 from train.config.resolve import resolve
+from train.memory.plan import stored
 from train.plan import programs_of
 from train.step import programs
-from train.step.eight_bits import sum_in_8_bits
+from train.step.eight_bits import errors_of, of_same_bases, sum_in_8_bits
 from train.step.mesh import make_mesh, put_batch
 
 COMPRESSED = {"compress_gradients": True, "mesh": "data=8", "clip_norm": 0.5, "batch_size": 16}
@@ -46,30 +54,55 @@ def test_losses_are_those_of_gradients_summed_whole_and_no_gradient_of_a_matrix_
     assert set(numbers) - {257 * 32} <= set(range(2 * 4 * 48 + 1))
 
 
-def test_sums_in_8_bits_are_right_on_average_and_bytes_are_what_is_sent():
+def test_what_sums_in_8_bits_leave_out_of_a_step_is_in_a_later_one_and_bytes_are_what_is_sent():
     mesh = make_mesh("data=8")
     values = jax.random.normal(jax.random.key(0), (8, 70, 90)) * jnp.arange(1, 9)[:, None, None]
     tree = {"large": values, "small": values[:, 0]}
     rows, whole = PartitionSpec("data"), PartitionSpec()
 
-    def own(tree, key):
-        return sum_in_8_bits(jax.tree.map(lambda x: x[0], tree), ("data",), key)
+    def own(tree, errors):
+        return sum_in_8_bits(jax.tree.map(lambda x: x[0], tree), errors, ("data",))
 
-    specs = {"mesh": mesh, "in_specs": (rows, whole), "out_specs": whole}
+    specs = {"mesh": mesh, "in_specs": (rows, rows), "out_specs": (whole, rows)}
     sums = jax.jit(jax.shard_map(own, **specs, check_vma=False))
-    got = [sums(tree, jax.random.key(i)) for i in range(30)]
+    (shape,) = errors_of(jax.tree.map(lambda x: x[0], tree), 8)
+    assert shape.shape == (8, 70, 90)
+    errors, sent = (jnp.zeros(shape.shape),), 0
     exact = jax.tree.map(lambda x: np.sum(x, axis=0), tree)
-    np.testing.assert_allclose(got[0]["small"], exact["small"], rtol=1e-5)
-    size = np.std(exact["large"])
-    errors = np.stack([x["large"] - exact["large"] for x in got]) / size
-    assert np.std(errors) < 0.02
-    assert np.std(errors.mean(0)) < 1.3 * np.std(errors) / 30**0.5
-    text = sums.lower(tree, jax.random.key(0)).compile().as_text()
+    for step in range(1, 4):
+        got, errors = sums(tree, errors)
+        np.testing.assert_allclose(got["small"], exact["small"], rtol=1e-5)
+        assert 0 < np.std(got["large"] - exact["large"]) < 0.02 * np.std(exact["large"])
+        sent += got["large"]
+        unsent = np.sum(errors[0], axis=0)
+        np.testing.assert_allclose(sent + unsent, step * exact["large"], atol=2e-3)
+        assert np.std(unsent) < 0.02 * np.std(exact["large"])
+    text = sums.lower(tree, errors).compile().as_text()
     for collective in ("all-to-all", "all-gather"):
         assert re.search(rf"s8\[.* {collective}\(", text)
     assert "70,90" not in "".join(re.findall(r"= (.*?) all-reduce", text))
     bad = {**tree, "large": values.at[5, 3, 3].set(jnp.nan)}
-    assert not np.isfinite(sums(bad, jax.random.key(0))["large"]).all()
+    assert not np.isfinite(sums(bad, errors)[0]["large"]).all()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "zeros"),
+    [(galore_adamw, [0, 0, 4800, 0, 4800]), (galore_adafactor, [0, 0, 0, 4800, 0, 0, 4800])],
+)
+def test_what_is_unsent_starts_anew_for_a_matrix_with_a_new_basis_and_for_no_other(recipe, zeros):
+    shapes = {"bias": (2, 4096), "stack": (3, 16, 600), "table": (2, 4096), "w": (16, 600)}
+    params = {"model": {name: jnp.ones(shape) for name, shape in shapes.items()}}
+    matrix, axes = GaLoreDimensionNumbers(-2, -1), dict.fromkeys(shapes)
+    numbers = {"model": {**axes, "stack": matrix, "w": matrix}}
+    tx = recipe(0.1, rank=8, weight_dimension_numbers=numbers)
+    tx = unstacked(tx, lambda _: {"model": {**axes, "bias": 1}})
+    state = tx.init(params)
+    summed = subspace_parts(tx).project(params, state)
+    errors = tuple(jnp.ones(x.shape) for x in errors_of(summed, 1))
+    after = state._replace(refreshes=state.refreshes + jnp.array([0, 1, 0, 1]))
+    kept = of_same_bases(errors, summed, state, after)
+    assert [int(np.sum(x == 0)) for x in kept] == zeros
+    assert sum(np.sum(x[:, 1] == 0) for x in kept if x.ndim == 4) in (0, 4800)
 
 
 def test_a_row_of_one_device_that_is_not_finite_makes_all_skip_the_step(monkeypatch):
@@ -77,14 +110,16 @@ def test_a_row_of_one_device_that_is_not_finite_makes_all_skip_the_step(monkeypa
     monkeypatch.setattr(programs, "make_forward", lambda *a: break_at_bad_tokens(make(*a)))
     parts, _, state, losses = trained(2, **COMPRESSED, compress_bits=8)
     assert losses[1] < losses[0] < 6
-    before = jax.device_get(state.params)
+    before = jax.device_get((state.params, state.unsent))
+    assert stored(parts)[1]["unsent"] == sum(x[0].nbytes for x in state.unsent) > 0
     batch, _ = next(parts.data.batches())
     batch["inputs"][-1] = BAD
     state, told = parts.train_step(state, put_batch(parts.mesh, batch))
     assert int(told["skipped"]) == 1
-    for x, y in zip(*map(jax.tree.leaves, (before, state.params)), strict=True):
+    after = state.params, state.unsent
+    for x, y in zip(*map(jax.tree.leaves, (before, after)), strict=True):
         for copy in y.addressable_shards:
-            np.testing.assert_array_equal(copy.data, x)
+            np.testing.assert_array_equal(copy.data, x[copy.index])
 
 
 @pytest.mark.parametrize(
