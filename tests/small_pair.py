@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from paths import ROOT
@@ -21,23 +22,28 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def pair(out: Path, fault=("metrics", "-1", "SIGTERM"), **settings) -> list[subprocess.Popen]:
-    """The two processes of a run, with four devices each; `small_run` says what a `fault` is."""
-    where = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2}
+def pair(
+    out: Path,
+    fault=("metrics", "-1", "SIGTERM"),
+    launcher: Callable[[int], dict[str, str]] | None = None,
+    **settings,
+) -> list[subprocess.Popen]:
+    """The two processes of a run, with four devices each; `small_run` says what a `fault` is.
+
+    `launcher` gives what one sets in the environment of each process, which has no flags then.
+    """
+    address = f"127.0.0.1:{free_port()}"
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-    own = [json.dumps({**SETTINGS, **settings, **where, "process": i}) for i in range(2)]
-    script = [sys.executable, str(ROOT / "tests/small_run.py")]
-    return [
-        subprocess.Popen(
-            [*script, text[:-1] + f', "out": "{out}"}}', *fault],
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for text in own
-    ]
+    script, processes = [sys.executable, str(ROOT / "tests/small_run.py")], []
+    for i in range(2):
+        where = {"coordinator": address, "processes": 2, "process": i}
+        where = {"launcher": True} if launcher else where
+        text = json.dumps({**SETTINGS, **settings, **where, "out": str(out)})
+        own = {**env, **(launcher(i) if launcher else {})}
+        pipes: dict = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen([*script, text, *fault], env=own, **pipes))
+    return processes
 
 
 def wait_for(out: Path, step: int) -> None:

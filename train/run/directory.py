@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -98,7 +99,16 @@ def _check_writable(out: Path) -> None:
 
 
 def check_can_be_made(folder: Path, name: str) -> None:
-    """Raises OSError with the flag's name if a folder cannot be made or written; leaves nothing."""
+    """Raises OSError with the flag's name if a folder cannot be made or written; leaves nothing.
+
+    ValueError for a URL, of which `Path` would make a folder `gs:`.
+    """
+    parts = folder.parts
+    at = next((i for i, part in enumerate(parts) if re.fullmatch("[a-z][a-z0-9+]+:", part)), None)
+    if at is not None and not Path(*parts[: at + 1]).exists():
+        url = "/".join([parts[at] + "/", *parts[at + 1 :]])
+        advice = "mount the object store (gcsfuse, mount-s3) and name that folder"
+        raise ValueError(f"{name} {url} is no folder: {advice}")
     there = next(path for path in (folder, *folder.parents) if path.exists())
     problem = f"{name} {folder}: cannot write into {there}"
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

@@ -76,6 +76,14 @@ def test_a_folder_that_cannot_be_made_is_named_before_the_data_are_read():
         run_directory.check(config)
 
 
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket"])
+def test_a_url_is_refused_and_no_folder_of_its_name_is_made(tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"--out {url} is no folder: mount the object store"):
+        run_directory.check(resolve(small(url)))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_check_of_a_folder_leaves_nothing(tmp_path):
     assert run_directory.check(resolve(Pretrain(out=str(tmp_path / "a" / "b")))) is None
     assert not list(tmp_path.iterdir())

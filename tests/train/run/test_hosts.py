@@ -1,13 +1,15 @@
 """Runs of two processes, over Gloo: as one process's, and nothing lost when one is killed."""
 
+import os
 import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from paths import ROOT
-from small_pair import SETTINGS, end, pair
+from small_pair import SETTINGS, end, ended, pair
 from small_run import losses, small
 
 from train.config.resolve import resolve
@@ -17,6 +19,7 @@ from train.run import hosts
 from train.run.directory import resume_command
 from train.run.meeting import Place
 
+IN_SUBSPACE = {"rank": 4, "update_proj_gap": 3, "accumulate": 2, "batch_size": 16, "steps": 7}
 OTHERS = {"coordinator": "127.0.0.1:1", "processes": 2, "process": 0}
 
 
@@ -38,6 +41,36 @@ def test_a_pair_killed_and_stopped_goes_on_with_one_process_and_repeats_its_loss
     np.testing.assert_allclose(list(found.values()), [wanted[k] for k in found], rtol=1e-5)
 
 
+def slurm(process: int) -> dict[str, str]:
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    own = {"SLURM_NTASKS": 2, "SLURM_PROCID": process, "SLURM_LOCALID": process}
+    return job | {name: str(number) for name, number in own.items()}
+
+
+def open_mpi(process: int) -> dict[str, str]:
+    uri = {"OMPI_MCA_orte_hnp_uri": f"{os.getpid() * 2**12}.0;tcp://127.0.0.1:34911"}
+    own = {"SIZE": 2, "RANK": process, "LOCAL_RANK": process}
+    return uri | {f"OMPI_COMM_WORLD_{name}": str(number) for name, number in own.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize(
+    ("optimizer", "launcher"),
+    [("galore-adamw", slurm), ("galore-adamw8bit", open_mpi), ("q-galore-adamw8bit", None)],
+)
+def test_two_processes_have_the_losses_of_one_device(tmp_path, optimizer, launcher, layerwise):
+    settings = {**IN_SUBSPACE, "optimizer": optimizer, "layerwise": layerwise}
+    processes = pair(tmp_path / "pair", launcher=launcher, **settings)
+    codes, errors = ended(processes, 240)
+    assert codes == [0, 0], errors
+    assert main(small(tmp_path / "one", **settings)) == 0
+    found, wanted = losses(tmp_path / "pair"), losses(tmp_path / "one")
+    assert found.keys() == wanted.keys()
+    print({k: found[k] / x - 1 for k, x in wanted.items()})
+    np.testing.assert_allclose(list(found.values()), [wanted[k] for k in found], rtol=1e-5)
+
+
 @pytest.mark.parametrize("left_out", list(OTHERS))
 def test_a_process_of_several_must_say_where_it_is(left_out):
     given = {k: v for k, v in OTHERS.items() if k != left_out}
@@ -56,6 +89,17 @@ def test_a_process_of_several_must_say_where_it_is(left_out):
 def test_what_names_no_processes_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         hosts.join(small("unused", **settings))
+
+
+def test_the_coordinator_listens_at_its_address_alone(monkeypatch):
+    given: dict = {}
+    monkeypatch.setattr(hosts, "meet", lambda *_: None)
+    monkeypatch.setattr(hosts, "_say_if_aborted", lambda: None)
+    monkeypatch.setattr(hosts, "_MET", [])
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: given.update(options))
+    hosts.join(small("unused", **OTHERS))
+    assert given["coordinator_bind_address"] == OTHERS["coordinator"]
 
 
 def test_a_launcher_that_is_not_there_is_an_error_of_one_line():

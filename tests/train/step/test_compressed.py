@@ -17,7 +17,9 @@ from galore_optax import (
     unstacked,
 )
 from train.config.resolve import resolve
+from train.memory.cards import can_compile, find_card
 from train.memory.plan import stored
+from train.memory.program import count
 from train.plan import programs_of
 from train.step import programs
 from train.step.eight_bits import errors_of, of_same_bases, sum_in_8_bits
@@ -52,6 +54,29 @@ def test_losses_are_those_of_gradients_summed_whole_and_no_gradient_of_a_matrix_
     ]
     # Embedding and head are sent as they are; of matrices at most a sketch of both layers.
     assert set(numbers) - {257 * 32} <= set(range(2 * 4 * 48 + 1))
+    if "compress_bits" not in changes:
+        assert sent_of_matrices(text, programs.abstract.params) <= 1.1
+
+
+def sent_of_matrices(text: str, params) -> float:
+    """Bytes sent in a step without a refresh, relative to rank / min(in, out) of the matrices'.
+
+    What is not projected is sent whole, and left out.
+    """
+    (_, sent) = count(text, 1.0, 1.0).collectives["all-reduce"]
+    matrices = [x for x in jax.tree.leaves(params["layers"]) if x.ndim == 3]
+    others = 4 * (sum(x.size for x in jax.tree.leaves(params)) - sum(x.size for x in matrices))
+    return (sent - others) / sum(4 * x.size * 4 / min(x.shape[1:]) for x in matrices)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(), reason="the extra gpu-target is not installed")
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_eight_gpus_send_the_share_of_the_gradient_that_is_projected(layerwise):
+    config = resolve(small("unused", **COMPRESSED | {"layerwise": layerwise, "clip_norm": None}))
+    programs = programs_of(config, find_card("h100"))
+    step = programs.step_without_refresh.lower(programs.abstract, programs.batch)
+    assert sent_of_matrices(step.compile().as_text(), programs.abstract.params) <= 1.1
 
 
 def test_what_sums_in_8_bits_leave_out_of_a_step_is_in_a_later_one_and_bytes_are_what_is_sent():
