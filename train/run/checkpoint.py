@@ -22,6 +22,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from train.config.resume import default_of
+from train.memory.plan import device_memory
+from train.memory.units import in_words
 from train.run import hosts
 from train.run.checksums import check, checksums, leaf_names, sealed
 from train.run.cli import one_line
@@ -219,7 +221,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
             )
         kept = wanted.get("rest", {}).get("unsent")
         if kept is not None:
-            unsent = _as_saved(kept, found["rest"])
+            unsent = _as_saved(path, kept, found["rest"])
             wanted = {**wanted, "rest": {**wanted["rest"], "unsent": unsent}}
         for name, tree in wanted.items():
             _check_same(path, {k: shape for k, (shape, _) in found[name].items()}, _shapes(tree))
@@ -297,8 +299,11 @@ def _shapes(tree: Tree) -> dict[str, str]:
     return {name: leaf_shape(leaf) for name, leaf in leaf_names(tree).items()}
 
 
-def _as_saved(unsent: Tree, shapes: Mapping[str, Sequence[Any]]) -> Tree:
-    """`TrainState.unsent` as the devices kept it that saved it, which may be others than here."""
+def _as_saved(path: Path, unsent: Tree, shapes: Mapping[str, Sequence[Any]]) -> Tree:
+    """`TrainState.unsent` as the devices kept it that saved it, which may be others than here.
+
+    ValueError if that is more than a device's memory.
+    """
     first = re.match(r"float32\[(\d+)", shapes.get("unsent/0", ("", 0))[0])
     if first is None:
         return unsent
@@ -309,7 +314,14 @@ def _as_saved(unsent: Tree, shapes: Mapping[str, Sequence[Any]]) -> Tree:
         at = x.sharding if divides else replicated(x.sharding.mesh)  # pyrefly: ignore
         return x.update(shape=(devices, *x.shape[1:]), sharding=at)
 
-    return jax.tree.map(as_saved, unsent)
+    saved = jax.tree.map(as_saved, unsent)
+    size = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in saved)
+    if size > device_memory(jax.local_devices()[0]):
+        raise ValueError(
+            f"{path} has what {devices} devices had not sent yet ({in_words(size)}), more than the "
+            f"memory here: resume with --mesh data={devices}"
+        )
+    return saved
 
 
 def _check_same(path: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:

@@ -154,6 +154,16 @@ def test_what_sums_in_8_bits_have_not_sent_stays_and_other_devices_share_its_sum
         np.testing.assert_allclose(got, same, rtol=1e-5, atol=1e-6)
 
 
+def test_no_memory_is_taken_for_devices_that_only_a_checkpoint_claims():
+    at = NamedSharding(make_mesh("data=8"), OWN)
+    unsent = (jax.ShapeDtypeStruct((8, 5, 7), np.float32, sharding=at),)
+    claim = {"unsent/0": ("float32[80000000000, 5, 7]", 0)}
+    with pytest.raises(
+        ValueError, match="4 has what 80000000000 devices had not sent .* more than"
+    ):
+        checkpoint._as_saved(Path("4"), unsent, claim)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "int4", "bool"])
 def test_a_changed_bit_changes_the_checksum_on_any_mesh(dtype):
     array = jnp.arange(96).reshape(8, 12).astype(dtype)

@@ -67,7 +67,6 @@ def test_two_processes_have_the_losses_of_one_device(tmp_path, optimizer, launch
     assert main(small(tmp_path / "one", **settings)) == 0
     found, wanted = losses(tmp_path / "pair"), losses(tmp_path / "one")
     assert found.keys() == wanted.keys()
-    print({k: found[k] / x - 1 for k, x in wanted.items()})
     np.testing.assert_allclose(list(found.values()), [wanted[k] for k in found], rtol=1e-5)
 
 
