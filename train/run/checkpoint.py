@@ -305,18 +305,18 @@ def _as_saved(path: Path, unsent: Tree, shapes: Mapping[str, Sequence[Any]]) -> 
     ValueError if that is more than a device's memory.
     """
     first = re.match(r"float32\[(\d+)", shapes.get("unsent/0", ("", 0))[0])
-    if first is None:
+    if first is None or not unsent:
         return unsent
-    devices = int(first[1])
+    devices, mesh = int(first[1]), unsent[0].sharding.mesh
 
     def as_saved(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         divides = devices % x.shape[0] == 0
-        at = x.sharding if divides else replicated(x.sharding.mesh)  # pyrefly: ignore
+        at = x.sharding if divides else replicated(mesh)
         return x.update(shape=(devices, *x.shape[1:]), sharding=at)
 
     saved = jax.tree.map(as_saved, unsent)
     size = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in saved)
-    if size > device_memory(jax.local_devices()[0]):
+    if size > device_memory(mesh.local_devices[0]):
         raise ValueError(
             f"{path} has what {devices} devices had not sent yet ({in_words(size)}), more than the "
             f"memory here: resume with --mesh data={devices}"

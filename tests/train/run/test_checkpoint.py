@@ -158,9 +158,7 @@ def test_no_memory_is_taken_for_devices_that_only_a_checkpoint_claims():
     at = NamedSharding(make_mesh("data=8"), OWN)
     unsent = (jax.ShapeDtypeStruct((8, 5, 7), np.float32, sharding=at),)
     claim = {"unsent/0": ("float32[80000000000, 5, 7]", 0)}
-    with pytest.raises(
-        ValueError, match="4 has what 80000000000 devices had not sent .* more than"
-    ):
+    with pytest.raises(ValueError, match=r"what 80000000000 devices had not sent .* more than the"):
         checkpoint._as_saved(Path("4"), unsent, claim)
 
 
