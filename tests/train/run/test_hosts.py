@@ -1,6 +1,7 @@
 """Runs of two processes, over Gloo: as one process's, and nothing lost when one is killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 from small_pair import SETTINGS, end, ended, pair
-from small_run import losses, small
+from small_run import killed_command, losses, small
 
 from train.config.resolve import resolve
 from train.pretrain import main
@@ -68,6 +69,27 @@ def test_two_processes_have_the_losses_of_one_device(tmp_path, optimizer, launch
     found, wanted = losses(tmp_path / "pair"), losses(tmp_path / "one")
     assert found.keys() == wanted.keys()
     np.testing.assert_allclose(list(found.values()), [wanted[k] for k in found], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_pair_that_sends_8_bits_and_is_killed_repeats_its_losses_and_goes_on_elsewhere(tmp_path):
+    compressed = {"compress_gradients": True, "compress_bits": 8, "mesh": "data=8"}
+    settings = {**IN_SUBSPACE, "optimizer": "galore-adamw", "save_every": 3, **compressed}
+    assert ended(pair(tmp_path / "whole", **settings), 240)[0] == [0, 0]
+    out, other = tmp_path / "run", tmp_path / "other"
+    codes, _ = ended(pair(out, ("metrics", "7", "SIGKILL"), **settings), 240)
+    assert codes == [-signal.SIGKILL, 2]
+    shutil.copytree(out, other)
+    assert ended(pair(out, resume=True, **settings), 240)[0] == [0, 0]
+    wanted = losses(tmp_path / "whole")
+    assert losses(out) == wanted
+    # Half the devices share what eight had not sent.
+    settings |= {"mesh": "data=4", "out": str(other), "resume": True}
+    command = killed_command(settings, "metrics", -1, "SIGTERM")
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    subprocess.run(command["args"], env={**command["env"], "XLA_FLAGS": flags}, check=True)
+    found = losses(other)
+    np.testing.assert_allclose(list(found.values()), [wanted[k] for k in found], rtol=1e-4)
 
 
 @pytest.mark.parametrize("left_out", list(OTHERS))
