@@ -14,7 +14,7 @@ import jax
 
 _FLAX = "flax.serialization"
 _T = TypeVar("_T")
-_classes: list[type] = []
+REGISTERED: list[type] = []
 
 
 def pytree(cls: type[_T]) -> type[_T]:
@@ -23,7 +23,7 @@ def pytree(cls: type[_T]) -> type[_T]:
     Fields with `metadata={"static": True}` are stored as text. `from_bytes` takes them from its
     target, and raises a ValueError if the stored ones differ.
     """
-    _classes.append(cls)
+    REGISTERED.append(cls)
     if _FLAX in sys.modules:
         _register(sys.modules[_FLAX], cls)
     return jax.tree_util.register_dataclass(cls)
@@ -58,7 +58,7 @@ def _register(flax: Any, cls: type) -> None:
     flax.register_serialization_state(cls, to_state, from_state)
 
 
-class _WhenImported(importlib.abc.MetaPathFinder):
+class WhenImported(importlib.abc.MetaPathFinder):
     """Registers the classes after the execution of `flax.serialization`."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
@@ -72,7 +72,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module: Any) -> None:
             execute(module)
-            for cls in _classes:
+            for cls in REGISTERED:
                 _register(module, cls)
 
         spec.loader.exec_module = execute_and_register
@@ -80,4 +80,4 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 if _FLAX not in sys.modules:
-    sys.meta_path.insert(0, _WhenImported())
+    sys.meta_path.insert(0, WhenImported())

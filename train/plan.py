@@ -107,7 +107,7 @@ def planned(
     return one, done if peak else {**done, "floor_seconds": None}
 
 
-def _plan_to_fit(
+def plan_to_fit(
     config: Resolved, programs: Programs, card: Card | None, room: float, near: bool
 ) -> MemoryPlan:
     """The plan of a step, from the program that refreshes subspaces.
@@ -314,7 +314,7 @@ def _fit(config: Plan, method: Mapping[str, Any], size: float, gpu: Card | None)
 
     def planned(one: Resolved) -> MemoryPlan:
         own = programs if one == smallest else programs_of(one, gpu)
-        return _plan_to_fit(one, own, gpu, room, near=known(one) > FULL * room)
+        return plan_to_fit(one, own, gpu, room, near=known(one) > FULL * room)
 
     return first_fit(tried, room, known, planned)
 

@@ -22,8 +22,8 @@ VERSION = "3.0.1"
 # Without validation shards, one document in this many is kept for validation.
 VALIDATION_EVERY = 100
 # A reader keeps all files open: all of C4 must fit into the usual limit of 1,024 files.
-_DOCUMENTS_PER_FILE = 1_000_000
-_DOCUMENTS_IN_MEMORY = 1_000
+DOCUMENTS_PER_FILE = 1_000_000
+DOCUMENTS_IN_MEMORY = 1_000
 # Seconds in which a server must answer.
 _PATIENCE = 10
 
@@ -122,12 +122,12 @@ def write_data_set(shards: dict[str, list[Path]], folder: Path) -> dict[str, int
         features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
     )
     writer = tfds.core.SequentialWriter(
-        info, max_examples_per_shard=_DOCUMENTS_PER_FILE, file_format="array_record"
+        info, max_examples_per_shard=DOCUMENTS_PER_FILE, file_format="array_record"
     )
     counts, documents = dict.fromkeys(shards, 0), _documents(shards)
     writer.initialize_splits(list(shards))
     try:
-        while group := list(itertools.islice(documents, _DOCUMENTS_IN_MEMORY)):
+        while group := list(itertools.islice(documents, DOCUMENTS_IN_MEMORY)):
             examples: dict[str, list[dict[str, bytes]]] = {split: [] for split in shards}
             for split, text in group:
                 examples[split].append({"text": text})
@@ -173,14 +173,14 @@ def _documents(shards: dict[str, list[Path]]) -> Iterator[tuple[str, bytes]]:
         for split, path in paths:
             progress.update(task, description=path.name)
             with path.open("rb") as file:
-                for text in _texts(file, path):
+                for text in texts_of(file, path):
                     held_out = not shards["validation"] and next(number) % VALIDATION_EVERY == 0
                     yield ("validation" if held_out else split), text
                     progress.update(task, completed=done + file.tell())
             done += path.stat().st_size
 
 
-def _texts(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def texts_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
     """The `text` of each line of a shard that is not blank, as UTF-8."""
     is_gzip = file.read(2) == b"\x1f\x8b"
     file.seek(0)

@@ -1,4 +1,6 @@
-"""A model of repeated layers, run forward as a whole and backward one piece at a time.
+"""The gradients of repeated layers: forward as a whole, backward one piece at a time.
+
+`galore_optax.layerwise.step` applies the update of each piece.
 
 The forward pass keeps for each layer what its backward pass needs, or only the hidden states before
 it (activation checkpointing, Chen et al., arXiv:1604.06174).

@@ -2,6 +2,8 @@
 
 A code is a frozen dataclass with `bits`, `encode` and `decode`, which work on whole blocks along
 one axis. Arithmetic finds the numbers: gathers from a table are slow on vector units.
+`galore_optax.quantization.state` chooses the code and block size of each moment, and `array` stores
+what a code makes.
 """
 
 import dataclasses

@@ -29,7 +29,7 @@ from galore_optax import (
     split,
     unstacked,
 )
-from galore_optax.serialization import _classes, _WhenImported
+from galore_optax.serialization import REGISTERED, WhenImported
 
 PARAMS = {"w": jax.random.normal(jax.random.key(0), (16, 256)), "b": jnp.ones(8)}
 KEY, WEIGHT = jax.random.key(1), PARAMS["w"]
@@ -108,9 +108,9 @@ def test_flax_refuses_to_read_codes_into_other_codes_and_adapters_into_other_sca
 
 
 def test_the_classes_are_registered_where_flax_is_imported_later():
-    spec = _WhenImported().find_spec("flax.serialization", flax.__path__)
+    spec = WhenImported().find_spec("flax.serialization", flax.__path__)
     later = importlib.util.module_from_spec(spec)
     assert not hasattr(later, "is_serializable")
     spec.loader.exec_module(later)
-    assert len(_classes) == 5
-    assert all(map(later.is_serializable, _classes))
+    assert len(REGISTERED) == 5
+    assert all(map(later.is_serializable, REGISTERED))

@@ -29,8 +29,8 @@ from train.run.metrics import MetricsLog, read_metrics
 @pytest.fixture
 def c4(tmp_path, monkeypatch) -> dict:
     """Settings of a run that reads its data while it trains, each document from its own file."""
-    monkeypatch.setattr(sequences, "_BATCHES", 2)  # read ahead
-    monkeypatch.setattr(prepare_c4, "_DOCUMENTS_PER_FILE", 1)
+    monkeypatch.setattr(sequences, "BATCHES", 2)  # read ahead
+    monkeypatch.setattr(prepare_c4, "DOCUMENTS_PER_FILE", 1)
     texts = [f"document {i}: some words and more of them" for i in range(260)]
     lines = [json.dumps({"text": text, "timestamp": "", "url": ""}) for text in texts]
     (tmp_path / "texts.json").write_text("\n".join(lines))

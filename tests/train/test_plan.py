@@ -150,7 +150,7 @@ def pretend(monkeypatch, fits):
         return MemoryPlan(2**30, states, 0, 0, 0, 0, 2**30 if fits(config) else 12 * 2**30)
 
     monkeypatch.setattr(plan_module, "can_compile", lambda: False)
-    monkeypatch.setattr(plan_module, "_plan_to_fit", plan_of)
+    monkeypatch.setattr(plan_module, "plan_to_fit", plan_of)
     monkeypatch.setattr(plan_module, "programs_of", lambda config, card: None)
     monkeypatch.setattr(plan_module, "make_known", lambda config, programs: lambda one: 0)
     return compiled
@@ -264,7 +264,7 @@ def test_a_step_that_hardly_fits_is_refused_by_its_program_without_a_refresh(
     monkeypatch.setattr(plan_module, "plan", plan_of)
     fields = dict.fromkeys(f.name for f in dataclasses.fields(Programs))
     programs = Programs(**{**fields, "train_step": "whole", "step_without_refresh": "lean"})
-    found = plan_module._plan_to_fit(resolve(small("unused")), programs, None, 12, near)
+    found = plan_module.plan_to_fit(resolve(small("unused")), programs, None, 12, near)
     assert compiled == wanted
     assert found.peak == (max(lean_peak, 10) if near else 10)
 
@@ -365,7 +365,7 @@ def test_a_target_that_xla_refuses_is_wrong_use(capsys, tmp_path):
 
 
 def test_a_card_without_the_wheels_is_wrong_use(capsys, monkeypatch):
-    monkeypatch.setattr(cards, "_is_installed", lambda module: False)
+    monkeypatch.setattr(cards, "is_installed", lambda module: False)
     assert words("--gpu", "rtx-4090") == 2
     assert capsys.readouterr().err == (
         "error: compiling for NVIDIA GeForce RTX 4090 needs NVIDIA's compiler: "

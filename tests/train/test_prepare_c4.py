@@ -71,7 +71,7 @@ def test_text_comes_back_to_the_letter(tmp_path):
 
 
 def test_the_layout_is_that_of_tfds(shared_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_c4, "_DOCUMENTS_PER_FILE", 4)
+    monkeypatch.setattr(prepare_c4, "DOCUMENTS_PER_FILE", 4)
     prepare(tmp_path, write_shard(tmp_path / "c4-train.json.gz", map(str, range(11))))
     ours, theirs = tmp_path / "c4" / "en" / "3.0.1", shared_data / "c4" / "en" / "3.0.1"
     assert sorted(path.name for path in ours.iterdir()) == [
@@ -96,7 +96,7 @@ def test_the_layout_is_that_of_tfds(shared_data, tmp_path, monkeypatch):
 
 
 def test_documents_are_written_as_they_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_c4, "_DOCUMENTS_IN_MEMORY", 10)
+    monkeypatch.setattr(prepare_c4, "DOCUMENTS_IN_MEMORY", 10)
     texts = [f"document {i}" for i in range(1, 96)]
     held_out = write_shard(tmp_path / "c4-validation.json.gz", ["held out"])
     prepare(tmp_path, write_shard(tmp_path / "c4-train.json.gz", texts), held_out)
@@ -209,7 +209,7 @@ def test_an_existing_data_set_is_refused_and_not_touched(tmp_path, there):
 
 
 def test_a_run_that_is_interrupted_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
-    texts = prepare_c4._texts
+    texts = prepare_c4.texts_of
 
     def interrupted(file, path):
         for i, text in enumerate(texts(file, path)):
@@ -217,8 +217,8 @@ def test_a_run_that_is_interrupted_leaves_nothing_that_looks_whole(tmp_path, mon
                 raise KeyboardInterrupt
             yield text
 
-    monkeypatch.setattr(prepare_c4, "_texts", interrupted)
-    monkeypatch.setattr(prepare_c4, "_DOCUMENTS_IN_MEMORY", 10)
+    monkeypatch.setattr(prepare_c4, "texts_of", interrupted)
+    monkeypatch.setattr(prepare_c4, "DOCUMENTS_IN_MEMORY", 10)
     shard = write_shard(tmp_path / "c4-train.json.gz", map(str, range(30)))
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path, shard)

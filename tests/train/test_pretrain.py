@@ -223,7 +223,7 @@ def test_a_run_does_not_go_on_with_another_text(finished, tmp_path, monkeypatch)
         run = Training(config, assemble.assemble(config, print), StopRequest(), print)
         error = pytest.raises(ValueError, match=f"another run: content of {expected}")
         with error if expected else nullcontext():
-            run._restore()
+            run.restore()
 
 
 def test_resuming_a_finished_run_says_so_and_does_nothing(finished, tmp_path, monkeypatch, capsys):

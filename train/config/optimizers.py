@@ -1,4 +1,7 @@
-"""The table of optimizers by name, each with the flags that it uses, and how a run builds one."""
+"""The table of optimizers by name, each with the flags that it uses, and how a run builds one.
+
+A new one goes into `OPTIMIZERS`, and its name into `Optimizer` of `train.config.flags`.
+"""
 
 import itertools
 from collections.abc import Callable, Mapping

@@ -60,7 +60,7 @@ class TrainingData:
         """Batches from a position on, each with the position after; closing it ends the workers."""
         make, tokens = MODES[self.mode], _separators(self.tokenizer)
         sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
-        with closing(self._documents(start.documents)) as documents:
+        with closing(self.documents(start.documents)) as documents:
             made = make(documents, **tokens, start=start, **sizes)
             if self.mode == "packed":
                 made = sequences.shuffled_rows(made, seed=self.seed, start=start)
@@ -68,7 +68,7 @@ class TrainingData:
                 sequences.check_token_ids(batch, self.vocab_size or self.tokenizer.vocab_size)
                 yield batch, position
 
-    def _documents(self, start: int) -> Generator[Document]:
+    def documents(self, start: int) -> Generator[Document]:
         """Token ids of the documents from number `start` of the endless stream on."""
         import grain
 

@@ -150,7 +150,7 @@ MODES: dict[str, Callable[..., Batches]] = {"packed": packed_batches, "document"
 
 
 # Rows that `shuffled_rows` shuffles together, more than most documents fill, and batches at most.
-_WINDOW, _BATCHES = 4096, 64
+WINDOW, BATCHES = 4096, 64
 
 
 def shuffled_rows(batches: Batches, *, seed: int, start: Position = START) -> Batches:
@@ -164,7 +164,7 @@ def shuffled_rows(batches: Batches, *, seed: int, start: Position = START) -> Ba
 
     first, position = next(batches)
     size = len(first["inputs"])
-    count = min(_BATCHES, -(-_WINDOW // size))
+    count = min(BATCHES, -(-WINDOW // size))
     # Grain shuffles with another seed in each epoch.
     order = grain.MapDataset.range(count * size).shuffle(seed).repeat()
     ahead = [first]

@@ -116,10 +116,11 @@ class FileTokenizer:
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of what a chat template has made: names of special tokens are these tokens."""
         with self._errors_named():
-            return self._as_written.encode(text, add_special_tokens=False).ids
+            return self.as_written.encode(text, add_special_tokens=False).ids
 
     @cached_property
-    def _as_written(self) -> Any:
+    def as_written(self) -> Any:
+        """The file's tokenizer, which reads names of special tokens in a text as these tokens."""
         import tokenizers
 
         tokenizer = tokenizers.Tokenizer.from_file(str(self.path))

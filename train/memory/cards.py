@@ -199,10 +199,11 @@ def card_of_size(size: float) -> Card:
 
 def can_compile() -> bool:
     """Whether the wheels that compile for a GPU are installed."""
-    return any(_is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
+    return any(is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported; it is not imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # its package is missing

@@ -1,4 +1,7 @@
-"""Reads the text of an optimized XLA program: its computations, their instructions, shapes."""
+"""A parser of an optimized XLA program's text: its computations, their instructions, shapes.
+
+`train.memory.program` counts kernels and bytes with it.
+"""
 
 import math
 import re

@@ -221,7 +221,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
             )
         kept = wanted.get("rest", {}).get("unsent")
         if kept is not None:
-            unsent = _as_saved(path, kept, found["rest"])
+            unsent = unsent_as_saved(path, kept, found["rest"])
             wanted = {**wanted, "rest": {**wanted["rest"], "unsent": unsent}}
         for name, tree in wanted.items():
             _check_same(path, {k: shape for k, (shape, _) in found[name].items()}, _shapes(tree))
@@ -299,7 +299,7 @@ def _shapes(tree: Tree) -> dict[str, str]:
     return {name: leaf_shape(leaf) for name, leaf in leaf_names(tree).items()}
 
 
-def _as_saved(path: Path, unsent: Tree, shapes: Mapping[str, Sequence[Any]]) -> Tree:
+def unsent_as_saved(path: Path, unsent: Tree, shapes: Mapping[str, Sequence[Any]]) -> Tree:
     """`TrainState.unsent` as the devices kept it that saved it, which may be others than here.
 
     ValueError if that is more than a device's memory.

@@ -38,7 +38,7 @@ _LOST = ("Gloo", "NCCL", "nccl", "UNAVAILABLE")
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
 _AT_END: list[Callable[[], None]] = []
-_MET: list[Place | None] = []  # where this process has begun to meet the others, if it has
+MET: list[Place | None] = []  # where this process has begun to meet the others, if it has
 
 
 def join(config: TrainingFlags) -> None:
@@ -57,7 +57,7 @@ def join(config: TrainingFlags) -> None:
             "--coordinator HOST:PORT, --processes and --process, or --launcher"
         )
     if config.launcher:
-        _initialize(_of_launcher())
+        initialize(_of_launcher())
     elif given:
         count, index = config.processes, config.process
         assert count is not None
@@ -65,7 +65,7 @@ def join(config: TrainingFlags) -> None:
         if not 0 <= index < count:
             raise ValueError(f"--process {index}: expected 0 to {count - 1}, below --processes")
         assert config.coordinator is not None
-        _initialize(Place(config.coordinator, count, index))
+        initialize(Place(config.coordinator, count, index))
 
 
 def _of_launcher() -> Place | None:
@@ -104,17 +104,18 @@ def place_of(args: Sequence[str]) -> Place | None:
 
 def tell_others(args: Sequence[str]) -> None:
     """Tells the other processes of a command with an error that has not met them yet."""
-    place = None if _MET else place_of(args)
+    place = None if MET else place_of(args)
     if place is not None:
         print("telling the other processes of the run ...", file=sys.stderr, flush=True)
         tell(place)
 
 
-def _initialize(place: Place | None) -> None:
+def initialize(place: Place | None) -> None:
+    """Meets the other processes of a run at a place; None is a place that JAX finds out."""
     coordinator = None if place is None else place.coordinator
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         raise ValueError(f"--coordinator {coordinator}: expected HOST:PORT, such as 10.0.0.1:29500")
-    _MET.append(place)
+    MET.append(place)
     if place is not None:
         print(
             f"waiting for {place.count} processes at {coordinator} ...", file=sys.stderr, flush=True
@@ -122,7 +123,7 @@ def _initialize(place: Place | None) -> None:
         meet(place, _MEETING_SECONDS)
     # On CPUs two programs' collectives may not run at once: Gloo would mix up their messages.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    _say_if_aborted()
+    say_if_aborted()
     try:
         jax.distributed.initialize(
             coordinator,
@@ -145,7 +146,7 @@ def _initialize(place: Place | None) -> None:
         raise OSError(f"the processes of the run do not meet{at}: {_one_line(error)}") from error
 
 
-def _say_if_aborted() -> None:
+def say_if_aborted() -> None:
     """Has a process say what has happened if JAX, Gloo or NCCL aborts this one.
 
     Where another process of the run is gone, they do, from C++ and with a page of its stack.

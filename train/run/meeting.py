@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 # After this time a process says which others it waits for.
-_HINT_SECONDS = 20
+HINT_SECONDS = 20
 # How long a process that ended with an error waits for the others, to tell them.
 _TELLING_SECONDS = 30
 # Most bytes of a message.
@@ -143,7 +143,7 @@ def _gather(
                 said = f"the processes of the run do not meet at {place.coordinator}"
                 problem = own or f"{said}: {missing} did not come"
                 break
-            if passed > _HINT_SECONDS and not hinted:
+            if passed > HINT_SECONDS and not hinted:
                 hinted = True
                 _say(f"still waiting for {missing} of the run at {place.coordinator}")
             for key, _ in selector.select(0.5):
@@ -178,7 +178,7 @@ def _ask(place: Place, seconds: float, stopped: bool = False) -> str | None:
         passed = time.monotonic() - start
         if passed > seconds:
             raise OSError(f"{said}: process 0 does not answer ({reason})")
-        if passed > _HINT_SECONDS and not hinted and not stopped:
+        if passed > HINT_SECONDS and not hinted and not stopped:
             hinted = True
             advice = "is it started, with the same --coordinator?"
             _say(f"process 0 does not answer at {place.coordinator} yet ({reason}): {advice}")

@@ -67,7 +67,7 @@ def report(
     ends = _bytes_of(parts.abstract.optimizer.inner_state, ("embedding", "head"))
     refreshes = next((x["refreshes"] for x in reversed(lines) if "refreshes" in x), None)
     log(title)
-    for name, value, note in _table(summary, ours, ends, refreshes):
+    for name, value, note in closing_table(summary, ours, ends, refreshes):
         log(f"  {name:16} {value:>16}" + (f"  {note}" if note else ""))
     # Last, because it says that the run is finished.
     run_directory.write_json(directory / "summary.json", summary)
@@ -93,7 +93,7 @@ def _bytes_of(state: Any, names: Collection[str]) -> int:
     return tree_bytes([x for x, found in keys if found & {*names}])
 
 
-def _table(
+def closing_table(
     summary: Mapping[str, Any], state: Mapping[str, int], ends: int, refreshes: int | None
 ) -> Iterator[tuple[str, str, str]]:
     """The table about a finished run: name, value and note of each row.

@@ -81,7 +81,7 @@ class Training:
         config, parts = self.config, self.parts
         train_step = self.compile()
         # Before anything is written: weights of --init may not fit.
-        state = self._restore() or parts.initial()
+        state = self.restore() or parts.initial()
         with ExitStack() as stack:
             with hosts.together():
                 if hosts.is_first():
@@ -153,7 +153,7 @@ class Training:
         steps = [BySize(p, parts.batch, c) for p, c in zip(programs, compiled, strict=False)]
         return Steps(*steps) if len(steps) > 1 else steps[0]
 
-    def _restore(self) -> TrainState | None:
+    def restore(self) -> TrainState | None:
         """The newest checkpoint's state, and what the host knew; None for a new run."""
         if not (self.config.resume and (self.directory / "config.json").exists()):
             return None

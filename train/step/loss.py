@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 # Least positions of each row in a chunk. More are not faster, and take more memory.
 _POSITIONS = 64
 # Most ids in a part of the vocabulary.
-_IDS = 4096
+IDS = 4096
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -72,8 +72,8 @@ def _forward(hidden, head, targets, weights, by_vocabulary):
 
 def _forward_by_vocabulary(hidden, head, targets, weights):
     ids = head.shape[0]
-    size = next(w for w in range(min(_IDS, ids), 0, -1) if ids % w == 0)
-    size = size if 8 * size >= _IDS else ids  # few parts, or the whole
+    size = next(w for w in range(min(IDS, ids), 0, -1) if ids % w == 0)
+    size = size if 8 * size >= IDS else ids  # few parts, or the whole
     parts = jnp.arange(0, ids, size), head.reshape(-1, size, head.shape[1])
     x, targets, weights = hidden.reshape(-1, hidden.shape[-1]), targets.ravel(), weights.ravel()
 

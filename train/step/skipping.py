@@ -1,4 +1,6 @@
-"""Skips a step whose loss or gradient is not finite, and counts it.
+"""The state that counts skipped steps, whose loss or gradient is not finite.
+
+`train.step.ordinary` skips them, and `galore_optax.layerwise.step` with `--layerwise`.
 
 A NaN in a single gradient would stay in the moments and the weights for good, and bfloat16 and high
 learning rates do produce some. `optax.apply_if_finite`, whose state is used here, looks at the

@@ -49,7 +49,7 @@ def encoded(example, tokenizer, seq_len=64, template=None):
 
 def targets(document, tokenizer) -> list[str]:
     """The tokens that are to be predicted."""
-    return [tokenizer._tokenizer.id_to_token(int(i)) for i in document[1:] if i >= 0]
+    return [tokenizer.name_of(int(i)) for i in document[1:] if i >= 0]
 
 
 def messages(*contents, first="user") -> Example:
@@ -83,12 +83,12 @@ def test_of_a_prompt_only_the_completion_and_its_end_are_predicted():
 
 def test_of_messages_only_the_answers_are_predicted_each_to_its_end(chat):
     (found,) = encoded(messages("hi", "ho", "2", "hi"), chat).examples
-    text = chat._as_written.decode([i if i >= 0 else ~i for i in found], skip_special_tokens=False)
+    text = chat.as_written.decode([i if i >= 0 else ~i for i in found], skip_special_tokens=False)
     turns = "<h> user </h> hi <eot> <h> assistant </h> ho <eot> "
     assert text == f"<s> {turns}<h> user </h> 2 <eot> <h> assistant </h> hi <eot>"
     assert targets(found, chat) == ["ho", "<eot>", "hi", "<eot>"]
     ((prompt, answer),) = prompts_of([found])
-    assert chat._as_written.decode(prompt.tolist(), skip_special_tokens=False) == (
+    assert chat.as_written.decode(prompt.tolist(), skip_special_tokens=False) == (
         "<s> <h> user </h> hi <eot> <h> assistant </h>"
     )
     assert chat.decode(answer) == "ho"

@@ -49,14 +49,14 @@ def assert_same(got, expected):
 
 def read_order(data, documents):
     """The numbers of the documents in the order in which training reads them."""
-    with closing(data._documents(0)) as stream:
+    with closing(data.documents(0)) as stream:
         read = (re.match(r"<(\d+)>", BYTES.decode(tokens)) for tokens in stream)
         return [int(found[1]) for found in islice(filter(None, read), documents)]
 
 
 @pytest.fixture
 def small_windows(monkeypatch):
-    monkeypatch.setattr(sequences, "_BATCHES", 4)
+    monkeypatch.setattr(sequences, "BATCHES", 4)
 
 
 # Sources
@@ -224,13 +224,13 @@ def test_any_position_resumes_the_same_batches_across_epochs_and_windows(mode, s
 
 
 def test_rows_of_a_long_document_are_spread_over_batches_and_each_is_there_once(monkeypatch):
-    monkeypatch.setattr(sequences, "_BATCHES", 20)
+    monkeypatch.setattr(sequences, "BATCHES", 20)
     source = [chr(97 + i) * 32 * 8 for i in range(8)]  # each fills four batches of two rows
     batches = [batch for batch, _ in first(training_data(source), 40)]
     alike = [len(set(batch["inputs"][:, 1])) == 1 for batch in batches]
     assert np.mean(alike) < 0.5
     rows = [tuple(row) for batch in batches for row in batch["inputs"]]
-    with closing(training_data(source)._documents(0)) as documents:
+    with closing(training_data(source).documents(0)) as documents:
         packed = sequences.packed_batches(documents, separator=256, batch_size=2, seq_len=32)
         unshuffled = [tuple(r) for batch, _ in islice(packed, 40) for r in batch["inputs"]]
     assert rows != unshuffled

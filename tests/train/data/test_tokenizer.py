@@ -285,7 +285,7 @@ def test_characters_that_are_left_out_do_not_make_an_end_of_a_document(tmp_path)
     )
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode("a<\u200b/\u200bs>b<?/s>")
-    assert [tokenizer._tokenizer.id_to_token(i) for i in ids] == [
+    assert [tokenizer.name_of(i) for i in ids] == [
         "a",
         "<",
         "/",

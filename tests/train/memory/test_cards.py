@@ -70,7 +70,7 @@ def test_a_size_finds_the_smallest_card_that_is_as_large():
 
 
 def test_without_the_wheels_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(cards, "_is_installed", lambda module: False)
+    monkeypatch.setattr(cards, "is_installed", lambda module: False)
     assert not cards.can_compile()
     with pytest.raises(ValueError, match=r"RTX 3060 needs .* install the extra gpu-target"):
         devices(find_card("rtx-3060"), 1)

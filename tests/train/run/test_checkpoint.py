@@ -159,7 +159,7 @@ def test_no_memory_is_taken_for_devices_that_only_a_checkpoint_claims():
     unsent = (jax.ShapeDtypeStruct((8, 5, 7), np.float32, sharding=at),)
     claim = {"unsent/0": ("float32[80000000000, 5, 7]", 0)}
     with pytest.raises(ValueError, match=r"what 80000000000 devices had not sent .* more than the"):
-        checkpoint._as_saved(Path("4"), unsent, claim)
+        checkpoint.unsent_as_saved(Path("4"), unsent, claim)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "int4", "bool"])

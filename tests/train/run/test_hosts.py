@@ -115,8 +115,8 @@ def test_what_names_no_processes_is_refused(settings, message):
 def test_the_coordinator_listens_at_its_address_alone(monkeypatch):
     given: dict = {}
     monkeypatch.setattr(hosts, "meet", lambda *_: None)
-    monkeypatch.setattr(hosts, "_say_if_aborted", lambda: None)
-    monkeypatch.setattr(hosts, "_MET", [])
+    monkeypatch.setattr(hosts, "say_if_aborted", lambda: None)
+    monkeypatch.setattr(hosts, "MET", [])
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: given.update(options))
     hosts.join(small("unused", **OTHERS))
@@ -136,7 +136,7 @@ def test_torchruns_variables_say_where_a_process_is(monkeypatch):
     for name, value in {**known, "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     given: list = []
-    monkeypatch.setattr(hosts, "_initialize", given.append)
+    monkeypatch.setattr(hosts, "initialize", given.append)
     hosts.join(small("unused", launcher=True))
     assert given == [Place("10.0.0.1:29500", 8, 3, 1)]
     monkeypatch.setenv("RANK", "first")

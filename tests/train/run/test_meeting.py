@@ -84,7 +84,7 @@ def test_one_that_ends_while_it_waits_ends_the_others(at):
 
 
 def test_who_did_not_come_is_named_and_other_programs_are_not_heard(at, capsys, monkeypatch):
-    monkeypatch.setattr(meeting, "_HINT_SECONDS", 0.2)
+    monkeypatch.setattr(meeting, "HINT_SECONDS", 0.2)
 
     def stray():
         time.sleep(0.3)

@@ -3,7 +3,7 @@
 import pytest
 
 from train.memory.units import in_words
-from train.run.report import RESIDENT, _table
+from train.run.report import RESIDENT, closing_table
 
 SUMMARY = {
     "weight_bytes": 4_000_000,
@@ -18,7 +18,7 @@ SUMMARY = {
 
 
 def rows(state: dict[str, int], ends: int = 0, refreshes: int | None = None, **changes) -> dict:
-    found = _table({**SUMMARY, **changes}, state, ends, refreshes)
+    found = closing_table({**SUMMARY, **changes}, state, ends, refreshes)
     return {name.strip(): (value, note) for name, value, note in found}
 
 

@@ -51,7 +51,7 @@ def batch():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("ids", [None, 4, 12])  # in a part of the vocabulary
 def test_cross_entropy_and_its_gradient_equal_float64(length, dtype, ids, monkeypatch):
-    monkeypatch.setattr(loss_module, "_IDS", ids)
+    monkeypatch.setattr(loss_module, "IDS", ids)
     k1, k2, k3, k4 = jax.random.split(jax.random.key(0), 4)
     hidden = (5 * jax.random.normal(k1, (B, length, D))).astype(dtype)
     head = (3 * jax.random.normal(k2, (V, D))).astype(dtype)
