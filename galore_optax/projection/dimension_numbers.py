@@ -195,11 +195,13 @@ def _view(leaf: Any, numbers: Any, path: str) -> LeafView:
             f"weight_dimension_numbers: {numbers} at {path} names an axis twice; each axis is in "
             "one place, or (not named) a batch axis"
         )
-    if not _projectable(leaf) or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+    real = _projectable(leaf) and not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+    if not real or leaf.dtype.itemsize < 2:
         raise ValueError(
             f"weight_dimension_numbers: the leaf at {path} has shape {leaf.shape} and dtype "
-            f"{leaf.dtype}; only real floating-point matrices with elements can be projected: give "
-            "None in its place to leave it to the inner transformation as it is"
+            f"{leaf.dtype}; only real floating-point matrices with elements, of 16 bits or more, "
+            "can be projected: give None in its place to leave it to the inner transformation as "
+            "it is"
         )
     batch = tuple(axis for axis in range(ndim) if axis not in named)
     tensor = isinstance(numbers, TuckerDimensionNumbers)

@@ -526,10 +526,10 @@ def test_a_leaf_that_is_no_array_is_refused_by_name():
         tx.init({"w": jnp.ones((8, 12)), "b": 1.0})
 
 
-def test_a_complex_matrix_is_refused_and_other_complex_leaves_are_the_inners():
-    params = {"w": jnp.ones((8, 12), jnp.complex64)}
-    with pytest.raises(ValueError, match=r"'w'.*complex64.*give None"):
-        galore(4, optax.adam(1e-3)).init(params)
+def test_a_matrix_of_complex_or_8_bit_numbers_is_refused_and_other_complex_leaves_are_the_inners():
+    for dtype in (jnp.complex64, jnp.float8_e4m3fn):
+        with pytest.raises(ValueError, match=rf"'w'.*{dtype.__name__}.*16 bits.*give None"):
+            galore(4, optax.adam(1e-3)).init({"w": jnp.ones((8, 12), dtype)})
     params = {"w": jnp.ones((8, 12)), "z": jnp.ones(3, jnp.complex64)}
     tx = galore(4, optax.sgd(0.1))
     updates, _ = tx.update(params, tx.init(params))
