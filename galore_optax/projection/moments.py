@@ -278,6 +278,12 @@ class CarryOver:
             return size / jnp.where(norm > 0, norm, 1) * direction
         if own.role.kind not in (SECOND, FACTOR):
             return moment
+        mean = jnp.zeros((), moment.dtype)
+        if own.role.rooted and own.first is not None:
+            # The update takes a root of v - m² (centered RMSProp), which is dealt by itself.
+            first = _wide(moments[own.first])
+            moment = moment - jnp.minimum(moment, first * first)
+            mean = self._dealt(own.first, moments, small) ** 2
         total, dealt = jnp.sum(moment), jnp.ones((), moment.dtype)
         for at, axis in enumerate(own.role.axes):
             along = _sums(moment, at)
@@ -286,7 +292,7 @@ class CarryOver:
                 along = jnp.sort(along)[order]
             share = along / jnp.where(total > 0, total, 1)
             dealt = dealt * share.reshape([n if k == at else 1 for k, n in enumerate(moment.shape)])
-        return total * dealt
+        return total * dealt + mean
 
 
 def check_rule(

@@ -139,6 +139,19 @@ def test_with_a_constant_gradient_the_steps_stay_what_they_are(inner, moments):
     np.testing.assert_allclose(sizes, 1 / np.sqrt(8), rtol=1e-4)
 
 
+@pytest.mark.parametrize("moments", ["rotate", "reset"])
+def test_the_mean_of_squares_stays_above_the_square_of_the_mean(moments):
+    """Centered RMSProp takes the root of their difference."""
+
+    def find(gradient, basis, key):
+        return jnp.linalg.qr(jax.random.normal(key, basis.shape))[0]
+
+    inner = optax.rmsprop(0.1, decay=0.9, centered=True)
+    tx = galore(3, inner, update_proj_gap=4, subspace=find, moments=moments)
+    grads = [normal(9, 8, 12) + normal(i, 8, 12) for i in range(10)]
+    assert np.isfinite(run(tx, normal(9, 8, 12), grads)[-1]).all()
+
+
 @pytest.mark.parametrize("inner", [optax.adamw(0.1, eps=0), optax.adamax(0.1, eps=0)])
 def test_steps_after_a_refresh_do_not_depend_on_the_gradients_size(inner):
     """Powers of two scale without rounding; squares of moments would leave float32's range."""
