@@ -119,6 +119,8 @@ def log_programs(
     params, optimizer = programs.abstract.params, programs.abstract.optimizer
     for note in programs.notes:
         log(f"sharding: {note}")
+    if config.resume and any(Path(config.out, "checkpoints").glob("[0-9]*")):
+        weights = "weights of a checkpoint"
     stored = "" if config.weight_dtype == config.dtype else f" with {config.weight_dtype} weights"
     log(
         f"model: {model}, {count(params):,} params, {config.dtype}{stored}, "

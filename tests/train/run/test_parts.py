@@ -24,14 +24,25 @@ from train.run.parts import log_programs
     ],
 )
 def test_dtypes_that_differ_are_named(dtypes, model, optimizer):
+    lines = logged(**dtypes)
+    assert lines[0] == "sharding: norm is whole"
+    assert model in lines[1]
+    assert optimizer in lines[2]
+
+
+def test_a_resumed_run_has_the_weights_of_a_checkpoint(tmp_path):
+    assert logged(out=str(tmp_path), resume=True)[1].endswith("; random")
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    assert logged(out=str(tmp_path), resume=True)[1].endswith("; weights of a checkpoint")
+
+
+def logged(out: str = "unused", **settings) -> list[str]:
     shapes = {"layers": jax.ShapeDtypeStruct((4, 8), jnp.float32)}
     state = {"mu": jax.ShapeDtypeStruct((4,), jnp.float32)}
     programs = SimpleNamespace(
         abstract=SimpleNamespace(params=shapes, optimizer=state), notes=["norm is whole"]
     )
     lines: list[str] = []
-    config = resolve(small("unused", **dtypes))
+    config = resolve(small(out, **settings))
     log_programs(config, programs, "tiny", "random", lines.append)  # pyrefly: ignore
-    assert lines[0] == "sharding: norm is whole"
-    assert model in lines[1]
-    assert optimizer in lines[2]
+    return lines

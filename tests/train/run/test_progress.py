@@ -20,3 +20,13 @@ def test_a_line_has_the_smoothed_loss_the_gradient_norm_and_the_speed_of_its_int
     assert "  100 tokens/s" in first
     assert "  200 tokens/s" in second
     assert "nan" not in second
+    assert "MFU" not in first
+
+
+def test_a_line_has_the_share_of_the_devices_peak_if_that_is_known_and_what_was_skipped(capsys):
+    progress = Progress(0, 40, at_peak=400)
+    line = {"step": 1, "loss": 4.0, "learning_rate": 0.01, "grad_norm": 0.5, "skipped": 2}
+    progress.step(line, tokens=100, seconds=1.0, show=True)
+    out = capsys.readouterr().out
+    assert "  100 tokens/s  MFU 25.0%  " in out
+    assert out.endswith("  2 skipped (not finite)\n")
