@@ -62,7 +62,7 @@ def test_a_checkpoint_of_another_model_is_refused(run, tmp_path):
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "model": "tiny"}))
-    with pytest.raises(ValueError, match="checkpoint of another model"):
+    with pytest.raises(ValueError, match="another run: model is 'micro' there and 'tiny'"):
         main(Generate(run=str(copy)))
 
 

@@ -219,13 +219,13 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
                 f"format {FORMAT}: start a new run in another folder, or use the version of "
                 "galore-optax that wrote it"
             )
+        self._check_made(path, found)  # first: another tokenizer gives other shapes, too
         kept = wanted.get("rest", {}).get("unsent")
         if kept is not None:
             unsent = unsent_as_saved(path, kept, found["rest"])
             wanted = {**wanted, "rest": {**wanted["rest"], "unsent": unsent}}
         for name, tree in wanted.items():
             _check_same(path, {k: shape for k, (shape, _) in found[name].items()}, _shapes(tree))
-        self._check_made(path, found)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}  # pyrefly: ignore
         args = ocp.args.Composite(**args)
         items = self._attempt(step, lambda: dict(self._manager.restore(step, args=args)))

@@ -246,6 +246,12 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
             pytest.raises(ValueError, match=message),
         ):
             checkpoints.restore_params(wanted)
+    # Another tokenizer has another vocabulary, too: the cause is named, not the shape.
+    with (
+        Checkpoints(tmp_path, 1, print, {}, run={"text": "b"}, read_only=True) as checkpoints,
+        pytest.raises(ValueError, match="text is None there and 'b' here"),
+    ):
+        checkpoints.restore_params({"w": jax.ShapeDtypeStruct((3,), np.float32)})
     with Checkpoints(
         tmp_path, 1, print, {}, run={"seed": 0, "compress_gradients": False}, read_only=True
     ) as checkpoints:
