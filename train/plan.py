@@ -192,7 +192,8 @@ def print_plans(
 
     compiled_for = next(iter(plans.values())).device
     unit, size_of_unit = unit_of(max(one.peak for one in plans.values()))
-    table = Table(title=f"{title}: memory of one device ({compiled_for}), {unit}")
+    print(f"{title}: memory of one device ({compiled_for}), {unit}")  # a Table's would be wrapped
+    table = Table()
     table.add_column("", no_wrap=True)
     names = "weights", "bases", "moments", "grads", "acts", "temps", "peak", "card, GiB"
     for name in names:

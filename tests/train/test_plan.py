@@ -136,6 +136,7 @@ def test_several_optimizers_stand_side_by_side_in_a_table_and_a_picture(capsys, 
     names = ["--optimizer", "adamw8bit", "--compare", "adamw"]
     assert words(*small_batch, *names, "--plot", str(file)) == 0
     out = capsys.readouterr().out
+    assert out.startswith("tiny: memory of one device (cpu), MiB\n")
     assert all(name in out for name in (" adamw8bit ", " adamw "))
     assert file.read_bytes().startswith(b"\x89PNG")
 
