@@ -3,7 +3,7 @@
 Each device sends each other one a share of its numbers, as a reduce-scatter does, sums what it has
 received in float32, and sends the sum to all. What its rounding leaves out, both times, a device
 keeps, and adds to what it sends in the next step (error feedback, arXiv:1901.09847): over the steps
-everything is sent. Rounding at random, which keeps nothing, gave a higher perplexity
+everything is sent. Perplexity is at least as good as after rounding at random, which keeps nothing
 (benchmarks/RESULTS.md).
 """
 
