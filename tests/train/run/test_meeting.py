@@ -93,7 +93,7 @@ def test_who_did_not_come_is_named_and_other_programs_are_not_heard(at, capsys, 
         with socket.create_connection(Place(at, 4, 1).address) as connection:
             connection.sendall(b"[" * 4000)  # JSON too deep to read
 
-    found = outcomes((meet, Place(at, 4, 0), 1.5), (meet, Place(at, 4, 2), 9), (stray,))
+    found = outcomes((meet, Place(at, 4, 0), 3), (meet, Place(at, 4, 2), 9), (stray,))
     said = f"the processes of the run do not meet at {at}: processes 1, 3 did not come"
     assert found[:2] == [said] * 2
     assert f"still waiting for processes 1, 3 of the run at {at}" in capsys.readouterr().err
