@@ -183,3 +183,17 @@ def inside_galore(names):
     """Names as parameters of a test, in which the warnings that are known are let pass."""
     quiet = pytest.mark.filterwarnings("ignore:galore:UserWarning")
     return [pytest.param(n, marks=quiet) if n in WARN else n for n in sorted(names)]
+
+
+def parts_slow(cases):
+    """The same parameters of a test, of which `scale_by_NAME` is slow if `NAME` is there too."""
+    named = [(case if isinstance(case, str) else case.values[0], case) for case in cases]
+    names = {name for name, _ in named}
+
+    def marked(name, case):
+        if name.removeprefix("scale_by_") not in names - {name}:
+            return case
+        marks = () if isinstance(case, str) else case.marks
+        return pytest.param(name, marks=[*marks, pytest.mark.slow])
+
+    return [marked(name, case) for name, case in named]

@@ -18,6 +18,7 @@ from inners import (
     arguments,
     inside_galore,
     loss,
+    parts_slow,
 )
 from optax import contrib
 
@@ -111,7 +112,7 @@ def test_every_transformation_of_optax_is_listed():
     assert public == set(INNERS) | WRAPPERS | set(BESIDE)
 
 
-@pytest.mark.parametrize("name", inside_galore(INNERS.keys() - REMEMBER_PARAMS))
+@pytest.mark.parametrize("name", parts_slow(inside_galore(INNERS.keys() - REMEMBER_PARAMS)))
 def test_lowers_a_convex_loss_around(name):
     start = {k: x for k, x in START.items() if k != "gain" or name not in WITHOUT_SCALARS}
     jit = jax.jit if name in COMPILED else outside_jit

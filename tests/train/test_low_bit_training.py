@@ -58,6 +58,7 @@ def test_text_is_sampled_from_quantized_weights(finished, capsys):
     assert capsys.readouterr().out.startswith("The ")
 
 
+@pytest.mark.slow
 def test_weights_in_codes_are_split_over_devices_and_train_alike():
     # A sum in another order may fall to the other side of a code's middle: a step of one weight,
     # half a hundredth of its group's range.

@@ -28,8 +28,9 @@ def planned(**changes):
     return plan(config, programs_of(config))
 
 
-# These differ from galore-adamw and racs in the update alone.
+# These differ from galore-adamw, adamw8bit and racs in the update alone.
 ALIKE = {"fira-adamw", "apollo-adamw", "apollo-mini-adamw", "alice", "scale"}
+ALIKE |= {"galore-adafactor", "galore-adamw8bit"}
 
 
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in ALIKE])
@@ -63,7 +64,7 @@ def test_accumulating_keeps_the_activations_of_a_microbatch_and_a_gradient_in_fl
 
 
 def test_without_a_gpu_bfloat16_is_estimated_in_two_bytes_with_temporaries_of_four(capsys):
-    sizes = {"batch_size": 16, "seq_len": 64, "layerwise": True, "rematerialize": True}
+    sizes = {"batch_size": 16, "seq_len": 64, "layerwise": True, "rematerialize": True} | ADAMW
     wide, half = (output(capsys, dtype=dtype, **sizes) for dtype in ("float32", "bfloat16"))
     assert half["estimate"]
     assert not wide["estimate"]

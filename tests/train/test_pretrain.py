@@ -197,9 +197,9 @@ def test_one_process_at_a_time_trains_in_a_folder_and_a_killed_one_leaves_no_loc
 def test_the_peak_of_memory_is_that_of_all_processes_of_a_run(tmp_path, monkeypatch):
     out = tmp_path / "run"
     monkeypatch.setattr(training, "peak_memory", lambda _: (10**15, "the first process"))
-    stopped_in_evaluation(7, small(out))
+    stopped_in_evaluation(7, small(out, **ADAMW))
     monkeypatch.setattr(training, "peak_memory", lambda _: (5, "the second process"))
-    assert main(small(out, resume=True)) == 0
+    assert main(small(out, resume=True, **ADAMW)) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["peak_memory_bytes"] == 10**15
     assert summary["peak_memory_source"] == "the first process"
@@ -266,7 +266,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, tmp_pa
 
 
 def test_resume_without_a_run_starts_one_and_says_so(tmp_path, capsys):
-    assert main(small(tmp_path / "new", resume=True, steps=1, warmup_steps=0)) == 0
+    assert main(small(tmp_path / "new", resume=True, steps=1, warmup_steps=0, **ADAMW)) == 0
     assert "nothing to resume in" in capsys.readouterr().out
 
 

@@ -130,6 +130,7 @@ def test_what_is_unsent_starts_anew_for_a_matrix_with_a_new_basis_and_for_no_oth
     assert sum(np.sum(x[:, 1] == 0) for x in kept if x.ndim == 4) in (0, 4800)
 
 
+@pytest.mark.slow
 def test_a_row_of_one_device_that_is_not_finite_makes_all_skip_the_step(monkeypatch):
     make = programs.make_forward
     monkeypatch.setattr(programs, "make_forward", lambda *a: break_at_bad_tokens(make(*a)))

@@ -83,7 +83,11 @@ def test_what_optimizers_do_by_leaf_they_do_by_layer_in_the_ordinary_step_too(op
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "galore-adamw8bit", "q-galore-adamw8bit"])
-@pytest.mark.parametrize("layerwise", [False, True], ids=["ordinary", "layerwise"])
+@pytest.mark.parametrize(
+    "layerwise",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["ordinary", "layerwise"],
+)
 def test_vectors_of_a_layer_are_quantized_by_their_own_size(monkeypatch, optimizer, layerwise):
     # Arrays of 4,096 numbers are quantized: a norm of both layers has as many, one layer's half.
     monkeypatch.setitem(SIZES, "wide", dataclasses.replace(MICRO, width=2048))
@@ -96,6 +100,7 @@ def test_vectors_of_a_layer_are_quantized_by_their_own_size(monkeypatch, optimiz
     assert any(x.dtype == jnp.uint8 for path, x in paths if "mlp" in path)
 
 
+@pytest.mark.slow
 def test_quantized_weights_are_rounded_at_random():
     # An update is a hundredth of a step between two codes: to the nearest, none would change.
     settings = LOW_BIT | {"layerwise": True, "stochastic_rounding": True, "learning_rate": 1e-5}
@@ -156,6 +161,7 @@ def test_adapters_need_no_layers():
         resolve(small("unused", layerwise=True, optimizer="lora-adamw", update_proj_gap=None))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path):
     whole = tmp_path / "whole"
     assert main(small(whole, **RUN)) == 0
