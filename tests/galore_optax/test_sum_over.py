@@ -44,7 +44,11 @@ def parts(step: int) -> dict:
     ("options", "typed"),
     [
         (dict(update_proj_gap=2, bits=8), True),
-        (dict(update_proj_gap=Adaptive(1), moments="reset", side="both"), True),
+        pytest.param(
+            dict(update_proj_gap=Adaptive(1), moments="reset", side="both"),
+            True,
+            marks=pytest.mark.slow,
+        ),
         (dict(update_proj_gap=2, subspace="power", projection_bits=4), False),
     ],
     ids=["8 bits", "reset on both sides", "power, not typed by shard_map"],

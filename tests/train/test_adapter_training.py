@@ -128,9 +128,8 @@ def finished(tmp_path_factory):
     return runs
 
 
-@pytest.mark.parametrize(
-    ("name", "stop"), [pytest.param("relora", 11, marks=pytest.mark.slow), ("gradnorm", 7)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "stop"), [("relora", 11), ("gradnorm", 7)])
 def test_a_killed_run_repeats_itself_bit_for_bit_restarts_and_dropout_included(
     finished, tmp_path, name, stop
 ):

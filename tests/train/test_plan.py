@@ -348,6 +348,7 @@ def test_a_mesh_of_cards_sends_something_and_attends_with_cudnn(capsys, tmp_path
 
 
 @needs_wheels
+@pytest.mark.slow
 def test_a_card_of_unknown_speed_has_no_floor(capsys, tmp_path):
     file = tmp_path / "mine.txtpb"
     file.write_text(find_card("rtx-4090").target.replace("RTX 4090", "RTX 9999"))

@@ -434,6 +434,7 @@ def test_a_checkpoint_of_ruined_weights_is_not_called_good(tmp_path, monkeypatch
     assert checkpoints(tmp_path / "run") == {"4", "5"}
 
 
+@pytest.mark.slow
 def test_a_stop_among_skipped_steps_saves_beside_the_checkpoint_before(tmp_path, monkeypatch):
     settings = ADAMW | {"save_every": 1, "keep": 1}
     with monkeypatch.context() as patch:

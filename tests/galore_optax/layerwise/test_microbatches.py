@@ -71,7 +71,9 @@ def close(a, b):
         )
 
 
-@pytest.mark.parametrize("name", TXS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x == "both sides")) for x in TXS]
+)
 def test_sums_in_the_subspace_are_projections_of_the_sum(name):
     """Several steps: refreshed by the first microbatch, then `update` with whole gradients."""
     tx, rng = made(name), np.random.default_rng(0)

@@ -246,6 +246,7 @@ def test_worker_processes_give_the_same_batches_and_end_when_closed(small_window
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_position_means_the_same_for_the_real_text(shared_data):
     source = load_text("c4", "train", shared_data)
     tokenizer = load_tokenizer(shared_data / "tokenizers" / "t5_tokenizer.json")

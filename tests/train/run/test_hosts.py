@@ -24,6 +24,7 @@ IN_SUBSPACE = {"rank": 4, "update_proj_gap": 3, "accumulate": 2, "batch_size": 1
 OTHERS = {"coordinator": "127.0.0.1:1", "processes": 2, "process": 0}
 
 
+@pytest.mark.slow
 def test_a_pair_killed_and_stopped_goes_on_with_one_process_and_repeats_its_losses(tmp_path):
     # One of two dies in mid-step: the other ends within a minute, saying why.
     out = tmp_path / "pair"
