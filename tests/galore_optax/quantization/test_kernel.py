@@ -82,7 +82,6 @@ def test_a_state_is_updated_in_one_kernel_for_each_leaf(name, bits, on_a_gpu, mo
         state = got[1]
 
 
-@pytest.mark.slow
 def test_gradients_in_bfloat16_get_updates_in_bfloat16(on_a_gpu):
     tx, params = quantize_state(optax.adam(0.01)), tree(jnp.bfloat16)
     updates, state = tx.update(tree(jnp.bfloat16), tx.init(params), params)
