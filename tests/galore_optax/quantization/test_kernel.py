@@ -17,12 +17,18 @@ from galore_optax.quantization.kernel import in_one_kernel
 from galore_optax.quantization.product import fits_product, kernel_product
 
 RNG = np.random.default_rng(0)
+START = RNG.bit_generator.state
 # Rows of whole blocks, with a shorter last block, of less than a block, and of an odd length.
 SHAPES = {"blocks": (2, 16, 512), "ragged": (8, 1300), "narrow": (64, 200), "odd": (40, 257)}
 
 
 def tree(dtype=np.float32):
     return {k: jnp.asarray(RNG.standard_normal(s), dtype) for k, s in SHAPES.items()}
+
+
+@pytest.fixture(autouse=True)
+def each_test_draws_the_same_numbers_whichever_ran_before():
+    RNG.bit_generator.state = START
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """Checkpoints: what is saved comes back, and damage never does."""
 
-import gc
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,16 +16,6 @@ from train.run import checkpoint
 from train.run.checkpoint import FORMAT, Checkpoints
 from train.run.checksums import checksums
 from train.step.mesh import OWN, make_mesh, replicated
-
-# Where an error has ended a read or write, TensorStore calls back into its closed event loop.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def late_callbacks():
-    yield
-    time.sleep(0.1)
-    gc.collect()
 
 
 def tree(seed: float, mesh, width: int = 64):
