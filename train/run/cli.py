@@ -102,8 +102,10 @@ def _quiet_libraries() -> None:
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        # After an error TensorStore calls back into an event loop that has ended.
-        if str(unraisable.exc_value) != "Event loop is closed":
+        # After an error TensorStore calls back into an event loop that has ended, and Orbax's other
+        # reads end late.
+        late = ("Event loop is closed", "Encountered error while reading array index")
+        if not str(unraisable.exc_value).startswith(late):
             before(unraisable)
 
     sys.unraisablehook = hook
