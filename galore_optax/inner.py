@@ -14,10 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
 from galore_optax import checks
-from galore_optax.projection.leaf import Plans, Projection
+from galore_optax.projection.leaf import Plans
 from galore_optax.projection.moments import (
     MomentsFunction,
     MomentsOf,
@@ -241,18 +240,6 @@ def with_stacks(plans: Plans, call: Callable[[Plans], InnerCall]) -> InnerCall:
         ]
     )
     return together if together.elementwise else call(plans)
-
-
-def decay(
-    slope: Any, plan: Projection | None, leaf: Float[Array, "*shape"]
-) -> Float[Array, "*shape"] | None:
-    """Slope · W for one leaf; `slope` is one number or, for a stack, one for each matrix."""
-    slopes = jax.tree.leaves(slope, is_leaf=lambda x: x is None)
-    if all(s is None for s in slopes):
-        return None
-    batch = () if plan is None or plan.together else plan.view.batch_axes
-    factors = jnp.stack([jnp.zeros([], leaf.dtype) if s is None else s for s in slopes])
-    return factors.reshape([n if i in batch else 1 for i, n in enumerate(leaf.shape)]) * leaf
 
 
 def _warn(text: str) -> None:

@@ -13,11 +13,12 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
-from galore_optax import checks, keys, ordering
-from galore_optax.inner import Inner, InnerCall, decay, with_stacks
+from galore_optax import checks, keys
+from galore_optax.inner import Inner, InnerCall, with_stacks
 from galore_optax.params import for_init, with_updates, without_variables
 from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
+from galore_optax.projection.factored import project_back, with_decay
 from galore_optax.projection.leaf import Plans, Projection, Rank, projections, warn_of_left_out
 from galore_optax.projection.moments import CarryOver, Moment, MomentsOf, reset
 from galore_optax.projection.recover import Recover, first_states, history, recovered, remembers
@@ -181,9 +182,10 @@ class _Call:
         layers: int = 1,
         matrices: Sequence[dict[str, int]] = (),
         allowed: ArrayLike = True,
+        factored: bool = False,
         **extra_args: Any,
     ):
-        self.galore, self.layer = galore, layer
+        self.galore, self.layer, self.factored = galore, layer, factored
         self.of_model = {"whole": matrices, "layer": layer, "layers": layers}
         self.allowed = allowed  # whether a refresh that is due may be made
         like, self.tree = jax.tree.flatten(updates)
@@ -297,28 +299,22 @@ class _Call:
         params = None if self.weights is None else self.project(self.weights, state)
         small_steps, inner_state, slopes = self.inner.update(small, state.inner, params)
         steps = self.tree.flatten_up_to(small_steps)
+        decays: list[Any] = [None] * len(steps)
+        if slopes is not None and self.weights is not None:
+            decays = self.tree.flatten_up_to(slopes)
         if self.galore.recover is None:
-            self._project_back(steps, state, like)
+            weights = like if self.weights is None else self.weights
+            own = self.plans, self.bases(state), self.galore.scale
+            project_back(steps, *own, weights, decays, self.factored)
         else:
             state = self._recovered(steps, self.tree.flatten_up_to(small), state, grads)
-        if slopes is not None and self.weights is not None:
-            decays = map(decay, self.tree.flatten_up_to(slopes), self.plans, self.weights)
-            for i, whole in enumerate(decays):
-                if whole is not None:
-                    steps[i] = steps[i] + whole.astype(steps[i].dtype)
+        for i, slope in enumerate(decays):
+            if slope is not None and self.weights is not None:
+                steps[i] = with_decay(steps[i], slope, self.plans[i], self.weights[i])
         return self.tree.unflatten(steps), state._replace(
             count=optax.safe_increment(state.count),
             inner=sharded_like(inner_state, state.inner),
         )
-
-    def _project_back(self, steps: list[Any], state: GaLoreState, like: Sequence[Array]) -> None:
-        """Replaces N by scale · P N."""
-        bases, previous = self.bases(state), ()
-        for i, plan in enumerate(self.plans):
-            if plan is not None:
-                scaled = jax.tree.map(lambda n: self.galore.scale * n, steps[i])
-                scaled = ordering.after_on_cpu(previous, scaled)  # one product after the other
-                steps[i] = previous = plan.out_of(bases[i], scaled, like[i])
 
     def _recovered(
         self, steps: list[Any], small: Sequence[Any], state: GaLoreState, grads: Sequence[Array]

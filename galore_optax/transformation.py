@@ -97,11 +97,14 @@ class SubspaceParts(Protocol):
         params: optax.Params,
         *,
         gradient: optax.Updates | None = None,
+        factored: bool = False,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         """Updates and the new state, from a projected gradient or a sum of such.
 
-        With `needs_gradient` a ValueError if the gradient is not given.
+        Those that are `factored` may be no arrays, but factors that `galore_optax.apply_updates`
+        takes: a GPU then adds the product of the factors to weights of 8 or 16 bits while it makes
+        it. With `needs_gradient` a ValueError if the gradient is not given.
         """
 
 

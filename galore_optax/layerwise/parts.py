@@ -50,6 +50,7 @@ class PartUpdate:
 
     tx: optax.GradientTransformation
     apply: Callable[..., Any]  # `Layerwise.apply_updates`
+    factored: bool  # `Layerwise.factored`
     others: Params  # all params, masked out
     count: Int[Array, ""]  # steps done so far
     loss: Float[Array, ""]  # given to the transformation as `value`
@@ -63,15 +64,18 @@ class PartUpdate:
         gradient: Params | None,
         *,
         projected: Any = None,
+        factored: bool = False,
         **layer: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         """Returns the updates of a part of the params, and its new state.
 
         They are made from the gradient, or from a `projected` one where that is given; the gradient
-        is then None if it is not known. With `layer`, an index, and `layers`, their number,
-        `galore` draws as for the whole stack.
+        is then None if it is not known. They may be `factored` where `applied` takes them. With
+        `layer`, an index, and `layers`, their number, `galore` draws as for the whole stack.
         """
         parts: Any = subspace_parts(self.tx)
+        if factored and self.factored and parts is not None:
+            layer["factored"] = True
         tx: Any = optax.with_extra_args_support(self.tx)
         layer = {"value": self.loss, "matrices": self.matrices, **layer}
         params = {**self.others, **dequantized(part)}
@@ -120,7 +124,7 @@ class PartUpdate:
 
             def update(part: Params, state: Any, gradient: Any = {k: gradient}) -> tuple[Any, Any]:  # noqa: B006
                 whole, small = (None, gradient) if self.sum_over else (gradient, None)
-                updates, state = self.updates(part, state, whole, projected=small)
+                updates, state = self.updates(part, state, whole, projected=small, factored=True)
                 return self.applied(part, updates), state
 
             part, new_states[k] = once_if(ok, update, {k: parts[k]}, states[k])

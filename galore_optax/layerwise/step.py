@@ -84,6 +84,8 @@ class Layerwise:
         checkpoint: Whether the backward pass recomputes a layer's activations (checkpointing).
         apply_updates: From a part of the params, its updates, the steps done so far and the layer
             (None for other parts) to the new part.
+        factored: Whether `apply_updates` takes updates that are factors (`SubspaceParts`), as
+            `galore_optax.apply_updates` does.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -109,13 +111,14 @@ class Layerwise:
     accumulate_in_subspace: bool = False
     checkpoint: bool = True
     apply_updates: Callable[..., Any] = lambda part, updates, *_: optax.apply_updates(part, updates)
+    factored: bool = False
 
     def __post_init__(self):
         checks.choice(self.clip, "clip", tuple(CLIPS))
         if self.clip_norm is not None:
             checks.number(self.clip_norm, "clip_norm", positive=True, such_as=1.0)
         checks.whole(self.accumulate, "accumulate")
-        for name in ("accumulate_in_subspace", "checkpoint"):
+        for name in ("accumulate_in_subspace", "checkpoint", "factored"):
             checks.choice(getattr(self, name), name, (False, True))
         checks.instance(self.model, "model", Layered)
         checks.instance(self.tx, "tx", optax.GradientTransformation)
@@ -178,7 +181,9 @@ class Layerwise:
         loss = sum_of_all(loss, self._sum_over)
         others, count = masked(params), jnp.asarray(state.count)
         common = count, loss, matrices_of(self.tx, params, self.model.layers, layers)
-        update = PartUpdate(self.tx, self.apply_updates, others, *common, self._sum_over)
+        update = PartUpdate(
+            self.tx, self.apply_updates, self.factored, others, *common, self._sum_over
+        )
         ok = jnp.isfinite(loss) if norm is None else jnp.isfinite(loss) & jnp.isfinite(norm)
         early = {k: from_head[k] for k in backward.early}
         own = (rest, state.rest)

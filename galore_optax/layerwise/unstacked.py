@@ -14,6 +14,7 @@ import optax
 from galore_optax import checks
 from galore_optax.params import for_init, with_updates, without_variables
 from galore_optax.projection.dimension_numbers import LeafView
+from galore_optax.projection.factored import as_arrays
 from galore_optax.projection.leaf import Projection
 from galore_optax.quantization.array import dequantized
 from galore_optax.transformation import subspace_parts, transformation
@@ -82,7 +83,9 @@ class _Unstacked:
         like = dequantized(without_variables(like))
         plans, tree = self._stacks(like)
         triples = zip(plans, tree.flatten_up_to(params), jax.tree.leaves(like), strict=True)
-        return tree.unflatten([x if p is None else p.out_of((), x, y) for p, x, y in triples])
+        return tree.unflatten(
+            [x if p is None else p.out_of((), as_arrays(x), y) for p, x, y in triples]
+        )
 
     def init(self, params: optax.Params) -> optax.OptState:
         return self.tx.init(self._apart(params))

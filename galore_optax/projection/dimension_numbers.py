@@ -100,6 +100,12 @@ class LeafView:
         """Shape of each matrix or tensor, `(in, out)` of a matrix."""
         return tuple(math.prod(self.shape[axis] for axis in axes) for axes in self.modes)
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the leaf itself is a matrix, or a stack of them, with its axes in that order."""
+        one = all(len(axes) == 1 for axes in self.modes)
+        return one and not self.tensor and self._order == tuple(range(len(self.shape)))
+
     def to_stack(self, leaf: Float[Array, "..."]) -> Float[Array, "*stack"]:
         """The leaf with its axes ordered and merged to `(*batch, *sizes)`."""
         return leaf.transpose(self._order).reshape(*self.batch_shape, *self.sizes)

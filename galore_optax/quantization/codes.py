@@ -284,6 +284,16 @@ def hashed(
     return x
 
 
+def rounded_to_bfloat16(
+    x: Float[Array, "*shape"], random: UInt32[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Rounds float32 stochastically to bfloat16, which is its upper half."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    upper = ((bits + (random >> 16)) >> 16).astype(jnp.uint16)
+    near = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), near, x.astype(jnp.bfloat16))
+
+
 def elements(shape: tuple[int, ...], strides: Sequence[int] = ()) -> UInt32[Array, "*shape"]:
     """Returns the number of each element of an array, modulo 2**32, in row-major order.
 

@@ -67,7 +67,7 @@ def kernel_product(
     tile = (_ROWS, _INNER if transposed else _COLUMNS)
     step, length = (_COLUMNS, shape[1]) if transposed else (_INNER, shape[0])
     across = pl.cdiv(width, tile[1])
-    arrays, tree = jax.tree.flatten((rows, weight))
+    arrays, tree = jax.tree.flatten((rows, jax.tree.map(lambda x: x.reshape(-1), weight)))
 
     def kernel(*refs: Any) -> None:
         own, matrix = tree.unflatten(refs[:-1])
@@ -76,8 +76,7 @@ def kernel_product(
 
         def add(i: Array, total: Array) -> Array:
             summed = i * step + jnp.arange(step)
-            at = jnp.minimum(row, count - 1)[:, None] * length
-            at += jnp.minimum(summed, length - 1)[None, :]
+            at = jnp.minimum(row, count - 1)[:, None], jnp.minimum(summed, length - 1)[None, :]
             x = triton.load(own.at[at])
             x = jnp.where((summed < length)[None, :], x, jnp.zeros((), x.dtype))
             if transposed:
@@ -98,7 +97,7 @@ def kernel_product(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="quantized_product",
-    )(*(x.reshape(-1) for x in arrays))
+    )(*arrays)
     return made.reshape(count, width)
 
 

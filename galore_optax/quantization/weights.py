@@ -7,18 +7,18 @@ Q-GaLore (arXiv:2407.08296, sections 3.3 and 3.4). An update is usually smaller 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 from galore_optax import checks
 from galore_optax.keys import number_of
 from galore_optax.quantization.array import QuantizedArray, added, is_quantized, quantize
-from galore_optax.quantization.codes import Affine, hashed
+from galore_optax.quantization.codes import Affine, hashed, rounded_to_bfloat16
 from galore_optax.quantization.elementwise import chunks, over_chunks
 from galore_optax.quantization.kernel import fits, in_one_kernel
 from galore_optax.sharding import specs, varying_alike, with_automatic_axes, zeros_like
@@ -198,6 +198,8 @@ def apply_updates(
     # One for all leaves: a GPU starts several kernels for a key of each.
     seed = None if key is None else jax.random.bits(key, (2,))
 
+    previous: list[Any] = []
+
     def new(path: Any, param: Any, update: Any) -> Any:
         if is_quantized(update):
             raise ValueError(
@@ -209,15 +211,35 @@ def apply_updates(
                 "so that an update would change other blocks; train an adapter of it (LoRA), or "
                 "quantize it with quantize_nf4(weight, double=False)"
             )
-        if is_quantized(param) or (seed is not None and param.dtype == jnp.bfloat16):
-            return _summed(param, update, seed, number_of(path))
-        return optax.apply_updates(param, update)
+        if isinstance(update, AddsItself):
+            made = update.added_to(param, seed, number_of(path), previous[-1:])
+            previous.append(made)
+            return made
+        return rounded_sum(param, update, seed, number_of(path))
 
     return jax.tree.map_with_path(new, params, updates, is_leaf=is_quantized)
 
 
-def _summed(param: Any, update: Float[Array, "*shape"], seed: Array | None, leaf: int) -> Any:
-    """Returns the sum in the param's dtype or code, computed a few rows at a time."""
+@runtime_checkable
+class AddsItself(Protocol):
+    """An update that is no array yet, such as `galore_optax.projection.factored.FactoredUpdate`."""
+
+    def added_to(
+        self, param: Any, seed: UInt32[Array, "2"] | None, leaf: int, previous: Any
+    ) -> Any:
+        """What `rounded_sum` makes of the param and the array, after the `previous` new param."""
+
+
+def rounded_sum(
+    param: Any, update: Float[Array, "*shape"], seed: UInt32[Array, "2"] | None, leaf: int
+) -> Any:
+    """Returns the sum in the param's dtype or code, rounded stochastically if there is a seed.
+
+    `leaf` is a number of the param, so that params with one seed have other random numbers. The sum
+    is computed a few rows at a time.
+    """
+    if not is_quantized(param) and (seed is None or param.dtype != jnp.bfloat16):
+        return optax.apply_updates(param, update)
 
     def begin(stored: Any, read: Any, elements: Array) -> Any:
         random = None if seed is None else hashed(seed, elements, leaf)
@@ -236,12 +258,5 @@ def _summed(param: Any, update: Float[Array, "*shape"], seed: Array | None, leaf
 
 
 def _bfloat16(x: Float[Array, "*shape"], random: Any) -> Float[Array, "*shape"]:
-    """Rounds float32 stochastically to bfloat16, which is its upper half."""
-
-    def rounded(x: Array, random: Array) -> Array:
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        upper = ((bits + (random >> 16)) >> 16).astype(jnp.uint16)
-        near = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
-        return jnp.where(jnp.isfinite(x), near, x.astype(jnp.bfloat16))
-
-    return with_automatic_axes(rounded, lambda _: specs(x), x, random)
+    """Rounds float32 stochastically to bfloat16."""
+    return with_automatic_axes(rounded_to_bfloat16, lambda _: specs(x), x, random)

@@ -28,6 +28,8 @@ _COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
+# Kernels of the library with a product. Its left factor is the first operand with two axes.
+_PRODUCTS = ("quantized_product", "product_added")
 
 
 class Count(NamedTuple):
@@ -192,6 +194,9 @@ def _flops(i: Instruction, shapes: Mapping[str, str]) -> float:
         # Two products of the forward pass with the length (B, N, L, K); five of the backward pass.
         sizes = dimensions(i.shape)
         return 4 * math.prod(sizes) * sizes[2] * (2.5 if "Backward" in i.attributes else 1)
+    if any(name in i.attributes for name in _PRODUCTS):
+        sizes = (dimensions(shapes.get(name, "")) for name in i.operands)
+        return 2 * numbers(i.shape) * next(own[1] for own in sizes if len(own) == 2)
     gemm = "cublas" in i.attributes or "gemm" in i.attributes
     if gemm and "triangular" not in i.attributes and len(i.operands) > 1:
         # (m, k) times (k, n) to (m, n): the root of the three sizes' product is m k n.

@@ -45,6 +45,7 @@ def make_optimizer(
         accumulate_in_subspace=config.accumulate_in_subspace,
         checkpoint=config.rematerialize,
         apply_updates=rounded,
+        factored=True,
     )
 
 

@@ -98,7 +98,7 @@ def train_step(
         # A projection is linear, so clipping R is the same, and saves a pass over the gradient.
         own = parts.refresh(gradient, own, trained)
         projected = _clipped(parts.project(gradient, own), norm, clip_norm)
-        updates, own = parts.update_projected(projected, own, trained)
+        updates, own = parts.update_projected(projected, own, trained, factored=True)
         return applied(trained, updates), own
 
     clipping, own = state.optimizer.inner_state
@@ -147,7 +147,7 @@ def train_step_in_subspace(
 
     def update(trained: Params, own: Any) -> tuple[Params, Any]:
         clipped = _clipped(gradient, norm, clip_norm)
-        updates, own = recipe.update_projected(clipped, own, trained)
+        updates, own = recipe.update_projected(clipped, own, trained, factored=True)
         return applied(trained, updates), own
 
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
