@@ -39,9 +39,7 @@ def weight(shape, block):
     ("shape", "rank", "transposed"),
     [((128, 512), 64, False), ((2, 70, 600), 40, False), ((2, 70, 300), 40, True)],
 )
-def test_a_product_is_added_as_one_that_is_stored_but_for_rare_rounding_errors(
-    shape, rank, transposed, block
-):
+def test_a_product_is_added_as_a_stored_one_but_for_rounding_errors(shape, rank, transposed, block):
     *batch, n, m = shape
     right = (m, rank) if transposed else (rank, m)
     left, right = normal(1, *batch, n, rank, scale=0.1), normal(2, *batch, *right, scale=0.1)
