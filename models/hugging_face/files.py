@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; ValueError if there is none."""
     try:
-        content = json.loads(path.read_text(), object_pairs_hook=_without_duplicates)
+        content = json.loads(path.read_text(), object_pairs_hook=without_duplicates)
     except OSError as error:
         advice = "give a directory with a Hugging Face checkpoint"
         raise ValueError(f"{path} cannot be read ({error.strerror}); {advice}") from error
@@ -29,7 +29,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these names and values in JSON; ValueError if a name is there twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]

@@ -1,6 +1,5 @@
 """config.json of a Hugging Face LLaMA, to and from `LlamaConfig`."""
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -172,16 +171,23 @@ def _rope(theirs: dict[str, Any]) -> tuple[float, RopeScaling | None]:
             f"config.json: {place}={kind!r} has no {absent[0]}; write it down there, it changes "
             "what the model computes"
         )
+    if theirs.get("rope_scaling"):  # transformers then passes over rope_parameters
+        for same, places in found.items():
+            if all(place.startswith("rope_parameters.") for place in places):
+                raise ValueError(
+                    f"config.json: rope_parameters.{same} is not in rope_scaling, which is read "
+                    "where both are there; write it there, too, or delete the wrong one"
+                )
     return float(theta[1]), None if kind == "default" else RopeScaling(kind, **fields)
 
 
 def check_number(name: str, value: Any, *, real: bool = False) -> None:
-    """Raises ValueError unless a value is a positive and finite integer or, if `real`, number."""
+    """Raises ValueError unless a value is a positive integer or, if `real`, number below 2**63."""
     if type(value) is not int and not (real and type(value) is float):
         needed = "a number" if real else "an integer"
         raise ValueError(f"config.json: {name}={value!r}: must be {needed}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"config.json: {name}={value!r}: must be positive and finite")
+    if not 0 < value < 2**63:
+        raise ValueError(f"config.json: {name}={value!r}: must be positive and finite, below 2**63")
 
 
 def check(name: str, found: Any, accepted: tuple[Any, ...]) -> None:

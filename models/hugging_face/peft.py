@@ -5,7 +5,6 @@ lora_A (rank, in) and lora_B (out, rank), one pair for each layer. A GradNormLoR
 as DoRA, which has the same forward pass.
 """
 
-import math
 import os
 import re
 from pathlib import Path
@@ -174,12 +173,12 @@ def _read_config(path: Path) -> dict[str, Any]:
             "the adapters compute; delete it if it does not, or merge them with peft"
         )
     for name, types, needed, least, most in (
-        ("r", (int,), "an integer of at least 1", 1, math.inf),
-        ("lora_alpha", (int, float), "a finite number", -math.inf, math.inf),
+        ("r", (int,), "an integer of at least 1", 1, _LARGEST),
+        ("lora_alpha", (int, float), "a finite number", -_LARGEST, _LARGEST),
         ("lora_dropout", (int, float), "at least 0 and below 1", 0, 1),
     ):
         value = config.get(name, 0.0 if name == "lora_dropout" else None)
-        if type(value) not in types or not (least <= value < most) or math.isinf(value):
+        if type(value) not in types or not least <= value < most:
             raise ValueError(f"{path}: {name}={value!r} must be {needed}")
     _check_patterns(path, config)
     for name, types in (
@@ -191,26 +190,34 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: {name}={config[name]!r} must be {types[0].__name__} or a list of these"
             )
+        if isinstance(config.get(name), str):
+            _check_pattern(path, name, config[name])
     return config
 
 
 _PATTERNS = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def _check_patterns(path: Path, config: dict[str, Any]) -> None:
     """Raises ValueError unless rank_pattern and alpha_pattern have numbers by module names."""
-    for name, types, least in (("rank_pattern", (int,), 1), ("alpha_pattern", (int, float), None)):
+    kinds = (("rank_pattern", (int,), 1), ("alpha_pattern", (int, float), -_LARGEST))
+    for name, types, least in kinds:
         patterns = config.get(name, {})
         if not isinstance(patterns, dict):
             raise ValueError(f"{path}: {name}={patterns!r} must be an object")
         for key, value in patterns.items():
-            right = type(value) in types and math.isfinite(value)
-            if not right or (least is not None and value < least):
+            if type(value) not in types or not least <= value < _LARGEST:
                 raise ValueError(f"{path}: {name}[{key!r}]={value!r} must be a number of its kind")
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ValueError(f"{path}: {name} has {key!r}: {error}") from None
+            _check_pattern(path, name, key)
+
+
+def _check_pattern(path: Path, name: str, pattern: str) -> None:
+    """Raises ValueError unless a setting is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: {name} has {pattern!r}: {error}") from None
 
 
 def _of_module(config: dict[str, Any], name: str, pattern: str, module: str, layers: int) -> Any:

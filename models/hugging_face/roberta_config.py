@@ -79,6 +79,9 @@ def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> EncoderCon
         check_number(name, theirs.get(name))
     check_number("layer_norm_eps", theirs["layer_norm_eps"], real=True)
     theirs.setdefault("classifier_dropout", theirs["hidden_dropout_prob"])
+    for name in _DROPOUTS:
+        if type(theirs[name]) not in (int, float):
+            raise ValueError(f"config.json: {name}={theirs[name]!r}: must be a number")
     fields: dict[str, Any] = {ours: theirs[name] for name, ours in (_SIZES | _DROPOUTS).items()}
     fields["norm_eps"] = theirs["layer_norm_eps"]
     if kind == "roberta":

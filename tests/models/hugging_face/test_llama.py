@@ -345,6 +345,14 @@ def test_a_key_that_is_there_twice_is_refused(checkpoint):
             {"rope_scaling": {"type": "default", "factor": 4.0}},
             r"rope_scaling\.factor=4\.0 is not supported; convert",
         ),
+        (  # transformers reads rope_scaling alone, and then takes 10,000
+            {
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+            r"rope_parameters\.rope_theta is not in rope_scaling",
+        ),
+        ({"hidden_size": 10**400}, "must be positive and finite, below 2"),
         (
             {"rope_theta": 500.0},
             r"itself: rope_theta=500\.0 and rope_parameters\.rope_theta=10000\.0; delete",

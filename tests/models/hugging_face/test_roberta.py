@@ -90,6 +90,7 @@ def test_a_language_models_head_is_not_read_and_old_names_of_norms_are(tmp_path)
         ({"is_decoder": True}, "is_decoder=True"),
         ({"embedding_size": 8}, "embedding_size=8 is not known"),
         ({"model_type": "deberta"}, "model_type='deberta'"),
+        ({"hidden_dropout_prob": "0.1"}, "hidden_dropout_prob='0.1': must be a number"),
         ({"num_attention_heads": 3}, "heads=3 must divide width=16"),
         ({"pad_token_id": 19}, "positions=20: must be above"),
         ({"hidden_size": 32}, "config.json says"),
