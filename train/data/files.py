@@ -21,11 +21,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
+from models.hugging_face.files import without_duplicates
+
 _PLAIN, _JSON, _PARQUET = (".txt", ".md"), (".jsonl", ".ndjson", ".json"), (".parquet",)
 _SUFFIXES = (*_PLAIN, *_JSON, *_PARQUET, *(f"{name}.gz" for name in (*_PLAIN, *_JSON)))
 KINDS = {"text": ("text",), "prompt": ("prompt", "completion"), "messages": ("messages",)}
 # Fields beside `messages` from which a chat template makes other text.
-_NOT_BESIDE_MESSAGES = ("tools", "functions", "documents", "images", "chat_template_kwargs")
+_NOT_BESIDE_MESSAGES = (
+    "system", "tools", "functions", "documents", "images", "videos", "audios",
+    "chat_template_kwargs",
+)  # fmt: skip
 
 
 class Example(NamedTuple):
@@ -138,7 +143,7 @@ def _of_json(file: IO[bytes], path: Path) -> Iterator[Example]:
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{place} is not JSON ({error}): write one object in each line, or an array of them"
@@ -155,6 +160,8 @@ def _of_parquet(path: Path) -> Iterator[Example]:
         with pyarrow.parquet.ParquetFile(path) as file:
             known = {name for names in KINDS.values() for name in names} | {*_NOT_BESIDE_MESSAGES}
             columns = [name for name in file.schema_arrow.names if name in known]
+            if twice := [name for name in columns if columns.count(name) > 1]:
+                raise ValueError(f"{path} has the column `{twice[0]}` twice")
             batches = file.iter_batches(columns=columns)
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows):

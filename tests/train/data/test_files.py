@@ -86,6 +86,13 @@ def test_folders_and_patterns_give_each_file_once_sorted_and_without_hidden_ones
             b'{"messages": [{"role": "x", "content": "y"}], "tools": [1]}\n',
             "`tools` beside `messages` is not supported",
         ),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "x", "content": "y"}], "system": "z"}\n',
+            "`system` beside `messages` is not supported",
+        ),
+        ("a.jsonl", b'{"text": "x", "text": "y"}\n', r"a.jsonl:1 .*'text' is there twice"),
+        ("a.json", b'[{"text": "x", "text": null}]', r"a.json: .*'text' is there twice"),
         ("a.txt", b"ab\xff", r"a.txt is not text in UTF-8 \(at byte 2\)"),
         ("a.txt.gz", b"ab", "a.txt.gz: the gzip file is damaged"),
         ("a.parquet", b"ab", "a.parquet is not a readable Parquet file"),
@@ -100,3 +107,13 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, says):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=says):
         read_files([str(tmp_path / name)])
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has the column `text` twice"):
+        read_files([str(tmp_path)])
