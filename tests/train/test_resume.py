@@ -209,3 +209,15 @@ def test_the_steps_in_a_row_after_which_a_run_gave_up_are_read_from_its_metrics(
     assert given_up(lines, 3) is None
     assert given_up([{"step": 1, "skipped": 1}], 1) == 0
     assert given_up([], 1) is None
+
+
+def test_an_evaluation_that_metrics_have_lost_is_made_again(short, tmp_path):
+    """A machine that fails may lose the end of metrics.jsonl, and keep the checkpoint after it."""
+    out = Path(shutil.copytree(short, tmp_path / "run"))
+    before = json.loads((out / "summary.json").read_text())
+    (out / "summary.json").unlink()
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
+    assert resumed(out) == 0
+    assert losses(out) == losses(short)
+    assert json.loads((out / "summary.json").read_text())["eval_loss"] == before["eval_loss"]

@@ -131,6 +131,8 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def with_copies(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     """A run's settings, with the copies in its folder as the paths of what it needs."""
+    if not isinstance(fields.get("model"), str | None):
+        raise ValueError(f"{folder / 'config.json'}: model={fields['model']!r} must be a string")
     own = {
         name: folder / name / Path(str(fields.get(name))).name
         for name in ("tokenizer", "chat_template")

@@ -196,7 +196,9 @@ def finished(config: ResolvedTraining) -> bool:
     file = directory(config) / "summary.json"
     if not file.is_file():
         return False
-    done = json.loads(file.read_text()).get("steps", config.steps)
+    done = read_fields(file).get("steps", config.steps)
+    if type(done) is not int:
+        raise ValueError(f"{file} has steps={done!r}, not an integer; delete it and --resume")
     if config.steps < done:
         raise ValueError(f"--steps {config.steps}: the run in {file.parent} has done {done}")
     before, _ = _settings(file.parent / "config.json")

@@ -90,7 +90,11 @@ class GlueParts(Parts):
         of = "the test" if self.test else "the validation, since the data have no test"
         log(f"predictions of {of}, by the weights after step {step}: {directory / _NAMES[0]}")
         lines = [line for line in read_metrics(directory) if "eval_loss" in line]
-        best = next(line for line in lines if line["step"] == step)
+        best = next((line for line in lines if line["step"] == step), None)
+        if best is None:  # the line was lost
+            found = self.evaluate(params, lambda: False)
+            assert found is not None
+            best = found.values
         values = {name: value for name, value in best.items() if name != "step"}
         last = {"best_step": step, "last_eval_metric": lines[-1]["eval_metric"]}
         return {"task": self.config.task, "metric": self.task.metrics[0], **values, **last}

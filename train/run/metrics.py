@@ -123,13 +123,24 @@ def keep_own(
     """
 
     def own(line: Mapping[str, Any]) -> bool:
-        if "eval_loss" not in line:
-            return line["step"] <= step
-        known, found = evaluations.get(line["step"]), score(line, metric)
-        return known == found or (known is not None and math.isnan(known) and math.isnan(found))
+        return _is_of(line, evaluations, metric) if "eval_loss" in line else line["step"] <= step
 
     kept = [json.dumps(line) + "\n" for line in read_metrics(directory) if own(line)]
     write_at_once(directory / "metrics.jsonl", "".join(kept))
+
+
+def has_evaluation(
+    directory: Path, step: int, evaluations: Mapping[int, float], metric: str | None = None
+) -> bool:
+    """Whether a run's metrics.jsonl has the line of a step that is among its `evaluations`."""
+    lines = [x for x in read_metrics(directory) if "eval_loss" in x and x["step"] == step]
+    return any(_is_of(line, evaluations, metric) for line in lines)
+
+
+def _is_of(line: Mapping[str, Any], evaluations: Mapping[int, float], metric: str | None) -> bool:
+    """Whether an evaluation's line is of one of a run's `evaluations`."""
+    known, found = evaluations.get(line["step"]), score(line, metric)
+    return known == found or (known is not None and math.isnan(known) and math.isnan(found))
 
 
 def evaluation_losses(
@@ -145,9 +156,11 @@ def evaluation_losses(
 
 
 def score(evaluation: Mapping[str, float | None], metric: str | None = None) -> float:
-    """The number of an evaluation's line of which the lowest is the best."""
-    value = evaluation[metric or "eval_loss"]
-    return math.nan if value is None else value if metric is None else -value
+    """The number of an evaluation's line of which the lowest is the best; NaN if it has none."""
+    value = evaluation.get(metric or "eval_loss")
+    if not isinstance(value, int | float):
+        return math.nan
+    return value if metric is None else -value
 
 
 def stalled(losses: Mapping[int, float], patience: int) -> bool:

@@ -24,6 +24,7 @@ from train.run.metrics import (
     MetricsLog,
     evaluation_losses,
     given_up,
+    has_evaluation,
     keep_own,
     read_metrics,
     score,
@@ -178,6 +179,9 @@ class Training:
         if found is None:
             found = evaluation_losses(self.directory, self.parts.metric, step).items()
         known = {n: math.nan if x is None else x for n, x in found}
+        # The summary has that line: the step is evaluated again where it was lost.
+        if not has_evaluation(self.directory, step, known, self.parts.metric):
+            known.pop(step, None)
         self.host = Host(step, progress["tokens"], position, peak, skipped, known, saved=step)
         why = ", the last good checkpoint" if self.gave_up else ""
         self.log(f"resumed from step {step}{why}")

@@ -67,6 +67,10 @@ def test_a_run_is_finished_when_its_summary_is_there(tmp_path):
         run_directory.write_config(config, {})
         run_directory.write_json(tmp_path / "run" / "summary.json", {})
     assert run_directory.finished(config)
+    for content, says in (("[]", "holds no object"), ('{"steps": "x"}', "steps='x', not an int")):
+        (tmp_path / "run" / "summary.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"summary\.json .*{says}"):
+            run_directory.finished(config)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")

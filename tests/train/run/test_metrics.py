@@ -5,7 +5,13 @@ import math
 
 import pytest
 
-from train.run.metrics import evaluation_losses, keep_own, read_metrics, stalled
+from train.run.metrics import (
+    evaluation_losses,
+    has_evaluation,
+    keep_own,
+    read_metrics,
+    stalled,
+)
 
 
 def test_the_best_evaluation_has_the_lowest_loss_or_the_highest_metric(tmp_path):
@@ -28,6 +34,9 @@ def test_a_resumed_run_keeps_its_own_lines_alone(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"st')
     keep_own(tmp_path, 4, {0: 3.0, 2: math.nan})
     assert read_metrics(tmp_path) == [*lines[:3], lines[4]]
+    known = {0: 3.0, 1: 0.5, 2: math.nan, 4: 0.3}
+    found = [step for step in known if has_evaluation(tmp_path, step, known)]
+    assert found == [0, 2]
 
 
 @pytest.mark.parametrize(
