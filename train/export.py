@@ -35,6 +35,7 @@ class Export:
 def main(config: Export) -> int:
     """Writes the model; ValueError if it is there already, or PEFT cannot store the adapters."""
     check_can_be_made(Path(config.out).absolute(), "--out")
+    _check_empty(Path(config.out).absolute())
     if is_classifier(Path(config.run)):
         if config.adapters:
             raise ValueError("--adapters: a classifier is written whole; leave it out")
@@ -54,14 +55,22 @@ def main(config: Export) -> int:
     if not config.adapters:
         save(merge(trained.params), out)
         return 0
-    if (out / "base").exists():
-        raise ValueError(f"--out {config.out} has a base/ already: name another folder")
     save_adapters(trained.params, out / "adapters", base_model=str(out / "base"))
     print(f"wrote the adapters to {out / 'adapters'}")
     params = trained.params
     bases = jax.tree.map(lambda x: x.base if is_adapter(x) else x, params, is_leaf=is_adapter)
     save(bases, out / "base")
     return 0
+
+
+def _check_empty(out: Path) -> None:
+    """Raises ValueError if a folder has files that would be overwritten, or read with the model.
+
+    Hidden ones, such as Git's, may be there.
+    """
+    found = sorted(path.name for path in out.glob("*") if not path.name.startswith("."))
+    if found:
+        raise ValueError(f"--out {out} already has {found[0]} in it: name an empty or a new folder")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_the_exported_tokenizer_gives_our_ids_after_the_token_that_begins_a_text
     tmp_path, shared_data
 ):
     write_byte_level(tmp_path / "tokenizer.json")
-    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "a", "eos_token": "</s>"})
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "</s>", "eos_token": "</s>"})
     for i, tokenizer in enumerate(
         (
             ByteTokenizer(),
@@ -90,6 +90,32 @@ def test_a_tokenizers_own_settings_beginning_and_chat_template_are_kept(tmp_path
     )
     assert written["post_processor"] == before["post_processor"]
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert (settings["pad_token"], settings["bos_token"]) == ("<unk>", "<s>")
+    assert (settings["pad_token"], settings.get("bos_token")) == ("<unk>", None)
     assert not {"add_bos_token", "chat_template"} & {*settings}
     assert (tmp_path / "out" / FILE).read_text() == "{{ messages }}"
+
+
+def test_what_a_tokenizer_json_leaves_out_and_how_it_finds_a_token_are_exported(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    write_tokenizer(path, {"<unk>": 0, "</s>": 1, "a": 2}, ["</s>"])
+    content = json.loads(path.read_text())
+    content["added_tokens"][0]["rstrip"] = True
+    del content["post_processor"], content["truncation"]
+    path.write_text(json.dumps(content))
+    own = {"chat_template": "{{ bos_token }}"}
+    write_json(tmp_path / "tokenizer_config.json", own)
+    theirs = exported(load_tokenizer(path), tmp_path / "out")
+    assert theirs.encode("a</s> \n a").ids == [1, 2, 1, 2]
+    assert theirs.get_added_tokens_decoder()[1].rstrip
+    # The template was trained without a name of it.
+    said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (said.get("bos_token"), said["eos_token"]) == (None, "</s>")
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "pytorch_model.bin"])
+def test_a_folder_with_files_is_no_place_for_an_export(tmp_path, name):
+    (tmp_path / ".gitattributes").write_text("")
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"--out .* already has {name} in it"):
+        export(Export(str(tmp_path / "run"), str(tmp_path)))
+    assert (tmp_path / name).read_text() == "mine"

@@ -96,7 +96,7 @@ def test_the_exported_classifier_gives_the_predictions_of_the_run(finished, fold
     found = model.logits(hidden).argmax(-1)
     lines = (finished / "predictions.tsv").read_text().splitlines()[1:]
     assert [int(lines[i].split("\t")[1]) for i in numbers] == found.tolist()
-    with pytest.raises(ValueError, match="already has a model"):
+    with pytest.raises(ValueError, match="already has config.json in it"):
         export(Export(run=str(finished), out=str(out)))
 
 
@@ -106,6 +106,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(finished, folde
     assert losses(copy) == losses(finished)
     for name in ("predictions.tsv", "config.json"):
         assert (copy / name).read_text() == (finished / name).read_text()
+
+
+def test_a_summary_has_the_best_evaluation_though_its_line_was_lost(finished, folder, tmp_path):
+    copy = unfinished(finished, tmp_path)
+    (copy / "metrics.jsonl").write_text("")
+    assert main(small_glue(folder, out=str(copy), resume=True)) == 0
+    before, after = (json.loads((x / "summary.json").read_text()) for x in (finished, copy))
+    for name in ("eval_metric", "eval_loss", "best_step", "last_eval_metric"):
+        assert after[name] == before[name]
 
 
 def test_a_run_goes_on_and_is_exported_without_the_folder_it_began_with(

@@ -8,10 +8,14 @@ from models.hugging_face.files import read_json
 
 # The files of a tokenizer beside its tokenizer.json.
 OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
+_ADDED = "added_tokens.json"  # of transformers 4: ids by the names of tokens
 
-# Keys whose tokens a text, or a chat template, may name.
-_NAMES = ("bos_token", "unk_token", "sep_token", "cls_token")
-_LISTS = ("additional_special_tokens", "extra_special_tokens")
+# Keys of tokens, besides those that end with _token.
+_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+# How a token's name is found in a text.
+_FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
+# Tokens that neither a text nor a chat template names: they need not be in tokenizer.json.
+_NEVER_WRITTEN = ("pad_token", "mask_token")
 # Keys that transformers' classes write into tokenizer.json, and where they are there: the type of
 # a part, and its key.
 _WRITTEN = {
@@ -30,30 +34,105 @@ def check_agreement(tokenizer: Any, content: dict[str, Any], path: Path, first: 
     if path.name != "tokenizer.json":
         return  # the other files belong to one of that name
     for name in OF_TOKENIZER:
-        beside = path.parent / name
-        said = read_json(beside) if beside.exists() else {}
-        for theirs, ours in _contradictions(tokenizer, content, said, first):
-            raise ValueError(f"{beside} has {theirs}, and tokenizer.json {ours}: make them agree")
+        for theirs, ours in _contradictions(tokenizer, content, read_beside(path, name), first):
+            raise _disagree(path.parent / name, theirs, "tokenizer.json", ours)
+    one, other = (dict(_named(read_beside(path, name))) for name in OF_TOKENIZER)
+    for key in one.keys() & other.keys() - {*_NEVER_WRITTEN, *_LISTS}:
+        if one[key] != other[key]:
+            theirs, ours = f"{key} {one[key]!r}", repr(other[key])
+            raise _disagree(path.parent / OF_TOKENIZER[0], theirs, OF_TOKENIZER[1], ours)
+    for name, token in read_beside(path, _ADDED).items():
+        if (found := tokenizer.token_to_id(name)) != token:
+            ours = "no such token" if found is None else f"it as {found}"
+            raise _disagree(path.parent / _ADDED, f"{name!r} as {token}", "tokenizer.json", ours)
+
+
+def _disagree(beside: Path, theirs: str, other: str, ours: str) -> ValueError:
+    return ValueError(f"{beside} has {theirs}, and {other} {ours}: make them agree")
+
+
+def read_beside(path: Path, name: str) -> dict[str, Any]:
+    """The content of a file that belongs to a tokenizer.json; nothing if it is not there.
+
+    ValueError if its tokens are not as transformers writes them.
+    """
+    beside = path.parent / name
+    said = read_json(beside) if path.name == "tokenizer.json" and beside.exists() else {}
+    for key, value in said.items():
+        if name == _ADDED or value is None:
+            continue
+        right = True
+        if key in _LISTS:
+            tokens = value.values() if isinstance(value, dict) else value
+            right = isinstance(value, dict | list) and None not in map(token_name, tokens)
+        elif key == "added_tokens_decoder":
+            right = isinstance(value, dict) and all(
+                i.isdecimal() and isinstance(x, dict) and token_name(x) for i, x in value.items()
+            )
+        elif key.endswith("_token") and not key.startswith("add_"):
+            right = token_name(value) is not None
+        if not right:
+            shown = repr(value)[:60]
+            raise ValueError(f"{beside}: {key}={shown} is not a token, or tokens, with a name")
+    return said
+
+
+def own_settings(path: Path) -> dict[str, Any]:
+    """What the files that belong to a tokenizer.json say, which agree; a null says nothing."""
+    found: dict[str, Any] = {}
+    for name in OF_TOKENIZER:
+        said = read_beside(path, name)
+        found |= {key: x for key, x in said.items() if found.get(key) is None}
+    return found
+
+
+def name_in(tokenizer: Any, token: int) -> str | None:
+    """The name of a token; the package gives that of an added one as its normalizer changes it."""
+    added = tokenizer.get_added_tokens_decoder()
+    return added[token].content if token in added else tokenizer.id_to_token(token)
+
+
+def token_names(said: dict[str, Any]) -> dict[str, str]:
+    """The names of tokens by their keys, such as bos_token."""
+    listed = [said.get(key) for key in _LISTS]
+    found = [said, *(tokens for tokens in listed if isinstance(tokens, dict))]
+    tokens = {key: token_name(x) for part in found for key, x in part.items()}
+    return {k: x for k, x in tokens.items() if k.endswith("_token") and x is not None}
+
+
+def token_name(token: Any) -> str | None:
+    """The name of a token, which files give as it is or in an object; None if there is none."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 def _contradictions(
     tokenizer: Any, content: dict[str, Any], said: dict[str, Any], first: list[int]
 ) -> Iterator[tuple[str, str]]:
     """What a file says, and what tokenizer.json says instead."""
-    special = {x["id"]: x["special"] for x in content["added_tokens"]}
+    added = {x["id"]: x for x in content["added_tokens"]}
     for key, token in (said.get("added_tokens_decoder") or {}).items():
         theirs, i = f"the added token {key} {token['content']!r}", int(key)
-        if (ours := tokenizer.id_to_token(i)) != token["content"]:
+        if (ours := name_in(tokenizer, i)) != token["content"]:
             yield theirs, "no such id" if ours is None else f"{ours!r} there"
-        elif special.get(i, False) != token.get("special", False):
+        elif added.get(i, {}).get("special", False) != token.get("special", False):
             marked = ["ordinary", "special"]
             own = bool(token.get("special", False))
             yield f"{theirs} as {marked[own]}", f"as {marked[not own]}"
+        for flag in _FLAGS if i in added else ():
+            if token.get(flag, added[i][flag]) != added[i][flag]:
+                yield f"{theirs} with {flag} {token[flag]}", f"with {flag} {added[i][flag]}"
     for key, token in _named(said):
-        if tokenizer.token_to_id(token) is None:
+        if key in _NEVER_WRITTEN:
+            continue
+        if (found := tokenizer.token_to_id(token)) is None:
             yield f"{key} {token!r}", "no such token"
+        elif found not in added and key != "unk_token":
+            yield f"{key} {token!r}", "it as an ordinary token"
+    if said.get("split_special_tokens"):
+        yield "split_special_tokens True", "special tokens, whose names in a text are these tokens"
     begin = dict(_named(said)).get("bos_token")
-    names = [str(tokenizer.id_to_token(i)) for i in first]
+    names = [str(name_in(tokenizer, i)) for i in first]
     # Without the key, bos_token is a name for templates: tokenizer.json says what begins a text.
     if said.get("add_bos_token") and first and begin is not None and begin not in names:
         yield f"bos_token {begin!r}", f"a post_processor that begins a text with {names[0]!r}"
@@ -68,15 +147,12 @@ def _contradictions(
 
 
 def _named(said: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keys and the names of their tokens."""
-    found = [(key, said.get(key)) for key in _NAMES]
+    """Keys and the names of their tokens, but for the token that ends a text."""
+    yield from ((key, name) for key, name in token_names(said).items() if key != "eos_token")
     for key in _LISTS:
         tokens = said.get(key) or ()
-        found += [(key, x) for x in (tokens.values() if isinstance(tokens, dict) else tokens)]
-    for key, token in found:
-        name = token.get("content") if isinstance(token, dict) else token
-        if isinstance(name, str):
-            yield key, name
+        for token in tokens.values() if isinstance(tokens, dict) else tokens:
+            yield key, str(token_name(token))
 
 
 def _parts(part: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -10,24 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from models.hugging_face.files import read_json
+from train.data.agreement import own_settings, token_names
+from train.data.tokenizer import FileTokenizer, Tokenizer
 
-_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 FILE = "chat_template.jinja"
 
 
-def load_template(tokenizer: Path | None, named: str | None) -> "ChatTemplate":
+def load_template(tokenizer: Tokenizer, named: str | None) -> "ChatTemplate":
     """The template in the file `named`, or else that beside a tokenizer.json.
 
-    ValueError if there is none, or it cannot be read.
+    Its `eos_token` is the tokenizer's separator. ValueError if there is none, or it cannot be read.
     """
-    beside = None if tokenizer is None else tokenizer.parent
-    settings: dict[str, Any] = {}
-    if beside is not None and (beside / "tokenizer_config.json").is_file():
-        settings = read_json(beside / "tokenizer_config.json")
-    names = {name: _text(settings[name]) for name in _NAMES if settings.get(name) is not None}
-    source, place = _default(settings.get("chat_template")), f"chat_template beside {tokenizer}"
+    beside, settings, names, place = None, {}, {}, "chat_template"
+    if isinstance(tokenizer, FileTokenizer):
+        settings = own_settings(tokenizer.path)
+        names = token_names(settings) | {"eos_token": tokenizer.name_of(tokenizer.separator)}
+        # Other files belong to one of that name.
+        beside = tokenizer.path.parent if tokenizer.path.name == "tokenizer.json" else None
+        place = f"chat_template beside {tokenizer.path}"
     try:
+        source = _default(settings.get("chat_template"))
         if named is not None:
             place = f"--chat-template {named}"
             source = Path(named).read_text("utf-8")
@@ -46,16 +48,15 @@ def load_template(tokenizer: Path | None, named: str | None) -> "ChatTemplate":
     )
 
 
-def _text(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
-
-
 def _default(templates: Any) -> str | None:
     """The template of a tokenizer_config.json, which may have several by name."""
-    if isinstance(templates, list):
-        by_name = {entry["name"]: entry["template"] for entry in templates}
-        return by_name.get("default")
-    return templates
+    match templates:
+        case None | str():
+            return templates
+        case [*entries] if all(isinstance(x, dict) for x in entries):
+            named = (x for x in entries if x.get("name") == "default")
+            return _default(next(named, {}).get("template"))
+    raise ValueError("neither a text nor a list of objects with `name` and `template`")
 
 
 class ChatTemplate:
@@ -73,8 +74,6 @@ class ChatTemplate:
 
         ValueError if the template refuses the messages.
         """
-        import jinja2
-
         try:
             return self._template.render(
                 messages=messages,
@@ -83,13 +82,11 @@ class ChatTemplate:
                 documents=None,
                 **self._names,
             )
-        # The sandbox refuses long ranges; nothing else keeps a template from asking for memory.
-        except (jinja2.TemplateError, TypeError, OverflowError, MemoryError) as error:
-            said = str(error) or "it needs more memory than there is"
-            raise ValueError(f"the chat template cannot write the messages ({said})") from None
+        except Exception as error:  # a template may compute anything
+            said = f"the chat template cannot write the messages ({_said(error)})"
+            raise ValueError(said) from None
 
     def _compiled(self) -> Any:
-        import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         # Transformers' settings.
@@ -102,12 +99,28 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         try:
             return environment.from_string(self.source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is not valid Jinja: {error}") from None
+        except Exception as error:  # also those of Python's compiler
+            raise ValueError(f"the chat template is not valid Jinja: {_said(error)}") from None
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _said(error: Exception) -> str:
+    import jinja2
+
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    own = isinstance(error, jinja2.TemplateError)
+    return str(error) if own else f"{type(error).__name__}: {error}"
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 
 def _refuse(message: str) -> None:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from train.data.agreement import check_agreement
+from train.data.agreement import check_agreement, read_beside
 from train.data.glue import Examples
 from train.data.separator import first_and_last
 from train.data.sequences import START, Batch, Position
+from train.data.tokenizer import read_tokenizer
 
 # Lengths to which rows are padded, up to --seq-len.
 _LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -41,13 +42,11 @@ class PairTokenizer:
 
     def rows(self, texts: list[tuple[str, ...]]) -> list[Row]:
         """Encodes examples; ValueError if the tokenizer does not fit the model."""
-        import tokenizers
-
+        side = read_beside(self.path, "tokenizer_config.json").get("truncation_side") or "right"
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
+            tokenizer = read_tokenizer(self.path)
             content = json.loads(tokenizer.to_str())
-            tokenizer.no_padding()
-            tokenizer.enable_truncation(self.seq_len, strategy="longest_first")
+            tokenizer.enable_truncation(self.seq_len, strategy="longest_first", direction=side)
             added = tokenizer.num_special_tokens_to_add(is_pair=len(texts[0]) == 2)
             found = tokenizer.encode_batch([x if len(x) == 2 else x[0] for x in texts])
         except Exception as error:  # the package raises plain Exception

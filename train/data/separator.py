@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.hugging_face.files import read_json
-from train.data.agreement import OF_TOKENIZER, check_agreement
+from train.data.agreement import OF_TOKENIZER, check_agreement, name_in, read_beside, token_name
 
 # Names of the token that ends a document, in common vocabularies.
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]", "[EOS]")
@@ -39,7 +39,7 @@ def find_separator(tokenizer: Any, path: Path, named: str | None) -> int:
     special = {token.content: i for i, token in added if token.special}
     # The other files belong to one of that name.
     beside = path.parent if path.name == "tokenizer.json" else None
-    sources = _of_tokenizer(tokenizer, path, beside)
+    sources = _of_tokenizer(tokenizer, path)
     of_model = _of_model(beside)
     if not sources:
         known = {special[name] for name in END_TOKENS if name in special}
@@ -82,15 +82,14 @@ def first_and_last(post_processor: dict[str, Any] | None) -> tuple[list[int], in
     return _first_tokens(post_processor), _last_token(post_processor)
 
 
-def _of_tokenizer(tokenizer: Any, path: Path, beside: Path | None) -> dict[str, set[int]]:
+def _of_tokenizer(tokenizer: Any, path: Path) -> dict[str, set[int]]:
     """The tokens that end a document by the files of a tokenizer."""
     last = _last_token(json.loads(tokenizer.to_str())["post_processor"])
     sources = {} if last is None else {"the post-processor": {last}}
     for name in OF_TOKENIZER:
-        token = _content(beside, name).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
+        token = token_name(read_beside(path, name).get("eos_token"))
         if token is not None:
-            found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+            found = tokenizer.token_to_id(token)
             if found is None:
                 raise ValueError(
                     f"tokenizer={str(path)!r} has no token {token!r}, the eos_token in {name}; "
@@ -105,7 +104,11 @@ def _of_model(beside: Path | None) -> dict[str, set[int]]:
     sources = {}
     for name in _OF_MODEL:
         ids = _content(beside, name).get("eos_token_id")
-        known = {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0}
+        known = {
+            i
+            for i in (ids if isinstance(ids, list) else [ids])
+            if type(i) is int and 0 <= i < 2**32
+        }
         if known:
             sources[name] = known
     return sources
@@ -123,7 +126,7 @@ def _last_token(post_processor: dict[str, Any] | None) -> int | None:
             found = [i for part in parts if (i := _last_token(part)) is not None]
             return found[-1] if found else None
         case {"type": "TemplateProcessing", "single": [*_, {"SpecialToken": {"id": name}}]}:
-            return post_processor["special_tokens"][name]["ids"][-1]
+            return _ids(post_processor, name)[-1]
         case {"sep": [_, i]}:  # BertProcessing and RobertaProcessing
             return i
     return None
@@ -136,10 +139,17 @@ def _first_tokens(post_processor: dict[str, Any] | None) -> list[int]:
             return [i for part in reversed(parts) for i in _first_tokens(part)]
         case {"type": "TemplateProcessing", "single": parts}:
             names = [part["SpecialToken"]["id"] for part in _until_text(parts)]
-            return [i for name in names for i in post_processor["special_tokens"][name]["ids"]]
+            return [i for name in names for i in _ids(post_processor, name)]
         case {"cls": [_, i]}:  # BertProcessing and RobertaProcessing
             return [i]
     return []
+
+
+def _ids(post_processor: dict[str, Any], name: str) -> list[int]:
+    """The ids of a special token of a template; the package lets one without a name be absent."""
+    if name not in (known := post_processor["special_tokens"]):
+        raise ValueError(f"a post_processor names the special token {name!r}, and has no ids of it")
+    return known[name]["ids"]
 
 
 def _until_text(parts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -147,7 +157,7 @@ def _until_text(parts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _list(tokenizer: Any, ids: set[int]) -> str:
-    names = [tokenizer.id_to_token(i) or f"id {i}" for i in sorted(ids)] or ["none"]
+    names = [name_in(tokenizer, i) or f"id {i}" for i in sorted(ids)] or ["none"]
     return ", ".join(names[:8] + ["..."] * (len(names) > 8))
 
 

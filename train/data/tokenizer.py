@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from train.data.agreement import name_in
 from train.data.separator import find_beginning, find_separator, spell_out
 
 
@@ -31,6 +32,30 @@ def load_tokenizer(name: str | Path, end_token: str | None = None) -> "Tokenizer
         advice = "leave it out, or give a tokenizer.json"
         raise ValueError(f"--end-token {end_token} has no effect with --tokenizer bytes: {advice}")
     return ByteTokenizer()
+
+
+def read_tokenizer(path: Path) -> Any:
+    """The tokenizer of a `tokenizer.json`, without what it says on lengths and on chance.
+
+    ValueError if it cannot be read.
+    """
+    # One thread per process: Grain's workers run in parallel, and `tokenizers` warns of a fork
+    # after its threads have started.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises plain Exception
+        raise ValueError(
+            f"tokenizer={str(path)!r} cannot be read ({error}): give 'bytes' or the path of a "
+            "tokenizer.json of the package `tokenizers`"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):  # merges left out at random
+        tokenizer.model.dropout = None
+    return tokenizer
 
 
 class ByteTokenizer:
@@ -56,26 +81,11 @@ class FileTokenizer:
     """A `tokenizer.json`'s tokenizer, which can be pickled; no text gives its separator."""
 
     def __init__(self, path: Path, end_token: str | None = None):
-        # One thread per process: Grain's workers run in parallel, and `tokenizers` warns of a fork
-        # after its threads have started.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        import tokenizers
-
         self.path, self._end_token = path, end_token
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exception
-            raise ValueError(
-                f"tokenizer={str(path)!r} cannot be read ({error}): give 'bytes' or the path of a "
-                "tokenizer.json of the package `tokenizers`"
-            ) from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        if getattr(tokenizer.model, "dropout", None):  # merges left out at random
-            tokenizer.model.dropout = None
+        tokenizer = read_tokenizer(path)
         self.separator = find_separator(tokenizer, path, end_token)
         self.begin = find_beginning(tokenizer, path, self.separator)
-        self._name = str(tokenizer.id_to_token(self.separator))
+        self._name = str(name_in(tokenizer, self.separator))
         tokenizer.add_special_tokens([self._name])
         added = tokenizer.get_added_tokens_decoder().items()
         special = {i: token.content for i, token in added if token.special}
@@ -88,7 +98,7 @@ class FileTokenizer:
         self.vocab_size: int = 1 + max([self.separator, self.begin, unknown or 0, *ordinary])
         self.content = f"{sha256(path.read_bytes()).hexdigest()[:16]}, {self._name}"
         if self.begin != self.separator:
-            self.content += f", after {tokenizer.id_to_token(self.begin)}"
+            self.content += f", after {name_in(tokenizer, self.begin)}"
         self.special = tuple(special.values())
         self._tokenizer = tokenizer
 
@@ -111,7 +121,7 @@ class FileTokenizer:
 
     def name_of(self, token: int) -> str:
         """The name of a token."""
-        return str(self._tokenizer.id_to_token(token))
+        return str(name_in(self._tokenizer, token))
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of what a chat template has made: names of special tokens are these tokens."""
@@ -120,12 +130,14 @@ class FileTokenizer:
 
     @cached_property
     def as_written(self) -> Any:
-        """The file's tokenizer, which reads names of special tokens in a text as these tokens."""
-        import tokenizers
+        """The file's tokenizer, which reads names of special tokens in a text as these tokens.
 
-        tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        So it does those of the tokens that begin and end a document.
+        """
+        tokenizer = read_tokenizer(self.path)
+        added = tokenizer.get_added_tokens_decoder()
+        ends = (i for i in (self.begin, self.separator) if i not in added)
+        tokenizer.add_special_tokens([self.name_of(i) for i in ends])
         return tokenizer
 
     def _reached(self, text: str) -> str:

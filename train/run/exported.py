@@ -1,15 +1,17 @@
 """What transformers needs beside a model's weights: tokenizer, ids, and a model card."""
 
 import dataclasses
+import json
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
-from models.hugging_face.files import read_json, write_json
+from models.hugging_face.files import write_json
 from models.llama.config import TokenIds
 from train.config.resume import FROM_HERE
 from train.config.settings import HISTORY, FinetuneLM, Pretrain, flag, read_fields
+from train.data.agreement import own_settings, token_names
 from train.data.chat import FILE as CHAT_TEMPLATE
 from train.data.separator import first_and_last
 from train.data.tokenizer import ByteTokenizer, FileTokenizer
@@ -51,7 +53,10 @@ def _tokenizer_files(trained: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
     """The content of tokenizer.json and of tokenizer_config.json."""
     tokenizer, settings = trained.tokenizer, {}
     if isinstance(tokenizer, FileTokenizer):
-        content, settings = read_json(tokenizer.path), _beside(tokenizer, "tokenizer_config.json")
+        # Whole, without what training leaves out: truncation, padding, merges dropped at random.
+        content = json.loads(tokenizer.as_written.to_str())
+        settings = own_settings(tokenizer.path)
+        settings |= {k: x for k, x in token_names(settings).items() if k in settings}
         begin, end = tokenizer.name_of(tokenizer.begin), tokenizer.name_of(tokenizer.separator)
         for name, token in ((begin, tokenizer.begin), (end, tokenizer.separator)):
             _mark_special(content, name, token)
@@ -62,13 +67,9 @@ def _tokenizer_files(trained: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = {name: value for name, value in settings.items() if name not in _OTHER}
     # This class takes tokenizer.json as it is.
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-    return content, {"bos_token": begin, "clean_up_tokenization_spaces": False, **settings}
-
-
-def _beside(tokenizer: FileTokenizer, name: str) -> dict[str, Any]:
-    """The content of a file that belongs to a tokenizer.json."""
-    path = tokenizer.path.parent / name
-    return read_json(path) if tokenizer.path.name == "tokenizer.json" and path.is_file() else {}
+    # In a chat template, a name that the files do not give was nothing.
+    first = {} if "chat_template" in settings or _chat_template(trained) else {"bos_token": begin}
+    return content, {**first, "clean_up_tokenization_spaces": False, **settings}
 
 
 def _chat_template(trained: Trained) -> Path | None:
@@ -84,10 +85,10 @@ def _chat_template(trained: Trained) -> Path | None:
 
 def _mark_special(content: dict[str, Any], name: str, token: int) -> None:
     """Has a token's name in a text be the token, which a decoded text leaves out."""
-    content["added_tokens"] = [x for x in content["added_tokens"] if x["id"] != token]
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    content["added_tokens"].append({"id": token, "content": name, "special": True, **plain})
-    content["added_tokens"].sort(key=lambda x: x["id"])
+    plain: dict[str, Any] = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {x["id"]: x for x in content["added_tokens"]}
+    added[token] = plain | added.get(token, {}) | {"id": token, "content": name, "special": True}
+    content["added_tokens"] = [added[i] for i in sorted(added)]
 
 
 def _beginning(before: dict[str, Any] | None, name: str, token: int) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def _card(trained: Trained, run: Path) -> str:
     """A model card: what the model was made of, by which command, and how good it is."""
     config, history = trained.config, read_fields(run / "config.json").get(HISTORY, [])
     lines = [x for x in read_metrics(run) if x["step"] == trained.step and "eval_loss" in x]
-    found = lines[-1]["eval_perplexity"] if lines else None
+    found = lines[-1].get("eval_perplexity") if lines else None
     data = config.data
     if isinstance(config, FinetuneLM):
         data = " ".join(config.data)

@@ -19,7 +19,7 @@ from train.data.examples import Encoded, ExampleData, encode_examples, prompts_o
 from train.data.own import own_examples
 from train.data.sequences import Document, check_token_ids
 from train.data.text import content_of
-from train.data.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
+from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.run import directory as run_directory
 from train.run import hosts
 from train.run.assemble import TextParts, kept_files
@@ -132,8 +132,7 @@ def _examples(
     seq_len: int,
 ) -> Examples:
     found = load_tokenizer(tokenizer, end_token)
-    path = found.path if isinstance(found, FileTokenizer) else None
-    template = cache(lambda: load_template(path, chat_template))
+    template = cache(lambda: load_template(found, chat_template))
     train, evaluation = (
         encode_examples(examples, found, template, seq_len)
         for examples in own_examples(data, eval_data).values()

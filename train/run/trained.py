@@ -17,7 +17,7 @@ from train.config.resume import lasting
 from train.config.settings import Pretrain, ResolvedFinetuneLM
 from train.config.source import made_of
 from train.data.chat import ChatTemplate, load_template
-from train.data.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
+from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import evaluation_losses
 from train.step.mesh import make_mesh, replicated
@@ -74,8 +74,8 @@ def chat_template(trained: Trained, named: str | None = None) -> ChatTemplate:
 
     ValueError if there is none.
     """
-    path = trained.tokenizer.path if isinstance(trained.tokenizer, FileTokenizer) else None
-    return load_template(path, named or getattr(trained.config, "chat_template", None))
+    named = named or getattr(trained.config, "chat_template", None)
+    return load_template(trained.tokenizer, named)
 
 
 def sample_text(

@@ -31,6 +31,10 @@ def added(**tokens) -> dict:
     return {"added_tokens_decoder": {name[1:]: x for name, x in known.items()}}
 
 
+def flags(**said) -> dict:
+    return {"added_tokens_decoder": {"2": {"content": "</s>", "special": True, **said}}}
+
+
 def written(folder, said, settings, name="tokenizer_config.json"):
     path = write_tokenizer(folder / "tokenizer.json", WORDS, ["<s>", "</s>"], ["a"], **settings)
     (folder / name).write_text(json.dumps(said))
@@ -52,6 +56,19 @@ def written(folder, said, settings, name="tokenizer_config.json"):
         ),
         ({"add_bos_token": False}, BEGINS, r"add_bos_token False, and .* a text with '<s>'"),
         ({"add_bos_token": True}, {}, r"add_bos_token True, and .* begins a text with no token"),
+        # Which transformers would make special, or read as the file says.
+        ({"sep_token": "<b>"}, {}, r"sep_token '<b>', and .* it as an ordinary token"),
+        ({"image_token": "<im>"}, {}, r"image_token '<im>', and .* no such token"),
+        ({"model_specific_special_tokens": {"x": "<im>"}}, {}, r"'<im>', and .* no such token"),
+        (flags(rstrip=True), {}, r"'</s>' with rstrip True, and .* with rstrip False"),
+        (flags(normalized=True), {}, r"'</s>' with normalized True, and .* with normalized False"),
+        ({"split_special_tokens": True}, {}, r"split_special_tokens True, and"),
+        # Which cannot be understood.
+        ({"bos_token": 1}, {}, r"bos_token=1 is not a token"),
+        ({"bos_token": {"id": 1}}, {}, r"bos_token=\{'id': 1\} is not a token"),
+        ({"added_tokens_decoder": [1]}, {}, r"added_tokens_decoder=\[1\] is not a token"),
+        ({"added_tokens_decoder": {"x": {"content": "a"}}}, {}, "added_tokens_decoder=.* not a"),
+        ({"additional_special_tokens": True}, {}, "additional_special_tokens=True is not a"),
         ({"do_lower_case": False}, BERT, r"do_lower_case False, and .* with lowercase True"),
         ({"strip_accents": True}, BERT, r"strip_accents True, and .* with strip_accents None"),
         ({"add_prefix_space": False}, BYTES, r"False, and .*ByteLevel with add_prefix_space True"),
@@ -59,7 +76,7 @@ def written(folder, said, settings, name="tokenizer_config.json"):
 )  # fmt: skip
 def test_a_file_that_contradicts_tokenizer_json_is_refused(tmp_path, said, settings, says):
     path = written(tmp_path, said, settings)
-    with pytest.raises(ValueError, match=rf"{path.parent}/tokenizer_config\.json has .*{says}"):
+    with pytest.raises(ValueError, match=rf"{path.parent}/tokenizer_config\.json(:| has) .*{says}"):
         load_tokenizer(path, "</s>")
     with pytest.raises(ValueError, match=says):
         PairTokenizer(path, 8, 5, 1).rows([("a", "a")])
@@ -84,3 +101,20 @@ def test_another_file_of_the_tokenizer_counts_too_and_those_of_another_name_do_n
     with pytest.raises(ValueError, match=r"special_tokens_map\.json has bos_token"):
         load_tokenizer(path)
     assert load_tokenizer(path.rename(tmp_path / "mine.json")).separator == 2
+
+
+def test_the_files_beside_a_tokenizer_agree_with_each_other(tmp_path):
+    path = written(tmp_path, {"bos_token": "<s>"}, {})
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "</s>", "pad_token": "x"}')
+    with pytest.raises(
+        ValueError, match=r"config\.json has bos_token '<s>', and special_.* '</s>'"
+    ):
+        load_tokenizer(path, "</s>")
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}}')
+    added = tmp_path / "added_tokens.json"  # of transformers 4
+    for token, says in (("<s>", "'<s>' as 3, and .* it as 1"), ("<new>", "as 3, .* no such token")):
+        added.write_text(json.dumps({token: 3}))
+        with pytest.raises(ValueError, match=says):
+            load_tokenizer(path, "</s>")
+    added.write_text('{"<s>": 1}')
+    assert load_tokenizer(path, "</s>").separator == 2

@@ -42,7 +42,7 @@ def chat(tmp_path):
 
 def encoded(example, tokenizer, seq_len=64, template=None):
     def load():
-        return load_template(getattr(tokenizer, "path", None), template)
+        return load_template(tokenizer, template)
 
     return encode_examples([example], tokenizer, load, seq_len)
 
@@ -97,7 +97,7 @@ def test_of_messages_only_the_answers_are_predicted_each_to_its_end(chat):
 def test_the_prompt_of_a_chat_is_what_precedes_its_answer(chat):
     (found,) = encoded(messages("hi", "ho"), chat).examples
     ((prompt, _),) = prompts_of([found])
-    template = load_template(chat.path, None)
+    template = load_template(chat, None)
     asked = chat_prompt([{"role": "user", "content": "hi"}], chat, template)
     assert asked.tolist() == prompt.tolist()
     with pytest.raises(ValueError, match="contains <eot>"):
@@ -149,6 +149,10 @@ def test_a_token_across_the_border_of_prompt_and_completion_is_two():
         (messages("hi", "ho"), "{{ strftime_now('%d') }}", "'strftime_now' is undefined"),
         (messages("hi", "ho"), "{{ messages.__class__.__mro__ }}", "unsafe"),
         (messages("hi", "ho"), "{% for i in range(10**9) %}a{% endfor %}", "Range too big"),
+        (messages("hi", "ho"), "{{ 1 // 0 }}", "messages .ZeroDivisionError: "),
+        (messages("hi", "ho"), "{{ '{a}'.format() }}", "messages .KeyError: 'a'"),
+        (messages("hi", "ho"), "{{ messages | dictsort }}", "messages .AttributeError: "),
+        (messages("hi", "ho"), "{% break %}", "not valid Jinja: SyntaxError: "),
         (messages("hi", "ho"), "{{ 'a' * 10**18 }}", "needs more memory than there is"),
     ],
 )  # fmt: skip
@@ -157,6 +161,27 @@ def test_messages_that_cannot_be_written_are_named(chat, tmp_path, example, temp
         (tmp_path / "t.jinja").write_text(template)
     with pytest.raises(ValueError, match=says):
         encoded(example, chat, template=template and str(tmp_path / "t.jinja"))
+
+
+def test_a_template_gets_the_names_of_tokens_from_all_files_and_the_token_that_ends_a_text(chat):
+    """As transformers has them; --end-token overrides, and exports say it."""
+    folder = chat.path.parent
+    source = "{{ bos_token }} {{ x_token }} {{ eos_token }}"
+    said = {"chat_template": [{"name": "default", "template": source}], "bos_token": None}
+    own = {"extra_special_tokens": {"x_token": "<h>"}, "bos_token": {"content": "<s>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    (folder / "special_tokens_map.json").write_text(json.dumps(own))
+    assert load_template(load_tokenizer(chat.path, "</h>"), None).render([]) == "<s> <h> </h>"
+
+
+@pytest.mark.parametrize(
+    "source", [1, {"default": "x"}, ["x"], [{"name": "default", "template": 1}]]
+)
+def test_chat_templates_of_another_form_are_refused(chat, source):
+    said = {"eos_token": "<eot>", "chat_template": source}
+    (chat.path.parent / "tokenizer_config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=r"chat_template beside .* cannot be used: neither a text"):
+        encoded(messages("hi", "ho"), chat)
 
 
 def test_without_a_chat_template_messages_are_an_error(chat):

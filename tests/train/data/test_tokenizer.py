@@ -329,3 +329,37 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="cannot be read"):
         load_tokenizer(tmp_path)  # a folder
+
+
+def test_merges_are_never_left_out_at_random(tmp_path):
+    merges = [["a", "b"], ["ab", "c"]]
+    vocabulary = {"</s>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "abc": 5}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "dropout": 0.9}
+    path = write_tokenizer(tmp_path / "tokenizer.json", vocabulary, ["</s>"], model=model)
+    tokenizer = load_tokenizer(path)
+    for _ in range(8):
+        assert tokenizer.encode_rendered("abc") == [5] == tokenizer.encode("abc").tolist()
+
+
+def test_names_of_added_tokens_are_those_of_the_file_even_where_it_normalizes_them(tmp_path):
+    """As in Llama 1's: the package itself names the token of id 2 "▁</s>"."""
+    path = write_tokenizer(
+        tmp_path / "tokenizer.json", {"<unk>": 0, "<s>": 1, "</s>": 2, "▁a": 3}, ["<s>", "</s>"],
+        normalizer={"type": "Prepend", "prepend": "▁"}, post_processor=with_first("<s>", 1),
+    )  # fmt: skip
+    content = json.loads(path.read_text())
+    for token in content["added_tokens"]:
+        token["normalized"] = True
+    path.write_text(json.dumps(content))
+    said = {"1": {"content": "<s>", "special": True}, "2": {"content": "</s>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": said}))
+    tokenizer = load_tokenizer(path)
+    assert [tokenizer.name_of(i) for i in (1, 2)] == ["<s>", "</s>"]
+    assert (tokenizer.special, tokenizer.vocab_size) == (("<s>", "</s>"), 4)
+
+
+def test_a_template_may_write_an_end_of_a_document_that_the_file_does_not_mark(tmp_path):
+    """transformers marks the eos_token of tokenizer_config.json."""
+    path = write_tokenizer(tmp_path / "tokenizer.json", {"<unk>": 0, "</s>": 1, "a": 2}, ["<unk>"])
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    assert load_tokenizer(path).encode_rendered("a</s>") == [2, 1]
