@@ -84,6 +84,8 @@ def row(config: BFloat16, optimizer: str, name: str, variant: dict[str, Any], do
     first = step = None
     for seed in missing:
         settings = Pretrain(optimizer=optimizer, seed=seed, **common, **variant)  # pyrefly: ignore
+        # The order of the text in which the seeds of before were trained.
+        settings = dataclasses.replace(settings, data_parts=1)
         parts = assemble(resolve(settings), lambda _: None)
         if first is None:  # compiled once: GaLore's own random choices are the first seed's
             first = parts

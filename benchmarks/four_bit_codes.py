@@ -63,7 +63,8 @@ def table(magnitudes: np.ndarray, signed: bool) -> Table:
 
 def moments(config: FourBitCodes, optimizer: str) -> list[tuple[jax.Array, jax.Array]]:
     """Pairs of first and second moments, stacks by matrix."""
-    parts = assemble(resolve(Pretrain(optimizer=optimizer)), lambda _: None)  # pyrefly: ignore
+    settings = Pretrain(optimizer=optimizer, data_parts=1)  # pyrefly: ignore
+    parts = assemble(resolve(settings), lambda _: None)
     state = parts.init(jax.random.key(0))
     for step, (batch, _) in enumerate(parts.data.batches()):
         if step == config.steps:

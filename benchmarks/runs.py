@@ -42,7 +42,19 @@ def trained(runs: Runs, name: str, flags: tuple[Any, ...]) -> dict[str, Any]:
     if not (out / "summary.json").exists():
         common = {k: v for k, v in vars(runs).items() if k in _COMMON}
         words = [w for k, v in common.items() for w in (f"--{k.replace('_', '-')}", v)]
-        words += ["--data", "c4", "--eval-every", runs.steps, "--out", out, "--resume", *flags]
+        # The order of the text in which the runs of before were trained.
+        words += [
+            "--data-parts",
+            1,
+            "--data",
+            "c4",
+            "--eval-every",
+            runs.steps,
+            "--out",
+            out,
+            "--resume",
+            *flags,
+        ]
         command = [sys.executable, "-m", "train.pretrain", *map(str, words)]
         subprocess.run(command, check=True, stdout=sys.stderr)
     return json.loads((out / "summary.json").read_text())

@@ -77,6 +77,7 @@ def recorded(config: Comparison) -> Iterator[tuple[int, Gradients, Gradients]]:
             steps=config.steps,
             batch_size=config.batch_size,
             seq_len=config.seq_len,
+            data_parts=1,  # the order of the text of before
             seed=config.seed,
         )
     )

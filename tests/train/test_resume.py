@@ -145,6 +145,11 @@ def test_the_kind_of_a_source_may_not_change_and_the_place_of_files_may():
     assert differences({"data": "c4"}, {"data": "text"}) == ["--data c4 (now text)"]
 
 
+def test_parts_of_the_text_may_not_change_and_a_run_of_before_has_none_to_compare():
+    assert differences({"data_parts": 8}, {"data_parts": 4}) == ["--data-parts 8 (now 4)"]
+    assert differences({}, {"data_parts": 8}) == []  # its checkpoints say why it is refused
+
+
 def test_the_docs_have_the_table_of_flags_that_may_change():
     assert f"<!-- resume -->\n{table()}\n" in (ROOT / "docs" / "trainer.md").read_text()
 

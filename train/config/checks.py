@@ -30,7 +30,7 @@ _AT_LEAST = {
     "accumulate": 1, "seq_len": 1, "eval_every": 1, "eval_tokens": 1, "save_every": 1,
     "keep": 1, "log_every": 1, "patience": 1, "max_skipped": 1, "workers": 0, "seed": 0,
     "gradient_rank": 1, "restart_every": 1, "restart_warmup": 0, "decay_steps": 1,
-    "processes": 1, "process": 0,
+    "processes": 1, "process": 0, "data_parts": 1,
     "profile": 1, "sample_every": 1, "energy_every": 1,
 }  # fmt: skip
 _POSITIVE = ("scale", "learning_rate", "clip_norm", "alpha", "eps")
@@ -269,6 +269,8 @@ def _by_layers(c: ResolvedText) -> Iterator[str]:
 
 def _text(c: Resolved) -> Iterator[str]:
     """The same for the data."""
+    if c.batch_size % c.data_parts:
+        yield f"--data-parts {c.data_parts}: expected a divisor of --batch-size {c.batch_size}"
     if c.data == "c4" and c.data_dir is None:
         advice = "`python -m train.prepare_c4` writes one; --data builtin needs none"
         yield f"--data c4 needs --data-dir, the folder of the data set: {advice}"

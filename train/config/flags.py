@@ -195,8 +195,7 @@ class ScheduleFlags:
     warmup_steps: int | None = None
     """Steps of linear warm-up, before --schedule. Default: a tenth of --steps."""
     batch_size: int | None = None
-    """Sequences per step, over all devices and microbatches. Default: the paper's 512; 16 for
-    tiny."""
+    """Sequences per step, over all devices and microbatches. Default: the paper's 512; tiny: 16."""
     accumulate: int | None = None
     """Microbatches into which a step's batch is cut to save memory. Default: the fewest of at most
     16 sequences for llama-7b and llama-1b, 32, 64 or 128 for the smaller ones."""
@@ -309,6 +308,9 @@ class TextRunFlags:
 
     eval_tokens: int | None = None
     """Validation tokens per evaluation. Default: all; 10 million of C4."""
+    data_parts: int | None = None
+    """Parts into which the text is cut, a divisor of --batch-size: each of several processes reads
+    those of its own rows. Default: the greatest common divisor of --batch-size and 8."""
     workers: int = 0
     """Processes that read and tokenize; 0: the training process does."""
     prompt: str = "The "
@@ -320,8 +322,7 @@ class SampleFlags:
     """The run."""
 
     sample_every: int | None = None
-    """Steps between two samples of text. They are kept in samples/ of the run. Default: only one at
-    the end."""
+    """Steps between two samples of text, kept in samples/ of the run. Default: one at the end."""
 
 
 @dataclasses.dataclass(frozen=True)

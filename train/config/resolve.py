@@ -1,6 +1,7 @@
 """Fills in the settings that were left open: by model, by optimizer and from other settings."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -45,6 +46,7 @@ def resolve(config: Pretrain) -> Resolved:
         "eval_tokens": 10_000_000 if config.data == "c4" else None,
         "out": default_out(config, config.model),
         "clip": default_clip(config),
+        "data_parts": math.gcd(8, config.batch_size or 0),
     }
     config = fill_rest(fill_open(config, others), options, defaults["adamw_state"])
     config = with_file(config)

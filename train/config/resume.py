@@ -47,6 +47,8 @@ FROM_HERE = {
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Pretrain)}
 # More steps give these a use, which they did not have: null in the config.json of before.
 _OPENED = ("moments", "restart_warmup")
+# Null in the config.json of versions whose checkpoints are refused, with the reason.
+_NEW = ("data_parts",)
 
 
 def table() -> str:
@@ -67,7 +69,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{flag(name)} {before} (now {after})"
         for name, (before, after) in changes(old, new).items()
-        if not _free(name, after) and not (name in _OPENED and before is None)
+        if not _free(name, after) and not (name in (*_OPENED, *_NEW) and before is None)
     ]
 
 

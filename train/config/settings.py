@@ -102,6 +102,7 @@ class Resolved(ResolvedTraining, Pretrain):
 
     model: str
     tokenizer: str
+    data_parts: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

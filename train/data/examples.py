@@ -13,7 +13,7 @@ import numpy as np
 
 from train.data.chat import ChatTemplate
 from train.data.files import Example
-from train.data.sequences import START, Batch, Batches, Document, Position
+from train.data.sequences import START, Batch, Batches, Document, Position, Positions
 from train.data.tokenizer import Tokenizer
 
 # Texts to put before a piece: for most pieces one of them has no token in common with it.
@@ -169,14 +169,16 @@ class ExampleData:
     packed: bool = True  # several examples in a row, without attention across; else one
     seed: int = 0  # of the order
 
-    def batches(self, start: Position = START) -> Generator[tuple[Batch, Position]]:
-        """Batches from a position on, each with the position after."""
+    def batches(self, start: Positions | None = None) -> Generator[tuple[Batch, Positions]]:
+        """Batches from a position on, each with the position after; the data have one part."""
         import grain
 
         # Grain shuffles with another seed in each epoch.
         order: Any = grain.MapDataset.range(len(self.examples)).shuffle(self.seed).repeat()
-        stream = (self.examples[order[i]] for i in itertools.count(start.documents))
-        yield from self.rows_of(stream, start)
+        (first,) = start or (START,)
+        stream = (self.examples[order[i]] for i in itertools.count(first.documents))
+        for batch, position in self.rows_of(stream, first):
+            yield batch, (position,)
 
     def rows_of(self, examples: Iterable[Document], start: Position = START) -> Batches:
         """Batches of some examples in their order; the last one is padded."""
@@ -188,7 +190,7 @@ class ExampleData:
     def steps(self, epochs: float) -> int:
         """The number of batches that have the examples of some epochs; at least one."""
         last = epochs * len(self.examples)
-        positions = (position for _, position in self.batches())
+        positions = (position for _, (position,) in self.batches())
         return 1 + sum(1 for _ in itertools.takewhile(lambda p: p.documents < last, positions))
 
 

@@ -1,32 +1,34 @@
 """From documents to batches on devices: shuffled order, tokenizing, worker processes, prefetching.
 
-Grain reads and tokenizes, in this process or in worker processes: a batch is a function of the
-source, the seed and the position alone. All processes of a multi-process run read the same stream,
-so that a position means the same for any number of workers, processes and devices.
+The stream of documents is cut into parts, each of which fills its own rows of every batch: of
+several processes each reads the parts of its rows. A batch is a function of the source, the seed,
+the number of parts and the position alone, for any number of workers, processes and devices.
 """
 
 import collections
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Int
 
 from train.data import sequences
-from train.data.sequences import MODES, START, Batch, Document, Position
+from train.data.sequences import MODES, START, Batch, Batches, Document, Position, Positions
 from train.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-# Documents that a worker process sends together, and such groups that each keeps ready.
+# What a worker process sends together, in documents over all parts, and such groups of a part that
+# are ready for each worker.
 _GROUP, _GROUPS_AHEAD = 32, 4
 # More worker processes than this only take memory, and a typing error would start a million.
 _WORKERS_PER_CORE = 8
@@ -34,7 +36,11 @@ _WORKERS_PER_CORE = 8
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """An endless stream of batches, reshuffled in each epoch, that starts at any position."""
+    """An endless stream of batches, reshuffled in each epoch, that starts at any position.
+
+    Of the shuffled documents, part k has those with the numbers k, k + parts, k + 2 parts, ...;
+    they fill batch_size / parts rows of each batch, from row k batch_size / parts on.
+    """
 
     source: Sequence[str]  # the documents, e.g. of `train.data.text.load_text`
     tokenizer: Tokenizer
@@ -43,6 +49,8 @@ class TrainingData:
     seq_len: int  # tokens in a row
     mode: str = "packed"  # no padding, no attention across documents; or "document": one per row
     seed: int = 0  # of the order of the documents and of their rows
+    parts: int = 1  # into which the stream is cut; a divisor of batch_size
+    read: Sequence[int] | None = None  # parts read here; rows of others are zeros. Default: all
     workers: int = 0  # processes that read and tokenize; 0: this process does both
     vocab_size: int | None = None  # the model's; default: the tokenizer's
 
@@ -55,87 +63,129 @@ class TrainingData:
             raise ValueError(f"workers={self.workers}: give {expected}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: give a seed from 0 to {2**32 - 1}")
+        if self.parts < 1 or self.batch_size % self.parts:
+            raise ValueError(f"parts={self.parts}: give a divisor of batch_size={self.batch_size}")
 
-    def batches(self, start: Position = START) -> Generator[tuple[Batch, Position]]:
-        """Batches from a position on, each with the position after; closing it ends the workers."""
-        make, tokens = MODES[self.mode], _separators(self.tokenizer)
-        sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len}
-        with closing(self.documents(start.documents)) as documents:
-            made = make(documents, **tokens, start=start, **sizes)
-            if self.mode == "packed":
-                made = sequences.shuffled_rows(made, seed=self.seed, start=start)
-            for batch, position in made:
+    def batches(self, start: Positions | None = None) -> Generator[tuple[Batch, Positions]]:
+        """Batches from a position on, each with the position after; closing it ends the workers.
+
+        A position has one of each part, which is that of the start for parts that are not read.
+        """
+        positions = [START] * self.parts if start is None else [*start]
+        rows = self.batch_size // self.parts
+        with _reader(self._stream(), self.workers) as read:
+            own = range(self.parts) if self.read is None else self.read
+            made = {k: self._rows(k, positions[k], read) for k in own}
+            while True:
+                batch: Batch = {}
+                for k, stream in made.items():
+                    found, positions[k] = next(stream)
+                    for name, x in found.items():
+                        if name not in batch:
+                            batch[name] = np.zeros((self.batch_size, *x.shape[1:]), x.dtype)
+                        batch[name][k * rows : (k + 1) * rows] = x
                 sequences.check_token_ids(batch, self.vocab_size or self.tokenizer.vocab_size)
-                yield batch, position
+                yield batch, tuple(positions)
 
-    def documents(self, start: int) -> Generator[Document]:
-        """Token ids of the documents from number `start` of the endless stream on."""
+    def _rows(self, part: int, start: Position, read: "Reader") -> Batches:
+        """A part's rows of each batch, with its position after it."""
+        sizes = {"batch_size": self.batch_size // self.parts, "seq_len": self.seq_len}
+        documents = self.documents(start.documents, part, read)
+        made = MODES[self.mode](documents, **_separators(self.tokenizer), start=start, **sizes)
+        if self.mode == "packed":
+            made = sequences.shuffled_rows(made, seed=self.seed, start=start)
+        return made
+
+    def documents(
+        self, start: int, part: int = 0, read: "Reader | None" = None
+    ) -> Generator[Document]:
+        """Token ids of a part's documents from its number `start` on, without end.
+
+        `read` is of `_reader`; by default this process reads.
+        """
+        span = max(1, _GROUP // self.parts) * self.parts
+        first = start * self.parts + part
+        groups = (range(n, n + span, self.parts) for n in itertools.count(first, span))
+        empty = 0
+        for group in (read or partial(map, partial(_encoded, self._stream())))(groups):
+            for document in group:
+                empty = 0 if len(document) else empty + 1
+                if empty > 2 * len(self.source):
+                    # A part may have missed a document for some epochs.
+                    if not any(len(self.tokenizer.encode(text)) for text in self.source):
+                        raise ValueError("every document of the training text is empty")
+                    empty = 0
+                yield document
+
+    def _stream(self) -> "Stream":
+        """The token ids of each document of the endless stream, by number."""
         import grain
 
         # Grain shuffles with another seed in each epoch: index // len(source) is the epoch.
         stream = grain.MapDataset.source(self.source).shuffle(self.seed).repeat()
-        groups = (
-            stream[start:]
-            .map(self.tokenizer.encode)
-            .batch(_GROUP, batch_fn=_join)
-            .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        )
-        if self.workers:
-            _mark_flags_as_parsed()
-            options = grain.MultiprocessingOptions(self.workers, _GROUPS_AHEAD)
-            groups = groups.mp_prefetch(options, worker_init_fn=_start_worker)
-        empty = 0
-        with closing(iter(groups)) as iterator, _worker_loss_as_os_error():
-            for tokens, lengths in iterator:
-                # A copy, because shared memory is released with `tokens`.
-                for document in np.split(np.array(tokens), np.cumsum(lengths)[:-1]):
-                    empty = 0 if len(document) else empty + 1
-                    if empty > 2 * len(self.source):  # at least one whole epoch
-                        raise ValueError("every document of the training text is empty")
-                    yield document
+        return stream.map(self.tokenizer.encode)
+
+
+Stream = Any  # a grain.MapDataset of documents
+# Gives the documents of each group of numbers.
+Reader = Callable[[Iterable[range]], Iterator[list[Document]]]
+
+
+def _encoded(stream: Stream, numbers: range) -> list[Document]:
+    return [stream[number] for number in numbers]
 
 
 @contextmanager
-def _worker_loss_as_os_error() -> Iterator[None]:
-    """Raises what Grain raises when a worker process has ended as an OSError that says so."""
+def _reader(stream: Stream, workers: int) -> Iterator[Reader]:
+    """Gives the reader of a stream's groups: one after another here, or ahead in worker processes.
+
+    Streams of all parts share the workers: each takes any group. Raises OSError if a worker ends.
+    """
+    if not workers:
+        yield partial(map, partial(_encoded, stream))
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (stream,))
+
+    def ahead(groups: Iterable[range]) -> Iterator[list[Document]]:
+        ready: collections.deque = collections.deque()
+        for numbers in groups:
+            ready.append(pool.submit(_encoded_by_worker, numbers))
+            if len(ready) > workers * _GROUPS_AHEAD:
+                yield ready.popleft().result()
+
     try:
-        yield
-    except RuntimeError as error:
-        if "terminated unexpectedly" not in str(error):
-            raise
+        yield ahead
+    except BrokenProcessPool as error:
         reason = "most likely because the host's memory was short"
         raise OSError(
             f"a process that reads and tokenizes was ended from outside, {reason}: resume the run, "
             f"with fewer --workers ({error})"
         ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _join(documents: Sequence[Document]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " d"]]:
-    """Documents end to end, and their lengths: Grain takes a block of shared memory for each."""
-    return np.concatenate(documents), np.array([len(document) for document in documents])
+_OF_WORKER: list[Stream] = []  # in a worker process, what it reads
 
 
-def _mark_flags_as_parsed() -> None:
-    """Grain reads absl's flags, which raise unless absl.app has parsed them."""
-    from absl import flags
-
-    flags.FLAGS.mark_as_parsed()
-
-
-def _start_worker(_number: int, _count: int) -> None:
+def _start_worker(stream: Stream) -> None:
     """Runs first in each worker process."""
-    _mark_flags_as_parsed()
     # Ctrl-C reaches all processes of a terminal: the run ends itself, then its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_run, daemon=True).start()
+    _OF_WORKER.append(stream)
+
+
+def _encoded_by_worker(numbers: range) -> list[Document]:
+    return _encoded(_OF_WORKER[0], numbers)
 
 
 def _end_with_the_run() -> None:
-    """Ends a worker process after its run was killed; Grain's would wait forever."""
+    """Ends a worker process after its run was killed; it would wait for ever."""
     run = multiprocessing.parent_process()
     assert run is not None
     run.join()
-    time.sleep(1)  # until the queue is full: a half-made block of shared memory would remain
     os._exit(1)
 
 
@@ -191,11 +241,11 @@ def _check(
 
 
 def prefetch(
-    batches: Iterator[tuple[Batch, Position]], put: Callable[[Batch], T], size: int = 2
-) -> Generator[tuple[T, Position]]:
+    batches: Iterator[tuple[Batch, Positions]], put: Callable[[Batch], T], size: int = 2
+) -> Generator[tuple[T, Positions]]:
     """Runs `put`, such as to the devices, `size` batches ahead in a thread; closes `batches`."""
 
-    def produce() -> tuple[T, Position] | None:
+    def produce() -> tuple[T, Positions] | None:
         item = next(batches, None)
         return None if item is None else (put(item[0]), item[1])
 

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from train.data.agreement import check_agreement, read_beside
 from train.data.glue import Examples
 from train.data.separator import first_and_last
-from train.data.sequences import START, Batch, Position
+from train.data.sequences import START, Batch, Position, Positions
 from train.data.tokenizer import read_tokenizer
 
 # Lengths to which rows are padded, up to --seq-len.
@@ -95,16 +95,19 @@ class PairData:
         """The length of the longest batch."""
         return padded_length(max(len(row.ids) for row in self.rows), self.seq_len)
 
-    def batches(self, start: Position = START) -> Generator[tuple[Batch, Position]]:
-        """Batches from a position on, which counts examples, each with the position after it."""
+    def batches(self, start: Positions | None = None) -> Generator[tuple[Batch, Positions]]:
+        """Batches from a position on, which counts examples, each with the position after it.
+
+        The data have one part.
+        """
         import grain
 
         examples: Any = grain.MapDataset.range(len(self.rows)).shuffle(self.seed).repeat()
-        first = start.documents
+        first = (start or (START,))[0].documents
         while True:
             chosen = [examples[first + i] for i in range(self.batch_size)]
             first += self.batch_size
-            yield self.batch(chosen), Position(first)
+            yield self.batch(chosen), (Position(first),)
 
     def evaluation(self, size: int) -> list[tuple[Batch, list[int]]]:
         """All examples, those of one length together, in batches of `size` with their numbers."""

@@ -13,6 +13,7 @@ the position.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ class Position(NamedTuple):
 
 
 START = Position()
+Positions = tuple[Position, ...]  # of each part of the data
 Batches = Iterator[tuple[Batch, Position]]  # each batch with the position after it
 
 
@@ -160,13 +162,9 @@ def shuffled_rows(batches: Batches, *, seed: int, start: Position = START) -> Ba
     window's number alone. `batches` begin at the window in which `start` is, and never end. For
     each batch one is read, so that no step waits for a whole window; two windows are in memory.
     """
-    import grain
-
     first, position = next(batches)
     size = len(first["inputs"])
     count = min(BATCHES, -(-WINDOW // size))
-    # Grain shuffles with another seed in each epoch.
-    order = grain.MapDataset.range(count * size).shuffle(seed).repeat()
     ahead = [first]
     for batch, at in itertools.islice(batches, count - 1):
         ahead.append(batch)
@@ -180,10 +178,20 @@ def shuffled_rows(batches: Batches, *, seed: int, start: Position = START) -> Ba
             batch, position = next(batches)
             ahead.append(batch)
             if used > taken:
-                chosen = np.array([order[at + i] for i in range((used - 1) * size, used * size)])
+                chosen = _shuffled(count * size, seed, at + (used - 1) * size, size)
                 batch = {name: x[chosen] for name, x in rows.items()}
                 yield batch, end if used == count else begin._replace(batches=used)
         begin, taken = end, 0
+
+
+@lru_cache(maxsize=1)  # parts of a stream need the same, one after another
+def _shuffled(count: int, seed: int, start: int, size: int) -> Int[np.ndarray, " size"]:
+    """Numbers of the endless stream of shuffled `range(count)`s, from number `start` on."""
+    import grain
+
+    # Grain shuffles with another seed in each epoch.
+    order = grain.MapDataset.range(count).shuffle(seed).repeat()
+    return np.array([order[start + i] for i in range(size)])
 
 
 def limit_tokens(batches: Iterable[Batch], max_tokens: int) -> Iterator[Batch]:

@@ -27,7 +27,7 @@ from train.run.initial import initial_state
 from train.run.metrics import read_metrics
 from train.run.parts import Evaluation, Log, Parts, log_devices, log_programs
 from train.run.trained import sample_text
-from train.step.mesh import make_mesh
+from train.step.mesh import make_mesh, own_rows
 from train.step.microbatches import check_batch
 from train.step.programs import abstract_params, make_programs, model_config, vocabulary_note
 from train.step.state import Params, TrainState
@@ -131,7 +131,9 @@ def assemble(config: Resolved, log: Log) -> TextParts:
         reason = "a file that one of several processes cannot read gives it other rows"
         raise ValueError(f"--skip-unreadable: {reason}; leave it out")
     source = SkippingUnreadable(train_text) if config.skip_unreadable else train_text
-    data = TrainingData(source, tokenizer, **own, **common)
+    parts = config.data_parts
+    read = sorted({row * parts // config.batch_size for row in own_rows(mesh, config.batch_size)})
+    data = TrainingData(source, tokenizer, parts=parts, read=read, **own, **common)
     sizes = {"batch_size": config.batch_size // config.accumulate, "max_tokens": config.eval_tokens}
     evaluation = evaluation_batches(eval_text, tokenizer, **sizes, **common)
     eval_tokens = int(sum(batch["weights"].sum() for batch in evaluation))

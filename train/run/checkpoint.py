@@ -34,7 +34,7 @@ Tree = Any
 
 # Raise it whenever the layout of the train state or of `progress` changes. Checkpoints before 2
 # have no number.
-FORMAT = 4
+FORMAT = 5
 # Seconds. Orbax measures them by the wall clock: a write would fail when that is set forward.
 _NO_TIMEOUT = 10**8
 

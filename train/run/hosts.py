@@ -1,8 +1,8 @@
 """The processes of a run on several hosts: how they join, and what they do and decide together.
 
-Each process is started with the same flags, reads the same stream of text and puts its own rows of
-a batch on its devices. All compute and write checkpoints; the first alone prints, and writes the
-other files of the run.
+Each process is started with the same flags, reads the parts of the text that fill its own rows of a
+batch, and puts these on its devices. All compute and write checkpoints; the first alone prints, and
+writes the other files of the run.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.config.flags import TrainingFlags
 from train.config.settings import flag
+from train.data.sequences import Position, Positions
 from train.run.meeting import Place, meet, tell
 from train.run.signals import StopRequest
 
@@ -237,6 +238,18 @@ def check_same(values: Mapping[str, Any]) -> None:
             f"process {jax.process_index()} has other settings or data than process 0 "
             f"({', '.join(different)}): start all with the same flags and files"
         )
+
+
+def furthest(positions: Positions | None) -> Positions | None:
+    """Each part's position in the process that reads it: in others it is where they began."""
+    if positions is None or not several():
+        return positions
+    from jax.experimental.multihost_utils import process_allgather
+
+    numbers = np.array(positions, np.int64).view(np.int32)  # as JAX has none of 64 bits
+    found = np.array(process_allgather(numbers)).view(np.int64)
+    # Of two positions in one part, the later one is the larger tuple.
+    return tuple(Position(*max(part)) for part in zip(*found.tolist(), strict=True))
 
 
 class PeerLost(OSError):

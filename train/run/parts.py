@@ -15,7 +15,7 @@ from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized
 from train.config.settings import ResolvedTraining
 from train.config.weights import split_params
-from train.data.sequences import START, Batch, Position
+from train.data.sequences import Batch, Positions
 from train.memory.units import in_words
 from train.step.mesh import available_devices, put_batch
 from train.step.programs import Programs
@@ -27,7 +27,7 @@ Log = Callable[[str], object]
 class Data(Protocol):
     """Batches to train on, without end."""
 
-    def batches(self, start: Position = START) -> Generator[tuple[Batch, Position]]:
+    def batches(self, start: Positions | None = None) -> Generator[tuple[Batch, Positions]]:
         """Batches from a position on, each with the position after it."""
         ...
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from train.config.settings import ResolvedTraining, read_fields, to_json
 from train.data.loader import prefetch
-from train.data.sequences import START, Position
+from train.data.sequences import Position, Positions
 from train.memory.cards import peak_flops
 from train.memory.plan import compiled_steps, device_memory, plan
 from train.memory.units import in_words
@@ -49,7 +49,7 @@ class Host:
 
     step: int = 0
     tokens: int = 0  # targets trained on
-    position: Position = START  # of the next batch
+    position: Positions | None = None  # of the next batch; None: the first
     peak_memory: tuple[int, str] = (0, "")  # most bytes of any process, and how they were found
     skipped: int = 0  # as far as metrics have been read
     evaluations: dict[int, float] = dataclasses.field(default_factory=dict)  # `score` by step
@@ -173,7 +173,9 @@ class Training:
         step, params, rest, progress = found
         if step > self.config.steps:
             raise ValueError(f"--steps {self.config.steps}: the run has done {step} already")
-        position, peak = Position(*progress["position"]), tuple(progress["peak_memory"])
+        position = progress["position"]
+        position = None if position is None else tuple(Position(*part) for part in position)
+        peak = tuple(progress["peak_memory"])
         skipped = int(rest["optimizer"].total_notfinite)
         found = progress.get("evaluations")  # None: of an older version
         if found is None:
@@ -329,7 +331,8 @@ class Training:
         if host.saved == host.step:
             return
         self._note_peak_memory()
-        progress = {name: getattr(host, name) for name in ("tokens", "position", "peak_memory")}
+        progress: dict[str, Any] = {"tokens": host.tokens, "peak_memory": host.peak_memory}
+        progress["position"] = hosts.furthest(host.position)
         known = host.evaluations.items()
         progress["evaluations"] = [(n, x if math.isfinite(x) else None) for n, x in known]
         prune = not skipping(state.optimizer)

@@ -160,12 +160,18 @@ def _place(
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts a batch `(B, L)` on the devices; each process has all of it, and puts its own rows."""
+    """Puts a batch `(B, L)` on the devices; each process puts its own rows, the others may be 0."""
     sharding = NamedSharding(mesh, BATCH)
     return {
         name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
         for name, array in batch.items()
     }
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> set[int]:
+    """The rows of a batch that this process puts on its devices."""
+    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    return {row for place in places.values() for row in np.arange(batch_size)[place].tolist()}
 
 
 def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

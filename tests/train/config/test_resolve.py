@@ -83,6 +83,11 @@ def test_microbatches_are_the_largest_that_divide_any_batch():
     assert resolve(Pretrain(model="llama-60m", batch_size=512)).accumulate == 512 // 128
 
 
+def test_the_text_is_cut_into_as_many_parts_of_eight_as_divide_any_batch():
+    parts = {size: resolve(Pretrain(batch_size=size)).data_parts for size in (512, 12, 6, 1)}
+    assert parts == {512: 8, 12: 4, 6: 2, 1: 1}
+
+
 def test_the_largest_rank_that_compresses_is_accepted():
     assert resolve(Pretrain(rank=127)).rank == 127
 
@@ -271,6 +276,8 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--steps 99999999999999999999", "expected less than 2**31"),
         ("--max-skipped 0", "expected 1 or more"),
         ("--workers -1", "expected 0 or more"),
+        ("--data-parts 0", "--data-parts 0: expected 1 or more"),
+        ("--data-parts 3", "--data-parts 3: expected a divisor of --batch-size 16"),
         ("--data c4", "needs --data-dir"),
         ("--data-dir x", "no effect with --data builtin"),
         ("--data text", "--data text needs --data-dir, a folder, a file or a pattern"),

@@ -236,6 +236,6 @@ def test_any_position_resumes_the_same_batches_and_epochs_give_the_steps():
             for name in a:
                 np.testing.assert_array_equal(a[name], b[name])
     steps = data.steps(2)
-    assert made[steps - 2][1].documents < 80 <= made[steps - 1][1].documents
+    assert made[steps - 2][1][0].documents < 80 <= made[steps - 1][1][0].documents
     first = np.concatenate([batch["inputs"].ravel() for batch, _ in made[: data.steps(1)]])
     assert {*range(1, 41)} <= {*(first // 100)}

@@ -21,7 +21,7 @@ from paths import ROOT
 
 from train.data import sequences, text
 from train.data.loader import TrainingData, evaluation_batches, prefetch
-from train.data.sequences import START, Position
+from train.data.sequences import Position
 from train.data.text import load_text
 from train.data.tokenizer import load_tokenizer
 
@@ -34,7 +34,7 @@ def training_data(source=DOCUMENTS, **settings):
     return TrainingData(source, BYTES, **{"batch_size": 2, "seq_len": 32} | settings)
 
 
-def first(data, count, start=START):
+def first(data, count, start=None):
     with closing(data.batches(start)) as batches:
         return list(islice(batches, count))
 
@@ -45,6 +45,24 @@ def assert_same(got, expected):
         assert batch.keys() == expected_batch.keys()
         for field, value in expected_batch.items():
             np.testing.assert_array_equal(batch[field], value)
+
+
+class Broken(list):
+    def __getitem__(self, number):
+        raise OSError("the disk is gone")
+
+
+class Counting:
+    """A tokenizer of bytes that notes what it encodes."""
+
+    vocab_size, separator, begin = BYTES.vocab_size, BYTES.separator, BYTES.begin
+
+    def __init__(self):
+        self.texts = []
+
+    def encode(self, text):
+        self.texts.append(text)
+        return BYTES.encode(text)
 
 
 def read_order(data, documents):
@@ -214,13 +232,25 @@ def test_the_seed_decides_the_order():
     assert read_order(training_data(seed=1), 17) != read_order(training_data(seed=7), 17)
 
 
+def test_parts_have_each_document_of_the_stream_once():
+    def read(data, part, count):
+        return [BYTES.decode(tokens) for tokens in islice(data.documents(0, part), count)]
+
+    epochs = read(training_data(), 0, 3 * len(DOCUMENTS))
+    parts = [read(training_data(batch_size=6, parts=3), part, len(DOCUMENTS)) for part in range(3)]
+    assert [text for texts in zip(*parts, strict=True) for text in texts] == epochs
+
+
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("mode", ["packed", "document"])
-def test_any_position_resumes_the_same_batches_across_epochs_and_windows(mode, small_windows):
-    data = training_data(mode=mode)
-    batches = first(data, 25)
-    assert batches[-1][1].documents > 2 * len(DOCUMENTS)
-    for i, (_, position) in enumerate(batches):
-        assert_same(first(data, 2, position), first(data, i + 3)[i + 1 :])
+def test_any_position_resumes_the_same_batches_across_epochs_and_windows(
+    mode, parts, small_windows
+):
+    data = training_data(mode=mode, parts=parts)
+    batches = first(data, 27)
+    assert sum(position.documents for position in batches[24][1]) > 2 * len(DOCUMENTS)
+    for i, (_, position) in enumerate(batches[:25]):
+        assert_same(first(data, 2, position), batches[i + 1 : i + 3])
 
 
 def test_rows_of_a_long_document_are_spread_over_batches_and_each_is_there_once(monkeypatch):
@@ -237,10 +267,31 @@ def test_rows_of_a_long_document_are_spread_over_batches_and_each_is_there_once(
     assert sorted(rows) == sorted(unshuffled)  # 40 batches are two windows
 
 
+@pytest.mark.parametrize("mode", ["packed", "document"])
+def test_processes_read_their_parts_alone_and_their_rows_are_those_of_one_process(mode):
+    def batches_of(read):
+        tokenizer = Counting()
+        sizes = {"batch_size": 8, "seq_len": 16, "parts": 4, "mode": mode}
+        batches = first(TrainingData(DOCUMENTS, tokenizer, read=read, **sizes), 5)
+        return [batch for batch, _ in batches], tokenizer.texts, batches[-1][1]
+
+    whole, texts, positions = batches_of(None)
+    left, right = batches_of((0, 1)), batches_of((3, 2))
+    for batch, own, others in zip(whole, left[0], right[0], strict=True):
+        for name, expected in batch.items():
+            np.testing.assert_array_equal(own[name][:4], expected[:4])
+            np.testing.assert_array_equal(others[name][4:], expected[4:])
+            assert not own[name][4:].any()
+            assert not others[name][:4].any()
+    assert min(len(left[1]), len(right[1])) > len(texts) / 3
+    assert sorted(left[1] + right[1]) == sorted(texts)
+    assert positions == (*left[2][:2], *right[2][2:])
+
+
 def test_worker_processes_give_the_same_batches_and_end_when_closed(small_windows):
-    expected = first(training_data(), 30)
+    expected = first(training_data(parts=2), 30)
     for workers in (1, 2):
-        data = training_data(workers=workers)
+        data = training_data(parts=2, workers=workers)
         assert_same(first(data, 30), expected)
         assert_same(first(data, 9, expected[20][1]), expected[21:])
     assert not multiprocessing.active_children()
@@ -260,10 +311,6 @@ def test_a_position_means_the_same_for_the_real_text(shared_data):
 
 
 def test_an_error_in_a_worker_is_raised_in_the_run():
-    class Broken(list):
-        def __getitem__(self, number):
-            raise OSError("the disk is gone")
-
     with pytest.raises(OSError, match="the disk is gone"):
         first(training_data(Broken(DOCUMENTS), workers=1), 1)
     assert not multiprocessing.active_children()
@@ -338,6 +385,8 @@ def is_running(pid):
     [
         ({"mode": "padded"}, "mode='padded' is unknown: choose one of packed, document"),
         ({"batch_size": 0}, "batch_size=0: give at least 1"),
+        ({"parts": 0}, "parts=0: give a divisor of batch_size=2"),
+        ({"parts": 4}, "parts=4: give a divisor of batch_size=2"),
         ({"seq_len": 0}, "seq_len=0: give at least 1"),
         ({"workers": -1}, "workers=-1"),
         ({"workers": 1_000_000}, "workers=1000000: give the number of processes, 0 for none, "),
@@ -349,7 +398,7 @@ def is_running(pid):
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         training_data(**settings)
-    settings = {k: v for k, v in settings.items() if k not in ("workers", "seed")}
+    settings = {k: v for k, v in settings.items() if k not in ("workers", "seed", "parts")}
     if settings:
         source = settings.pop("source", DOCUMENTS)
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -361,6 +410,11 @@ def test_text_without_a_token_is_refused_rather_than_read_for_ever():
         first(training_data(["", ""]), 1)
     with pytest.raises(ValueError, match="every document of the validation text is empty"):
         evaluation_batches(["", ""], BYTES, batch_size=2, seq_len=4)
+
+
+def test_a_text_of_which_a_part_sees_only_empty_documents_for_many_epochs_is_read(small_windows):
+    data = training_data([""] * 40 + ["text"], batch_size=8, parts=8, seq_len=4)
+    assert all((batch["segment_ids"] > 0).all() for batch, _ in first(data, 5))
 
 
 def test_a_tokenizer_that_breaks_its_word_on_the_vocabulary_is_caught():

@@ -8,7 +8,6 @@ from small_glue import WORDS, write_encoder
 
 from train.data.glue import Examples
 from train.data.pairs import PairTokenizer, padded_length, pair_data
-from train.data.sequences import Position
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def test_each_epoch_has_every_example_once_in_another_order(data):
 def test_a_stream_goes_on_from_any_position(data):
     whole = [*itertools.islice(data.batches(), 4)]
     for i, (_, position) in enumerate(whole[:3]):
-        batch, after = next(data.batches(Position(*position)))
+        batch, after = next(data.batches(position))
         np.testing.assert_array_equal(batch["targets"], whole[i + 1][0]["targets"])
         assert after == whole[i + 1][1]
 

@@ -9,14 +9,16 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from paths import ROOT
 from small_pair import SETTINGS, end, ended, pair
-from small_run import killed_command, losses, small
+from small_run import ADAMW, killed_command, losses, small
 
 from train.config.resolve import resolve
+from train.data.sequences import START, Position
 from train.pretrain import main
+from train.run import assemble, hosts
 from train.run import directory as run_directory
-from train.run import hosts
 from train.run.directory import resume_command
 from train.run.meeting import Place
 
@@ -143,6 +145,25 @@ def test_torchruns_variables_say_where_a_process_is(monkeypatch):
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(ValueError, match=r"--launcher: .*RANK in the environment: .*'first'"):
         hosts.join(small("unused", launcher=True))
+
+
+def test_a_process_reads_the_parts_of_the_text_that_fill_its_rows(monkeypatch):
+    config = resolve(small("unused", **ADAMW, batch_size=32))
+    for own, read in (({*range(16)}, [0, 1, 2, 3]), ({5, 31}, [1, 7])):
+        monkeypatch.setattr(assemble, "own_rows", lambda *_, own=own: own)
+        data = assemble.assemble(config, lambda _: None).data
+        assert (data.parts, data.read) == (8, read)
+
+
+def test_a_position_has_of_each_part_that_of_the_process_which_reads_it(monkeypatch):
+    far = 2**40
+    own = (Position(far, 7, 3, 2), START, Position(5, 0, 3, 2), START)
+    other = (START, Position(far, 2, 3, 2), Position(5, 0, 3, 2), Position(0, 0, 0, 1))
+    numbers = np.array(other, np.int64).view(np.int32)
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.stack([x, numbers]))
+    assert hosts.furthest(own) == (own[0], other[1], own[2], other[3])
+    assert hosts.furthest(None) is None
 
 
 def test_processes_compare_where_they_write_and_what_they_see_there(tmp_path, monkeypatch):
