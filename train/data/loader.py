@@ -26,9 +26,10 @@ from train.data.sequences import MODES, START, Batch, Batches, Document, Positio
 from train.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
+Stream = Any  # a grain.MapDataset of documents
+Reader = Callable[[Iterator[int]], Iterator[Document]]  # gives the documents with these numbers
 
-# What a worker process sends together, in documents over all parts, and such groups of a part that
-# are ready for each worker.
+# Documents that a worker process sends together, and such groups that are ready for each.
 _GROUP, _GROUPS_AHEAD = 32, 4
 # More worker processes than this only take memory, and a typing error would start a million.
 _WORKERS_PER_CORE = 8
@@ -73,8 +74,8 @@ class TrainingData:
         """
         positions = [START] * self.parts if start is None else [*start]
         rows = self.batch_size // self.parts
-        with _reader(self._stream(), self.workers) as read:
-            own = range(self.parts) if self.read is None else self.read
+        own = range(self.parts) if self.read is None else self.read
+        with _reader(self._stream(), self.workers, len(own)) as read:
             made = {k: self._rows(k, positions[k], read) for k in own}
             while True:
                 batch: Batch = {}
@@ -87,7 +88,7 @@ class TrainingData:
                 sequences.check_token_ids(batch, self.vocab_size or self.tokenizer.vocab_size)
                 yield batch, tuple(positions)
 
-    def _rows(self, part: int, start: Position, read: "Reader") -> Batches:
+    def _rows(self, part: int, start: Position, read: Reader) -> Batches:
         """A part's rows of each batch, with its position after it."""
         sizes = {"batch_size": self.batch_size // self.parts, "seq_len": self.seq_len}
         documents = self.documents(start.documents, part, read)
@@ -97,27 +98,23 @@ class TrainingData:
         return made
 
     def documents(
-        self, start: int, part: int = 0, read: "Reader | None" = None
+        self, start: int, part: int = 0, read: Reader | None = None
     ) -> Generator[Document]:
         """Token ids of a part's documents from its number `start` on, without end.
 
         `read` is of `_reader`; by default this process reads.
         """
-        span = max(1, _GROUP // self.parts) * self.parts
-        first = start * self.parts + part
-        groups = (range(n, n + span, self.parts) for n in itertools.count(first, span))
-        empty = 0
-        for group in (read or partial(map, partial(_encoded, self._stream())))(groups):
-            for document in group:
-                empty = 0 if len(document) else empty + 1
-                if empty > 2 * len(self.source):
-                    # A part may have missed a document for some epochs.
-                    if not any(len(self.tokenizer.encode(text)) for text in self.source):
-                        raise ValueError("every document of the training text is empty")
-                    empty = 0
-                yield document
+        numbers, empty = itertools.count(start * self.parts + part, self.parts), 0
+        for document in (read or partial(map, self._stream().__getitem__))(numbers):
+            empty = 0 if len(document) else empty + 1
+            if empty > 2 * len(self.source):
+                # A part may have missed a document for some epochs.
+                if not any(len(self.tokenizer.encode(text)) for text in self.source):
+                    raise ValueError("every document of the training text is empty")
+                empty = 0
+            yield document
 
-    def _stream(self) -> "Stream":
+    def _stream(self) -> Stream:
         """The token ids of each document of the endless stream, by number."""
         import grain
 
@@ -126,33 +123,25 @@ class TrainingData:
         return stream.map(self.tokenizer.encode)
 
 
-Stream = Any  # a grain.MapDataset of documents
-# Gives the documents of each group of numbers.
-Reader = Callable[[Iterable[range]], Iterator[list[Document]]]
-
-
-def _encoded(stream: Stream, numbers: range) -> list[Document]:
-    return [stream[number] for number in numbers]
-
-
 @contextmanager
-def _reader(stream: Stream, workers: int) -> Iterator[Reader]:
-    """Gives the reader of a stream's groups: one after another here, or ahead in worker processes.
+def _reader(stream: Stream, workers: int, parts: int) -> Iterator[Reader]:
+    """Gives the reader of each of some parts: here, one by one, or ahead in worker processes.
 
-    Streams of all parts share the workers: each takes any group. Raises OSError if a worker ends.
+    The parts share the workers: each takes any group of documents. Raises OSError if a worker ends.
     """
     if not workers:
-        yield partial(map, partial(_encoded, stream))
+        yield partial(map, stream.__getitem__)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (stream,))
+    most = max(1, workers * _GROUPS_AHEAD // parts)
 
-    def ahead(groups: Iterable[range]) -> Iterator[list[Document]]:
+    def ahead(numbers: Iterator[int]) -> Iterator[Document]:
         ready: collections.deque = collections.deque()
-        for numbers in groups:
-            ready.append(pool.submit(_encoded_by_worker, numbers))
-            if len(ready) > workers * _GROUPS_AHEAD:
-                yield ready.popleft().result()
+        while True:
+            ready.append(pool.submit(_encoded, [*itertools.islice(numbers, _GROUP)]))
+            if len(ready) > most:
+                yield from ready.popleft().result()
 
     try:
         yield ahead
@@ -177,8 +166,9 @@ def _start_worker(stream: Stream) -> None:
     _OF_WORKER.append(stream)
 
 
-def _encoded_by_worker(numbers: range) -> list[Document]:
-    return _encoded(_OF_WORKER[0], numbers)
+def _encoded(numbers: Iterable[int]) -> list[Document]:
+    """What a worker process makes of some documents."""
+    return [_OF_WORKER[0][number] for number in numbers]
 
 
 def _end_with_the_run() -> None:
