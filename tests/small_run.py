@@ -195,6 +195,9 @@ def poison_last_row_at(step: int, process: int) -> None:
 
     def poisoning(mesh, batch):
         trains = threading.current_thread() is not threading.main_thread()
+        if trains:  # each of two processes reads the text of its own rows alone
+            own = slice(4, 8) if jax.process_index() == 1 else slice(4)
+            assert batch["weights"].any(axis=1).nonzero()[0].tolist() == [*range(8)[own]]
         if trains and next(batches) == step and jax.process_index() == process:
             inputs = batch["inputs"].copy()
             inputs[-1] = BAD

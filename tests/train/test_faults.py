@@ -139,7 +139,9 @@ def test_of_two_processes_a_slow_one_is_waited_for_and_both_killed_in_a_save_rep
 
 
 @pytest.mark.slow
-def test_numbers_of_one_host_that_are_not_finite_make_both_skip_the_step(tmp_path):
+def test_numbers_of_one_host_that_reads_its_rows_alone_make_both_skip_a_step_if_not_finite(
+    tmp_path,
+):
     out = tmp_path / "run"
     assert ended(pair(out, ("nan", "3", "")), 120)[0] == [0, 0]
     lines = [line for line in read_metrics(out) if "loss" in line]

@@ -13,7 +13,7 @@ from models.llama.axes import logical_axes
 from models.llama.config import SIZES, LlamaConfig, Weight, weight_table
 from train.config.resolve import resolve
 from train.run.assemble import assemble
-from train.step.mesh import make_mesh, param_shardings, parse_mesh, put_batch
+from train.step.mesh import make_mesh, own_rows, param_shardings, parse_mesh, put_batch
 from train.step.microbatches import check_batch
 
 
@@ -92,6 +92,8 @@ def test_a_batch_is_split_over_data_and_fsdp():
     placed = put_batch(make_mesh("data=2,fsdp=2,tensor=2"), batch)["inputs"]
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 4)}
     np.testing.assert_array_equal(placed, batch["inputs"])
+    assert own_rows(make_mesh("data=2,fsdp=2,tensor=2"), 8) == {*range(8)}
+    assert own_rows(make_mesh(None), 3) == {0, 1, 2}
 
 
 @pytest.fixture(scope="module")
