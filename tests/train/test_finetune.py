@@ -96,7 +96,7 @@ def test_the_exported_classifier_gives_the_predictions_of_the_run(finished, fold
     found = model.logits(hidden).argmax(-1)
     lines = (finished / "predictions.tsv").read_text().splitlines()[1:]
     assert [int(lines[i].split("\t")[1]) for i in numbers] == found.tolist()
-    with pytest.raises(ValueError, match="already has config.json in it"):
+    with pytest.raises(ValueError, match=r"already has config\.json in it"):
         export(Export(run=str(finished), out=str(out)))
 
 
