@@ -12,24 +12,23 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from jaxtyping import Int
 
 from train.data import sequences
 from train.data.sequences import MODES, START, Batch, Batches, Document, Position, Positions
 from train.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
-Stream = Any  # a grain.MapDataset of documents
-Reader = Callable[[Iterator[int]], Iterator[Document]]  # gives the documents with these numbers
 
-# Documents that a worker process sends together, and such groups that are ready for each.
+# Documents that a worker process sends together, and such groups that each keeps ready.
 _GROUP, _GROUPS_AHEAD = 32, 4
 # More worker processes than this only take memory, and a typing error would start a million.
 _WORKERS_PER_CORE = 8
@@ -75,8 +74,8 @@ class TrainingData:
         positions = [START] * self.parts if start is None else [*start]
         rows = self.batch_size // self.parts
         own = range(self.parts) if self.read is None else self.read
-        with _reader(self._stream(), self.workers, len(own)) as read:
-            made = {k: self._rows(k, positions[k], read) for k in own}
+        with self._read({k: positions[k].documents for k in own}) as documents:
+            made = {k: self._rows(documents[k], positions[k]) for k in own}
             while True:
                 batch: Batch = {}
                 for k, stream in made.items():
@@ -88,24 +87,67 @@ class TrainingData:
                 sequences.check_token_ids(batch, self.vocab_size or self.tokenizer.vocab_size)
                 yield batch, tuple(positions)
 
-    def _rows(self, part: int, start: Position, read: Reader) -> Batches:
+    def _rows(self, documents: Iterator[Document], start: Position) -> Batches:
         """A part's rows of each batch, with its position after it."""
         sizes = {"batch_size": self.batch_size // self.parts, "seq_len": self.seq_len}
-        documents = self.documents(start.documents, part, read)
         made = MODES[self.mode](documents, **_separators(self.tokenizer), start=start, **sizes)
         if self.mode == "packed":
             made = sequences.shuffled_rows(made, seed=self.seed, start=start)
         return made
 
-    def documents(
-        self, start: int, part: int = 0, read: Reader | None = None
-    ) -> Generator[Document]:
-        """Token ids of a part's documents from its number `start` on, without end.
+    def documents(self, start: int, part: int = 0) -> Generator[Document]:
+        """Token ids of a part's documents from its number `start` on, without end."""
+        with self._read({part: start}) as documents:
+            yield from documents[part]
 
-        `read` is of `_reader`; by default this process reads.
+    @contextmanager
+    def _read(self, starts: Mapping[int, int]) -> Iterator[Mapping[int, Iterator[Document]]]:
+        """The documents of some parts, each from a number of its own on.
+
+        The parts share the workers, which read a group of documents for each of them in turn. What
+        comes for one part before it is asked for is kept: parts of a shuffled text are alike, so
+        that they ask for nearly as many.
         """
-        numbers, empty = itertools.count(start * self.parts + part, self.parts), 0
-        for document in (read or partial(map, self._stream().__getitem__))(numbers):
+        import grain
+
+        # Grain shuffles with another seed in each epoch: index // len(source) is the epoch.
+        stream = grain.MapDataset.source(self.source).shuffle(self.seed).repeat()
+        document: Any = stream.map(self.tokenizer.encode).__getitem__
+        if not self.workers:
+            parts = {k: itertools.count(n * self.parts + k, self.parts) for k, n in starts.items()}
+            yield {k: self._checked(map(document, numbers)) for k, numbers in parts.items()}
+            return
+        _mark_flags_as_parsed()
+        groups = (
+            grain.MapDataset.range(2**62)
+            .map(partial(_in_turn, tuple(starts.items()), self.parts))
+            .map(document)
+            .batch(_GROUP, batch_fn=_join)
+            .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+            .mp_prefetch(
+                grain.MultiprocessingOptions(self.workers, _GROUPS_AHEAD),
+                worker_init_fn=_start_worker,
+            )
+        )
+        kept: dict[int, collections.deque[Document]] = {k: collections.deque() for k in starts}
+        turns = itertools.cycle(starts)
+
+        def of(part: int) -> Iterator[Document]:
+            while True:
+                while not kept[part]:
+                    tokens, lengths = next(iterator)
+                    # A copy, because shared memory is released with `tokens`.
+                    split = np.split(np.array(tokens), np.cumsum(lengths)[:-1])
+                    kept[next(turns)].extend(split)
+                yield kept[part].popleft()
+
+        with closing(iter(groups)) as iterator, _worker_loss_as_os_error():
+            yield {k: self._checked(of(k)) for k in starts}
+
+    def _checked(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """The documents; ValueError if none has a token."""
+        empty = 0
+        for document in documents:
             empty = 0 if len(document) else empty + 1
             if empty > 2 * len(self.source):
                 # A part may have missed a document for some epochs.
@@ -114,68 +156,56 @@ class TrainingData:
                 empty = 0
             yield document
 
-    def _stream(self) -> Stream:
-        """The token ids of each document of the endless stream, by number."""
-        import grain
 
-        # Grain shuffles with another seed in each epoch: index // len(source) is the epoch.
-        stream = grain.MapDataset.source(self.source).shuffle(self.seed).repeat()
-        return stream.map(self.tokenizer.encode)
+def _in_turn(starts: Sequence[tuple[int, int]], parts: int, i: int) -> int:
+    """The number of the i-th document, of groups for each of some parts in turn."""
+    group, within = divmod(i, _GROUP)
+    turn, which = divmod(group, len(starts))
+    part, start = starts[which]
+    return (start + turn * _GROUP + within) * parts + part
 
 
 @contextmanager
-def _reader(stream: Stream, workers: int, parts: int) -> Iterator[Reader]:
-    """Gives the reader of each of some parts: here, one by one, or ahead in worker processes.
-
-    The parts share the workers: each takes any group of documents. Raises OSError if a worker ends.
-    """
-    if not workers:
-        yield partial(map, stream.__getitem__)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (stream,))
-    most = max(1, workers * _GROUPS_AHEAD // parts)
-
-    def ahead(numbers: Iterator[int]) -> Iterator[Document]:
-        ready: collections.deque = collections.deque()
-        while True:
-            ready.append(pool.submit(_encoded, [*itertools.islice(numbers, _GROUP)]))
-            if len(ready) > most:
-                yield from ready.popleft().result()
-
+def _worker_loss_as_os_error() -> Iterator[None]:
+    """Raises what Grain raises when a worker process has ended as an OSError that says so."""
     try:
-        yield ahead
-    except BrokenProcessPool as error:
+        yield
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
         reason = "most likely because the host's memory was short"
         raise OSError(
             f"a process that reads and tokenizes was ended from outside, {reason}: resume the run, "
             f"with fewer --workers ({error})"
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-_OF_WORKER: list[Stream] = []  # in a worker process, what it reads
+def _join(documents: Sequence[Document]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " d"]]:
+    """Documents end to end, and their lengths: Grain takes a block of shared memory for each."""
+    return np.concatenate(documents), np.array([len(document) for document in documents])
 
 
-def _start_worker(stream: Stream) -> None:
+def _mark_flags_as_parsed() -> None:
+    """Grain reads absl's flags, which raise unless absl.app has parsed them."""
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()
+
+
+def _start_worker(_number: int, _count: int) -> None:
     """Runs first in each worker process."""
+    _mark_flags_as_parsed()
     # Ctrl-C reaches all processes of a terminal: the run ends itself, then its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_run, daemon=True).start()
-    _OF_WORKER.append(stream)
-
-
-def _encoded(numbers: Iterable[int]) -> list[Document]:
-    """What a worker process makes of some documents."""
-    return [_OF_WORKER[0][number] for number in numbers]
 
 
 def _end_with_the_run() -> None:
-    """Ends a worker process after its run was killed; it would wait for ever."""
+    """Ends a worker process after its run was killed; Grain's would wait forever."""
     run = multiprocessing.parent_process()
     assert run is not None
     run.join()
+    time.sleep(1)  # until the queue is full: a half-made block of shared memory would remain
     os._exit(1)
 
 
