@@ -25,8 +25,8 @@ class Export:
     run: str
     """Folder of the run."""
     out: str
-    """Folder to write to, in the format of transformers, with the tokenizer; adapters are
-    merged."""
+    """New or empty folder to write to, in the format of transformers, with the tokenizer; adapters
+    are merged."""
     adapters: bool = False
     """Write LoRA, DoRA or GradNormLoRP adapters alone, in PEFT's format, into adapters/ of the
     folder, and the model without them into base/."""

@@ -223,4 +223,5 @@ def _head_names(config: EncoderConfig, files: dict[str, Path]) -> dict[str, str]
 
 def _is_head(name: str) -> bool:
     """Whether a tensor is a pooler's or a classifier's, which a model may have no use for."""
-    return bool(re.fullmatch(r"(roberta\.|bert\.)?(pooler|classifier)\..*", name))
+    heads = r"(pooler\.dense|classifier|classifier\.dense|classifier\.out_proj)"
+    return bool(re.fullmatch(rf"(roberta\.|bert\.)?{heads}\.(weight|bias)", name))

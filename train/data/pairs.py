@@ -18,7 +18,7 @@ from train.data.agreement import check_agreement, read_beside
 from train.data.glue import Examples
 from train.data.separator import first_and_last
 from train.data.sequences import START, Batch, Position, Positions
-from train.data.tokenizer import read_tokenizer
+from train.data.tokenizer import errors_named, read_tokenizer
 
 # Lengths to which rows are padded, up to --seq-len.
 _LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -43,14 +43,12 @@ class PairTokenizer:
     def rows(self, texts: list[tuple[str, ...]]) -> list[Row]:
         """Encodes examples; ValueError if the tokenizer does not fit the model."""
         side = read_beside(self.path, "tokenizer_config.json").get("truncation_side") or "right"
-        try:
-            tokenizer = read_tokenizer(self.path)
-            content = json.loads(tokenizer.to_str())
+        tokenizer = read_tokenizer(self.path)
+        content = json.loads(tokenizer.to_str())
+        with errors_named(lambda said: f"{self.path} cannot encode the texts ({said})"):
             tokenizer.enable_truncation(self.seq_len, strategy="longest_first", direction=side)
             added = tokenizer.num_special_tokens_to_add(is_pair=len(texts[0]) == 2)
             found = tokenizer.encode_batch([x if len(x) == 2 else x[0] for x in texts])
-        except Exception as error:  # the package raises plain Exception
-            raise ValueError(f"{self.path} cannot encode the texts ({error})") from error
         first, _ = first_and_last(content["post_processor"])
         check_agreement(tokenizer, content, self.path, first)
         if not added:

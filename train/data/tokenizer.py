@@ -7,8 +7,8 @@ give different ids.
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -34,6 +34,17 @@ def load_tokenizer(name: str | Path, end_token: str | None = None) -> "Tokenizer
     return ByteTokenizer()
 
 
+@contextmanager
+def errors_named(message: Callable[[str], str]) -> Iterator[None]:
+    """Raises what the package raises, plain Exceptions and Rust's panics, as ValueError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise ValueError(message(str(error))) from error
+
+
 def read_tokenizer(path: Path) -> Any:
     """The tokenizer of a `tokenizer.json`, without what it says on lengths and on chance.
 
@@ -44,13 +55,9 @@ def read_tokenizer(path: Path) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import tokenizers
 
-    try:
+    give = "give 'bytes' or the path of a tokenizer.json of the package `tokenizers`"
+    with errors_named(lambda said: f"tokenizer={str(path)!r} cannot be read ({said}): {give}"):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises plain Exception
-        raise ValueError(
-            f"tokenizer={str(path)!r} cannot be read ({error}): give 'bytes' or the path of a "
-            "tokenizer.json of the package `tokenizers`"
-        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):  # merges left out at random
@@ -150,16 +157,10 @@ class FileTokenizer:
         """The text of the ids, without special tokens."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    @contextmanager
-    def _errors_named(self) -> Iterator[None]:
-        """Raises the package's plain Exceptions as ValueError that names the file."""
-        try:
-            yield
-        except Exception as error:
-            raise ValueError(
-                f"tokenizer={str(self.path)!r} cannot encode a text ({error}): give one whose "
-                "vocabulary has an unknown token, or all bytes"
-            ) from error
+    def _errors_named(self) -> AbstractContextManager[None]:
+        give = "give one whose vocabulary has an unknown token, or all bytes"
+        cannot = f"tokenizer={str(self.path)!r} cannot encode a text"
+        return errors_named(lambda said: f"{cannot} ({said}): {give}")
 
 
 Tokenizer = ByteTokenizer | FileTokenizer

@@ -186,7 +186,7 @@ def given_up(lines: Sequence[Mapping[str, Any]], max_skipped: int) -> int | None
 
 def tokens_per_second(lines: Iterable[Mapping[str, Any]]) -> float | None:
     """Tokens per second over all steps of a run, from the lines of `read_metrics`."""
-    lines = [line for line in lines if line.get("tokens_per_second")]
+    lines = [x for x in lines if x.get("tokens_per_second") and "tokens" in x]
     counts = [0, *(line["tokens"] for line in lines)]
     tokens = [after - before for before, after in itertools.pairwise(counts)]
     seconds = sum(n / line["tokens_per_second"] for n, line in zip(tokens, lines, strict=True))

@@ -71,7 +71,7 @@ def report(
         log(f"  {name:16} {value:>16}" + (f"  {note}" if note else ""))
     # Last, because it says that the run is finished.
     run_directory.write_json(directory / "summary.json", summary)
-    value = summary[parts.metric or "eval_perplexity"]
+    value = summary.get(parts.metric or "eval_perplexity")
     said = f"{math.nan if value is None else value:.{4 if parts.metric else 2}f}"
     log(f"{summary.get('metric', 'perplexity')} {said}; see {directory}")
 

@@ -104,9 +104,13 @@ def test_settings_that_change_the_function_are_refused_by_name(tmp_path, config,
 
 
 def test_a_tensor_that_is_not_known_is_refused_by_name(tmp_path):
-    folder = changed(tmp_path, "roberta", tensors=lambda t: {**t, "encoder.extra": np.ones(2)})
-    with pytest.raises(ValueError, match=r"1 tensors are unexpected: encoder\.extra"):
-        load_roberta(folder)
+    for name in ("encoder.extra", "classifier.lora_A.weight"):
+
+        def extra(tensors, name=name):
+            return {**tensors, name: np.ones(2)}
+
+        with pytest.raises(ValueError, match=rf"1 tensors are unexpected: {name}"):
+            load_roberta(changed(tmp_path / name, "roberta", tensors=extra))
 
 
 def test_padding_changes_nothing_and_a_row_too_long_is_refused():

@@ -363,3 +363,13 @@ def test_a_template_may_write_an_end_of_a_document_that_the_file_does_not_mark(t
     path = write_tokenizer(tmp_path / "tokenizer.json", {"<unk>": 0, "</s>": 1, "a": 2}, ["<unk>"])
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     assert load_tokenizer(path).encode_rendered("a</s>") == [2, 1]
+
+
+def test_a_panic_of_the_package_is_an_error_that_names_the_file(tmp_path):
+    model = {
+        "type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "</s>": 3}, "merges": [["a", "b"]],
+        "continuing_subword_prefix": "long",
+    }  # fmt: skip
+    path = write_tokenizer(tmp_path / "t.json", {"</s>": 3}, ["</s>"], model=model)
+    with pytest.raises(ValueError, match=r"t\.json' cannot be read \("):
+        load_tokenizer(path)
