@@ -299,18 +299,14 @@ class _Call:
         params = None if self.weights is None else self.project(self.weights, state)
         small_steps, inner_state, slopes = self.inner.update(small, state.inner, params)
         steps = self.tree.flatten_up_to(small_steps)
-        decays: list[Any] = [None] * len(steps)
-        if slopes is not None and self.weights is not None:
-            decays = self.tree.flatten_up_to(slopes)
+        decays = [None] * len(steps) if slopes is None else self.tree.flatten_up_to(slopes)
+        given = self.plans, like if self.weights is None else self.weights, decays
         if self.galore.recover is None:
-            weights = like if self.weights is None else self.weights
-            own = self.plans, self.bases(state), self.galore.scale
-            project_back(steps, *own, weights, decays, self.factored)
+            bases = self.bases(state)
+            steps = project_back(steps, bases, self.galore.scale, *given, factored=self.factored)
         else:
             state = self._recovered(steps, self.tree.flatten_up_to(small), state, grads)
-        for i, slope in enumerate(decays):
-            if slope is not None and self.weights is not None:
-                steps[i] = with_decay(steps[i], slope, self.plans[i], self.weights[i])
+            steps = list(map(with_decay, steps, *given))
         return self.tree.unflatten(steps), state._replace(
             count=optax.safe_increment(state.count),
             inner=sharded_like(inner_state, state.inner),

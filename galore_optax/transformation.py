@@ -102,9 +102,10 @@ class SubspaceParts(Protocol):
     ) -> tuple[optax.Updates, Any]:
         """Updates and the new state, from a projected gradient or a sum of such.
 
-        Those that are `factored` may be no arrays, but factors that `galore_optax.apply_updates`
-        takes: a GPU then adds the product of the factors to weights of 8 or 16 bits while it makes
-        it. With `needs_gradient` a ValueError if the gradient is not given.
+        Those that are `factored` (`tx.update` has the same extra argument) may be no arrays, but
+        objects that only `galore_optax.apply_updates` takes, to apply them to these params in the
+        same trace: a GPU then adds P N to weights of 8 or 16 bits while it makes it. With
+        `needs_gradient` a ValueError if the gradient is not given.
         """
 
 

@@ -47,6 +47,10 @@ class Metrics(NamedTuple):
     finite: Bool[Array, ""]  # whether everything was updated
 
 
+def _apply_updates(part: Params, updates: optax.Updates, *_: Any) -> Params:
+    return optax.apply_updates(part, updates)  # pyrefly: ignore[bad-return]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layerwise:
     """A training step that updates each layer as soon as the backward pass has its gradient.
@@ -110,7 +114,7 @@ class Layerwise:
     accumulate: int = 1
     accumulate_in_subspace: bool = False
     checkpoint: bool = True
-    apply_updates: Callable[..., Any] = lambda part, updates, *_: optax.apply_updates(part, updates)
+    apply_updates: Callable[..., Any] = _apply_updates
     factored: bool = False
 
     def __post_init__(self):
@@ -123,6 +127,11 @@ class Layerwise:
         checks.instance(self.model, "model", Layered)
         checks.instance(self.tx, "tx", optax.GradientTransformation)
         checks.function(self.apply_updates, "apply_updates")
+        if self.factored and self.apply_updates is _apply_updates:
+            raise ValueError(
+                "factored=True: optax.apply_updates takes arrays only; give an apply_updates that "
+                "calls galore_optax.apply_updates, or leave factored out"
+            )
         parts = subspace_parts(self.tx)
         if self.accumulate_in_subspace and (parts is None or parts.needs_gradient):
             lacks = "no subspace" if parts is None else "its way back needs whole gradients"

@@ -84,7 +84,7 @@ class _Unstacked:
         plans, tree = self._stacks(like)
         triples = zip(plans, tree.flatten_up_to(params), jax.tree.leaves(like), strict=True)
         return tree.unflatten(
-            [x if p is None else p.out_of((), as_arrays(x), y) for p, x, y in triples]
+            [x if p is None else p.out_of((), tuple(as_arrays(x)), y) for p, x, y in triples]
         )
 
     def init(self, params: optax.Params) -> optax.OptState:

@@ -27,7 +27,8 @@ class FactoredUpdate:
         projection: How the leaf is projected.
         bases: P.
         small: scale · N, as `Projection.into` gives it.
-        weights: W, dequantized; a program that does not use it does not make it.
+        weights: W, dequantized (the gradient, if params are not given); a program that does not
+            use it does not make it.
         slope: Minus the learning rate times the decay: one number or, for a stack, one for each
             matrix; None for no decay.
     """
@@ -42,22 +43,21 @@ class FactoredUpdate:
         """The update as an array, made after the `previous` one."""
         small = after_on_cpu(previous, self.small)  # one product after the other
         update = self.projection.out_of(self.bases, small, self.weights)
-        return with_decay(update, self.slope, self.projection, self.weights)
+        return with_decay(update, self.projection, self.weights, self.slope)
 
     def added_to(
         self, param: Any, seed: UInt32[Array, "2"] | None, leaf: int, previous: Any
     ) -> Any:
         """The new param, as `quantization.weights.rounded_sum` makes it of the whole update."""
-
-        def in_memory(param: Any, seed: Any) -> Any:
-            return rounded_sum(param, self.whole(previous), seed, leaf)
-
         factors = self._factors()
         if factors is None or not fits_sum(param, factors, seed):
-            return in_memory(param, seed)
+            return rounded_sum(param, self.whole(previous), seed, leaf)
 
         def in_kernel(param: Any, seed: Any) -> Any:
             return add_product(param, factors, seed, leaf=leaf)
+
+        def in_memory(param: Any, seed: Any) -> Any:  # not on one GPU
+            return rounded_sum(param, self.whole(previous), seed, leaf, in_kernel=False)
 
         return on_one_gpu(in_kernel, in_memory, param, seed)
 
@@ -67,6 +67,7 @@ class FactoredUpdate:
         if len(self.bases) != 1 or not view.in_order:
             return None
         small, slopes = self.projection.stacked(self.small), _slopes(self.slope, jnp.float32)
+        slopes = None if slopes is None else slopes.astype(jnp.float32)
         basis = dequantized(self.bases[0]).astype(small.dtype)
         if self.projection.modes == (0,):
             return Factors(basis, small, slopes, transposed=False)
@@ -74,37 +75,43 @@ class FactoredUpdate:
 
 
 def project_back(
-    steps: list[Any],
-    plans: Plans,
+    steps: Sequence[Any],
     bases: Sequence[Bases],
     scale: Any,
+    plans: Plans,
     weights: Sequence[Array],
-    slopes: list[Any],
+    slopes: Sequence[Any],
+    *,
     factored: bool,
-) -> None:
-    """Replaces N of each projected leaf by its update, `factored` or as an array.
+) -> list[Any]:
+    """Each leaf's update with its decay; of a projected leaf scale · P N, perhaps `factored`."""
+    made, previous = [], ()
+    for n, basis, plan, weight, slope in zip(steps, bases, plans, weights, slopes, strict=True):
+        if plan is None:
+            made.append(with_decay(n, plan, weight, slope))
+            continue
+        scaled = jax.tree.map(lambda x: scale * x, n)
+        update = FactoredUpdate(plan, basis, scaled, weight, slope)
+        previous = update if factored else update.whole(previous)
+        made.append(previous)
+    return made
 
-    The update has the leaf's decay, whose slope is taken out of `slopes`.
-    """
-    previous = ()
-    for i, plan in enumerate(plans):
-        if plan is not None:
-            scaled = jax.tree.map(lambda n: scale * n, steps[i])
-            update = FactoredUpdate(plan, bases[i], scaled, weights[i], slopes[i])
-            steps[i] = previous = update if factored else update.whole(previous)
-            slopes[i] = None
 
-
-def as_arrays(updates: Any) -> Any:
-    """A tree of updates, each of them as an array."""
-    return jax.tree.map(lambda x: x.whole() if isinstance(x, FactoredUpdate) else x, updates)
+def as_arrays(updates: Sequence[Any]) -> list[Any]:
+    """Updates as arrays, those that are factored made one after the other."""
+    made, previous = [], ()
+    for x in updates:
+        if isinstance(x, FactoredUpdate):
+            x = previous = x.whole(previous)
+        made.append(x)
+    return made
 
 
 def with_decay(
     update: Float[Array, "*shape"],
-    slope: Any,
     plan: Projection | None,
     weights: Float[Array, "*shape"],
+    slope: Any,
 ) -> Float[Array, "*shape"]:
     """An update plus slope · W; `slope` is None, one number, or one for each matrix of a stack."""
     slopes = _slopes(slope, weights.dtype)

@@ -67,6 +67,7 @@ def kernel_product(
     tile = (_ROWS, _INNER if transposed else _COLUMNS)
     step, length = (_COLUMNS, shape[1]) if transposed else (_INNER, shape[0])
     across = pl.cdiv(width, tile[1])
+    # `train.memory.program` reads the length of the sums from the axes of the rows.
     arrays, tree = jax.tree.flatten((rows, jax.tree.map(lambda x: x.reshape(-1), weight)))
 
     def kernel(*refs: Any) -> None:

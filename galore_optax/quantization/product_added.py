@@ -20,7 +20,8 @@ from galore_optax.quantization.codes import hashed, rounded_to_bfloat16
 from galore_optax.quantization.kernel import load_codes
 from galore_optax.sharding import explicit_axes
 
-_ROWS, _COLUMNS, _INNER = 64, 256, 32  # of a tile; the axis that is summed over
+# Of a tile, and of a part of the axis that is summed over. A block of codes is in one tile.
+_ROWS, _COLUMNS, _INNER = 64, 256, 32
 
 
 class Factors(NamedTuple):
@@ -54,7 +55,7 @@ def fits_sum(weight: Any, factors: Factors, seed: Any) -> bool:
         taken = weight.dtype == jnp.bfloat16 and seed is not None
     same = factors.left.dtype == factors.right.dtype
     halves = same and factors.left.dtype in (jnp.bfloat16, jnp.float16)
-    return taken and halves and 0 < weight.size < 2**31
+    return taken and halves and 0 < weight.size < 2**31 and weight.dtype.itemsize <= 4
 
 
 def add_product(
@@ -71,7 +72,8 @@ def add_product(
     stored. Blocks of codes whose numbers all stay the same are kept bit for bit.
 
     Args:
-        weight: A `QuantizedArray` or an array in bfloat16, `(*batch, n, m)`, overwritten.
+        weight: A `QuantizedArray` or an array in bfloat16, `(*batch, n, m)`; it is overwritten
+            unless the caller keeps it.
         factors: What to add.
         seed: The sum is rounded stochastically with it; None rounds to the nearest.
         leaf: A number of the leaf, so that leaves with one seed have other random numbers.
@@ -196,7 +198,9 @@ class _Tile(NamedTuple):
         """Writes new numbers."""
         rows, columns = (
             (first + jnp.arange(tile) < size)
-            for first, tile, size in zip(self[1:3], (_ROWS, _COLUMNS), self.shape, strict=True)
+            for first, tile, size in zip(
+                (self.first_row, self.first_column), (_ROWS, _COLUMNS), self.shape, strict=True
+            )
         )
         there = rows[:, None] & columns[None, :]
         if not is_quantized(like):

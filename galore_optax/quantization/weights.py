@@ -231,12 +231,17 @@ class AddsItself(Protocol):
 
 
 def rounded_sum(
-    param: Any, update: Float[Array, "*shape"], seed: UInt32[Array, "2"] | None, leaf: int
+    param: Any,
+    update: Float[Array, "*shape"],
+    seed: UInt32[Array, "2"] | None,
+    leaf: int,
+    in_kernel: bool = True,
 ) -> Any:
     """Returns the sum in the param's dtype or code, rounded stochastically if there is a seed.
 
     `leaf` is a number of the param, so that params with one seed have other random numbers. The sum
-    is computed a few rows at a time.
+    is computed a few rows at a time; of a quantized param on a single GPU, if `in_kernel`, in one
+    kernel.
     """
     if not is_quantized(param) and (seed is None or param.dtype != jnp.bfloat16):
         return optax.apply_updates(param, update)
@@ -253,7 +258,7 @@ def rounded_sum(
     def kernel(stored: Any, read: Any) -> Any:
         return in_one_kernel(summed, stored, read, seed=seed, leaf=leaf, keep=True)
 
-    fitting = kernel if fits([param]) else None
+    fitting = kernel if in_kernel and fits([param]) else None
     return over_chunks(begin, {0: param}, {1: update}, partial(chunks, param), kernel=fitting)[0]
 
 

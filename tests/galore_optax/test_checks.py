@@ -131,6 +131,7 @@ def test_what_is_no_rank_and_no_axis_is_refused():
         ("model", lambda: Layerwise("x", ADAM)),
         ("tx", lambda: Layerwise(MODEL, "x")),
         ("clip_norm", lambda: Layerwise(MODEL, ADAM, clip_norm="1")),
+        ("factored", lambda: Layerwise(MODEL, ADAM, factored=True)),
         ("checkpoint", lambda: Layerwise(MODEL, ADAM, checkpoint=1)),
         ("apply_updates", lambda: Layerwise(MODEL, ADAM, apply_updates=1)),
     ],

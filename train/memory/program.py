@@ -196,7 +196,7 @@ def _flops(i: Instruction, shapes: Mapping[str, str]) -> float:
         return 4 * math.prod(sizes) * sizes[2] * (2.5 if "Backward" in i.attributes else 1)
     if any(name in i.attributes for name in _PRODUCTS):
         sizes = (dimensions(shapes.get(name, "")) for name in i.operands)
-        return 2 * numbers(i.shape) * next(own[1] for own in sizes if len(own) == 2)
+        return 2 * numbers(i.shape) * next((own[1] for own in sizes if len(own) == 2), 0)
     gemm = "cublas" in i.attributes or "gemm" in i.attributes
     if gemm and "triangular" not in i.attributes and len(i.operands) > 1:
         # (m, k) times (k, n) to (m, n): the root of the three sizes' product is m k n.

@@ -13,6 +13,7 @@ from galore_optax import (
     quantize_weights,
     subspace_parts,
     unstacked,
+    without_refresh,
 )
 from galore_optax.projection import factored
 from galore_optax.projection.factored import FactoredUpdate
@@ -99,23 +100,33 @@ NUMBERS = {
 }
 INNERS = {
     "decay": optax.adamw(0.1, weight_decay=0.5),
-    "separate matrices": optax.chain(optax.scale_by_trust_ratio(), optax.scale(-0.1)),
+    "separate matrices": optax.chain(
+        optax.clip_by_block_rms(1.0), optax.add_decayed_weights(0.5), optax.scale(-0.1)
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    ("inner", "side"), [("decay", "smaller"), ("separate matrices", "larger"), ("decay", "both")]
+    ("inner", "side", "unstack", "kernels"),
+    [
+        ("decay", "smaller", None, 2),  # heads have three axes
+        ("separate matrices", "larger", None, 2),
+        ("decay", "larger", 2, 1),
+        ("decay", "both", None, 0),
+    ],
 )
-def test_factored_updates_change_weights_as_arrays_do(inner, side, monkeypatch):
-    tx = galore(16, INNERS[inner], side=side, weight_dimension_numbers=NUMBERS)
-    if side == "smaller":
-        tx = unstacked(tx, lambda params: {k: 1 if k == "norm" else None for k in params})
+def test_factored_updates_change_weights_as_arrays_do(inner, side, unstack, kernels, monkeypatch):
+    numbers = NUMBERS | ({"stack": GaLoreDimensionNumbers()} if unstack else {})
+    tx = galore(16, INNERS[inner], side=side, weight_dimension_numbers=numbers)
+    tx = unstacked(tx, lambda params: {k: {"stack": unstack, "norm": 1}.get(k) for k in params})
+    if unstack:
+        tx = without_refresh(tx)
     parts, params = subspace_parts(tx), quantize_weights(PARAMS, lambda path, _: "tall" in path)
     gradient = jax.tree.map(lambda x: 0.1 * x + 0.01, PARAMS)
     monkeypatch.setattr("galore_optax.inner._warn", lambda text: None)
     state = jax.jit(tx.init)(params)
     small = jax.jit(parts.project)(gradient, state)
-    kinds, kernels = [], []
+    kinds, made = [], []
 
     def new(factored):
         updates, _ = parts.update_projected(small, state, params, factored=factored)
@@ -123,17 +134,17 @@ def test_factored_updates_change_weights_as_arrays_do(inner, side, monkeypatch):
         return apply_updates(params, updates, jax.random.key(0))
 
     def interpreted(*args, **kwargs):
-        kernels.append(args)
+        made.append(args)
         return add_product(*args, **kwargs, interpret=True)
 
     expected, same = (jax.jit(new, static_argnums=0)(x) for x in (False, True))
-    assert kinds == [set(), {*PARAMS} - {"norm"}]
+    assert kinds == [set(), {*PARAMS} - {"norm", *(["stack"] if unstack else [])}]
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
     monkeypatch.setattr(factored, "add_product", interpreted)
     monkeypatch.setattr(factored, "on_one_gpu", lambda kernel, _, *args: kernel(*args))
     got = jax.jit(lambda: new(True))()
-    assert len(kernels) == (0 if side == "both" else 2)  # heads have three axes
+    assert len(made) == kernels
     for k, x in got.items():
         a, b = (np.asarray(y.dequantize() if is_quantized(y) else y, np.float32)
                 for y in (x, expected[k]))  # fmt: skip

@@ -122,8 +122,13 @@ def test_a_product_takes_the_time_of_its_flops():
             2 * 32 * 48 * 16,
         ),
         ('f32[32,48]{1,0} custom-call(%x, %y), custom_call_target="other"', 0),
+        (
+            '(u8[1536]{0}, f32[96]{0}) custom-call(%codes, %x, %y), custom_call_target="triton", '
+            'metadata={op_name="jit(f)/product_added/pallas_call"}',
+            2 * 1536 * 48,
+        ),
     ],
-    ids=["attention", "its-gradient", "gemm", "other"],
+    ids=["attention", "its-gradient", "gemm", "other", "own-kernel"],
 )
 def test_the_products_of_libraries_are_counted(call, flops):
     text = f"""
@@ -132,6 +137,7 @@ ENTRY %main (q: bf16[2,8,256,64], x: f32[32,48]) -> () {{
   %k = bf16[2,8,256,64]{{3,2,1,0}} parameter(1)
   %x = f32[32,48]{{1,0}} parameter(2)
   %y = f32[48,16]{{1,0}} parameter(3)
+  %codes = u8[1536]{{0}} parameter(4)
   ROOT %call = {call}
 }}
 """
