@@ -33,7 +33,8 @@ class StateArray:
     Attributes:
         name: Its place in the state, such as "[0].mu".
         role: "basis", "first moment", "second moment", "factor of a second moment", "other", or
-            "unclear", which keeps its numbers when a basis changes.
+            "unclear", which keeps its numbers when a basis changes, or with moments="reset" gets
+            its first ones.
         shape: Its shape; where matrices of a stack are separate, that of one matrix.
         stored: Its dtype, such as "float32", or "8 bits".
     """

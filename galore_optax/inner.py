@@ -176,7 +176,11 @@ class InnerCall:
                 leaves, tree = jax.tree.flatten(params)
                 made = found(jax.tree.leaves(grads), jax.tree.leaves(dequantized(state)), leaves)
                 slopes = tree.unflatten([None if s is None else first_element(s) for s in made])
-                params = optax.tree.zeros_like(params)
+                # Integers have no slope; they decay as `tx` has it.
+                params = jax.tree.map(
+                    lambda x: jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
+                    params,
+                )
         return *self.inner.tx.update(grads, state, params, **self.extra_args), slopes
 
     def check(self) -> None:
@@ -215,11 +219,12 @@ class InnerCall:
                     'be told apart when a basis changes; choose moments="keep"'
                 )
             of_projected = any(path[len(path) - len(end) :] == end for end in projected)
-            if role.unclear and of_projected and rule != "reset":
+            if role.unclear and of_projected:
+                then = "is set to what it was at first" if rule == "reset" else "stays as it is"
                 _warn(
                     f"galore: it is not known how the inner's state {name} follows the gradient's "
-                    "coordinates; it stays as it is when a basis changes; choose with moments= "
-                    "what becomes of it"
+                    f"coordinates; it {then} when a basis changes; choose with moments= what "
+                    "becomes of it"
                 )
         if callable(rule):
             check_rule(rule, [leaf for _, leaf in pairs], self.moments(), self.plans)

@@ -68,14 +68,19 @@ def axis_specs(x: Array) -> list[tuple[str, ...]]:
 def sharded_like(tree: Any, like: Any) -> Any:
     """Shards each array as the one in `like` if that has explicit mesh axes.
 
-    A state then keeps its type from step to step, which `jax.lax.scan` requires.
+    A state then keeps its type from step to step, which `jax.lax.scan` requires. Its containers may
+    have other types than those of `like`: optax lets an update return a tuple for a list.
     """
 
     def sharded(x: Any, y: Any) -> Any:
         explicit = isinstance(y, jax.Array) and explicit_axes(y)
         return jax.sharding.reshard(x, jax.typeof(y).sharding) if explicit else x
 
-    return jax.tree.map(sharded, tree, like)
+    leaves, structure = jax.tree.flatten(tree)
+    others = jax.tree.leaves(like)
+    if len(leaves) != len(others):  # as those of `optax.monitor` after its first update
+        return tree
+    return structure.unflatten(map(sharded, leaves, others))
 
 
 def varying_alike(tree: Any, but: Sequence[str] = ()) -> Any:

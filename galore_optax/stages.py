@@ -196,9 +196,8 @@ class _Call:
                 self.tree.flatten_up_to(with_updates(params, updates))
             )
         tree = self.tree.unflatten(like)
-        plans = projections(tree, galore.numbers, galore.rank, galore.side, galore.whole)
-        left_out = [isinstance(b, optax.MaskedNode) for b in self.tree.flatten_up_to(state.bases)]
-        plans = [None if out else plan for out, plan in zip(left_out, plans, strict=True)]
+        bases = self.tree.flatten_up_to(state.bases)
+        plans = projections(tree, galore.numbers, galore.rank, galore.side, galore.whole, bases)
 
         def call(plans: Plans) -> InnerCall:
             small = partial(_project, self.tree, plans, self.bases(state), like)

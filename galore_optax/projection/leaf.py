@@ -236,10 +236,12 @@ def projections(
     rank: Rank,
     side: str,
     whole: bool = False,
+    bases: Sequence[Any] | None = None,
 ) -> list[Projection | None]:
     """The projection of every leaf, in the order of `jax.tree.leaves`; None where there is none.
 
-    `whole` leaves out the bases of sides that are no longer than the rank.
+    `whole` leaves out the bases of sides that are no longer than the rank. `bases` are those of a
+    state, for each leaf as it stores them: leaves that it does not project are not.
     """
 
     def projection(path: str, view: LeafView) -> Projection:
@@ -263,7 +265,28 @@ def projections(
         return Projection(view, modes, (used,) * len(modes), path, left_out)
 
     views = matrix_views(params, numbers)
-    return [None if view is None else projection(path, view) for path, view in views]
+    plans = [None if view is None else projection(path, view) for path, view in views]
+    if bases is None:
+        return plans
+    return [_of_state(path, *pair) for (path, _), *pair in zip(views, plans, bases, strict=True)]
+
+
+def _of_state(path: str, plan: Projection | None, stored: Any) -> Projection | None:
+    """The projection of a leaf whose bases a state has; refuses bases that do not fit it."""
+    if isinstance(stored, optax.MaskedNode):
+        return None
+    found = [jnp.shape(basis) for basis in (stored if isinstance(stored, tuple) else (stored,))]
+    asked: Any = "no projection"
+    if plan is not None:
+        sides = zip(plan.modes, plan.ranks, strict=True)
+        asked = [(*plan.view.batch_shape, plan.view.sizes[mode], rank) for mode, rank in sides]
+    if found != asked:
+        raise ValueError(
+            f"state: its bases of the leaf at {path} have the shapes {found} instead of {asked}, "
+            "which rank, side and weight_dimension_numbers make of the params; give the state "
+            "that init made with these arguments and params"
+        )
+    return plan
 
 
 def warn_of_left_out(leaves: Sequence[Any], plans: Plans, numbers: WeightDimensionNumbers) -> None:

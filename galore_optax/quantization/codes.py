@@ -145,10 +145,13 @@ class Table:
     def encode(self, blocks, axis, random):
         refuse_random(random)
         signed = self.values[0] < 0
-        scales = _scales(blocks, axis, signed)
-        x = blocks / jnp.where(scales == 0, 1, scales)
+        # A quarter, since the reciprocal of a large normal number, by which XLA may multiply, is
+        # subnormal.
+        quarters = _scales(blocks, axis, signed) / 4
+        scales = 4 * (quarters := _normal(quarters))
+        x = blocks / jnp.where(quarters == 0, 1, quarters)
         values = np.array(self.values)
-        middles = list(((values[:-1] + values[1:]) / 2).astype(x.dtype))
+        middles = list((2 * (values[:-1] + values[1:])).astype(x.dtype))
         codes = bisected(lambda middle: x >= middle, middles)
         if not signed:
             codes = jnp.where((codes == 0) & (blocks > 0), 1, codes)
@@ -264,7 +267,7 @@ def random_bits(key: PRNGKeyArray, elements: UInt32[Array, "*s"]) -> UInt32[Arra
 
     They depend on nothing else: not on how the array is cut into chunks, tiles or shards.
     """
-    return hashed(jax.random.bits(key, (2,)), elements)
+    return hashed(jax.random.bits(key, (2,), jnp.uint32), elements)
 
 
 def hashed(

@@ -151,7 +151,8 @@ def updated(
 
     def flat(leaves: Sequence[Any]) -> list[Any]:
         others = others_tree.unflatten(leaves[len(own) :])
-        return tree.flatten_up_to(update(*tree.unflatten(leaves[: len(own)]), *others))
+        # By leaves: an update may return containers of other types than it was given.
+        return jax.tree.leaves(update(*tree.unflatten(leaves[: len(own)]), *others))
 
     if not any(is_quantized(x) and (chunks(x, CHUNK // 2) > 1 or fits([x])) for x in own):
         new = flat(dequantized(leaves))

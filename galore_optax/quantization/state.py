@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from galore_optax import checks
 from galore_optax.ordering import opaque
@@ -78,7 +79,11 @@ def cast_state(
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         params = cast(with_updates(params, updates))
         new, state = inner.update(cast(updates), state, params, **extra_args)
-        return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
+
+        def as_given(u: Array, g: Array) -> Array:  # but no fractions as integers, as in optax
+            return u.astype(g.dtype) if jnp.issubdtype(g.dtype, jnp.inexact) else u
+
+        return jax.tree.map(as_given, new, updates), state
 
     # optax's types say that a state is any tree, not which one.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]

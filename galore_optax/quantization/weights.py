@@ -196,7 +196,7 @@ def apply_updates(
         )
 
     # One for all leaves: a GPU starts several kernels for a key of each.
-    seed = None if key is None else jax.random.bits(key, (2,))
+    seed = None if key is None else jax.random.bits(key, (2,), jnp.uint32)
 
     previous: list[Any] = []
 

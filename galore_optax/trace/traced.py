@@ -99,6 +99,7 @@ def trace(
     leaves, tree = jax.tree.flatten(params)
     states, state_tree = jax.tree.flatten(state)
     same = state_tree == jax.tree.structure(made)
+    trees: list[Any] = []
 
     def update(*inputs: Any) -> list[Any]:
         n, m = len(leaves), len(leaves) + len(states)
@@ -107,12 +108,19 @@ def trace(
         updates, state = inner.update(
             updates, state_tree.unflatten(inputs[n:m]), params, **arguments
         )
+        trees.append(jax.tree.structure(state))
         return jax.tree.leaves((updates, state))
 
     try:
         traced = jax.make_jaxpr(update)(*leaves, *states, *leaves)
     except Exception as error:  # a missing argument may fail in any manner
         return Traced(leaves, states, init, same, None, update, error)
+    if trees[0].num_leaves != state_tree.num_leaves:
+        raise ValueError(
+            f"inner: its update changes the tree of its state from {state_tree} to {trees[0]}, as "
+            "the first one of optax.monitor does; put the part that does so outside, in "
+            "optax.chain(optax.monitor(...), galore(...))"
+        )
     return Traced(leaves, states, init, same, traced, update)
 
 

@@ -22,7 +22,13 @@ from inners import (
 )
 from optax import contrib
 
-from galore_optax import GaLoreDimensionNumbers, galore, galore_adamw
+from galore_optax import (
+    GaLoreDimensionNumbers,
+    cast_state,
+    galore,
+    galore_adamw,
+    quantize_state,
+)
 
 MATRICES = GaLoreDimensionNumbers(-2, -1)  # of every leaf with at least two axes
 # These take another transformation; they are tested around galore, and inside, further below.
@@ -461,3 +467,41 @@ def test_bfloat16_descends_close_to_float32(plain):
     # bfloat16 has eight bits: values near 1 round to 1 / 256 at every step.
     got = loss(optax.tree.cast(weights, "float32"))
     np.testing.assert_allclose(got, loss(plain), rtol=0.05)
+
+
+def test_an_integer_that_adamw_decays_decays_inside():
+    params, grads = {"i": jnp.arange(6), "w": jnp.ones((4, 8))}, {"i": jnp.zeros(6, int)}
+    grads |= {"w": jnp.ones((4, 8))}
+    inner = optax.adamw(0.1, weight_decay=0.1)
+    expected, _ = inner.update(grads, inner.init(params), params)
+    tx = galore(2, cast_state(inner), subspace="random")
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_array_equal(updates["i"], expected["i"])
+    assert jnp.abs(expected["i"]).sum() > 0
+
+
+def test_an_inner_may_return_its_state_in_other_containers():
+    """As it may in optax; its wrappers with conditionals, such as MultiSteps, refuse it."""
+    count = optax.GradientTransformation(
+        lambda params: [jnp.zeros([])],
+        lambda updates, state, params=None: (updates, (state[0] + 1,)),
+    )
+    params = {"w": jnp.ones((4, 8))}
+    for tx in (galore(2, count, subspace="random"), quantize_state(count)):
+        _, state = tx.update(params, tx.init(params), params)
+        assert jax.tree.leaves(state)[-1] == 1
+
+
+def test_an_inner_whose_first_update_changes_the_tree_of_its_state_is_refused_and_runs_before():
+    """optax's MultiSteps, apply_if_finite and conditionally_transform refuse it, too."""
+    monitor, params = optax.monitor({"norm": optax.tree.norm}), {"w": jnp.ones((4, 8))}
+    inner = optax.chain(monitor, optax.adam(0.1))
+    for tx in (galore(2, inner), quantize_state(inner, min_size=1)):
+        with pytest.raises(ValueError, match=r"inner: its update changes the tree of its state .*"):
+            tx.init(params)
+    for tx in (optax.MultiSteps(inner, 2), optax.apply_if_finite(inner, 2)):
+        with pytest.raises((ValueError, TypeError)):
+            tx.update(params, tx.init(params), params)
+    tx = optax.chain(monitor, galore(2, optax.adam(0.1), subspace="random"))
+    _, state = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(state[0].measurements["norm"], 32**0.5, rtol=1e-6)

@@ -387,6 +387,25 @@ def test_dimension_numbers_that_do_not_fit_are_refused_at_init(numbers):
         galore(4, optax.adam(1e-3), weight_dimension_numbers=numbers).init({"w": jnp.ones((8, 12))})
 
 
+@pytest.mark.parametrize(
+    "made_with",
+    [dict(rank=4), dict(side="right"), dict(side="both"), dict(weight_dimension_numbers=None)],
+)
+def test_a_state_that_was_made_with_other_arguments_is_refused_by_the_leaf_and_the_shapes(
+    made_with,
+):
+    params = {"w": jnp.ones((16, 24)), "b": jnp.ones((3, 5))}
+    usual = dict(
+        rank=8,
+        inner=optax.adam(0.1),
+        weight_dimension_numbers={"w": GaLoreDimensionNumbers(), "b": None},
+    )
+    state = galore(**usual | made_with).init(params)
+    leaf = "b" if "weight_dimension_numbers" in made_with else "w"
+    with pytest.raises(ValueError, match=rf"state: its bases of the leaf at \['{leaf}'\] have the"):
+        galore(**usual).update(params, state, params)
+
+
 def test_optax_dimension_numbers_are_accepted():
     theirs = optax.contrib.GaLoreDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
     params = {"heads": jnp.ones((8, 3, 5)), "bias": jnp.ones(5)}

@@ -280,6 +280,17 @@ def test_other_dtypes_and_zero_gradients_stay():
     assert not any(x.dequantize().any() for x in quantized_leaves(state))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_largest_numbers_of_float32_are_stored_as_smaller_ones_are(bits):
+    tx = quantize_state(optax.scale_by_rms(0.5), bits)
+    grads = {"w": jnp.linspace(0.1, 1.9, 64 * 256).reshape(64, 256)}
+    update = jax.jit(tx.update)
+    _, small = update(grads, tx.init(grads))
+    _, large = update(jax.tree.map(lambda x: x * 2.0**63, grads), tx.init(grads))
+    stored = [state.nu["w"].dequantize() for state in (small, large)]
+    np.testing.assert_array_equal(stored[1] / 2.0**126, stored[0])
+
+
 def rounding_to_zero(x):
     """A naive signed 8-bit code: the nearest of even steps, of which one is zero."""
     scale = jnp.abs(x).max(axis=-1, keepdims=True) / 127

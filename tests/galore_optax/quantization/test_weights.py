@@ -277,6 +277,30 @@ def test_the_same_key_repeats_the_rounding_and_another_does_not():
     assert bool(jnp.any(first["w"].codes != other["w"].codes))
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_with_64_bit_numbers_enabled_weights_are_rounded_by_the_same_random_numbers(bits):
+    w, update = {"w": normal(0, 4, 256)}, {"w": jnp.full((4, 256), 1e-3)}
+
+    def rounded():
+        params = {"w": w["w"].astype(jnp.bfloat16)}
+        if bits < 16:
+            params = quantize_weights(w, lambda *_: True, bits=bits)
+        return apply_updates(params, update, jax.random.key(0))
+
+    expected = rounded()
+    with jax.enable_x64(True):
+        found = rounded()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_with_64_bit_numbers_enabled_random_bits_are_the_same_32():
+    expected = random_bits(jax.random.key(0), elements((4, 8)))
+    with jax.enable_x64(True):
+        found = random_bits(jax.random.key(0), elements((4, 8)))
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_galore_takes_quantized_weights_for_what_they_stand_for():
     held, plain = quantize_weights(PARAMS), PARAMS
     numbers = {"w": GaLoreDimensionNumbers(), "stack": GaLoreDimensionNumbers(1, 2), "norm": None}
