@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 
 from galore_optax.sharding import within_shard_map
@@ -30,18 +30,18 @@ def _on_one_device(one: Callable[..., Any], several: Callable[..., Any], *args: 
     (first, out), (second, _) = (
         jax.make_jaxpr(f, return_shape=True)(*args) for f in (one, several)
     )
-    count = len(first.consts)
-    # What the functions close over is an argument, too.
-    consts = [*first.consts, *second.consts]
+    # What the functions close over is an argument, too. These close over no tracers, which
+    # `jax.checking_leaks` would find in the program.
+    leaves = [*first.consts, *second.consts, *jax.tree.leaves(args)]
+    count, total = len(first.consts), len(first.consts) + len(second.consts)
+    first, second = first.jaxpr, second.jaxpr
 
     def of_first(*leaves: Any) -> Any:
-        return jaxpr_as_fun(first.replace(consts=leaves[:count]))(*leaves[len(consts) :])
+        return jaxpr_as_fun(ClosedJaxpr(first, leaves[:count]))(*leaves[total:])
 
     def of_second(*leaves: Any) -> Any:
-        own = leaves[count : len(consts)]
-        return jaxpr_as_fun(second.replace(consts=own))(*leaves[len(consts) :])
+        return jaxpr_as_fun(ClosedJaxpr(second, leaves[count:total]))(*leaves[total:])
 
-    leaves = [*consts, *jax.tree.leaves(args)]
     return jax.tree.structure(out).unflatten(
         _one_device.bind(*leaves, one=of_first, several=of_second)
     )

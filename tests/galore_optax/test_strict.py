@@ -140,6 +140,14 @@ def test_no_dtypes_are_promoted():
         jax.eval_shape(steps(tx, {"w": PARAMS["wide"]}, {"w": GRADS["wide"]}))
 
 
+def test_no_tracer_outlives_the_trace_of_an_update_of_a_low_bit_state():
+    tx = go.quantize_state(optax.adam(0.1), min_size=1)
+    params = {"w": jnp.ones((16, 24))}
+    state = tx.init(params)
+    with jax.checking_leaks():
+        jax.jit(tx.update).lower(params, state)
+
+
 @pytest.mark.parametrize("case", ["optax", "galore", "8 bits, staggered, both sides"])
 def test_a_compiled_step_moves_nothing_from_or_to_the_host(case):
     run = CASES[case]()

@@ -102,8 +102,9 @@ def test_a_state_that_is_not_understood_is_named_at_init_once(name):
     named = " ".join(str(warning.message) for warning in seen)
     for field in NOT_UNDERSTOOD[name]:
         assert f".{field}['wide']" in named
+    # A projector of zeros, until the inner finds one again, is a step of 0.
     with pytest.warns(UserWarning, match="is set to what it was at first when a basis changes"):
-        made(INNERS[name], stays, moments="reset").init({"wide": PARAMS["wide"]})
+        made(INNERS[name], stays, moments="reset").init(PARAMS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*uses params elementwise")
