@@ -71,7 +71,9 @@ def test_two_processes_have_the_losses_of_one_device(tmp_path, optimizer, launch
     assert main(small(tmp_path / "one", **settings)) == 0
     found, wanted = losses(tmp_path / "pair"), losses(tmp_path / "one")
     assert found.keys() == wanted.keys()
-    np.testing.assert_allclose(list(found.values()), [wanted[k] for k in found], rtol=1e-5)
+    # Where sums differ in their last bits, a number may get the code beside.
+    within = 1e-3 if optimizer.startswith("q-") else 1e-5
+    np.testing.assert_allclose(list(found.values()), [wanted[k] for k in found], rtol=within)
 
 
 @pytest.mark.slow
@@ -86,13 +88,13 @@ def test_a_pair_that_sends_8_bits_and_is_killed_repeats_its_losses_and_goes_on_e
     assert ended(pair(out, resume=True, **settings), 240)[0] == [0, 0]
     wanted = losses(tmp_path / "whole")
     assert losses(out) == wanted
-    # Half the devices share what eight had not sent.
+    # Half the devices share what eight had not sent, and round sums of other rows to 8 bits.
     settings |= {"mesh": "data=4", "out": str(other), "resume": True}
     command = killed_command(settings, "metrics", -1, "SIGTERM")
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
     subprocess.run(command["args"], env={**command["env"], "XLA_FLAGS": flags}, check=True)
     found = losses(other)
-    np.testing.assert_allclose(list(found.values()), [wanted[k] for k in found], rtol=1e-4)
+    np.testing.assert_allclose(list(found.values()), [wanted[k] for k in found], rtol=1e-3)
 
 
 @pytest.mark.parametrize("left_out", list(OTHERS))
