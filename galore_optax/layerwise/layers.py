@@ -48,11 +48,9 @@ class Layers:
             # one is freed after its refresh (7B's recipe for 10 GB takes 0.2 GB less).
             small, state = self.update.projected({self.key: own}, state, gradient, ok, **of)
 
-        def update(
-            params: Any, whole: Any, changing: list[Any], factored: bool = False
-        ) -> tuple[Any, list[Any]]:
+        def update(params: Any, whole: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
             before = {self.key: params}, self._whole(state, changing), whole
-            how = {"projected": small, "factored": factored}
+            how = {"projected": small, "factored": not self._late(own)}
             updates, after = self.update.updates(*before, **how, **of)
             return updates, self._changing(after)
 
@@ -63,8 +61,7 @@ class Layers:
             return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, memory), changing
 
         def at_once(params: Any, changing: list[Any]) -> tuple[Any, list[Any]]:
-            whole = None if self.projected else gradient
-            updates, changing = update(params, whole, changing, factored=True)
+            updates, changing = update(params, None if self.projected else gradient, changing)
             return self.update.applied({self.key: params}, updates, i)[self.key], changing
 
         if self._late(own):
