@@ -58,6 +58,8 @@ class Glue:
     """How many of each method's learning rates to try, from the middle one on; 1, 2 or 3."""
     flags: str = ""
     """Further flags of every run, as --flags='--epochs 3 --seq-len 128'."""
+    projected_flags: str = ""
+    """Further flags of methods that project gradients: --projected-flags="--update-proj-gap 50"."""
 
 
 def main(config: Glue) -> None:
@@ -115,6 +117,8 @@ def _metric(config: Glue, task: str, method: str, rate: float, seed: int) -> flo
         words = ["--task", task, "--data-dir", config.data_dir, "--init", config.init]
         words += [*METHODS[method][0], "--learning-rate", rate, "--seed", seed]
         words += [*shlex.split(config.flags), "--out", out, "--resume"]
+        if "GaLore" in method or "GradNormLoRP" in method:
+            words += shlex.split(config.projected_flags)
         command = [sys.executable, "-m", "train.finetune", *map(str, words)]
         code = subprocess.run(command, check=False, stdout=sys.stderr).returncode
         if code == 1:  # too many steps were not finite
