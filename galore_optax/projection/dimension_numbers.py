@@ -52,7 +52,8 @@ class TuckerDimensionNumbers(NamedTuple):
 
     For tensors that are not matrices, such as a convolution's kernel: the gradient G becomes the
     core G ×₁ P₁ᵀ ×₂ P₂ᵀ …, each basis found from the gradient's unfolding along its axis. An axis
-    no longer than the rank stays as it is. Axes that are not listed are batch axes.
+    no longer than the rank stays as it is, and a basis has no more directions than the other axes
+    have elements together. Axes that are not listed are batch axes.
 
     References:
         George et al., `Tensor-GaLore <https://arxiv.org/abs/2501.02379>`_, 2025, section 3.

@@ -253,7 +253,10 @@ def projections(
             return min(asked if isinstance(asked, int) else max(1, round(asked * size)), size)
 
         if view.tensor:
-            ranks = {m: within(n) for m, n in enumerate(view.sizes) if within(n) < n}
+            # An unfolding has no more directions than columns.
+            whole_size = math.prod(view.sizes)
+            most = {m: min(within(n), whole_size // n) for m, n in enumerate(view.sizes)}
+            ranks = {m: r for m, r in most.items() if r < view.sizes[m]}
             return Projection(view, tuple(ranks), tuple(ranks.values()), path)
         rows, columns = view.sizes
         # A tie goes to the input, as published for "smaller" and as in optax.contrib for "larger".

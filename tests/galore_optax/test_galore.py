@@ -446,6 +446,8 @@ def tucker(gradient, modes, rank):
         ((3, 3, 8, 16), TuckerDimensionNumbers((0, 1, 2, 3)), "smaller", (2, 3)),
         ((6, 7, 8), TuckerDimensionNumbers((2, 0, 1)), "smaller", (0, 1, 2)),
         ((3, 2, 4), TuckerDimensionNumbers((0, 1, 2)), "smaller", ()),
+        # A depthwise kernel: more channels than the rank, fewer other elements.
+        ((1, 3, 1, 16), TuckerDimensionNumbers((0, 1, 2, 3)), "smaller", (3,)),
     ],
 )
 def test_several_sides_and_tensors_equal_a_float64_tucker_projection(shape, numbers, side, modes):
