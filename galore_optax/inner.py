@@ -41,8 +41,8 @@ class Inner:
         tx: The transformation.
         moments: What becomes of its moments at a refresh: galore's argument of that name.
         decay: Whether its use of params is decoupled weight decay; None finds out.
-        roles: A cache, by shapes, of the roles of the leaves of its state.
-        elementwise: A cache, by shapes, of whether its update of stacks is elementwise.
+        roles: A cache, by shapes and projected axes, of the roles of the leaves of its state.
+        elementwise: A cache, by shapes and stacks, of whether its update of stacks is elementwise.
     """
 
     tx: optax.GradientTransformationExtraArgs
@@ -88,7 +88,8 @@ class InnerCall:
     def roles(self) -> list[Role]:
         """What each leaf of the state is, a `QuantizedArray` being one leaf."""
         leaves, tree = jax.tree.flatten((self.params, self.state))
-        shapes = tree, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        moving = frozenset(moving_axes(self.plans))
+        shapes = tree, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves), moving
         if shapes not in self.inner.roles:
             if self.traced.update is None:
                 error = self.traced.failure
@@ -97,7 +98,7 @@ class InnerCall:
                     'its moments are carried over; pass them, or choose moments="keep" '
                     f"({checks.reason(error) if error else ''})"
                 ) from error
-            self.inner.roles[shapes] = state_roles(self.traced, moving_axes(self.plans))
+            self.inner.roles[shapes] = state_roles(self.traced, moving)
         return self.inner.roles[shapes]
 
     @property
@@ -107,10 +108,10 @@ class InnerCall:
         An inner that looks at the number of axes (Muon) may do something else with a stack.
         """
         leaves, tree = jax.tree.flatten(self.params)
-        shapes = tree, tuple((x.shape, x.dtype) for x in leaves)
+        plans = enumerate(self.plans)
+        stacks = {k: plan.batch_ndim for k, plan in plans if plan is not None and plan.together}
+        shapes = tree, tuple((x.shape, x.dtype) for x in leaves), tuple(stacks.items())
         if shapes not in self.inner.elementwise:
-            plans = enumerate(self.plans)
-            stacks = {k: plan.batch_ndim for k, plan in plans if plan is not None and plan.together}
             for k, leaf in enumerate(leaves):
                 leaves[k] = abstract(leaf.shape[stacks.get(k, 0) :], leaf.dtype)
             try:

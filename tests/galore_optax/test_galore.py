@@ -528,6 +528,16 @@ def test_a_way_back_without_a_basis_is_that_of_the_whole_space(way):
     np.testing.assert_allclose(*updates, atol=1e-6)
 
 
+def test_one_transformation_serves_two_models_whose_projected_shapes_are_the_same():
+    models, grads = [normal(0, 4, 12), normal(0, 8, 12)], [normal(1, 4, 12), normal(1, 8, 12)]
+    shared = galore(4, optax.adam(0.1), update_proj_gap=1)
+    for params, grad in zip(models, grads, strict=True):
+        own = galore(4, optax.adam(0.1), update_proj_gap=1)
+        steps = [grad, -grad[:, ::-1], grad]
+        expected = run(own, params, steps)[-1]
+        np.testing.assert_array_equal(run(shared, params, steps)[-1], expected)
+
+
 def test_the_gap_may_be_a_function_of_the_step():
     tx = galore(4, optax.sgd(0.1), update_proj_gap=lambda step: jnp.where(step < 4, 2, 5))
     params = normal(0, 8, 12)
