@@ -51,8 +51,9 @@ def write_encoder(folder: Path, kind: str = "bert", **changes) -> Path:
             name: {"id": name, "ids": [special[name]], "tokens": [name]} for name in ("<s>", "</s>")
         },
     }
-    file = folder / "tokenizer.json"
-    write_tokenizer(file, vocabulary, special=tuple(special), post_processor=processor)
+    file, settings = folder / "tokenizer.json", {"post_processor": processor}
+    short = {"direction": "Right", "max_length": 6, "strategy": "LongestFirst", "stride": 0}
+    write_tokenizer(file, vocabulary, special=tuple(special), truncation=short, **settings)
     return folder
 
 

@@ -88,6 +88,11 @@ def test_the_exported_classifier_gives_the_predictions_of_the_run(finished, fold
     assert export(Export(run=str(finished), out=str(out))) == 0
     config = json.loads((out / "config.json").read_text())
     assert config["id2label"] == {"0": "0", "1": "1"}
+    before = json.loads((folder / "encoder" / "tokenizer.json").read_text())
+    after = json.loads((out / "tokenizer.json").read_text())
+    assert before.pop("truncation")
+    assert after.pop("truncation") is None
+    assert before == after
     model = load_roberta(out)
     dev = load_examples("mrpc", "validation", folder / "data")
     tokenizer = PairTokenizer(out / "tokenizer.json", 40, 24, 2)
@@ -128,6 +133,10 @@ def test_a_run_goes_on_and_is_exported_without_the_folder_it_began_with(
         assert losses(copy) == losses(finished)
         assert export(Export(run=str(copy), out=str(tmp_path / "out"))) == 0
         assert (tmp_path / "out" / "tokenizer.json").is_file()
+        with (copy / "model" / "tokenizer.json").open("a") as own:
+            own.write("\n")
+        with pytest.raises(ValueError, match="another run: content of the tokenizer is"):
+            export(Export(run=str(copy), out=str(tmp_path / "other")))
         shutil.rmtree(copy / "model")
         with pytest.raises(ValueError, match=r"--init .*: there is no such folder"):
             main(config)

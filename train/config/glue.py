@@ -18,7 +18,8 @@ from train.config.resolve import fill, fill_rest, reopened, with_options
 from train.config.settings import ResolvedTraining, expand_home, flag
 
 # What a run keeps of the model that it begins with, besides the weights.
-FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = "tokenizer.json"
+FILES = ("config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
 
 GlueTask = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
 

@@ -14,7 +14,8 @@ _ADDED = "added_tokens.json"  # of transformers 4: ids by the names of tokens
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 # How a token's name is found in a text.
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
-# Tokens that neither a text nor a chat template names: they need not be in tokenizer.json.
+# Tokens that neither a text nor a chat template names: they need not be in tokenizer.json, nor be
+# special there unless a text gives them.
 _NEVER_WRITTEN = ("pad_token", "mask_token")
 # Keys that transformers' classes write into tokenizer.json, and where they are there: the type of
 # a part, and its key.
@@ -92,6 +93,24 @@ def name_in(tokenizer: Any, token: int) -> str | None:
     return added[token].content if token in added else tokenizer.id_to_token(token)
 
 
+def unknown_id(tokenizer: Any, content: dict[str, Any]) -> int | None:
+    """The id of what the vocabulary lacks, in a tokenizer made of its `content`."""
+    model = content["model"]
+    return model.get("unk_id", tokenizer.token_to_id(model.get("unk_token") or ""))
+
+
+def gives(tokenizer: Any, token: int, name: str) -> bool:
+    """Whether a text with a token's name in it gives the token."""
+    around = [(a, b) for a in ("", " ", "a", "\n", "a ", ">") for b in ("", "a", " a")]
+    for text in (f"{a}{name}{b}" for a, b in around):
+        try:
+            if token in tokenizer.encode(text, add_special_tokens=False).ids:
+                return True
+        except Exception:  # no vocabulary for a part of the text: see `FileTokenizer.encode`
+            continue
+    return False
+
+
 def token_names(said: dict[str, Any]) -> dict[str, str]:
     """The names of tokens by their keys, such as bos_token."""
     listed = [said.get(key) for key in _LISTS]
@@ -122,12 +141,14 @@ def _contradictions(
         for flag in _FLAGS if i in added else ():
             if token.get(flag, added[i][flag]) != added[i][flag]:
                 yield f"{theirs} with {flag} {token[flag]}", f"with {flag} {added[i][flag]}"
+    unknown = unknown_id(tokenizer, content)
     for key, token in _named(said):
-        if key in _NEVER_WRITTEN:
-            continue
-        if (found := tokenizer.token_to_id(token)) is None:
+        found, never = tokenizer.token_to_id(token), key in _NEVER_WRITTEN
+        if found is None and not never:
             yield f"{key} {token!r}", "no such token"
-        elif found not in added and key != "unk_token":
+        elif found is None or found in added or key == "unk_token":
+            continue
+        elif not never or (found != unknown and gives(tokenizer, found, token)):
             yield f"{key} {token!r}", "it as an ordinary token"
     if said.get("split_special_tokens"):
         yield "split_special_tokens True", "special tokens, whose names in a text are these tokens"

@@ -9,6 +9,9 @@ import numpy as np
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
+# The key of what a line has beyond the columns of the header; no column has this name.
+_BEYOND = "\t"
+
 
 class Task(NamedTuple):
     """A task: how it is stored, what it predicts, and by what it is measured."""
@@ -127,6 +130,9 @@ def _read_tsv(task: Task, folder: Path, split: str) -> Examples | None:
                 continue
             needed = ", ".join((*columns, *(() if is_test else (task.label,))))
             raise ValueError(f"line {number} of {path} lacks a column: expected {needed}")
+        if is_test and row.get("index", index := str(len(texts))) != index:
+            said = f"line {number} of {path} has the index {row['index']}"
+            raise ValueError(f"{said}: expected {index}, as predictions are numbered from 0")
         texts.append(tuple(map(str, found)))
         labels.append(-1 if is_test else _label(task, label, f"line {number} of {path}"))
     if not texts:
@@ -141,8 +147,15 @@ def _rows(path: Path, task: Task, is_test: bool) -> Iterator[tuple[int, dict[str
     header = None if is_test or task.folder != "CoLA" else names
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.DictReader(file, header, delimiter="\t", quoting=csv.QUOTE_NONE)
+            how: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "restkey": _BEYOND}
+            lines = csv.DictReader(file, header, **how)
+            names = lines.fieldnames or []
+            if twice := [x for x in names if x and names.count(x) > 1]:
+                raise ValueError(f"the header has the column {twice[0]} twice")
             for row in lines:
+                if any(row.pop(_BEYOND, ())):  # empty columns at the end hold nothing
+                    said = f"line {lines.line_num} has more columns than the {len(names)} expected"
+                    raise ValueError(f"{said}: a text cannot have a tab in it")
                 yield lines.line_num, row
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as tab-separated text: {error}") from None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from train.data.agreement import check_agreement, read_beside
+from train.data.agreement import check_agreement, name_in, read_beside
 from train.data.glue import Examples
 from train.data.separator import first_and_last
 from train.data.sequences import START, Batch, Position, Positions
@@ -39,6 +39,7 @@ class PairTokenizer:
     seq_len: int  # the longer of two texts is truncated until both fit
     vocab_size: int  # of the model
     token_types: int  # of the model; 1: those of the tokenizer are not used
+    pad_id: int | None = None  # of the model, if its positions leave that token out
 
     def rows(self, texts: list[tuple[str, ...]]) -> list[Row]:
         """Encodes examples; ValueError if the tokenizer does not fit the model."""
@@ -68,6 +69,12 @@ class PairTokenizer:
             raise ValueError(
                 f"{self.path} gives token id {largest}, the model has vocab_size={self.vocab_size} "
                 f"and token_types={self.token_types}: take the tokenizer of the model"
+            )
+        if any(self.pad_id in row.ids for row in rows):
+            name = name_in(tokenizer, int(self.pad_id or 0))
+            raise ValueError(
+                f"{self.path} gives {name!r} for a text, the model's pad_token_id {self.pad_id}: "
+                "take the tokenizer of the model, and leave the name out of the texts"
             )
         return rows
 

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from models.hugging_face.files import read_json
-from train.data.agreement import OF_TOKENIZER, check_agreement, name_in, read_beside, token_name
+from train.data.agreement import (
+    OF_TOKENIZER,
+    check_agreement,
+    gives,
+    name_in,
+    read_beside,
+    token_name,
+)
 
 # Names of the token that ends a document, in common vocabularies.
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]", "[EOS]")
@@ -63,7 +70,8 @@ def find_beginning(tokenizer: Any, path: Path, separator: int) -> int:
     """Returns the id of the token that begins a document: transformers puts it before a prompt.
 
     It is what the post-processor puts before a text, or else the separator. ValueError if the
-    post-processor puts several tokens there, or if the files beside a tokenizer.json contradict it.
+    post-processor puts several tokens there, or an ordinary one that texts give, or if the files
+    beside a tokenizer.json contradict it.
     """
     content = json.loads(tokenizer.to_str())
     first = _first_tokens(content["post_processor"])
@@ -74,6 +82,13 @@ def find_beginning(tokenizer: Any, path: Path, separator: int) -> int:
             f"tokenizer={str(path)!r} puts {len(first)} tokens before a text ({names}), and only "
             "one is supported: change its post_processor"
         )
+    if first and first[0] not in tokenizer.get_added_tokens_decoder():
+        name = str(name_in(tokenizer, first[0]))
+        if gives(tokenizer, first[0], name):
+            raise ValueError(
+                f"tokenizer={str(path)!r} puts {name!r} before a text, an ordinary token that "
+                "texts have, too: mark it as special, or change its post_processor"
+            )
     return first[0] if first else separator
 
 
@@ -168,7 +183,7 @@ def spell_out(tokenizer: Any, special: dict[int, str]) -> None:
     # unless their first character is split off before.
     endings: dict[str, list[str]] = {}
     for i, name in special.items():
-        if len(name) > 1 and _gives(tokenizer, i, name):
+        if len(name) > 1 and gives(tokenizer, i, name):
             endings.setdefault(name[0], []).append(re.escape(name[1:]))
     if not endings:
         return
@@ -178,15 +193,3 @@ def spell_out(tokenizer: Any, special: dict[int, str]) -> None:
     split = pre_tokenizers.Split(Regex(first), "isolated")
     own = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*own, split])
-
-
-def _gives(tokenizer: Any, token: int, name: str) -> bool:
-    """Whether a text with a token's name in it gives the token."""
-    around = [(a, b) for a in ("", " ", "a", "\n", "a ", ">") for b in ("", "a", " a")]
-    for text in (f"{a}{name}{b}" for a, b in around):
-        try:
-            if token in tokenizer.encode(text, add_special_tokens=False).ids:
-                return True
-        except Exception:  # no vocabulary for a part of the text: see `FileTokenizer.encode`
-            continue
-    return False

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from train.data.agreement import name_in
+from train.data.agreement import name_in, unknown_id
 from train.data.separator import find_beginning, find_separator, spell_out
 
 
@@ -97,8 +97,7 @@ class FileTokenizer:
         added = tokenizer.get_added_tokens_decoder().items()
         special = {i: token.content for i, token in added if token.special}
         spell_out(tokenizer, special)
-        model = json.loads(tokenizer.to_str())["model"]
-        unknown = model.get("unk_id", tokenizer.token_to_id(model.get("unk_token") or ""))
+        unknown = unknown_id(tokenizer, json.loads(tokenizer.to_str()))
         if unknown == self.separator:
             raise ValueError(self._reached("each unknown character"))
         ordinary = [i for i in tokenizer.get_vocab().values() if i not in special]

@@ -59,7 +59,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         read_only: bool = False,
     ):
         self.directory, self._run = directory.absolute(), dict(run or {})
-        self._log = log
+        self._log, self._made = log, {}  # what the newest checkpoint was made with, once read
         self._keep, self._evaluations, self._prune = keep, evaluations, True
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -191,7 +191,9 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         """
         for step in reversed(self.steps()):
             with suppress(Exception):  # it is damaged
-                known = self._progress(step)["progress"].get("evaluations")
+                newest = self._progress(step)
+                self._made = newest.get("run", {})
+                known = newest["progress"].get("evaluations")
                 if known is None:  # of an older version
                     break
                 found = {n: x for n, x in self._evaluations.items() if n >= step}
@@ -262,7 +264,8 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         """Raises ValueError if a checkpoint was made at another step or by another run."""
         if path.name != str(made["step"]):
             raise ValueError(f"{path} is the checkpoint of step {made['step']}: rename it back")
-        for name, value in self._run.items():
+        newest = {name: x for name, x in self._made.items() if name in made["run"]}
+        for name, value in {**newest, **self._run}.items():
             if (there := made["run"].get(name, default_of(name))) != value:
                 raise ValueError(
                     f"{path} is a checkpoint of another run: {name} is {there!r} there and "

@@ -13,12 +13,14 @@ from galore_optax.adapters.base import merge
 from galore_optax.quantization.array import dequantized
 from models.hugging_face.files import read_json, write_json
 from models.hugging_face.roberta import save_roberta
-from train.config.glue import FILES, Finetune, ResolvedFinetune, model_folder, read_model
+from train.config.glue import TOKENIZER, Finetune, ResolvedFinetune, model_folder, read_model
 from train.config.resolve import load
 from train.config.resume import lasting
+from train.data.agreement import OF_TOKENIZER
 from train.data.glue import TASKS
+from train.data.tokenizer import read_tokenizer
 from train.run.checkpoint import Checkpoints
-from train.run.glue import GlueParts
+from train.run.glue import GlueParts, content_of_tokenizer
 from train.run.metrics import evaluation_losses
 from train.step.classifier import abstract_params, model_config
 from train.step.mesh import make_mesh, replicated
@@ -42,11 +44,13 @@ def export_classifier(run: Path, out: Path) -> None:
     if not (run / "checkpoints").is_dir():
         raise ValueError(f"--run {run} has no checkpoint yet")
     own, task = model_folder(config), TASKS[config.task]
+    path = own / TOKENIZER
     model = model_config(config, read_model(config), task.classes)
     graph, _, shapes = abstract_params(config, model)
     place = replicated(make_mesh(None))
     shapes = jax.tree.map(lambda x: x.update(sharding=place), shapes)
-    found, how = evaluation_losses(run, GlueParts.metric), {"run": lasting(config)}
+    made_with = {**lasting(config), "content of the tokenizer": content_of_tokenizer(path)}
+    found, how = evaluation_losses(run, GlueParts.metric), {"run": made_with}
     with Checkpoints(run / "checkpoints", 1, print, found, read_only=True, **how) as checkpoints:
         step, params = checkpoints.restore_params(shapes)
     save_roberta(nnx.merge(graph, dequantized(merge(params))), out)
@@ -55,7 +59,9 @@ def export_classifier(run: Path, out: Path) -> None:
         content["id2label"] = {str(i): name for i, name in enumerate(task.labels)}
         content["label2id"] = {name: i for i, name in enumerate(task.labels)}
     write_json(out / "config.json", content | {"finetuning_task": config.task})
-    for name in FILES[1:]:
+    # Without what training leaves out: truncation, padding, merges dropped at random.
+    write_json(out / TOKENIZER, json.loads(read_tokenizer(path).to_str()))
+    for name in OF_TOKENIZER:
         if (own / name).is_file():
             shutil.copyfile(own / name, out / name)
     print(f"wrote the classifier after step {step} to {out}, with its tokenizer")

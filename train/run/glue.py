@@ -142,7 +142,7 @@ def assemble(examples: Examples, config: ResolvedFinetune, log: Log) -> GluePart
         raise ValueError(f"--init {init} has no tokenizer.json: save the fast tokenizer there")
     # RoBERTa's tokenizers number the texts of a pair for other models; it never learnt them.
     types = 1 if model.pad_id is not None else model.token_types
-    tokenizer = PairTokenizer(path, config.seq_len, model.vocab_size, types)
+    tokenizer = PairTokenizer(path, config.seq_len, model.vocab_size, types, model.pad_id)
     # BERT's padding has no id of its own: the mask alone says what it is.
     how = {"batch_size": config.batch_size, "pad_id": model.pad_id or 0, "seed": config.seed}
     data = pair_data(examples, tokenizer, **how)
@@ -166,7 +166,7 @@ def assemble(examples: Examples, config: ResolvedFinetune, log: Log) -> GluePart
     made_with = {
         **lasting(config),
         "sizes of the model": to_theirs(model),
-        "content of the tokenizer": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        "content of the tokenizer": content_of_tokenizer(path),
         "content of the examples": _content_of(examples),
         "content of the evaluation": {
             name: _content_of(x) for name in named[VALIDATION] if (x := found[name]) is not None
@@ -184,6 +184,11 @@ def assemble(examples: Examples, config: ResolvedFinetune, log: Log) -> GluePart
         test=test,
         length=length,
     )
+
+
+def content_of_tokenizer(path: Path) -> str:
+    """What a checkpoint must agree with of its tokenizer.json."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _content_of(examples: Examples) -> str:

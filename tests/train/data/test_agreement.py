@@ -26,6 +26,9 @@ BYTES = {
 }
 
 
+UNREACHED = {"type": "WordLevel", "vocab": WORDS | {"a b": 5}, "unk_token": "<unk>"}
+
+
 def added(**tokens) -> dict:
     known = {name: {"content": x, "special": x != "a"} for name, x in tokens.items()}
     return {"added_tokens_decoder": {name[1:]: x for name, x in known.items()}}
@@ -58,6 +61,8 @@ def written(folder, said, settings, name="tokenizer_config.json"):
         ({"add_bos_token": True}, {}, r"add_bos_token True, and .* begins a text with no token"),
         # Which transformers would make special, or read as the file says.
         ({"sep_token": "<b>"}, {}, r"sep_token '<b>', and .* it as an ordinary token"),
+        ({"pad_token": "<b>"}, {}, r"pad_token '<b>', and .* it as an ordinary token"),
+        ({"mask_token": "<b>"}, {}, r"mask_token '<b>', and .* it as an ordinary token"),
         ({"image_token": "<im>"}, {}, r"image_token '<im>', and .* no such token"),
         ({"model_specific_special_tokens": {"x": "<im>"}}, {}, r"'<im>', and .* no such token"),
         (flags(rstrip=True), {}, r"'</s>' with rstrip True, and .* with rstrip False"),
@@ -88,6 +93,7 @@ def test_a_file_that_contradicts_tokenizer_json_is_refused(tmp_path, said, setti
         (added(_1="<s>", _3="a"), {}),
         ({"bos_token": "<s>", "add_bos_token": True, "pad_token": "<pad>"}, BEGINS),
         ({"bos_token": "<s>", "add_bos_token": False}, {}),
+        ({"pad_token": "a b"}, {"model": UNREACHED}),  # an ordinary token that no text gives
         ({"bos_token": "a"}, BEGINS),  # as an export of ours, if a template names it
         ({"do_lower_case": True, "strip_accents": None, "add_prefix_space": False}, BERT),
     ],

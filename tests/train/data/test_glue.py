@@ -51,6 +51,8 @@ def test_official_files_are_read_for_each_task(tmp_path, name):
         ("Quality\t#1 String\t#2 String\n2\ta\tb\n", "line 2 .* has the label '2': expected 0, 1"),
         ("Quality\t#1 String\n1\ta\n", "lacks a column: expected #1 String, #2 String, Quality"),
         ("Quality\t#1 String\t#2 String\n", "has no example"),
+        ("Quality\t#1 String\t#2 String\n1\ta\tb\tc\n", "line 2 has more columns than the 3"),
+        ("Quality\t#1 String\t#2 String\tQuality\n1\ta\tb\t0\n", "column Quality twice"),
     ],
 )
 def test_a_file_that_is_not_understood_is_refused_by_its_line(tmp_path, text, message):
@@ -58,6 +60,24 @@ def test_a_file_that_is_not_understood_is_refused_by_its_line(tmp_path, text, me
     (tmp_path / "MRPC" / "train.tsv").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_examples("mrpc", "train", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cola", "sst2", "qnli"])
+def test_a_tab_in_a_text_is_no_column_and_empty_columns_hold_nothing(tmp_path, name):
+    folder, (train, _) = tmp_path / TASKS[name].folder, FILES[name]
+    folder.mkdir()
+    (folder / "train.tsv").write_text(train.rstrip("\n") + "\t\n", encoding="utf-8")
+    assert load_examples(name, "train", tmp_path).labels.tolist() == [LABELS[name]]
+    (folder / "train.tsv").write_text(train.rstrip("\n") + "\tmore\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"train\.tsv .*more columns"):
+        load_examples(name, "train", tmp_path)
+
+
+def test_a_test_whose_own_numbers_are_others_than_the_predictions_is_refused(tmp_path):
+    (tmp_path / "RTE").mkdir()
+    (tmp_path / "RTE" / "test.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n7\ta\tc\n")
+    with pytest.raises(ValueError, match=r"line 3 of .*test\.tsv has the index 7: expected 1"):
+        load_examples("rte", "test", tmp_path)
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):

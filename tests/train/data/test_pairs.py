@@ -69,6 +69,13 @@ def test_the_longer_text_is_truncated_and_a_model_of_one_type_gets_none(tokenize
     assert not one.rows([("w0", "w1")])[0].types.any()
 
 
+def test_a_text_that_gives_the_padding_of_a_roberta_is_refused(tokenizer):
+    roberta = PairTokenizer(tokenizer.path, seq_len=40, vocab_size=24, token_types=1, pad_id=5)
+    assert len(roberta.rows([("w0", "w2")])) == 1
+    with pytest.raises(ValueError, match=r"gives 'w1' for a text, the model's pad_token_id 5"):
+        roberta.rows([("w0", "w2"), ("w0", "w1")])
+
+
 def test_a_single_text_has_one_type(tokenizer):
     (row,) = tokenizer.rows([("w0 w1",)])
     assert row.ids.tolist() == [0, 4, 5, 2]

@@ -99,6 +99,9 @@ def test_the_token_that_a_post_processor_puts_first_begins_a_document(tmp_path):
     write_tokenizer(path, vocabulary, special, post_processor=first)
     with pytest.raises(ValueError, match="puts 2 tokens before a text"):
         load_tokenizer(path, "</s>")
+    write_tokenizer(path, vocabulary, special, post_processor=with_first("a", 3))
+    with pytest.raises(ValueError, match="puts 'a' before a text, an ordinary token that texts"):
+        load_tokenizer(path, "</s>")
 
 
 def test_what_a_file_says_on_length_and_added_tokens_is_not_applied(tmp_path):
@@ -174,7 +177,7 @@ CONFIG, MAP, MODEL, GENERATION = (
         ("<eos>", ["<eos>"], {}, {"ordinary": ["</s>"]}),  # as Gemma's
         ("[SEP]", ["[SEP]", "<unk>"], {}, {}),
         ("</s>", ["</s>", "<eos>"], {}, ends_with("</s>", 2)),
-        ("[SEP]", ["[SEP]", "<eos>"], {}, {"post_processor": BERT}),
+        ("[SEP]", ["[SEP]", "<eos>", "<unk>"], {}, {"post_processor": BERT}),
         ("<eos>", ["</s>", "<eos>"], {CONFIG: {"eos_token": "<eos>"}}, {}),
         ("<eos>", ["</s>"], {CONFIG: {"eos_token": {"content": "<eos>"}}}, {}),  # made special
         ("<|im_end|>", ["<|im_end|>", "<|endoftext|>"], {MAP: {"eos_token": "<|im_end|>"}}, {}),

@@ -246,6 +246,19 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         assert bits(checkpoints.restore_params(wanted)[1]) == bits(tree(1, mesh)[0])
 
 
+def test_a_checkpoint_of_another_text_is_refused_beside_the_newest(tmp_path):
+    mesh = make_mesh(None)
+    for step, text in ((1, "a"), (2, "b")):
+        with Checkpoints(tmp_path / text, 1, print, {}, run={"text": text}) as checkpoints:
+            checkpoints.save(step, *tree(step, mesh), {})
+    shutil.copytree(tmp_path / "a" / "1", tmp_path / "b" / "1")
+    with (
+        Checkpoints(tmp_path / "b", 1, print, {1: 0.5}, read_only=True) as checkpoints,
+        pytest.raises(ValueError, match="/1 is a checkpoint of another run: text is 'a' there"),
+    ):
+        checkpoints.restore_params(abstract(tree(0, mesh)[0]))
+
+
 def test_where_no_checkpoint_can_be_read_the_run_does_not_start_anew(run):
     for step in (10, 20):
         (run.directory / str(step) / "progress" / "metadata").unlink()
