@@ -6,6 +6,7 @@ time writes; the kernel releases its lock when it ends, even if it is killed.
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -95,6 +96,11 @@ def _check(config: ResolvedTraining) -> str | None:
 
 
 def _check_writable(out: Path) -> None:
+    if glob.has_magic(str(out)):
+        # Orbax looks for its files with `etils.epath.Path.glob`, which takes the path as a pattern:
+        # it finds none in `[a]`, and would find those of `ab` for `a*`.
+        reason = "checkpoints cannot be written into a path with *, ? or ["
+        raise ValueError(f"--out {out}: {reason}; name another folder")
     check_can_be_made(out, "--out")
 
 

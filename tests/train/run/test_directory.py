@@ -88,6 +88,13 @@ def test_a_url_is_refused_and_no_folder_of_its_name_is_made(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["[a]/run", "run*", "run?"])
+def test_a_folder_in_which_orbax_would_not_find_its_own_files_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"--out .*run.*: checkpoints cannot be written into"):
+        run_directory.check(resolve(small(tmp_path / name)))
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_check_of_a_folder_leaves_nothing(tmp_path):
     assert run_directory.check(resolve(Pretrain(out=str(tmp_path / "a" / "b")))) is None
     assert not list(tmp_path.iterdir())
