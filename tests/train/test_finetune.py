@@ -20,13 +20,13 @@ from train.config.optimizers import OPTIMIZERS
 from train.config.resolve import load
 from train.config.settings import to_json
 from train.config.weights import split_params
-from train.data.glue import load_examples
+from train.data.glue import TASKS, load_examples
 from train.data.pairs import PairTokenizer, pair_data
 from train.export import Export
 from train.export import main as export
 from train.finetune import main
 from train.run import cli
-from train.run.glue import assemble
+from train.run.glue import assemble, label_order
 from train.run.metrics import read_metrics
 from train.step.classifier import make_programs, model_config
 from train.step.mesh import make_mesh
@@ -88,6 +88,12 @@ def test_the_exported_classifier_gives_the_predictions_of_the_run(finished, fold
     assert export(Export(run=str(finished), out=str(out))) == 0
     config = json.loads((out / "config.json").read_text())
     assert config["id2label"] == {"0": "0", "1": "1"}
+    # As transformers makes the rows of training: with types, and small and large letters as here.
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "pad_token": "<s>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     before = json.loads((folder / "encoder" / "tokenizer.json").read_text())
     after = json.loads((out / "tokenizer.json").read_text())
     assert before.pop("truncation")
@@ -257,6 +263,7 @@ def test_the_settings_of_a_config_json_are_read_back(finished):
         (["--epochs", "2"], "--epochs 2 has no effect"),
         (["--rank", "32"], "a rank of 32 or more compresses no matrix"),
         (["--seq-len", "41"], "takes at most 40 tokens"),
+        (["--seq-len", "3"], "adds 3 special tokens, and no text would be left"),
         (["--patience", "0"], "--patience 0: expected 1 or more"),
         (["--batch-size", "9", "--accumulate", "2"], "choose a multiple of 2"),
         (["--layerwise"], "--layerwise"),
@@ -274,6 +281,34 @@ def test_wrong_use_ends_with_one_line_and_writes_nothing(folder, tmp_path, capsy
     assert message in said
     assert said.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["CONTRADICTION", "neutral", "entailment"], [2, 1, 0]),
+        (["entailment", "neutral", "contradiction"], [0, 1, 2]),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], slice(None)),
+        (["entailment", "neutral"], slice(None)),
+    ],
+)
+def test_the_labels_of_a_classifier_are_found_by_their_names(names, order):
+    said = {"id2label": {str(i): name for i, name in enumerate(names)}}
+    assert label_order(said, TASKS["mnli"]) == order
+    assert label_order({}, TASKS["stsb"]) == slice(None)
+
+
+def test_a_classifier_with_labels_in_another_order_begins_in_that_of_the_task(folder, tmp_path):
+    init = write_encoder(tmp_path / "a", classes=2)
+    config = resolve(small_glue(folder, init=str(init)), 40)
+    file = init / "config.json"
+    content = json.loads(file.read_text()) | {"id2label": {"0": "1", "1": "0"}}
+    file.write_text(json.dumps(content))
+    parts = assemble(load_examples("mrpc", "train", folder / "data"), config, lambda _: None)
+    found, theirs = parts.initial().params, load_roberta(init)
+    np.testing.assert_array_equal(found["classifier"], theirs.classifier[...][:, ::-1])
+    np.testing.assert_array_equal(found["classifier_bias"], theirs.classifier_bias[...][::-1])
+    np.testing.assert_array_equal(found["pooler"], theirs.pooler[...])
 
 
 def test_an_encoder_without_its_tokenizer_or_with_anothers_is_refused(folder, tmp_path):

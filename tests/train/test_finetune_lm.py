@@ -140,6 +140,9 @@ def test_defaults_are_those_of_fine_tuning(folder):
         ),
         ({"scale": 0.5, "optimizer": "adamw", "rank": None}, "--scale 0.5 has no effect"),
         ({"eval_data": "a"}, "--eval-data 'a': expected a list of strings"),
+        ({"init": ""}, "--init is empty: name a file or a folder"),
+        ({"eval_data": ("",)}, "--eval-data is empty: name a file or a folder"),
+        ({"chat_template": "a"}, "--chat-template .*/a has no effect: no example has `messages`"),
     ],
 )
 def test_wrong_use_is_named_and_writes_nothing(folder, tmp_path, changes, says):

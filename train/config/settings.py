@@ -118,8 +118,14 @@ ResolvedText = Resolved | ResolvedFinetuneLM
 
 
 def expand_home(config: Any) -> Any:
-    """A command's settings with ~ in the fields of paths as the home folder."""
+    """A command's settings with ~ in the fields of paths as the home folder.
+
+    ValueError for an empty path, as of a shell's variable that is not set.
+    """
     own = {name: getattr(config, name, None) for name in _PATHS}
+    for name, path in own.items():
+        if path == "" or (isinstance(path, tuple) and "" in path):
+            raise ValueError(f"{flag(name)} is empty: name a file or a folder, or leave it out")
     paths = {name: os.path.expanduser(p) for name, p in own.items() if isinstance(p, str)}
     files = {
         name: tuple(map(os.path.expanduser, p)) for name, p in own.items() if isinstance(p, tuple)

@@ -49,6 +49,11 @@ class PairTokenizer:
         with errors_named(lambda said: f"{self.path} cannot encode the texts ({said})"):
             tokenizer.enable_truncation(self.seq_len, strategy="longest_first", direction=side)
             added = tokenizer.num_special_tokens_to_add(is_pair=len(texts[0]) == 2)
+            if added >= self.seq_len:
+                raise ValueError(
+                    f"--seq-len {self.seq_len}: {self.path} adds {added} special tokens, and no "
+                    "text would be left; choose more"
+                )
             found = tokenizer.encode_batch([x if len(x) == 2 else x[0] for x in texts])
         first, _ = first_and_last(content["post_processor"])
         check_agreement(tokenizer, content, self.path, first)

@@ -22,6 +22,8 @@ from train.run.trained import Trained
 _END = "<|endoftext|>"
 # Settings by which transformers changes the post-processor of a tokenizer.json, or runs other code.
 _OTHER = ("add_bos_token", "add_eos_token", "auto_map")
+# The class that takes tokenizer.json as it is.
+_AS_IT_IS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 # Settings that say nothing of what is trained.
 _NOT_SHOWN = ("out", "resume", "config", "workers", "keep", "log_every", "max_skipped", "prompt")
 
@@ -49,14 +51,24 @@ def write_beside(trained: Trained, ids: TokenIds, run: Path, out: Path) -> None:
     (out / "README.md").write_text(_card(trained, run))
 
 
+def kept_settings(path: Path) -> dict[str, Any]:
+    """What tokenizer_config.json has of the files beside a tokenizer.json, which is used as it is.
+
+    Other classes of transformers make another tokenizer of it: BERT's one with small letters,
+    unless the settings say otherwise.
+    """
+    settings = own_settings(path)
+    settings |= {k: x for k, x in token_names(settings).items() if k in settings}
+    return {name: x for name, x in settings.items() if name not in _OTHER} | _AS_IT_IS
+
+
 def _tokenizer_files(trained: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
     """The content of tokenizer.json and of tokenizer_config.json."""
     tokenizer, settings = trained.tokenizer, {}
     if isinstance(tokenizer, FileTokenizer):
         # Whole, without what training leaves out: truncation, padding, merges dropped at random.
         content = json.loads(tokenizer.as_written.to_str())
-        settings = own_settings(tokenizer.path)
-        settings |= {k: x for k, x in token_names(settings).items() if k in settings}
+        settings = kept_settings(tokenizer.path)
         begin, end = tokenizer.name_of(tokenizer.begin), tokenizer.name_of(tokenizer.separator)
         for name, token in ((begin, tokenizer.begin), (end, tokenizer.separator)):
             _mark_special(content, name, token)
@@ -64,9 +76,7 @@ def _tokenizer_files(trained: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
         content, begin, end = _of_bytes(tokenizer), _END, _END
     if first_and_last(content["post_processor"]) != ([tokenizer.begin], None):
         content["post_processor"] = _beginning(content["post_processor"], begin, tokenizer.begin)
-    settings = {name: value for name, value in settings.items() if name not in _OTHER}
-    # This class takes tokenizer.json as it is.
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    settings |= {**_AS_IT_IS, "eos_token": end}
     # In a chat template, a name that the files do not give was nothing.
     first = {} if "chat_template" in settings or _chat_template(trained) else {"bos_token": begin}
     return content, {**first, "clean_up_tokenization_spaces": False, **settings}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from flax import nnx
 
 from galore_optax.adapters.base import merge
 from galore_optax.quantization.array import dequantized
+from models.encoder.config import EncoderConfig
 from models.hugging_face.files import read_json, write_json
 from models.hugging_face.roberta import save_roberta
 from train.config.glue import TOKENIZER, Finetune, ResolvedFinetune, model_folder, read_model
@@ -20,7 +20,8 @@ from train.data.agreement import OF_TOKENIZER
 from train.data.glue import TASKS
 from train.data.tokenizer import read_tokenizer
 from train.run.checkpoint import Checkpoints
-from train.run.glue import GlueParts, content_of_tokenizer
+from train.run.exported import kept_settings
+from train.run.glue import GlueParts, content_of_tokenizer, types_read
 from train.run.metrics import evaluation_losses
 from train.step.classifier import abstract_params, model_config
 from train.step.mesh import make_mesh, replicated
@@ -61,7 +62,14 @@ def export_classifier(run: Path, out: Path) -> None:
     write_json(out / "config.json", content | {"finetuning_task": config.task})
     # Without what training leaves out: truncation, padding, merges dropped at random.
     write_json(out / TOKENIZER, json.loads(read_tokenizer(path).to_str()))
-    for name in OF_TOKENIZER:
-        if (own / name).is_file():
-            shutil.copyfile(own / name, out / name)
+    write_json(out / OF_TOKENIZER[0], _settings(path, model))
     print(f"wrote the classifier after step {step} to {out}, with its tokenizer")
+
+
+def _settings(path: Path, model: EncoderConfig) -> dict[str, Any]:
+    """The content of tokenizer_config.json, by which transformers makes the rows of training."""
+    tokenizer, types = read_tokenizer(path), ["token_type_ids"] * (types_read(model) > 1)
+    pad = tokenizer.get_added_tokens_decoder().get(model.pad_id or 0)
+    padding = {} if pad is None else {"pad_token": pad.content}
+    names = {"model_input_names": ["input_ids", *types, "attention_mask"]}
+    return padding | kept_settings(path) | names

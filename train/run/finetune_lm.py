@@ -133,10 +133,11 @@ def _examples(
 ) -> Examples:
     found = load_tokenizer(tokenizer, end_token)
     template = cache(lambda: load_template(found, chat_template))
-    train, evaluation = (
-        encode_examples(examples, found, template, seq_len)
-        for examples in own_examples(data, eval_data).values()
-    )
+    splits = own_examples(data, eval_data).values()
+    if chat_template and all(x.kind != "messages" for examples in splits for x in examples):
+        reason = "no example has `messages`"
+        raise ValueError(f"--chat-template {chat_template} has no effect: {reason}; leave it out")
+    train, evaluation = (encode_examples(examples, found, template, seq_len) for examples in splits)
     for encoded, what in ((train, "to learn from"), (evaluation, "for evaluation")):
         if not encoded.examples:
             raise ValueError(

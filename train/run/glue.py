@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
 from models.encoder.config import EncoderConfig, flops_per_token, weight_table
+from models.hugging_face.files import read_json
 from models.hugging_face.roberta import read_weights
 from models.hugging_face.roberta_config import to_theirs
 from train.config.glue import FILES, ResolvedFinetune, model_folder, read_model
@@ -140,9 +141,9 @@ def assemble(examples: Examples, config: ResolvedFinetune, log: Log) -> GluePart
     path = own / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"--init {init} has no tokenizer.json: save the fast tokenizer there")
-    # RoBERTa's tokenizers number the texts of a pair for other models; it never learnt them.
-    types = 1 if model.pad_id is not None else model.token_types
-    tokenizer = PairTokenizer(path, config.seq_len, model.vocab_size, types, model.pad_id)
+    tokenizer = PairTokenizer(
+        path, config.seq_len, model.vocab_size, types_read(model), model.pad_id
+    )
     # BERT's padding has no id of its own: the mask alone says what it is.
     how = {"batch_size": config.batch_size, "pad_id": model.pad_id or 0, "seed": config.seed}
     data = pair_data(examples, tokenizer, **how)
@@ -186,6 +187,12 @@ def assemble(examples: Examples, config: ResolvedFinetune, log: Log) -> GluePart
     )
 
 
+def types_read(model: EncoderConfig) -> int:
+    """How many types of tokens a model is given."""
+    # RoBERTa's tokenizers number the texts of a pair for other models; it never learnt them.
+    return 1 if model.pad_id is not None else model.token_types
+
+
 def content_of_tokenizer(path: Path) -> str:
     """What a checkpoint must agree with of its tokenizer.json."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -206,14 +213,27 @@ def _weights(
     config: ResolvedFinetune, model: EncoderConfig, log: Log
 ) -> Iterator[tuple[tuple[str, ...], Float[np.ndarray, "..."]]]:
     table: dict[Any, Any] = flatten_dict(weight_table(model))
+    order = label_order(read_json(Path(config.init) / FILES[0]), TASKS[config.task])
     for path, array in read_weights(Path(config.init), model):
         del table[path]
-        yield path, array
+        yield path, array[..., order] if path[0].startswith("classifier") else array
     if table:
         log(f"new weights, not in {config.init}: {', '.join('/'.join(path) for path in table)}")
     _, key = weight_keys(jax.random.key(config.seed))
     for i, (path, weight) in enumerate(table.items()):
         yield path, _drawn(jax.random.fold_in(key, i), weight, model)
+
+
+def label_order(config: Mapping[str, Any], task: Task) -> Any:
+    """Where a classifier of transformers, which has a `config`, has each label of a task.
+
+    All as they are, unless its id2label has the same names in another order.
+    """
+    said = config.get("id2label")
+    names = [str(said.get(str(i))) for i in range(len(said))] if isinstance(said, dict) else []
+    names = [name.lower().replace("-", "_") for name in names]
+    same = bool(names) and sorted(names) == sorted(task.labels)
+    return [names.index(label) for label in task.labels] if same else slice(None)
 
 
 def _drawn(key: Array, weight: Any, model: EncoderConfig) -> np.ndarray:
