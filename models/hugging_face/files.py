@@ -45,14 +45,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
-    """Writes a safetensors file with the permissions that the umask says.
+    """Writes a safetensors file with the permissions that the umask says; OSError if it cannot.
 
     safetensors writes files that only their owner may read
     (https://github.com/safetensors/safetensors/issues/782).
     """
     path.touch()
     mode = path.stat().st_mode
-    save_file({**tensors}, path, metadata={"format": "pt"})
+    try:
+        save_file({**tensors}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     path.chmod(mode)
 
 

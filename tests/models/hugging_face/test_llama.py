@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from galore_optax import LoRA, quantize_weights
+from models.hugging_face.files import write_tensors
 from models.hugging_face.llama import load_llama, save_llama
 
 NAMES = [
@@ -76,6 +77,11 @@ def test_what_is_saved_is_what_transformers_saved(name, tmp_path):
             assert config[key] == value, key
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["torch_dtype"] == jnp.dtype(dtype).name
+
+
+def test_a_file_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(OSError, match=rf"{tmp_path} cannot be written: .*Is a directory"):
+        write_tensors(tmp_path, {"a": np.zeros(4, np.float32)})
 
 
 def test_ids_of_special_tokens_are_kept_and_their_files_can_be_read_as_the_umask_says(checkpoint):
