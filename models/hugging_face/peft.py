@@ -293,6 +293,8 @@ def _adapters(params: PyTree) -> dict[str, Adapter]:
     flat: dict[Any, Any] = flatten_dict(params)
     by_path = {path: x for path, x in flat.items() if is_adapter(x)}
     kinds = {(type(x), getattr(x, "dropout", 0.0)) for x in by_path.values()}
+    if not kinds:
+        raise ValueError("params have no adapters: save the model instead, without --adapters")
     if len(kinds) != 1:
         raise ValueError(
             f"params have adapters of {len(kinds)} kinds or dropouts; PEFT's format is for one"
