@@ -8,12 +8,13 @@ from pathlib import Path
 import jax
 import pytest
 from flax import nnx
-from small_run import MICRO, losses, unfinished
+from small_run import MICRO, losses, small, unfinished
 from tokenizer_file import write_byte_level
 
 from models.hugging_face.llama import save_llama
 from models.llama.model import Llama
 from train.config.finetune_lm import load_finetuning, load_run, resolve_finetuning
+from train.config.resolve import resolve
 from train.config.settings import FinetuneLM
 from train.config.weights import ADAPTERS_ONLY, split_params
 from train.data.chat import ChatTemplate
@@ -149,6 +150,19 @@ def test_wrong_use_is_named_and_writes_nothing(folder, tmp_path, changes, says):
     with pytest.raises(ValueError, match=says):
         main(settings(folder, tmp_path / "out", **changes))
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_whose_files_are_read_is_no_place_for_a_run(folder, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("data", "eval_data"):
+        changes = {name: (str(folder), str(tmp_path / "link"))}
+        with pytest.raises(ValueError, match=rf"--out .*/out: all files in --{name[:4]}.*link are"):
+            resolve_finetuning(settings(folder, tmp_path / "out", **changes), count_steps)
+    where = {"data": "text", "data_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"--out .*/a/b: all files in --data-dir .* are read"):
+        resolve(small(tmp_path / "a" / "b", **where))
+    for out in (tmp_path.parent / "out", tmp_path / ".runs" / "a"):  # hidden ones are not read
+        assert resolve(small(out, **where)).out == str(out)
 
 
 def test_what_is_evaluated_on_is_not_learnt(folder, tmp_path, capsys):

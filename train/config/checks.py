@@ -1,6 +1,7 @@
 """What is accepted as a setting. Each error names the flag, its value and what is accepted."""
 
 import itertools
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -116,14 +117,18 @@ def check_rate_of_fine_tuning(config: TrainingFlags) -> None:
 def check_values(config: Resolved) -> None:
     """Checks each value, the values that contradict each other, and those against the model."""
     size, name = sizes(config)[0], short_name(config.model)
-    own = itertools.chain(_text(config), _by_layers(config))
+    texts = [("data_dir", config.data_dir), ("eval_data", config.eval_data)]
+    apart = _apart(config.out, texts if config.data == "text" else [])
+    own = itertools.chain(_text(config), apart, _by_layers(config))
     check_training(config, smaller_sides(size), size.max_length, name, own)
 
 
 def check_finetuning(config: ResolvedFinetuneLM) -> None:
     """The same for a fine-tuning of a language model."""
     size, name = sizes(config)[0], short_name(config.model)
-    check_training(config, smaller_sides(size), size.max_length, name, _by_layers(config))
+    texts = [(name, path) for name in ("data", "eval_data") for path in getattr(config, name)]
+    own = itertools.chain(_apart(config.out, texts), _by_layers(config))
+    check_training(config, smaller_sides(size), size.max_length, name, own)
 
 
 def check_training(
@@ -285,6 +290,18 @@ def _text(c: Resolved) -> Iterator[str]:
     if c.data != "text" and c.eval_data is not None:
         advice = "leave it out, or choose --data text"
         yield f"--eval-data has no effect with --data {c.data}: {advice}"
+
+
+def _apart(out: str, texts: Iterable[tuple[str, str | None]]) -> Iterator[str]:
+    """An error if a run's own files would be read as text, once it is resumed."""
+    for name, folder in texts:
+        if folder is None or not os.path.isdir(folder):
+            continue
+        inside = os.path.relpath(os.path.realpath(out), os.path.realpath(folder))
+        # Hidden folders are not read.
+        if not inside.startswith(".") and f"{os.sep}." not in inside:
+            reason = f"all files in {flag(name)} {folder} are read"
+            yield f"--out {out}: {reason}, and a run's would be when it is resumed; name another"
 
 
 def _sizes(c: ResolvedTraining, sides: list[int], max_length: int, name: str) -> Iterator[str]:

@@ -42,6 +42,8 @@ def export_classifier(run: Path, out: Path) -> None:
     """
     settings = dataclasses.replace(load(run / "config.json", Finetune), out=str(run))
     config = ResolvedFinetune(**vars(settings))
+    if config.task is None:
+        raise ValueError(f"{run / 'config.json'} has no task")
     if not (run / "checkpoints").is_dir():
         raise ValueError(f"--run {run} has no checkpoint yet")
     own, task = model_folder(config), TASKS[config.task]
