@@ -143,12 +143,13 @@ def test_defaults_are_those_of_fine_tuning(folder):
         ({"eval_data": "a"}, "--eval-data 'a': expected a list of strings"),
         ({"init": ""}, "--init is empty: name a file or a folder"),
         ({"eval_data": ("",)}, "--eval-data is empty: name a file or a folder"),
+        ({"out": "caf\udce9"}, r"--out 'caf\\udce9' is not text in UTF-8: rename it"),
         ({"chat_template": "a"}, "--chat-template .*/a has no effect: no example has `messages`"),
     ],
 )
 def test_wrong_use_is_named_and_writes_nothing(folder, tmp_path, changes, says):
     with pytest.raises(ValueError, match=says):
-        main(settings(folder, tmp_path / "out", **changes))
+        main(settings(folder, **{"out": tmp_path / "out", **changes}))
     assert not [*tmp_path.iterdir()]
 
 

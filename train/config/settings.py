@@ -120,12 +120,16 @@ ResolvedText = Resolved | ResolvedFinetuneLM
 def expand_home(config: Any) -> Any:
     """A command's settings with ~ in the fields of paths as the home folder.
 
-    ValueError for an empty path, as of a shell's variable that is not set.
+    ValueError for an empty path, as of a shell's variable that is not set, and for one that is not
+    UTF-8, of which Orbax and `tokenizers` can read and write no file.
     """
     own = {name: getattr(config, name, None) for name in _PATHS}
-    for name, path in own.items():
-        if path == "" or (isinstance(path, tuple) and "" in path):
-            raise ValueError(f"{flag(name)} is empty: name a file or a folder, or leave it out")
+    for name, value in own.items():
+        for path in [value] if isinstance(value, str) else value or ():
+            if path == "":
+                raise ValueError(f"{flag(name)} is empty: name a file or a folder, or leave it out")
+            if path != path.encode(errors="replace").decode():
+                raise ValueError(f"{flag(name)} {path!r} is not text in UTF-8: rename it")
     paths = {name: os.path.expanduser(p) for name, p in own.items() if isinstance(p, str)}
     files = {
         name: tuple(map(os.path.expanduser, p)) for name, p in own.items() if isinstance(p, tuple)
