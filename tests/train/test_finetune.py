@@ -92,6 +92,7 @@ def test_the_exported_classifier_gives_the_predictions_of_the_run(finished, fold
     assert json.loads((out / "tokenizer_config.json").read_text()) == {
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         "pad_token": "<s>",
+        "padding_side": "right",
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     before = json.loads((folder / "encoder" / "tokenizer.json").read_text())

@@ -73,5 +73,6 @@ def _settings(path: Path, model: EncoderConfig) -> dict[str, Any]:
     tokenizer, types = read_tokenizer(path), ["token_type_ids"] * (types_read(model) > 1)
     pad = tokenizer.get_added_tokens_decoder().get(model.pad_id or 0)
     padding = {} if pad is None else {"pad_token": pad.content}
-    names = {"model_input_names": ["input_ids", *types, "attention_mask"]}
-    return padding | kept_settings(path) | names
+    names = ["input_ids", *types, "attention_mask"]
+    rows = {"model_input_names": names, "padding_side": "right"}
+    return padding | kept_settings(path) | rows
