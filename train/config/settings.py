@@ -125,10 +125,10 @@ def expand_home(config: Any) -> Any:
     """
     own = {name: getattr(config, name, None) for name in _PATHS}
     for name, value in own.items():
-        for path in [value] if isinstance(value, str) else value or ():
+        for path in value if isinstance(value, tuple) else [value]:
             if path == "":
                 raise ValueError(f"{flag(name)} is empty: name a file or a folder, or leave it out")
-            if path != path.encode(errors="replace").decode():
+            if path is not None and str(path) != str(path).encode(errors="replace").decode():
                 raise ValueError(f"{flag(name)} {path!r} is not text in UTF-8: rename it")
     paths = {name: os.path.expanduser(p) for name, p in own.items() if isinstance(p, str)}
     files = {
