@@ -8,6 +8,7 @@ The energy that a basis P keeps of a gradient G is ‖PᵀG‖² / ‖G‖² (Fr
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ FindSubspace = Callable[[Gradient, Basis, PRNGKeyArray], Basis]
 """From a gradient in float32 or wider, whose largest magnitude is 1, the present basis and a key to
 a new orthonormal basis of the same shape, which is not finite if none was found."""
 
+_exact = partial(jnp.matmul, precision="highest")
 # Shifted Cholesky QR. The first shift keeps the Gram matrix positive definite in float32, whatever
 # the columns' condition; later passes with smaller shifts make the columns orthonormal. If there
 # are nearly as many columns as rows, the noise that completes them has a high condition itself.
@@ -34,7 +36,9 @@ def orthonormalize(y: Basis, passes: int | None = None) -> Basis:
     """An orthonormal basis of the columns of `y`, n >= r, by passes of shifted Cholesky QR.
 
     Only the r x r Gram matrix is factorized. Columns may be of any condition, but none may be zero;
-    with fewer `passes` than all, columns of a high condition are not quite orthonormal. Takes one
+    with fewer `passes` than all, columns of a high condition are not quite orthonormal. Products are
+    in full float32: in TF32, a GPU's default, columns with one direction in common (a gradient of
+    rank 1, or one of whose directions is 1000 times the others) become NaN. Takes one
     matrix at a time: LAPACK calls on batches deadlock on a CPU (jaxlib 0.10) if as many run at once
     as there are threads, since each waits in a thread of the pool for work queued in that pool.
     """
@@ -42,10 +46,11 @@ def orthonormalize(y: Basis, passes: int | None = None) -> Basis:
     n, rank = y.shape
     identity = jnp.eye(rank, dtype=y.dtype)
     for shift in (_SHIFTS if 2 * rank <= n else _SHIFTS_OF_MANY)[:passes]:
-        gram = q.T @ q + _in(y.dtype, shift) * rank**0.5 * identity
+        gram = _exact(q.T, q) + _in(y.dtype, shift) * rank**0.5 * identity
         # The small triangle is inverted: a triangular solve of the large matrix would gather it if
         # it is sharded.
-        q = q @ jax.lax.platform_dependent(gram, cpu=_factor_inverse, default=_lapack_inverse).T
+        inverse = jax.lax.platform_dependent(gram, cpu=_factor_inverse, default=_lapack_inverse)
+        q = _exact(q, inverse.T)
     return q
 
 

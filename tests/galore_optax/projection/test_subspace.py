@@ -240,3 +240,12 @@ def test_power_iteration_finds_what_its_basis_does_not_meet():
         basis, found = refreshed(SUBSPACES["power"], gradient, present, jax.random.key(1))
         assert found
         np.testing.assert_allclose(basis @ (basis.T @ gradient), gradient, atol=1e-4)
+
+
+def test_a_gpu_orthonormalizes_in_full_float32():
+    # In TF32, which it takes by default, columns with one direction in common became NaN.
+    traced = jax.jit(orthonormalize).trace(jnp.ones((32, 8)))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 6
+    assert all("HIGHEST, HIGHEST" in line for line in products)
