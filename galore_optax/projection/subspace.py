@@ -46,7 +46,10 @@ def orthonormalize(y: Basis, passes: int | None = None) -> Basis:
     n, rank = y.shape
     identity = jnp.eye(rank, dtype=y.dtype)
     for shift in (_SHIFTS if 2 * rank <= n else _SHIFTS_OF_MANY)[:passes]:
-        gram = _exact(q.T, q) + _in(y.dtype, shift) * rank**0.5 * identity
+        gram, own = _exact(q.T, q), _in(y.dtype, shift)
+        # The norm is the root of the rank unless columns have a direction in common. Rounding
+        # errors of the factorization grow with it.
+        gram += jnp.maximum(own * rank**0.5, own / 4 * jnp.linalg.norm(gram)) * identity
         # The small triangle is inverted: a triangular solve of the large matrix would gather it if
         # it is sharded.
         inverse = jax.lax.platform_dependent(gram, cpu=_factor_inverse, default=_lapack_inverse)

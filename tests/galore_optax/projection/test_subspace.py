@@ -249,3 +249,13 @@ def test_a_gpu_orthonormalizes_in_full_float32():
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) == 6
     assert all("HIGHEST, HIGHEST" in line for line in products)
+
+
+@pytest.mark.slow
+def test_many_columns_along_one_direction_get_an_orthonormal_basis():
+    # Rounding errors of a factorization, close to the limit: not jitted, with these numbers.
+    directions = np.linalg.qr(np.random.default_rng(0).standard_normal((600, 600)))[0]
+    gradient = jnp.outer(*jnp.asarray([directions[:, 0], directions[1]], jnp.float32))
+    gradient /= jnp.abs(gradient).max()
+    basis = SUBSPACES["power"](gradient, jnp.eye(600, 512), jax.random.key(1))
+    np.testing.assert_allclose(basis.T @ basis, np.eye(512), atol=1e-5)
