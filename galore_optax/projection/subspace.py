@@ -36,11 +36,11 @@ def orthonormalize(y: Basis, passes: int | None = None) -> Basis:
     """An orthonormal basis of the columns of `y`, n >= r, by passes of shifted Cholesky QR.
 
     Only the r x r Gram matrix is factorized. Columns may be of any condition, but none may be zero;
-    with fewer `passes` than all, columns of a high condition are not quite orthonormal. Products are
-    in full float32: in TF32, a GPU's default, columns with one direction in common (a gradient of
-    rank 1, or one of whose directions is 1000 times the others) become NaN. Takes one
-    matrix at a time: LAPACK calls on batches deadlock on a CPU (jaxlib 0.10) if as many run at once
-    as there are threads, since each waits in a thread of the pool for work queued in that pool.
+    with fewer `passes` than all, columns of a high condition are not quite orthonormal. Products
+    are in full float32: in TF32, a GPU's default, columns with one direction in common (a gradient
+    of rank 1, or one of whose directions is 1000 times the others) become NaN. Takes one matrix at
+    a time: LAPACK calls on batches deadlock on a CPU (jaxlib 0.10) if as many run at once as there
+    are threads, since each waits in a thread of the pool for work queued in that pool.
     """
     q = y / jnp.linalg.norm(y, axis=0, keepdims=True)
     n, rank = y.shape
