@@ -91,17 +91,22 @@ def load_examples(name: str, split: str, data_dir: str | Path) -> Examples | Non
 def _read_tfds(task: Task, name: str, data_dir: Path, split: str) -> Examples | None:
     import tensorflow_datasets as tfds
 
-    folder = data_dir / "glue" / name
+    folder, is_test = data_dir / "glue" / name, split.startswith(TEST)
     try:
         builder: Any = tfds.builder(f"glue/{name}", data_dir=data_dir)
         # A split that was not written has no files.
         there = builder.info.splits.get(split)
         if there is None or not all(file.exists() for file in there.filepaths):
-            if split != TEST and not split.startswith(f"{TEST}_"):
+            if not is_test:
                 raise FileNotFoundError(f"there is no split {split}")
             return None
         source = builder.as_data_source(split)
         records = [source[i] for i in range(len(source))]
+        if is_test:  # stored in a random order, but predictions have the numbers of GLUE's file
+            records.sort(key=lambda record: int(record["idx"]))
+            numbers = [int(record["idx"]) for record in records]
+            if numbers != [*range(len(numbers))]:
+                raise ValueError(f"the `idx` of its examples are not 0 to {len(numbers) - 1}")
     # TFDS and array_record raise many unrelated types for damaged, incomplete or empty folders.
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -130,8 +135,10 @@ def _read_tsv(task: Task, folder: Path, split: str) -> Examples | None:
                 continue
             needed = ", ".join((*columns, *(() if is_test else (task.label,))))
             raise ValueError(f"line {number} of {path} lacks a column: expected {needed}")
-        if is_test and row.get("index", index := str(len(texts))) != index:
-            said = f"line {number} of {path} has the index {row['index']}"
+        index = str(len(texts))
+        own = row.get("index", row.get("id", index))  # QQP's is called id
+        if is_test and own != index:
+            said = f"line {number} of {path} has the index {own}"
             raise ValueError(f"{said}: expected {index}, as predictions are numbered from 0")
         texts.append(tuple(map(str, found)))
         labels.append(-1 if is_test else _label(task, label, f"line {number} of {path}"))

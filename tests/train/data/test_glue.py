@@ -1,7 +1,10 @@
 """GLUE's tasks as examples, from TFDS' data sets and from the official files."""
 
+import shutil
+
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from train.data.glue import TASKS, load_examples, predictions_text, splits
 
@@ -73,11 +76,39 @@ def test_a_tab_in_a_text_is_no_column_and_empty_columns_hold_nothing(tmp_path, n
         load_examples(name, "train", tmp_path)
 
 
-def test_a_test_whose_own_numbers_are_others_than_the_predictions_is_refused(tmp_path):
-    (tmp_path / "RTE").mkdir()
-    (tmp_path / "RTE" / "test.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n7\ta\tc\n")
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [("rte", "index\tsentence1\tsentence2"), ("qqp", "id\tquestion1\tquestion2")],
+)
+def test_a_test_whose_own_numbers_are_others_than_the_predictions_is_refused(
+    tmp_path, name, header
+):
+    folder = tmp_path / TASKS[name].folder
+    folder.mkdir()
+    (folder / "test.tsv").write_text(f"{header}\n0\ta\tb\n7\ta\tc\n")
     with pytest.raises(ValueError, match=r"line 3 of .*test\.tsv has the index 7: expected 1"):
-        load_examples("rte", "test", tmp_path)
+        load_examples(name, "test", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rte", "mrpc"])
+def test_the_test_set_of_tfds_has_the_order_of_glues_file(shared_data, tmp_path, name):
+    # The validation set of a sample as its test set: RTE's `idx` are 0 to 276, MRPC's are not.
+    source = shared_data / "glue" / name / "2.0.0"
+    folder = tmp_path / "glue" / name / "2.0.0"
+    shutil.copytree(source, folder)
+    (folder / "glue-validation.array_record-00000-of-00001").rename(
+        folder / "glue-test.array_record-00000-of-00001"
+    )
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace('"validation"', '"test"'))
+    if name == "mrpc":
+        with pytest.raises(ValueError, match=r"the `idx` of its examples are not 0 to 407"):
+            load_examples(name, "test", tmp_path)
+        return
+    stored = load_examples(name, "validation", shared_data)
+    records = tfds.builder(f"glue/{name}", data_dir=shared_data).as_data_source("validation")
+    order = np.argsort([records[i]["idx"] for i in range(len(stored))])
+    assert load_examples(name, "test", tmp_path).texts == [stored.texts[i] for i in order]
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):
