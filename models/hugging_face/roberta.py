@@ -28,7 +28,7 @@ from models.hugging_face.llama import (
     tensor_files,
     write_checkpoint,
 )
-from models.hugging_face.roberta_config import from_theirs, to_theirs
+from models.hugging_face.roberta_config import check_labels, from_theirs, to_theirs
 
 # Paths of our weights by the names of their modules there; {} is the layer.
 _LAYER = "encoder.layer.{}."
@@ -95,7 +95,8 @@ def load_roberta(
 
 def read_config(directory: Path, **overrides: Any) -> EncoderConfig:
     """Reads config.json, and from the weights whether there are a pooler and a classifier."""
-    config = from_theirs(read_json(directory / "config.json"), overrides)
+    theirs = read_json(directory / "config.json")
+    config = from_theirs(theirs, overrides)
     files = tensor_files(directory)
     names = _head_names(config, files)
     found: dict[str, Any] = {"pooler": "pooler" in names}
@@ -103,6 +104,7 @@ def read_config(directory: Path, **overrides: Any) -> EncoderConfig:
         # Without layers the tensor is as they store it: (classes, width).
         name = f"{names['classifier']}.weight"
         found["classes"] = read_tensor(files[name], name).shape[0]
+        check_labels(theirs, found["classes"], name)
     return dataclasses.replace(config, **found | overrides)
 
 

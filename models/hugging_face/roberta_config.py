@@ -97,6 +97,29 @@ def from_theirs(theirs: dict[str, Any], overrides: dict[str, Any]) -> EncoderCon
     return EncoderConfig(**fields | overrides)
 
 
+def check_labels(theirs: dict[str, Any], classes: int, name: str) -> None:
+    """Raises ValueError if a config.json names other labels than those of a classifier's classes.
+
+    `name` is that of the classifier's tensor.
+    """
+    keys = ("num_labels", "id2label", "label2id")
+    said = {key: theirs[key] for key in keys if theirs.get(key) is not None}
+    for key, value in said.items():
+        count = value if key == "num_labels" else isinstance(value, dict) and len(value)
+        if type(count) is not int or count != classes:
+            raise ValueError(
+                f"config.json: {key}={value!r}, but {name} has {classes} rows, one for each label: "
+                "correct the one that is wrong"
+            )
+    if {"id2label", "label2id"} <= said.keys():
+        names, ids = ({str(x): str(y) for x, y in said[key].items()} for key in keys[1:])
+        if names != {i: label for label, i in ids.items()}:
+            raise ValueError(
+                f"config.json: id2label={names} and label2id={ids} contradict each other: correct "
+                "the one that is wrong"
+            )
+
+
 def to_theirs(config: EncoderConfig) -> dict[str, Any]:
     """Returns the content of config.json."""
     kind = "bert" if config.pad_id is None else "roberta"

@@ -303,7 +303,8 @@ def test_a_classifier_with_labels_in_another_order_begins_in_that_of_the_task(fo
     init = write_encoder(tmp_path / "a", classes=2)
     config = resolve(small_glue(folder, init=str(init)), 40)
     file = init / "config.json"
-    content = json.loads(file.read_text()) | {"id2label": {"0": "1", "1": "0"}}
+    labels = {"id2label": {"0": "1", "1": "0"}, "label2id": {"1": 0, "0": 1}}
+    content = json.loads(file.read_text()) | labels
     file.write_text(json.dumps(content))
     parts = assemble(load_examples("mrpc", "train", folder / "data"), config, lambda _: None)
     found, theirs = parts.initial().params, load_roberta(init)

@@ -1,6 +1,7 @@
 """RoBERTa and BERT checkpoints, read and written, against what transformers computes."""
 
 import json
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,6 +102,27 @@ def test_a_language_models_head_is_not_read_and_old_names_of_norms_are(tmp_path)
 def test_settings_that_change_the_function_are_refused_by_name(tmp_path, config, message):
     with pytest.raises(ValueError, match=message):
         load_roberta(changed(tmp_path, "roberta", **config))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"id2label": {"0": "a", "1": "b"}}, "id2label={'0': 'a', '1': 'b'}, but {} has 3 rows"),
+        ({"label2id": {"a": 0}}, "label2id={'a': 0}, but {} has 3 rows"),
+        ({"num_labels": 2}, "num_labels=2, but {} has 3 rows"),
+        ({"id2label": ["a", "b", "c"]}, "id2label=['a', 'b', 'c'], but {} has 3 rows"),
+        (
+            {"label2id": {"LABEL_0": 0, "LABEL_1": 2, "LABEL_2": 1}},
+            "and label2id={'LABEL_0': '0', 'LABEL_1': '2', 'LABEL_2': '1'} contradict each other",
+        ),
+    ],
+)
+def test_labels_that_contradict_the_classifier_or_each_other_are_refused(tmp_path, labels, message):
+    for kind, name in (("roberta", "classifier.out_proj.weight"), ("bert", "classifier.weight")):
+        with pytest.raises(ValueError, match=re.escape(message.replace("{}", name))):
+            read_config(changed(tmp_path / kind, kind, **labels))
+    # The labels of a model without a classifier say nothing.
+    read_config(changed(tmp_path / "model", "bert_model", **labels))
 
 
 def test_a_tensor_that_is_not_known_is_refused_by_name(tmp_path):
