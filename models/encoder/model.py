@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from galore_optax.quantization.array import dequantized
 from models.encoder.config import EncoderConfig, weight_table
 from models.llama.config import Params
-from models.llama.layer import keep_products, linear
+from models.llama.layer import keep_products, linear, rows_of
 from models.llama.model import draw_params
 
 
@@ -68,10 +68,10 @@ class Encoder(nnx.Module):
         if key is not None:
             first, key = jax.random.split(key)
             layer_keys = jax.random.split(key, config.layers)
-        hidden = dequantized(self.embedding.get_value())[token_ids]
-        hidden += self.positions[...][_positions(config, token_ids)]
+        hidden = rows_of(dequantized(self.embedding.get_value()), token_ids)
+        hidden += rows_of(self.positions[...], _positions(config, token_ids))
         types = self.token_types[...]
-        hidden += types[0] if token_types is None else types[token_types]
+        hidden += types[0] if token_types is None else rows_of(types, token_types)
         norm = nnx.to_pure_dict(nnx.state(self.embedding_norm))
         hidden = layer_norm(hidden, norm, config.norm_eps).astype(config.dtype)
         hidden = dropout(hidden, config.dropout, first)

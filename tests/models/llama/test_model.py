@@ -12,6 +12,7 @@ from flax import nnx
 
 from galore_optax import quantize_weights, value_and_grad
 from models.llama.config import LlamaConfig
+from models.llama.layer import embed
 from models.llama.model import Llama, init_params
 
 SMALL = LlamaConfig(
@@ -156,6 +157,15 @@ def test_bfloat16_is_close_to_float32():
     assert rounded.dtype == jnp.float32
     # BF16 keeps 8 bits: relative errors of up to 0.4% in each of some 20 steps in a row.
     assert 0 < np.std(rounded - exact) < 0.02 * np.std(exact)
+
+
+def test_a_frequent_tokens_gradient_is_a_sum_in_float32():
+    # In bfloat16 it stopped at 256, on a CPU and a GPU.
+    config = dataclasses.replace(SMALL, dtype="bfloat16", param_dtype="bfloat16")
+    table = jnp.ones((2, 3), jnp.bfloat16)
+    ids = jnp.zeros((4, 250), jnp.int32)
+    gradient = jax.grad(lambda table: jnp.sum(embed(config, table, ids).astype(float)))(table)
+    np.testing.assert_array_equal(gradient, [[1000] * 3, [0] * 3])
 
 
 def test_bfloat16_weights_are_drawn_as_those_of_float32_and_rounded():
