@@ -37,6 +37,8 @@ _WIDE = {
     "and", "ceil", "clamp", "cos", "exp", "exp2", "expm1", "floor", "is_finite", "log", "log1p",
     "logistic", "not", "or", "pow", "rsqrt", "sign", "sin", "sqrt", "tan", "tanh", "xor",
 }  # fmt: skip
+# Those whose results may be numbers in Triton where an argument is NaN.
+_DROP_NAN = {"clamp", "max", "min"}
 
 
 def chunks(x: Array | QuantizedArray, most: int) -> int:
@@ -193,6 +195,9 @@ class _Values(dict[Any, Any]):
                 results = [jnp.broadcast_to(values[0], shape)]
             else:
                 results = [equation.primitive.bind(*values, **equation.params)]
+                if equation.primitive.name in _DROP_NAN:
+                    for x in values:
+                        results = [jnp.where(x == x, results[0], x)]
             self.update(zip(equation.outvars, results, strict=True))
 
 

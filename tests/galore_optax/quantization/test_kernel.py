@@ -88,6 +88,27 @@ def test_a_state_is_updated_in_one_kernel_for_each_leaf(name, bits, on_a_gpu, mo
         state = got[1]
 
 
+def _of_arrays(function, *arrays, **_):
+    return function(*arrays)
+
+
+def test_nan_stays_where_a_kernels_maximum_drops_it(monkeypatch):
+    # In Triton the maximum of NaN and -1 is -1: clipped, NaN in a gradient was a number.
+    x = jnp.array([jnp.nan, -3.0, 0.5, 3.0])
+    traced = jax.make_jaxpr(lambda x: (jnp.clip(x, -1, 1), jax.lax.clamp(-1.0, x, 1.0)))(x).jaxpr
+    in_triton = {
+        jax.lax.max_p: jnp.fmax,
+        jax.lax.min_p: jnp.fmin,
+        jax.lax.clamp_p: lambda low, x, high: jnp.fmin(jnp.fmax(low, x), high),
+    }
+    for primitive, function in in_triton.items():
+        monkeypatch.setattr(primitive, "bind", partial(_of_arrays, function))
+    values = elementwise._Values(zip(traced.invars, [x], strict=True))
+    values.evaluate(traced.eqns, x.shape)
+    for result in map(values.of, traced.outvars):
+        np.testing.assert_array_equal(result, [jnp.nan, -1, 0.5, 1])
+
+
 def test_gradients_in_bfloat16_get_updates_in_bfloat16(on_a_gpu):
     tx, params = quantize_state(optax.adam(0.01)), tree(jnp.bfloat16)
     updates, state = tx.update(tree(jnp.bfloat16), tx.init(params), params)
