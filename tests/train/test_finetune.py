@@ -313,6 +313,15 @@ def test_a_classifier_with_labels_in_another_order_begins_in_that_of_the_task(fo
     np.testing.assert_array_equal(found["pooler"], theirs.pooler[...])
 
 
+def test_a_run_as_the_model_to_begin_with_is_refused_with_the_command_that_exports_it(
+    folder, tmp_path
+):
+    (tmp_path / "config.json").write_text(json.dumps({"optimizer": "adamw", "task": "mrpc"}))
+    said = r"is a run: write its model with `python -m train\.export`"
+    with pytest.raises(ValueError, match=said):
+        resolve(small_glue(folder, init=str(tmp_path)), 40)
+
+
 def test_an_encoder_without_its_tokenizer_or_with_anothers_is_refused(folder, tmp_path):
     config = resolve(small_glue(folder, init=str(write_encoder(tmp_path / "a"))), 40)
     examples = load_examples("mrpc", "train", folder / "data")

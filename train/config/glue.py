@@ -16,6 +16,7 @@ from train.config.flags import TrainingFlags
 from train.config.optimizers import OPTIMIZERS
 from train.config.resolve import fill, fill_rest, reopened, with_options
 from train.config.settings import ResolvedTraining, expand_home, flag
+from train.config.source import is_run
 
 # What a run keeps of the model that it begins with, besides the weights.
 TOKENIZER = "tokenizer.json"
@@ -183,6 +184,9 @@ def check_given(config: Finetune) -> None:
         own = name == "init" and model_folder(config) != Path(folder)
         if not own and not os.path.isdir(folder):
             raise ValueError(f"{flag(name)} {folder}: there is no such folder; give {what}")
+        if name == "init" and not own and is_run(folder):
+            said = f"--init {folder} is a run: write its model with `python -m train.export`"
+            raise ValueError(f"{said}, and give that folder")
 
 
 def model_folder(config: Finetune) -> Path:
