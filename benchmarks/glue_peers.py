@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from models.hugging_face.roberta import read_config
+from train.config.glue import TOKENIZER
 from train.data.glue import TASKS, TRAIN, VALIDATION, load_examples
 from train.data.pairs import Batch, PairData, PairTokenizer, pair_data
+from train.run.glue import types_read
 from train.run.scores import scores
 
 PEERS = {
@@ -92,9 +94,10 @@ def _trained(run: Path, python: str) -> dict[str, float]:
 def _arrays(settings: dict[str, Any]) -> dict[str, np.ndarray]:
     """The batches of a run, padded to --seq-len, with the length of each."""
     model = read_config(Path(settings["init"]))
-    types = 1 if model.pad_id is not None else model.token_types
-    path = Path(settings["init"]) / "tokenizer.json"
-    tokenizer = PairTokenizer(path, settings["seq_len"], model.vocab_size, types)
+    path = Path(settings["init"]) / TOKENIZER
+    tokenizer = PairTokenizer(
+        path, settings["seq_len"], model.vocab_size, types_read(model), model.pad_id
+    )
     data: dict[str, PairData] = {}
     for split in (TRAIN, VALIDATION):
         examples = load_examples(settings["task"], split, settings["data_dir"])

@@ -16,7 +16,7 @@ from models.encoder.config import EncoderConfig, flops_per_token, weight_table
 from models.hugging_face.files import read_json
 from models.hugging_face.roberta import read_weights
 from models.hugging_face.roberta_config import to_theirs
-from train.config.glue import FILES, ResolvedFinetune, model_folder, read_model
+from train.config.glue import FILES, TOKENIZER, ResolvedFinetune, model_folder, read_model
 from train.config.resume import lasting
 from train.data.glue import (
     TASKS,
@@ -138,7 +138,7 @@ def assemble(examples: Examples, config: ResolvedFinetune, log: Log) -> GluePart
     log_devices(config, mesh, log)
     encoder = read_model(config)
     model = model_config(config, encoder, TASKS[config.task].classes)
-    path = own / "tokenizer.json"
+    path = own / TOKENIZER
     if not path.is_file():
         raise ValueError(f"--init {init} has no tokenizer.json: save the fast tokenizer there")
     tokenizer = PairTokenizer(
