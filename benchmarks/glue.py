@@ -8,13 +8,12 @@ runs at that rate. The table goes to standard output and table.md, the plot to g
 """
 
 import dataclasses
-import json
 import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+from benchmarks.runs import Table, finished
 
 FULL, GALORE, ADAPTER = (1e-5, 2e-5, 5e-5), (1e-5, 2e-5, 3e-5), (2e-4, 4e-4, 8e-4)
 
@@ -35,15 +34,11 @@ Scores = tuple[float, list[float]]  # the best learning rate, and the metric of 
 
 
 @dataclasses.dataclass(frozen=True)
-class Glue:
+class Glue(Table):
     """Fine-tunes an encoder on tasks of GLUE by several methods, and prints a table."""
 
-    data_dir: Path
-    """Folder of the tasks, as for train.finetune."""
-    init: Path
+    init: Path = dataclasses.field(kw_only=True)
     """Folder with the weights to begin with, as for train.finetune."""
-    out: Path
-    """Folder for the runs; finished ones are not repeated."""
     tasks: tuple[str, ...] = ("mrpc", "rte", "cola", "stsb")
     """Columns of the table."""
     methods: tuple[str, ...] = tuple(METHODS)
@@ -112,21 +107,12 @@ def _rates(config: Glue, method: str) -> list[float]:
 def _metric(config: Glue, task: str, method: str, rate: float, seed: int) -> float:
     """The metric of one run, which is trained first if it is missing; 0 if it diverged."""
     name = f"{task}-{method.replace(' ', '-').replace('=', '')}-{rate:.1e}-{seed}".lower()
-    out = config.out / name
-    if not (out / "summary.json").exists():
-        words = ["--task", task, "--data-dir", config.data_dir, "--init", config.init]
-        words += [*METHODS[method][0], "--learning-rate", rate, "--seed", seed]
-        words += [*shlex.split(config.flags), "--out", out, "--resume"]
-        if "GaLore" in method or "GradNormLoRP" in method:
-            words += shlex.split(config.projected_flags)
-        command = [sys.executable, "-m", "train.finetune", *map(str, words)]
-        code = subprocess.run(command, check=False, stdout=sys.stderr).returncode
-        if code == 1:  # too many steps were not finite
-            print(f"{name} diverged", file=sys.stderr)
-            return 0.0
-        if code:
-            raise SystemExit(code)
-    return json.loads((out / "summary.json").read_text())["eval_metric"] or 0.0
+    words = ["--task", task, *METHODS[method][0], "--learning-rate", rate, "--seed", seed]
+    words += shlex.split(config.flags)
+    if "GaLore" in method or "GradNormLoRP" in method:
+        words += shlex.split(config.projected_flags)
+    summary = finished(config, "train.finetune", name, words, ("--init", config.init))
+    return summary.get("eval_metric") or 0.0
 
 
 def _plot(

@@ -13,7 +13,6 @@ import sys
 from typing import Literal
 
 from benchmarks.runs import Runs, trained
-from train.run.metrics import read_metrics
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "GaLore": ("--optimizer", "galore-adamw"),
@@ -58,12 +57,11 @@ def run(config: LowBits, name: str, seed: int) -> tuple[float, int, int, int]:
         *("--seed", seed),
     )
     summary = trained(config, folder, flags)
-    refreshes = [x["refreshes"] for x in read_metrics(config.out / folder) if "refreshes" in x]
     return (
         summary["eval_perplexity"],
         summary["optimizer_state_bytes"],
         summary["weight_bytes"],
-        int(refreshes[-1]),
+        int(summary["refreshes"]),
     )
 
 

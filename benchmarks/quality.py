@@ -129,7 +129,7 @@ def _row(config: Comparison, method: str) -> Row:
 
 
 def _perplexity(summary: Mapping[str, Any]) -> float:
-    found = summary["eval_perplexity"]  # null if it was not finite
+    found = summary.get("eval_perplexity")  # null if it was not finite
     return math.inf if found is None else found
 
 

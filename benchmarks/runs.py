@@ -1,4 +1,8 @@
-"""Runs of `train.pretrain` for the tables of the benchmarks; finished ones are reused."""
+"""Runs of the trainer for the tables of the benchmarks; finished ones are reused.
+
+A run is finished if its folder has summary.json, or if the table's file of records has its line, so
+that a table of many hours can be continued on another machine: flags, settings and summary.
+"""
 
 import dataclasses
 import json
@@ -9,13 +13,22 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Runs:
-    """The settings that all runs of a table share."""
+class Table:
+    """Where the runs of a table are."""
 
     data_dir: Path
-    """A data set written by `python -m train.prepare_c4`."""
+    """Folder of the data, as for the program that trains."""
     out: Path
     """Folder for the runs; finished ones are not repeated."""
+    records: Path | None = None
+    """A file with a JSON line of each finished run: those in it are not repeated, new ones are
+    added."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs(Table):
+    """The settings that all runs of a table of pre-training share."""
+
     model: str = "tiny"
     """Model to train."""
     tokenizer: str = "bytes"
@@ -31,33 +44,68 @@ class Runs:
 
 
 def trained(runs: Runs, name: str, flags: tuple[Any, ...]) -> dict[str, Any]:
-    """The summary of one run, which is trained first if it is missing.
+    """The summary of one run of `train.pretrain`, which is trained first if it is missing.
 
     Args:
         runs: the table's settings.
         name: of the run's folder.
         flags: further words of the command.
     """
-    out = runs.out / name
+    names = ("model", "tokenizer", "steps", "batch_size", "seq_len", "eval_tokens")
+    words = [word for x in names for word in (f"--{x.replace('_', '-')}", getattr(runs, x))]
+    # In the order of the text in which the runs of before were trained.
+    words += ["--data-parts", 1, "--data", "c4", "--eval-every", runs.steps, *flags]
+    return finished(runs, "train.pretrain", name, words)
+
+
+def finished(
+    table: Table, program: str, name: str, words: list[Any], places: tuple[Any, ...] = ()
+) -> dict[str, Any]:
+    """The summary of one run, which is trained first if it is missing; empty if it diverged.
+
+    Args:
+        table: where runs and records are.
+        program: the module that trains.
+        name: of the run's folder and record.
+        words: the command's flags, which those of a record must equal.
+        places: further flags, which name files of this machine.
+
+    Raises:
+        SystemExit: a record of this name is of other flags, or the program failed.
+    """
+    out, flags = table.out / name, [str(word) for word in words]
+    for record in read_records(table.records):
+        if record["name"] == name and record["flags"] != flags:
+            made = " ".join(record["flags"])
+            raise SystemExit(f"--records {table.records}: its {name} was trained with {made}")
+        if record["name"] == name:
+            return record["summary"]
     if not (out / "summary.json").exists():
-        common = {k: v for k, v in vars(runs).items() if k in _COMMON}
-        words = [w for k, v in common.items() for w in (f"--{k.replace('_', '-')}", v)]
-        # The order of the text in which the runs of before were trained.
-        words += [
-            "--data-parts",
-            1,
-            "--data",
-            "c4",
-            "--eval-every",
-            runs.steps,
-            "--out",
-            out,
-            "--resume",
-            *flags,
-        ]
-        command = [sys.executable, "-m", "train.pretrain", *map(str, words)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    return json.loads((out / "summary.json").read_text())
+        command = [sys.executable, "-m", program, *flags, "--data-dir", table.data_dir, *places]
+        command += ["--out", out, "--resume"]
+        code = subprocess.run([*map(str, command)], check=False, stdout=sys.stderr).returncode
+        if code == 1:  # too many steps were not finite
+            print(f"{name} diverged", file=sys.stderr)
+            return {}
+        if code:
+            raise SystemExit(code)
+    config, summary = (_read(out / f"{x}.json") for x in ("config", "summary"))
+    if table.records is not None:
+        settings = {key: value for key, value in config.items() if key not in _PLACES}
+        record = {"name": name, "flags": flags, "config": settings, "summary": summary}
+        with table.records.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    return summary
 
 
-_COMMON = {field.name for field in dataclasses.fields(Runs)} - {"out"}
+def read_records(path: Path | None) -> list[dict[str, Any]]:
+    """The finished runs that a file has; none if there is no file."""
+    text = path.read_text() if path and path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+_PLACES = ("data_dir", "init", "out")  # settings that name files of one machine

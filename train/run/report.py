@@ -59,15 +59,15 @@ def report(
         "steps": int(state.step),
         "tokens": tokens,
         "skipped": int(state.optimizer.total_notfinite),
+        "refreshes": next((x["refreshes"] for x in reversed(lines) if "refreshes" in x), None),
     }
     title = f"{parts.name}, {config.optimizer}, batch {config.batch_size} x {config.seq_len} tokens"
     plot_loss(lines, directory / "loss.png", title, parts.unit)
     if measured := read_subspaces(directory):
         plot_subspaces(measured, directory / "subspace.png", title)
     ends = _bytes_of(parts.abstract.optimizer.inner_state, ("embedding", "head"))
-    refreshes = next((x["refreshes"] for x in reversed(lines) if "refreshes" in x), None)
     log(title)
-    for name, value, note in closing_table(summary, ours, ends, refreshes):
+    for name, value, note in closing_table(summary, ours, ends):
         log(f"  {name:16} {value:>16}" + (f"  {note}" if note else ""))
     # Last, because it says that the run is finished.
     run_directory.write_json(directory / "summary.json", summary)
@@ -94,7 +94,7 @@ def _bytes_of(state: Any, names: Collection[str]) -> int:
 
 
 def closing_table(
-    summary: Mapping[str, Any], state: Mapping[str, int], ends: int, refreshes: int | None
+    summary: Mapping[str, Any], state: Mapping[str, int], ends: int
 ) -> Iterator[tuple[str, str, str]]:
     """The table about a finished run: name, value and note of each row.
 
@@ -120,5 +120,5 @@ def closing_table(
     skipped = summary["skipped"]
     said = f"{skipped:,} skipped: loss or gradient not finite, no weight changed" if skipped else ""
     yield "steps", f"{summary['steps']:,}", said
-    if refreshes:
+    if refreshes := summary["refreshes"]:
         yield "refreshes", f"{refreshes:,}", "bases found: one for each matrix and refresh"

@@ -14,11 +14,12 @@ SUMMARY = {
     "tokens_per_second": 1234.5,
     "steps": 600,
     "skipped": 0,
+    "refreshes": None,
 }
 
 
-def rows(state: dict[str, int], ends: int = 0, refreshes: int | None = None, **changes) -> dict:
-    found = closing_table({**SUMMARY, **changes}, state, ends, refreshes)
+def rows(state: dict[str, int], ends: int = 0, **changes) -> dict:
+    found = closing_table({**SUMMARY, **changes}, state, ends)
     return {name.strip(): (value, note) for name, value, note in found}
 
 
