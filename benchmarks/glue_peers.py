@@ -1,12 +1,13 @@
-"""Runs of `benchmarks.glue` beside the same by transformers, galore-torch and peft.
+r"""Runs of `benchmarks.glue` beside the same by transformers, galore-torch and peft.
 
-    python -m benchmarks.glue_peers --runs DIR --peer-python PYTHON
+    python -m benchmarks.glue_peers --records FILE --peer-python PYTHON \
+        --data-dir DIR --init DIR --out DIR
 
-PYTHON has torch, transformers, galore-torch and peft. Of the finished runs in DIR, those of full
+PYTHON has torch, transformers, galore-torch and peft. Of the finished runs in FILE, those of full
 fine-tuning, GaLore and LoRA that have several seeds are trained by the peer, too: the same weights,
-batches in the same order, lengths, steps, schedule and settings, from the run's config.json. The
-peer has its own random numbers for dropout and for the classifier's weights. Finished ones are
-reused; the table goes to standard output and to peers.md in DIR.
+batches in the same order, lengths, steps, schedule and settings. The peer has its own random
+numbers for dropout and for the classifier's weights. Finished ones are reused, from --out or from
+--peer-records; the table goes to standard output and to peers.md in --out.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.runs import read_records
 from models.hugging_face.roberta import read_config
 from train.config.glue import TOKENIZER
 from train.data.glue import TASKS, TRAIN, VALIDATION, load_examples
@@ -37,58 +39,78 @@ PEERS = {
 class Peers:
     """Fine-tunes by other libraries what `benchmarks.glue` has fine-tuned."""
 
-    runs: Path
-    """Folder of the runs, --out of benchmarks.glue."""
+    records: Path
+    """Finished runs of benchmarks.glue, its --records."""
+    data_dir: Path
+    """Folder of the tasks."""
+    init: Path
+    """Folder with the weights to begin with."""
+    out: Path
+    """Folder for the peer's runs."""
     peer_python: str
     """A Python with torch, transformers, galore-torch and peft."""
+    peer_records: Path | None = None
+    """A file with a JSON line of each finished run of the peer, to which new ones are added."""
     seeds: int = 2
-    """Settings with fewer seeds are left out."""
+    """Seeds of each setting; settings with fewer are left out, further ones not trained."""
 
 
 def main(config: Peers) -> None:
     """Trains what is missing and prints the table."""
-    groups: dict[str, list[Path]] = {}
-    for summary in sorted(config.runs.glob("*/summary.json")):
-        name, _, _ = summary.parent.name.rpartition("-")  # of the seed
-        groups.setdefault(name, []).append(summary.parent)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in read_records(config.records):
+        name, _, _ = record["name"].rpartition("-")  # of the seed
+        groups.setdefault(name, []).append(record)
     lines = [
         "| task | optimizer, learning rate | seeds | ours | peer | tokens/s: ours | peer |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    config.out.mkdir(parents=True, exist_ok=True)
     for runs in groups.values():
-        settings = _read(runs[0] / "config.json")
+        settings = runs[0]["config"]
         if settings["optimizer"] not in PEERS or len(runs) < config.seeds:
             continue
-        own = [_read(run / "summary.json") for run in runs]
-        peer = [_trained(run, config.peer_python) for run in runs]
+        runs = sorted(runs, key=lambda x: x["config"]["seed"])
+        peer = [_trained(config, run) for run in runs[: config.seeds]]
+        own = [run["summary"] for run in runs]
         cells = [_spread([x["eval_metric"] for x in own]), _spread([x["metric"] for x in peer])]
         cells += [_speed(x) for x in (own, peer)]
         rank = "" if settings["rank"] is None else f" r={settings['rank']}"
         rate = f"{settings['learning_rate']:.1e}"
         named = f"{settings['optimizer']}{rank}, {rate}; {PEERS[settings['optimizer']]}"
-        lines.append(f"| {settings['task']} | {named} | {len(runs)} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
-    (config.runs / "peers.md").write_text(text)
-    print(text, end="")
+        seeds = f"{len(own)}, {len(peer)}"
+        lines.append(f"| {settings['task']} | {named} | {seeds} | {' | '.join(cells)} |")
+        (config.out / "peers.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
-def _trained(run: Path, python: str) -> dict[str, float]:
+def _trained(config: Peers, run: dict[str, Any]) -> dict[str, float]:
     """The peer's best metric and its speed; the best of the epochs, as for the run."""
-    folder = run / "peer"
-    settings = _read(run / "config.json")
+    for record in read_records(config.peer_records):
+        if record["name"] == run["name"] and record["flags"] == run["flags"]:
+            return record["result"]
+    folder, settings = config.out / run["name"], run["config"]
+    places = {"data_dir": str(config.data_dir), "init": str(config.init)}
     task = TASKS[settings["task"]]
+    settings = {**settings, **places, "classes": task.classes}
+    data = _arrays(settings)
     if not (folder / "result.json").exists():
         folder.mkdir(exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps({**settings, "classes": task.classes}))
-        np.savez(folder / "data.npz", allow_pickle=False, **_arrays(settings))
-        subprocess.run([python, Path(__file__).with_name("peer_glue.py"), folder], check=True)
-    with np.load(folder / "data.npz") as data:
-        labels = data["labels"]
+        (folder / "settings.json").write_text(json.dumps(settings))
+        np.savez(folder / "data.npz", allow_pickle=False, **data)
+        program = Path(__file__).with_name("peer_glue.py")
+        subprocess.run([config.peer_python, program, folder], check=True)
     found = [
-        scores(task.metrics, x.argmax(-1) if task.labels else x[:, 0], labels)[task.metrics[0]]
+        scores(task.metrics, x.argmax(-1) if task.labels else x[:, 0], data["labels"])
         for x in np.load(folder / "outputs.npy")
     ]
-    return {"metric": max(found), **_read(folder / "result.json")}
+    speed = json.loads((folder / "result.json").read_text())
+    result = {"metric": max(x[task.metrics[0]] for x in found), **speed}
+    if config.peer_records is not None:
+        record = {"name": run["name"], "flags": run["flags"], "result": result}
+        with config.peer_records.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    return result
 
 
 def _arrays(settings: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -128,10 +150,6 @@ def _stacked(split: str, batches: list[Batch], settings: dict[str, Any]) -> dict
     lengths = np.array([batch["inputs"].shape[1] for batch in batches])
     named = {f"{split}_{name}": np.stack(x) for name, x in arrays.items()}
     return {**named, f"{split}_length": lengths}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
 
 
 def _spread(values: list[float]) -> str:
