@@ -29,6 +29,7 @@ METHODS: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "APOLLO": (("--optimizer", "apollo-adamw"), GALORE),
     "APOLLO-Mini": (("--optimizer", "apollo-mini-adamw"), GALORE),
     "Alice": (("--optimizer", "alice"), GALORE),
+    "Alice-0": (("--optimizer", "alice", "--tracking", "0"), GALORE),
     "RACS": (("--optimizer", "racs"), GALORE),
     "SCALE": (("--optimizer", "scale"), FULL),
     "Muon": (("--optimizer", "muon"), FULL),
@@ -44,6 +45,16 @@ METHODS: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     ),
     "Adafactor": (("--optimizer", "adafactor"), (0.001, 0.002, 0.005, 0.01)),
     "GaLore Adafactor": (("--optimizer", "galore-adafactor"), GALORE),
+    # Alice without its parts, for a model with --rank 32, such as tiny.
+    "Alice, plain": (
+        ("--optimizer", "alice", "--compensation", "0", "--leading", "32", "--tracking", "0"),
+        GALORE,
+    ),
+    "Alice, tracked": (
+        ("--optimizer", "alice", "--compensation", "0", "--leading", "32"),
+        GALORE,
+    ),
+    "Alice, switched": (("--optimizer", "alice", "--compensation", "0"), GALORE),
 }
 
 
@@ -51,7 +62,7 @@ METHODS: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
 class Comparison(Runs):
     """Trains each method at four learning rates, and prints a table."""
 
-    methods: tuple[str, ...] = tuple(METHODS)[:11]
+    methods: tuple[str, ...] = tuple(METHODS)[:12]
     """Rows of the table."""
     seeds: int = 1
     """Runs at each method's best learning rate, with seeds from 0."""

@@ -174,6 +174,8 @@ def switched(
     """
     rank = basis.shape[-1]
     leading = max(1, rank * 5 // 16) if leading is None else leading
+    if leading > rank:
+        raise ValueError(f"leading={leading}: a subspace has rank={rank}, give at most that many")
     power_key, rest_key = jax.random.split(key)
     kept = by_energy(power(gradient, basis, power_key), gradient)[:, :leading]
     rest = _numbers(rest_key, gradient, basis.shape[-1] - kept.shape[-1])

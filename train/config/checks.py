@@ -32,10 +32,10 @@ _AT_LEAST = {
     "keep": 1, "log_every": 1, "patience": 1, "max_skipped": 1, "workers": 0, "seed": 0,
     "gradient_rank": 1, "restart_every": 1, "restart_warmup": 0, "decay_steps": 1,
     "processes": 1, "process": 0, "data_parts": 1,
-    "profile": 1, "sample_every": 1, "energy_every": 1,
+    "profile": 1, "sample_every": 1, "energy_every": 1, "leading": 1,
 }  # fmt: skip
 _POSITIVE = ("scale", "learning_rate", "clip_norm", "alpha", "eps")
-_SHARES = ("b1", "b2", "dropout")
+_SHARES = ("b1", "b2", "dropout", "tracking")
 _BITS = ("moment_bits", "projection_bits", "weight_bits", "embedding_bits")
 
 # Settings that only some optimizers or adapters use.
@@ -169,8 +169,10 @@ def _ranges(c: ResolvedTraining) -> Iterator[str]:
             yield f"{flag(name)} {value}: expected a share from 0 to below 1"
     if c.floor is not None and not 0 <= c.floor <= 1:
         yield f"--floor {c.floor}: expected a share of --learning-rate, from 0 to 1"
-    if c.weight_decay is not None and not 0 <= c.weight_decay <= _LARGEST:
-        yield f"--weight-decay {c.weight_decay}: expected 0 or more, {_LARGEST:.1e} at most"
+    for name in ("weight_decay", "compensation"):
+        value = getattr(c, name)
+        if value is not None and not 0 <= value <= _LARGEST:
+            yield f"{flag(name)} {value}: expected 0 or more, {_LARGEST:.1e} at most"
     for name in ("adapter_pattern", "train", "freeze"):
         try:
             re.compile(getattr(c, name) or "")
@@ -193,6 +195,8 @@ def _conflicts(c: ResolvedTraining) -> Iterator[str]:
         yield f"--state-dtype {c.state_dtype} has no effect: {reason}; leave one of them out"
     if c.gradient_rank is not None and c.rank is not None and c.gradient_rank >= c.rank:
         yield f"--gradient-rank {c.gradient_rank}: expected below --rank {c.rank}, the adapter's"
+    if c.leading is not None and c.rank is not None and c.leading > c.rank:
+        yield f"--leading {c.leading}: expected at most --rank {c.rank}"
     if every is not None and c.weight_bits == 4:
         reason = "4-bit weights lose what was learnt when a restart merges it into them"
         yield f"--weight-bits 4 with --adapter {adapter}: {reason}; choose 8, or leave it out"

@@ -119,6 +119,7 @@ _ALICE = {
     if name not in ("subspace", "moments")
 }  # fmt: skip
 _APOLLO = {**_ALICE, "scale": 1.0, "b2": 0.999}
+_ALICE |= {"compensation": 0.4, "tracking": 0.999, "leading": None}
 _RACS = {"scale": 0.05, **_ADAMW, **_FLOATS}
 _PLAIN = Recipe(_cast(optax.adamw), {**_ADAMW, **_FLOATS})
 # As published code for language models has it: a given learning rate and a first moment.

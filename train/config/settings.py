@@ -6,15 +6,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from train.config.flags import (
-    HostFlags,
-    LayerwiseFlags,
-    OwnTextFlags,
-    SampleFlags,
-    TextFlags,
-    TextRunFlags,
-    TrainingFlags,
-)
+from train.config.flags import HostFlags, LayerwiseFlags, TrainingFlags
+from train.config.text_flags import OwnTextFlags, SampleFlags, TextFlags, TextRunFlags
 
 # How a run is started, not what it is: these are not in config.json. The steps say the epochs.
 NOT_STORED = (

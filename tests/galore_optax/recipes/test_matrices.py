@@ -176,6 +176,10 @@ def test_quantized_weights_are_updated_as_their_values(kind):
         (lambda: alice(0.1, 3, leading=0), "leading=0 must be"),
         (lambda: alice(0.1, 3, compensation=-1), "compensation=-1: give"),
         (
+            lambda: run(alice(0.1, 3, leading=4), normal(0, 8, 9), [normal(1, 8, 9)]),
+            "leading=4: .* rank=3",
+        ),
+        (
             lambda: racs(0.1, weight_dimension_numbers=TuckerDimensionNumbers((0, 1))).init(
                 {"w": jnp.ones((3, 4))}
             ),

@@ -6,6 +6,8 @@ import os
 import re
 from typing import get_args
 
+import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
@@ -160,6 +162,21 @@ def test_what_is_set_reaches_the_optimizer_and_config_json_repeats_it(tmp_path):
     assert seen["update_proj_gap"] == Adaptive(Staggered(5))
 
 
+def test_alice_is_given_its_parts():
+    params = {"layers": {"mlp": {"up": jnp.ones((2, 40, 64))}}}
+    params = jax.eval_shape(lambda: params)
+
+    def sizes(*words):
+        config = resolve(command("--optimizer", "alice", "--rank", "8", *words))
+        state = jax.eval_shape(make_recipe(config).init, params)
+        return [x.size for x in jax.tree.leaves(state.recovery)]
+
+    assert sizes() == [2 * 64, 2, 2 * 8 * 8]
+    assert sizes("--tracking", "0") == [2 * 64, 2]
+    config = resolve(command("--optimizer", "alice", "--compensation", "0.2", "--leading", "3"))
+    assert (config.compensation, config.tracking, config.leading) == (0.2, 0.999, 3)
+
+
 def test_bfloat16_has_float32_moments_and_weights_rounded_at_random_unless_told():
     def dtypes(**settings):
         c = resolve(Pretrain(**settings))
@@ -300,6 +317,10 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ),
         ("--moments keep --optimizer apollo-adamw", "--moments keep has no effect with --opt"),
         ("--gradient-rank 8 --optimizer lora-adamw", "choose one of gradnorm-lorp-adamw"),
+        ("--compensation 0.2", "or choose one of alice"),
+        ("--compensation -1 --optimizer alice", "--compensation -1.0: expected 0 or more"),
+        ("--tracking 1 --optimizer alice", "--tracking 1.0: expected a share"),
+        ("--leading 33 --optimizer alice", "--leading 33: expected at most --rank 32"),
         (
             "--gradient-rank 8 --rank 8 --optimizer gradnorm-lorp-adamw",
             "below --rank 8, the ad",
