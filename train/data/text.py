@@ -56,11 +56,12 @@ def load_text(
 
 
 def content_of(documents: Sequence[str] | Sequence[bytes]) -> str:
-    """A digest of the number of documents, of up to 65 of them, and of a data set's files."""
-    count = len(documents)
-    some = [documents[i] for i in range(0, count, max(1, count // 64))]
-    found = (count, some, getattr(documents, "files", ()))
-    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+    """A digest of documents in memory; of a data set's, of up to 65 of them and of its files."""
+    files, count = getattr(documents, "files", None), len(documents)
+    digest = hashlib.sha256(repr((count, files)).encode())
+    for number in range(0, count, 1 if files is None else max(1, count // 64)):
+        digest.update(repr(documents[number]).encode())
+    return digest.hexdigest()[:16]
 
 
 class SkippingUnreadable(Sequence[str]):

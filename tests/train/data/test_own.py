@@ -3,6 +3,7 @@
 import pytest
 
 from train.data.own import divided
+from train.data.text import content_of
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,14 @@ def test_equal_documents_are_on_one_side():
     found = divided([*"abcabc"], None, str, "name")
     assert found == {"train": [*"bcbc"], "validation": [*"aa"]}
     assert divided([*"abc"], ["c", "d"], str, "name")["train"] == ["a", "b"]
+
+
+def test_a_digest_is_of_all_documents_in_memory():
+    documents = [f"document {i}" for i in range(200)]
+    digests = {content_of(documents)}
+    for number in range(200):
+        changed = [*documents]
+        changed[number] += "!"
+        digests.add(content_of(changed))
+    assert len(digests) == 201
+    assert content_of([*documents]) in digests
