@@ -22,11 +22,14 @@ from jax.sharding import SingleDeviceSharding
 from galore_optax import (
     GaLoreDimensionNumbers,
     adamw8bit,
+    alice,
     apollo_adamw,
     apollo_mini_adamw,
     fira_adamw,
     galore_adamw,
     galore_adamw8bit,
+    racs,
+    scale_sgd,
     state_bytes,
 )
 from models.llama.config import SIZES
@@ -67,6 +70,13 @@ ROWS: Mapping[str, tuple[str, Optimizer | Mapping[str, Any]]] = {
         "h100",
         Optimizer("llama-1b", lambda: apollo_mini_adamw(1e-2, **_MATRICES)),
     ),
+    "step-alice": ("h100", Optimizer("llama-1b", lambda: alice(1e-2, 512, **_MATRICES))),
+    "step-alice-0": (
+        "h100",
+        Optimizer("llama-1b", lambda: alice(1e-2, 512, tracking=0, **_MATRICES)),
+    ),
+    "step-racs": ("h100", Optimizer("llama-1b", lambda: racs(1e-2, **_MATRICES))),
+    "step-scale": ("h100", Optimizer("llama-1b", lambda: scale_sgd(1e-2, False, **_MATRICES))),
     "step-adamw8bit": ("h100", Optimizer("llama-1b", lambda: adamw8bit(1e-3))),
     "refresh-7b": (
         "h100",

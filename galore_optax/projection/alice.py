@@ -67,18 +67,21 @@ class Alice:
         """The update, and the new state."""
         mean, previous, *tracked = state
         (n, _), r = own.gradient.shape, len(own.projected)
-        # Not ‖G_i‖² - ‖R_i‖², which is far off where it is small if P is stored in 4 bits.
-        residual = own.gradient - own.back(own.projected)
-        least = max(_SHARE, 16 * float(jnp.finfo(own.gradient.dtype).eps) ** 2)
-        energy = jnp.maximum(energies(residual), least * energies(own.gradient))
+        whole, least = energies(own.gradient), float(jnp.finfo(own.gradient.dtype).eps)
+        if own.orthonormal:  # the residual itself is never in memory
+            energy = whole - energies(own.projected)
+        else:
+            energy = energies(own.gradient - own.back(own.projected))
+        energy = jnp.maximum(energy, max(_SHARE, 16 * least**2) * whole)
         mean = _mean(self.decay, mean, energy)
         factor = (n - r) ** 0.5 * jax.lax.rsqrt(jnp.maximum(mean, _LEAST))
         limited, previous = limit(factor**2 * energy, previous, 1.0)
-        factor = at(self.learning_rate, own.count) * self.compensation * limited * factor
+        factor = at(self.learning_rate, own.count) * self.compensation * limited * factor[None]
         if tracked:
             r = own.projected.astype(mean.dtype)
             tracked = [_mean(self.tracking, tracked[0], r @ r.T)]
-        update = own.scale * (own.back(own.step) - factor[None] * residual)
+        small = own.scale * (own.step + factor * own.projected)
+        update = own.back(small) - own.scale * factor * own.gradient
         return update, (mean, previous, *tracked)
 
 
