@@ -129,14 +129,19 @@ def _row(config: Comparison, method: str) -> Row:
     flags, rates = METHODS[method]
 
     def summary(rate: float, seed: int) -> dict[str, Any]:
-        name = f"{method.replace(' ', '-').lower()}-{rate}-{seed}"
-        return trained(config, name, (*flags, "--learning-rate", rate, "--seed", seed))
+        words = (*flags, "--learning-rate", rate, "--seed", seed)
+        return trained(config, run_name(method, rate, seed), words)
 
     found = {rate: summary(rate, 0) for rate in rates}
     swept = {rate: _perplexity(one) for rate, one in found.items()}
     best = min(rates, key=swept.__getitem__)
     others = [_perplexity(summary(best, seed)) for seed in range(1, config.seeds)]
     return Row(best, swept, [swept[best], *others], found[best])
+
+
+def run_name(method: str, rate: float, seed: int) -> str:
+    """The name of a run's folder and record."""
+    return f"{method.replace(' ', '-').lower()}-{rate}-{seed}"
 
 
 def _perplexity(summary: Mapping[str, Any]) -> float:

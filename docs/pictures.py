@@ -124,13 +124,18 @@ def energy() -> None:
     plt.close(figure)
 
 
-def bytes_of(size: str) -> dict[str, dict[str, int]]:
-    """Returns the bytes of a model's BF16 weights and of each optimizer's state."""
-    params = jax.tree.map(
+def bf16_params(size: str) -> Any:
+    """A model's weights without their values."""
+    return jax.tree.map(
         lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.bfloat16),
         weight_table(SIZES[size]),
         is_leaf=lambda x: isinstance(x, Weight),
     )
+
+
+def bytes_of(size: str) -> dict[str, dict[str, int]]:
+    """Returns the bytes of a model's BF16 weights and of each optimizer's state."""
+    params = bf16_params(size)
     rank = DEFAULTS[size]["rank"]
     common: dict[str, Any] = {"weight_dimension_numbers": dimension_numbers}
     optimizers = {

@@ -96,8 +96,8 @@ class LowBitFlags:
     """Low-bit numbers."""
 
     moment_bits: int | None = None
-    """Bits of a number of the moments, 8 or 4, with the 8-bit optimizers and gradnorm-lorp-adamw.
-    Default: 8 with the 8-bit ones, else those of --dtype."""
+    """Bits of a number of the moments, 8 or 4, with the 8-bit optimizers, fira, apollo, alice and
+    gradnorm-lorp-adamw. Default: 8 with the 8-bit ones, else those of --dtype."""
     projection_bits: int | None = None
     """Bits of a number of GaLore's bases, 8 or 4. Default: those of --dtype; 4 with
     q-galore-adamw8bit."""

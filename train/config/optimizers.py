@@ -28,7 +28,8 @@ class Recipe(NamedTuple):
     options: Mapping[str, Any]
     adapter: str | None = None  # the key in `train.config.weights.ADAPTERS` that it always uses
     # Selects the stacked leaves that are split into one leaf per layer, for optimizers that treat
-    # each leaf separately. GaLore itself splits the matrices that it projects.
+    # each leaf separately, besides `_vectors` for moments of few bits. GaLore itself splits the
+    # matrices that it projects.
     stacks: ParamAxes | None = None
     # Whether projected updates are made from the gradient itself (galore's `recover`).
     recovers: bool = False
@@ -112,7 +113,7 @@ _Q_GALORE = {
     "embedding_bits": None, "stochastic_rounding": True,
 }  # fmt: skip
 _LORP = {"gradient_rank": None, **_IN_SUBSPACE, **_BETAS, "moment_bits": None, **_FLOATS}
-_FIRA = {**_GALORE_FLOATS, **_BETAS}
+_FIRA = {**_GALORE_FLOATS, **_BETAS, "moment_bits": None}
 # Side and storage of the subspace, whose method is part of what these are.
 _ALICE = {
     name: value for name, value in {**_FIRA, "scale": 0.3, "b2": 0.9}.items()
@@ -139,14 +140,14 @@ _SCALE_OF = partial(
 _GALORE_ADAFACTOR = partial(galore_optax.galore_adafactor, momentum=0.9)
 OPTIMIZERS: Mapping[str, Recipe] = {
     "adamw": _PLAIN,
-    "adamw8bit": Recipe(galore_optax.adamw8bit, {**_ADAMW, "moment_bits": 8}, stacks=_vectors),
+    "adamw8bit": Recipe(galore_optax.adamw8bit, {**_ADAMW, "moment_bits": 8}),
     "adafactor": Recipe(
         _cast(_ADAFACTOR), {"stochastic_rounding": None, **_FLOATS}, stacks=param_axes
     ),
     "galore-adamw": Recipe(galore_optax.galore_adamw, {**_GALORE_FLOATS, **_BETAS}),
-    "galore-adamw8bit": Recipe(galore_optax.galore_adamw8bit, _GALORE_8BIT, stacks=_vectors),
+    "galore-adamw8bit": Recipe(galore_optax.galore_adamw8bit, _GALORE_8BIT),
     "galore-adafactor": Recipe(_GALORE_ADAFACTOR, _GALORE_FLOATS, stacks=_vectors),
-    "q-galore-adamw8bit": Recipe(galore_optax.q_galore_adamw8bit, _Q_GALORE, stacks=_vectors),
+    "q-galore-adamw8bit": Recipe(galore_optax.q_galore_adamw8bit, _Q_GALORE),
     "gradnorm-lorp-adamw": Recipe(galore_optax.gradnorm_lorp_adamw, _LORP, adapter="gradnorm-lorp"),
     "fira-adamw": Recipe(galore_optax.fira_adamw, _FIRA, recovers=True),
     "apollo-adamw": Recipe(galore_optax.apollo_adamw, _APOLLO, recovers=True),
@@ -222,7 +223,10 @@ def make_recipe(config: ResolvedTraining, refreshes: bool = True) -> optax.Gradi
         if recipe.adapter is None:
             options["weight_dimension_numbers"] = dimension_numbers
     tx = recipe.make(learning_rate_schedule(config), **options)
-    tx = tx if recipe.stacks is None else galore_optax.unstacked(tx, recipe.stacks)
+    stacks = recipe.stacks
+    if recipe.adapter is None and options.get("bits") is not None:
+        stacks = _vectors
+    tx = tx if stacks is None else galore_optax.unstacked(tx, stacks)
     return tx if refreshes else galore_optax.without_refresh(tx)
 
 
