@@ -234,8 +234,10 @@ def test_the_published_settings_are_the_defaults(tmp_path):
     assert settings(task="rte", epochs=2, examples=100).steps == 14
     assert settings(optimizer="adamw").learning_rate == 2e-5
     lorp = settings(optimizer="gradnorm-lorp-adamw")
-    assert lorp.restart_every == lorp.steps
     assert lorp.gradient_rank == 2
+    assert lorp.restart_warmup is None
+    more = dataclasses.replace(lorp, steps=10 * lorp.steps)  # of a run that is resumed with these
+    assert more.restart_every >= more.steps
 
 
 def test_the_flags_of_several_processes_which_it_cannot_use_are_not_there():

@@ -16,7 +16,6 @@ from train.config.resolve import (
     fill_open,
     fill_rest,
     load,
-    reopened,
     with_options,
 )
 from train.config.settings import (
@@ -42,7 +41,7 @@ def resolve_finetuning(
     `count_steps` counts the steps of some epochs if the settings do not say them.
     """
     checks.check_types(config)
-    config = reopened(expand_home(config))
+    config = expand_home(config)
     for name, what in (("init", "a folder with a model"), ("data", "the files to learn from")):
         if not getattr(config, name):
             raise ValueError(f"--{name} is needed: {what}")

@@ -14,13 +14,16 @@ from models.llama.axes import sides_in
 from train.config import checks
 from train.config.flags import TrainingFlags
 from train.config.optimizers import OPTIMIZERS
-from train.config.resolve import fill, fill_rest, reopened, with_options
+from train.config.resolve import fill, fill_rest, with_options
 from train.config.settings import ResolvedTraining, expand_home, flag
 from train.config.source import is_run
 
 # What a run keeps of the model that it begins with, besides the weights.
 TOKENIZER = "tokenizer.json"
 FILES = ("config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
+
+# More steps than any run has: one that is resumed may get more than it had.
+NEVER = 2**31 - 1
 
 GlueTask = Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
 
@@ -120,7 +123,7 @@ _RATES: Mapping[int, Mapping[str, float]] = {
 def resolve(config: Finetune, examples: int) -> ResolvedFinetune:
     """Fills in the defaults for a number of training examples, and checks each value."""
     checks.check_types(config)
-    config = reopened(expand_home(config))
+    config = expand_home(config)
     check_given(config)
     resolved = resolve_for(config, examples, read_model(config))
     # Absolute, so that a run can be resumed from another folder.
@@ -156,7 +159,7 @@ def resolve_for(config: Finetune, examples: int, model: EncoderConfig) -> Resolv
         "out": os.path.join("runs", "-".join(kinds)),
     }
     if config.adapter == "gradnorm-lorp":
-        others["restart_every"] = steps
+        others["restart_every"] = NEVER
     if config.resume and config.config is not None:
         others["out"] = os.path.dirname(config.config) or "."
     missing = {name: x for name, x in others.items() if getattr(config, name) is None}

@@ -29,7 +29,7 @@ def resolve(config: Pretrain) -> Resolved:
     """Fills in the defaults, and checks each value that can be checked without the data."""
     checks.check_types(config)
     checks.check_model(config)
-    config = reopened(expand_home(config))
+    config = expand_home(config)
     checks.check_adapter(config)
     config = with_model(config)
     config, options = with_options(config)
@@ -141,16 +141,15 @@ def settings_file(config: TrainingFlags) -> str | None:
     return file if file is not None and os.path.isfile(file) else None
 
 
-def reopened(config: Config) -> Config:
-    """Leaves open again what --config says of schedule, clipping or steps if a flag replaces it.
+def reopened(base: Config, config: Config) -> Config:
+    """The settings `base` of a file without what has no use, or no room, in `config`.
 
-    So are settings that need more than the --steps given.
+    That is `base` with flags, which may replace schedule, clipping or steps. What they say again is
+    as if `base` did not.
     """
-    if config.config is None:
-        return config
-    base, opened = read_settings(config.config), set()
+    opened: set[str] = set()
     warmup, decay, steps = config.warmup_steps or 0, config.decay_steps or 0, config.steps
-    if steps is not None and steps != base.get("steps"):
+    if steps is not None and steps != base.steps:
         last = max(1, steps // 5) if config.schedule == "wsd" else 1
         opened |= {"warmup_steps"} if warmup + last > steps else set()
         opened |= {"decay_steps"} if warmup + decay > steps else set()
@@ -158,16 +157,16 @@ def reopened(config: Config) -> Config:
             opened |= {"moments"}
         if not config.resume and (config.restart_every or 0) >= steps:
             opened |= {"restart_warmup"}
-    if config.schedule != base.get("schedule"):
-        opened |= {"floor", "decay_steps"}
+    if config.schedule == "constant":
+        opened |= {"floor"}
+    if config.schedule != "wsd":
+        opened |= {"decay_steps"}
     if config.clip_norm is None and config.clip is not None:
         opened |= {"clip"}
     if getattr(config, "epochs", None) is not None:
         opened |= {"steps"}
-    same: dict[str, Any] = {
-        name: None for name in opened if getattr(config, name) == base.get(name)
-    }
-    return dataclasses.replace(config, **same)
+    left: dict[str, Any] = dict.fromkeys(opened)
+    return dataclasses.replace(base, **left)
 
 
 def fewest_parts(batch: int, rows: Any) -> int:

@@ -17,6 +17,7 @@ import absl.logging
 import jax
 
 import galore_optax
+from train.config.resolve import reopened
 from train.config.settings import expand_home, flag
 from train.run import hosts
 from train.run.help import short_help
@@ -56,7 +57,10 @@ def run(
         config = expand_home(_parse(config_type, prog, args))
         file = settings_file(config) if settings_file else getattr(config, "config", None)
         if load is not None and file:
-            config = expand_home(_parse(config_type, prog, args, default=load(file)))
+            base = load(file)
+            config = _parse(config_type, prog, args, default=base)
+            base = reopened(base, config)  # pyrefly: ignore[bad-specialization]
+            config = expand_home(_parse(config_type, prog, args, default=base))
             config = dataclasses.replace(config, config=file)  # pyrefly: ignore[bad-argument-type]
         code = main(config)
     except (ValueError, OSError) as error:

@@ -131,7 +131,7 @@ def log_programs(
         every = config.restart_every
         log(
             f"adapter: {config.adapter}, rank {config.rank}, {trained:,} params trained"
-            + (f", merged and reset every {every} steps" if every else "")
+            + (f", merged and reset every {every} steps" if every and every < config.steps else "")
         )
     elif config.train is not None or config.freeze is not None:
         log(f"frozen: all but {trained:,} params")

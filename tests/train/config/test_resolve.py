@@ -20,9 +20,9 @@ from train.config.optimizers import (
     learning_rate_schedule,
     make_recipe,
 )
-from train.config.resolve import load, resolve
+from train.config.resolve import load, reopened, resolve
 from train.config.resume import differences
-from train.config.settings import FinetuneLM, Pretrain, to_json
+from train.config.settings import FinetuneLM, Pretrain, Resolved, to_json
 from train.run import cli
 from train.run.help import short_help
 
@@ -243,6 +243,39 @@ def test_flags_override_a_config_json_and_nothing_else_changes(tmp_path):
     assert resolve(command("--config", str(file), "--resume")).out == str(tmp_path)
 
 
+@pytest.fixture
+def written(tmp_path) -> str:
+    own = {"floor": 0.3, "decay_steps": 30, "moments": "keep", "update_proj_gap": 50}
+    config = resolve(Pretrain(schedule="wsd", steps=60, **own))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_json(config)))
+    return str(file)
+
+
+def test_a_flag_counts_where_a_config_json_says_the_same(written, capsys):
+    for again in ((), ("--floor", "0.3")):
+        assert resolve(command("--config", written, "--schedule", "linear", *again)).floor == 0.3
+    for flags, says in (
+        ("--schedule constant --floor 0.3", "--floor 0.3 has no effect"),
+        ("--schedule cosine --decay-steps 30", "--decay-steps 30 has no effect"),
+        ("--steps 6 --warmup-steps 6", "--warmup-steps 6: expected fewer than --steps 6"),
+        ("--steps 20 --decay-steps 30", "--decay-steps 30: expected at most --steps 20"),
+        ("--steps 50 --moments keep", "--moments keep has no effect"),
+        ("--clip-norm none --clip exact", "--clip exact has no effect"),
+    ):
+        assert says in refused(capsys, "--config", written, *flags.split())
+
+
+def test_settings_of_a_config_json_without_use_or_room_beside_the_flags_are_left_open(written):
+    def of(flags: str) -> Resolved:
+        return resolve(command("--config", written, *flags.split()))
+
+    assert (of("--schedule constant").floor, of("--schedule cosine").decay_steps) == (None, None)
+    short = of("--steps 20")
+    assert (short.warmup_steps, short.decay_steps, short.moments) == (6, 4, None)
+    assert of("--clip-norm none").clip is None
+
+
 def test_config_json_has_every_setting_but_how_it_was_invoked():
     stored = to_json(resolve(Pretrain(optimizer="adamw")))
     how = {"out", "resume", "config", "processes", "process", "coordinator", "launcher"}
@@ -456,7 +489,8 @@ def test_a_config_json_with_fewer_steps_keeps_what_has_room_in_them(said, resume
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_json(before)))
     given = {"config": str(file), "resume": resume, "steps": steps}
-    after = resolve(dataclasses.replace(load(file), **given))
+    opened = reopened(load(file), dataclasses.replace(load(file), **given))
+    after = resolve(dataclasses.replace(opened, **given))
     assert after.warmup_steps in (before.warmup_steps, steps // 10)
     assert after.warmup_steps + (after.decay_steps or 0) <= steps
     assert not resume or not differences(to_json(before), to_json(after))
