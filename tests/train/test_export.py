@@ -52,6 +52,11 @@ def test_a_run_is_exported_with_all_that_transformers_needs(tmp_path):
     assert (tokenizer.begin, tokenizer.separator) == (256, 256)
 
 
+def test_the_command_of_a_model_card_has_a_flag_that_turns_something_off(tmp_path):
+    exported(ByteTokenizer(), tmp_path / "out", clip_norm=None)
+    assert "--clip-norm none" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_exported_tokenizer_gives_our_ids_after_the_token_that_begins_a_text(
     tmp_path, shared_data
 ):

@@ -186,8 +186,9 @@ def _command(config: Any) -> str:
     kind = FinetuneLM if isinstance(config, FinetuneLM) else Pretrain
     for field in dataclasses.fields(kind):
         value = getattr(config, field.name)
-        if field.name in _NOT_SHOWN or value in (None, field.default):
+        if field.name in _NOT_SHOWN or value == field.default:
             continue
+        value = "none" if value is None else value  # where that is not the default
         values = [] if value is True else value if isinstance(value, tuple) else [value]
         negated = value is False
         words += [flag(("no_" if negated else "") + field.name)]
