@@ -69,6 +69,7 @@ class SkippingUnreadable(Sequence[str]):
 
     def __init__(self, source: Sequence[str]):
         self._source = source
+        self.files = getattr(source, "files", ())
 
     def __len__(self) -> int:
         return len(self._source)
@@ -120,7 +121,8 @@ class C4Text(Sequence[str]):
             raise IndexError(number)  # array_record's ValueError would not end an iteration
         try:
             return self._records[number]["text"].decode("utf-8")
-        except RuntimeError as error:  # array_record's for a damaged file
+        # array_record's for a damaged file; TFDS' for the None that it gives of one cut short.
+        except (RuntimeError, AttributeError) as error:
             file, _ = self.files[bisect.bisect_right(self._ends, number)]
             raise OSError(f"cannot read document {number} of {file}: {error}") from error
 

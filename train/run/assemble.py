@@ -157,7 +157,7 @@ def assemble(config: Resolved, log: Log) -> TextParts:
         **lasting(config),
         **made_of(config, model),
         "content of the tokenizer": tokenizer.content,
-        "content of the text": content_of(train_text),
+        "content of the text": content_of(source),
         "content of the validation text": content_of(eval_text),
     }
     return TextParts(

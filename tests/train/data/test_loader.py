@@ -22,7 +22,7 @@ from paths import ROOT
 from train.data import sequences, text
 from train.data.loader import TrainingData, evaluation_batches, prefetch
 from train.data.sequences import Position
-from train.data.text import load_text
+from train.data.text import SkippingUnreadable, content_of, load_text
 from train.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -195,7 +195,7 @@ def test_a_data_set_in_another_file_format_is_named_as_that(tmp_path):
     assert "delete" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "cut at a block", "gone"])
 def test_a_shard_that_breaks_while_training_is_named(shared_data, tmp_path, damage):
     folder = tmp_path / "c4" / "en" / "3.0.1"
     folder.mkdir(parents=True)
@@ -205,14 +205,17 @@ def test_a_shard_that_breaks_while_training_is_named(shared_data, tmp_path, dama
         folder / "c4-train.array_record-00003-of-00008",
         load_text("c4", "train", tmp_path),
     )
-    if damage == "cut":
-        os.truncate(shard, 100_000)
-    else:
+    if damage == "gone":
         shard.unlink()
+    else:
+        os.truncate(shard, 100_000 if damage == "cut" else 2**16)
     with pytest.raises(
         OSError, match=r"cannot read document 375 of c4-train.array_record-00003-of-00008: "
     ):
         list(text)
+    skipping = SkippingUnreadable(text)
+    assert len(content_of(skipping)) == len(content_of(["a"]))
+    assert [*skipping].count("") > 100
 
 
 # Order
