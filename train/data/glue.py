@@ -107,11 +107,11 @@ def _read_tfds(task: Task, name: str, data_dir: Path, split: str) -> Examples | 
             numbers = [int(record["idx"]) for record in records]
             if numbers != [*range(len(numbers))]:
                 raise ValueError(f"the `idx` of its examples are not 0 to {len(numbers) - 1}")
+        texts = [tuple(r[feature].decode("utf-8") for feature in task.texts) for r in records]
     # TFDS and array_record raise many unrelated types for damaged, incomplete or empty folders.
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"cannot read split {split!r} of {folder} ({reason})") from error
-    texts = [tuple(r[feature].decode("utf-8") for feature in task.texts) for r in records]
     labels = [record["label"] for record in records]
     return Examples(texts, np.array(labels, np.int32 if task.labels else np.float32))
 

@@ -1,5 +1,6 @@
 """GLUE's tasks as examples, from TFDS' data sets and from the official files."""
 
+import os
 import shutil
 
 import numpy as np
@@ -131,6 +132,14 @@ def test_the_real_data_have_the_official_counts(shared_data, name, labels, posit
 
 def test_a_damaged_data_set_of_tfds_is_named(tmp_path):
     (tmp_path / "glue" / "rte").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"cannot read split 'train' of .*glue/rte"):
+        load_examples("rte", "train", tmp_path)
+
+
+def test_a_file_of_tfds_that_was_cut_short_at_a_block_is_named(shared_data, tmp_path):
+    shutil.copytree(shared_data / "glue" / "rte", tmp_path / "glue" / "rte")
+    (file,) = tmp_path.rglob("glue-train.array_record*")
+    os.truncate(file, 2**16)
     with pytest.raises(ValueError, match=r"cannot read split 'train' of .*glue/rte"):
         load_examples("rte", "train", tmp_path)
 
