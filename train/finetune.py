@@ -5,7 +5,7 @@ A run's folder gets what one of train.pretrain gets, and predictions.tsv.
 
 from functools import partial
 
-from train.config.glue import Finetune, check_given, resolve
+from train.config.glue import Finetune, check_given, glue_folder, resolve
 from train.config.resolve import load, settings_file
 from train.config.settings import expand_home
 from train.data.glue import TRAIN, load_examples
@@ -35,5 +35,5 @@ if __name__ == "__main__":
         Finetune,
         "python -m train.finetune",
         load=partial(load, kind=Finetune),
-        settings_file=settings_file,
+        settings_file=partial(settings_file, folder=glue_folder),
     )

@@ -5,7 +5,7 @@ A run's folder gets what train.pretrain's does, and train.generate and train.exp
 
 from functools import partial
 
-from train.config.finetune_lm import load_finetuning, resolve_finetuning
+from train.config.finetune_lm import finetuning_folder, load_finetuning, resolve_finetuning
 from train.config.resolve import settings_file
 from train.config.settings import FinetuneLM
 from train.run.cli import run
@@ -26,5 +26,5 @@ if __name__ == "__main__":
         FinetuneLM,
         "python -m train.finetune_lm",
         load=load_finetuning,
-        settings_file=settings_file,
+        settings_file=partial(settings_file, folder=finetuning_folder),
     )

@@ -93,6 +93,14 @@ def resolve_finetuning(
     return resolved(config.steps or count_steps(resolved(_MANY), epochs))
 
 
+def finetuning_folder(config: FinetuneLM) -> str | None:
+    """The folder of a run without --out; None if it cannot be known, for want of --init."""
+    if config.init is None:
+        return None
+    named: dict[str, Any] = {n: getattr(config, n) for n in ("init", "tokenizer", "end_token")}
+    return default_out(config, with_model(Pretrain(**named)).model)
+
+
 def load_finetuning(path: str | os.PathLike[str]) -> FinetuneLM:
     """Reads a config.json of train.finetune_lm; raises ValueError if it cannot be read as one."""
     fields = read_settings(path)

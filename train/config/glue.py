@@ -135,7 +135,6 @@ def resolve_for(config: Finetune, examples: int, model: EncoderConfig) -> Resolv
     """The same for a model, whose weights and data need not be there."""
     checks.check_types(config)
     checks.check_adapter(config)
-    task = str(config.task)
     config, options = with_options(config)
     checks.check_rate_of_fine_tuning(config)
 
@@ -148,15 +147,13 @@ def resolve_for(config: Finetune, examples: int, model: EncoderConfig) -> Resolv
     if epochs < 1:
         raise ValueError(f"--epochs {config.epochs}: expected 1 or more")
     steps = epochs * epoch if config.steps is None else config.steps
-    named = config.adapter != OPTIMIZERS[config.optimizer].adapter
-    kinds = [task, *([config.adapter] if named and config.adapter else []), config.optimizer]
     others: dict[str, Any] = {
         "steps": steps,
         "eval_every": max(1, min(epoch, steps)),
         "accumulate": 1,
         "floor": None if config.schedule == "constant" else 0.0,
         "train": "pooler|classifier" if config.adapter else None,
-        "out": os.path.join("runs", "-".join(kinds)),
+        "out": glue_folder(config),
     }
     if config.adapter == "gradnorm-lorp":
         others["restart_every"] = NEVER
@@ -171,6 +168,13 @@ def resolve_for(config: Finetune, examples: int, model: EncoderConfig) -> Resolv
     name = Path(config.init or "the model").name
     checks.check_training(resolved, sides_in(weight_table(model)), model.max_length, name)
     return resolved
+
+
+def glue_folder(config: Finetune) -> str:
+    """The folder of a run without --out."""
+    named = config.adapter != OPTIMIZERS[config.optimizer].adapter
+    adapter = [config.adapter] if named and config.adapter else []
+    return os.path.join("runs", "-".join([str(config.task), *adapter, config.optimizer]))
 
 
 def check_given(config: Finetune) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from models.llama.axes import smaller_sides
@@ -130,12 +130,19 @@ def load(path: str | os.PathLike[str], kind: type[Config] = Pretrain) -> Config:
     return config
 
 
-def settings_file(config: TrainingFlags) -> str | None:
-    """The config.json whose settings the flags override: --config, or that of the resumed run."""
+def settings_file(
+    config: Config, folder: Callable[[Config], str | None] | None = None
+) -> str | None:
+    """The config.json whose settings the flags override: --config, or that of the resumed run.
+
+    `folder` names that of a run without --out; by default that of a pre-training.
+    """
     if config.config is not None or not config.resume:
         return config.config
     out = config.out
-    if out is None and isinstance(config, Pretrain):
+    if out is None and folder is not None:
+        out = folder(config)
+    elif out is None and isinstance(config, Pretrain):
         out = default_out(config, with_model(config).model)
     file = None if out is None else os.path.join(out, "config.json")
     return file if file is not None and os.path.isfile(file) else None

@@ -59,8 +59,10 @@ def run(
         if load is not None and file:
             base = load(file)
             config = _parse(config_type, prog, args, default=base)
-            base = reopened(base, config)  # pyrefly: ignore[bad-specialization]
-            config = expand_home(_parse(config_type, prog, args, default=base))
+            opened = reopened(base, config)  # pyrefly: ignore[bad-specialization]
+            if opened != base:
+                config = _parse(config_type, prog, args, default=opened)
+            config = expand_home(config)
             config = dataclasses.replace(config, config=file)  # pyrefly: ignore[bad-argument-type]
         code = main(config)
     except (ValueError, OSError) as error:

@@ -10,17 +10,19 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from paths import FIXTURES
 
 from galore_optax import Adaptive, Staggered
 from models.llama.config import SIZES
 from train.config.defaults import DEFAULTS
-from train.config.glue import Finetune
+from train.config.finetune_lm import finetuning_folder
+from train.config.glue import Finetune, glue_folder
 from train.config.optimizers import (
     OPTIMIZERS,
     learning_rate_schedule,
     make_recipe,
 )
-from train.config.resolve import load, reopened, resolve
+from train.config.resolve import load, reopened, resolve, settings_file
 from train.config.resume import differences
 from train.config.settings import FinetuneLM, Pretrain, Resolved, to_json
 from train.run import cli
@@ -257,13 +259,30 @@ def test_a_flag_counts_where_a_config_json_says_the_same(written, capsys):
         assert resolve(command("--config", written, "--schedule", "linear", *again)).floor == 0.3
     for flags, says in (
         ("--schedule constant --floor 0.3", "--floor 0.3 has no effect"),
-        ("--schedule cosine --decay-steps 30", "--decay-steps 30 has no effect"),
         ("--steps 6 --warmup-steps 6", "--warmup-steps 6: expected fewer than --steps 6"),
-        ("--steps 20 --decay-steps 30", "--decay-steps 30: expected at most --steps 20"),
         ("--steps 50 --moments keep", "--moments keep has no effect"),
         ("--clip-norm none --clip exact", "--clip exact has no effect"),
     ):
         assert says in refused(capsys, "--config", written, *flags.split())
+
+
+def test_a_run_of_any_command_that_is_resumed_without_out_has_its_own_settings(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    init = str(FIXTURES / "llama")
+    for config, folder, name in (
+        (Pretrain(optimizer="lora-adamw"), None, "tiny-lora-adamw"),
+        (FinetuneLM(init=init, tokenizer="bytes"), finetuning_folder, "llama-galore-adamw"),
+        (Finetune(task="rte", optimizer="adamw", adapter="dora"), glue_folder, "rte-dora-adamw"),
+    ):
+        file = tmp_path / "runs" / name / "config.json"
+        resumed = dataclasses.replace(config, resume=True)
+        assert settings_file(resumed, folder) is None  # nothing to resume
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+        assert settings_file(resumed, folder) == f"runs/{name}/config.json"
+        assert settings_file(config, folder) is None
 
 
 def test_settings_of_a_config_json_without_use_or_room_beside_the_flags_are_left_open(written):
