@@ -136,6 +136,14 @@ def test_a_damaged_data_set_of_tfds_is_named(tmp_path):
         load_examples("rte", "train", tmp_path)
 
 
+def test_the_second_test_of_mnli_without_the_first_is_refused(tmp_path):
+    (tmp_path / "MNLI").mkdir()
+    assert load_examples("mnli", "test_matched", tmp_path) is None
+    (tmp_path / "MNLI" / "test_mismatched.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n")
+    with pytest.raises(ValueError, match=r"MNLI/test_matched.tsv is missing: copy GLUE's"):
+        load_examples("mnli", "test_matched", tmp_path)
+
+
 def test_a_file_of_tfds_that_was_cut_short_at_a_block_is_named(shared_data, tmp_path):
     shutil.copytree(shared_data / "glue" / "rte", tmp_path / "glue" / "rte")
     (file,) = tmp_path.rglob("glue-train.array_record*")
