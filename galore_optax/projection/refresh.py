@@ -22,10 +22,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt32
 from galore_optax import checks
 from galore_optax.ordering import kept_in_place
 from galore_optax.projection.leaf import Bases, Plans, Projection, projected, unfold
-from galore_optax.projection.moments import CarryOver, transition
+from galore_optax.projection.moments import ROUNDING, CarryOver, transition
 from galore_optax.projection.schedule import Similarity
 from galore_optax.projection.subspace import FindSubspace, refreshed
-from galore_optax.quantization.array import dequantized, stored_like
+from galore_optax.quantization.array import dequantized, is_quantized, stored_like
 from galore_optax.sharding import specs, sum_of_all, varying_alike, with_automatic_axes
 
 Moments = tuple[tuple[Any, ...], ...]
@@ -180,7 +180,7 @@ class Refresh:
         new = tuple(stored_like(p[0], basis) for p, basis in zip(pairs, bases, strict=True))
         new = jax.tree.map(partial(jnp.where, found), new, bases)
         change = list(zip(old, dequantized(new), strict=True))
-        carried = self._carried(gradient, change, found, moments)
+        carried = self._carried(gradient, change, max(map(_rounding, bases)), found, moments)
         return (new, carried), found, self._similarity(change, found)
 
     def _columns(
@@ -201,6 +201,7 @@ class Refresh:
         self,
         gradient: Array,
         change: Sequence[tuple[Array, Array]],
+        rounding: float,
         found: Array,
         moments: tuple[Any, ...],
     ) -> tuple[Any, ...]:
@@ -213,7 +214,8 @@ class Refresh:
                 small = projected(gradient, self.projection.modes, [new for _, new in change])
                 small = sum_of_all(small, self.sum_over)
                 return carry_over((), moments, small)
-            return carry_over([transition(old, new) for old, new in change], moments)
+            turns = [transition(*pair, rounding) for pair in change]
+            return carry_over(turns, moments)
 
         return jax.lax.cond(found, carry, lambda: moments)
 
@@ -255,6 +257,13 @@ def check_subspace(find: FindSubspace, plans: Plans) -> None:
             gradient = jax.ShapeDtypeStruct((n, math.prod(plan.view.sizes) // n), jnp.float32)
             basis = jax.ShapeDtypeStruct((n, rank), jnp.float32)
             checks.gives(find, "subspace", (gradient, basis, jax.random.key(0)), basis)
+
+
+def _rounding(basis: Any) -> float:
+    """How far the share of a direction that a stored basis covers may be off 1."""
+    if is_quantized(basis):
+        return 0.1 if basis.code.bits == 4 else ROUNDING
+    return ROUNDING if basis.dtype.itemsize < 4 else 0.0
 
 
 def _matrix_of(stack: Shaped[Array, "..."], i: Int[Array, ""], batch_shape: Any) -> Array:
