@@ -22,7 +22,7 @@ from galore_optax.projection.dimension_numbers import GaLoreDimensionNumbers
 from galore_optax.quantization.array import QuantizedArray, dequantized, is_quantized, stored_like
 from galore_optax.quantization.codes import Affine, elements, random_bits
 from galore_optax.quantization.product import fits_product, quantized_product
-from galore_optax.quantization.weights import array_of
+from galore_optax.quantization.weights import array_of, rounded_sum
 
 Frozen = dict[str, Any]  # frozen weights by path, as `split` returns them
 
@@ -75,10 +75,26 @@ class Adapter:
     def restarted(self, key: PRNGKeyArray) -> Self:
         """Returns an adapter with the merged weight as base, stored as the old base is."""
         new, rounding = jax.random.split(key)
-        affine = is_quantized(self.base) and isinstance(self.base.code, Affine)
-        random = random_bits(rounding, elements(self.base.shape)) if affine else None
-        base = stored_like(self.merged(), self.base, random)
+        if self.base.dtype == jnp.bfloat16 and not is_quantized(self.base):
+            base = self._merged_at_random(rounding)
+        else:
+            affine = is_quantized(self.base) and isinstance(self.base.code, Affine)
+            random = random_bits(rounding, elements(self.base.shape)) if affine else None
+            base = stored_like(self.merged(), self.base, random)
         return dataclasses.replace(self, base=base, **self.new_parts(base, new, self.a.shape[-1]))
+
+    def _merged_at_random(self, key: PRNGKeyArray) -> Array:
+        """Returns `merged` of a base in bfloat16, of which nearest rounding loses small factors."""
+
+        def make(layer: Any) -> Array:
+            own, key = layer
+            change = dataclasses.replace(own, base=wide(own.base)).matrix() - wide(own.base)
+            return rounded_sum(own.base, change, jax.random.bits(key, (2,), jnp.uint32), 0)
+
+        mapped: Callable[[Any], Array] = make
+        for _ in range(self.a.ndim - 2):
+            mapped = functools.partial(jax.lax.map, mapped)
+        return mapped((self, jax.random.split(key, self.a.shape[:-2])))
 
 
 def is_adapter(x: Any) -> bool:
