@@ -62,22 +62,26 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
         mixed = _MIXED in interpret(slopes, begun, _Mixing())
         if any("params" in names for names in on) or any(on_arrays) or not affine or mixed:
             return None
+    # Arrays that a scalar of a slope is made of, such as whether all gradients are finite.
+    numbers = [i if x.shape else None for i, x in enumerate(rest)]
+    read = frozenset().union(*dependences(slopes, [*numbers, *[None] * 2 * len(sloped)]))
     # A decay of zero, such as that of many recipes by default, needs no pass over the weights.
     signs = interpret(slopes, [UNKNOWN] * len(slopes.jaxpr.invars), Sign())
 
     def at(
         updates: Sequence[Array], state: Sequence[Array], params: Sequence[Array]
     ) -> list[Array | None]:
+        inputs = enumerate(zip([*updates, *state], slopes.in_avals, strict=False))
         # Traced with updates in the params' dtypes; here they may have another.
-        inputs = zip([*updates, *state], slopes.in_avals, strict=False)
         rest = [
-            jnp.zeros_like(x, a.dtype) if check and x.ndim else _as(x, a.dtype) for x, a in inputs
+            x if i in read else jnp.zeros_like(x, a.dtype) if x.ndim else _as(x, a.dtype)
+            for i, (x, a) in inputs
         ]
         zeros = [jnp.zeros_like(params[i]) for i in sloped]
         ones = [jnp.ones_like(params[i]) for i in sloped]
         found: list[Array | None] = [None] * n
         # Within `jax.shard_map` the types of values differ from those that were traced.
-        if jax.sharding.get_abstract_mesh().manual_axes:
+        if read or jax.sharding.get_abstract_mesh().manual_axes:
             made = derivative(traced.function)(rest, zeros, ones)
         else:
             made = jaxpr_as_fun(slopes)(*rest, *zeros, *ones)

@@ -1,5 +1,7 @@
 """Decay inside galore reaches the whole matrix; other uses of the params are left to the inner."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +122,43 @@ def test_a_masked_decay_reaches_only_what_it_masks():
     np.testing.assert_allclose(got["a"], 0, atol=1e-7)
     np.testing.assert_allclose(got["b"], -0.02 * params["b"], atol=1e-6)
     np.testing.assert_allclose(got["c"], -0.02 * params["c"], atol=1e-6)
+
+
+def by_gradient_norm(decay):
+    """SGD whose decay is in proportion to the norm of all gradients."""
+
+    def update(updates, state, params):
+        norm = optax.tree.norm(updates)
+        return jax.tree.map(lambda u, p: -0.1 * (u + decay * norm * p), updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+DECAYS_BY_ARRAYS = {
+    "apply_if_finite": optax.apply_if_finite(optax.adamw(0.1, weight_decay=0.2), 3),
+    "skip_not_finite": optax.MultiSteps(
+        optax.adamw(0.1, weight_decay=0.2), 1, should_skip_update_fn=optax.skip_not_finite
+    ).gradient_transformation(),
+    "skip_large_updates": optax.MultiSteps(
+        optax.adamw(0.1, weight_decay=0.2),
+        1,
+        should_skip_update_fn=functools.partial(optax.skip_large_updates, max_squared_norm=100.0),
+    ).gradient_transformation(),
+    "by gradient norm": by_gradient_norm(0.2),
+}
+
+
+@pytest.mark.parametrize("bad", [None, jnp.nan, 100.0])
+@pytest.mark.parametrize("name", DECAYS_BY_ARRAYS)
+def test_a_decay_that_arrays_decide_is_that_of_the_inner(name, bad):
+    """Such as none at all in a step that is skipped, because of any of the gradients."""
+    inner = DECAYS_BY_ARRAYS[name]
+    params = {"bias": jnp.arange(1.0, 4.0), "w": WEIGHT[:2]}  # no side is longer than the rank
+    grads = {"bias": jnp.array([1.0, bad or -2.0, 3.0]), "w": GRAD[:2]}
+    expected, _ = inner.update(grads, inner.init(params), params)
+    tx = galore(2, inner, scale=1.0)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, expected)
 
 
 def test_an_argument_overrides_the_rule():
