@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -88,7 +89,7 @@ def trace(
     """Traces a transformation once, without using values of params and state.
 
     The state is by default what `init` makes. The update's usual extra arguments (`value`, `grad`,
-    `value_fn`, `obj_fn`, `grad_fn`) are made up unless they are given.
+    `value_fn`, `obj_fn`, `grad_fn`) are made up if it fails without them.
     """
     # Without shardings, which some updates cannot be traced with, and which change nothing here.
     params = _without_shardings(params)
@@ -101,27 +102,33 @@ def trace(
     same = state_tree == jax.tree.structure(made)
     trees: list[Any] = []
 
-    def update(*inputs: Any) -> list[Any]:
+    def update(made_up: bool, *inputs: Any) -> list[Any]:
         n, m = len(leaves), len(leaves) + len(states)
         updates, params = tree.unflatten(inputs[:n]), tree.unflatten(inputs[m:])
-        arguments = {**_usual_arguments(inner.update, updates), **extra_args}
+        usual = _usual_arguments(inner.update, updates) if made_up else {}
         updates, state = inner.update(
-            updates, state_tree.unflatten(inputs[n:m]), params, **arguments
+            updates, state_tree.unflatten(inputs[n:m]), params, **{**usual, **extra_args}
         )
         trees.append(jax.tree.structure(state))
         return jax.tree.leaves((updates, state))
 
+    # As it is called first: an argument that is optional may change what is done.
+    function = partial(update, False)
     try:
-        traced = jax.make_jaxpr(update)(*leaves, *states, *leaves)
-    except Exception as error:  # a missing argument may fail in any manner
-        return Traced(leaves, states, init, same, None, update, error)
-    if trees[0].num_leaves != state_tree.num_leaves:
+        traced = jax.make_jaxpr(function)(*leaves, *states, *leaves)
+    except Exception:  # a missing argument may fail in any manner
+        function = partial(update, True)
+        try:
+            traced = jax.make_jaxpr(function)(*leaves, *states, *leaves)
+        except Exception as error:
+            return Traced(leaves, states, init, same, None, function, error)
+    if trees[-1].num_leaves != state_tree.num_leaves:
         raise ValueError(
-            f"inner: its update changes the tree of its state from {state_tree} to {trees[0]}, as "
+            f"inner: its update changes the tree of its state from {state_tree} to {trees[-1]}, as "
             "the first one of optax.monitor does; put the part that does so outside, in "
             "optax.chain(optax.monitor(...), galore(...))"
         )
-    return Traced(leaves, states, init, same, traced, update)
+    return Traced(leaves, states, init, same, traced, function)
 
 
 def _without_shardings(tree: Any) -> Any:

@@ -161,6 +161,19 @@ def test_a_decay_that_arrays_decide_is_that_of_the_inner(name, bad):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, expected)
 
 
+def test_a_decay_is_that_of_the_arguments_which_are_given():
+    def update(updates, state, params, value=None, **_):
+        rate = 0.1 if value is None else 0.1 * value
+        return jax.tree.map(lambda u, p: -rate * (u + 0.2 * p), updates, params), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    tx, weight, grad = galore(2, inner, scale=1.0), WEIGHT[:2], GRAD[:2]
+    for given in ({}, {"value": jnp.float32(3)}):
+        updates, _ = tx.update(grad, tx.init(weight), weight, **given)
+        expected, _ = inner.update(grad, optax.EmptyState(), weight, **given)
+        np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
 def test_an_argument_overrides_the_rule():
     inner = optax.adamw(0.1, weight_decay=0.2)
     tx = galore(2, inner, decoupled_decay=False, scale=1.0)
