@@ -17,6 +17,8 @@ from galore_optax.adapters.base import factors, is_adapter, split
 from galore_optax.keys import for_path
 from galore_optax.quantization.array import dequantized, is_quantized, stored_like
 from galore_optax.stages import GaLoreState
+from galore_optax.trace.params_use import remembers_params
+from galore_optax.trace.traced import trace
 
 
 def restart(
@@ -29,7 +31,8 @@ def restart(
 
     The params are the trained and the frozen ones in one tree; tx and its state are for the trained
     part (`galore_optax.split`). `keep` is the share of each moment's entries, the largest, that is
-    kept; ReLoRA keeps 0.01.
+    kept; ReLoRA keeps 0.01. A ValueError is raised if the state remembers values of the params
+    (Prodigy, schedule-free), which are not those after a restart.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -40,8 +43,30 @@ def restart(
         >>> params, state = restart(tx, params, state, jax.random.key(1))
     """
     keep = checks.number(keep, "keep", least=0, below=1, such_as=0.01)
+    _check_that_no_params_are_remembered(tx, params, state)
     pruned = _prune(tx, state, split(params)[0], keep)
     return restart_params(params, key), pruned
+
+
+def _check_that_no_params_are_remembered(
+    tx: optax.GradientTransformation, params: PyTree, state: optax.OptState
+) -> None:
+    for only in (False, True):
+        trained, _ = split(params, adapters_only=only)
+        try:
+            made = jax.tree.structure(jax.eval_shape(tx.init, trained))
+        except Exception:  # the state is of other params, as below
+            continue
+        if made != jax.tree.structure(state):
+            continue
+        traced = trace(optax.with_extra_args_support(tx), trained)
+        if remembers_params(traced, jax.tree.leaves(factors(trained))):
+            raise ValueError(
+                "tx: its state remembers the params, as that of Prodigy, schedule-free and L-BFGS "
+                "does, and after a restart the factors are others; begin with tx.init(...) of the "
+                "new params and galore_optax.restart(optax.identity(), params, (), key)"
+            )
+        return
 
 
 def restart_params(params: PyTree, key: PRNGKeyArray) -> PyTree:

@@ -109,6 +109,18 @@ def test_a_restart_keeps_the_outputs_and_drops_the_factors_moments(inner, keep):
                 assert keep == 0 or np.abs(m)[kept].min() >= np.abs(m)[~kept].max()
 
 
+@pytest.mark.parametrize("adapters_only", [False, True])
+def test_an_optimizer_that_remembers_the_factors_is_refused(adapters_only):
+    """A remembered factor that is set to zero is no factor: Prodigy measures distances from it."""
+    params = {"w": trained_a_while(), "norm": normal(21, IN)}
+    trained, _ = split(params, adapters_only=adapters_only)
+    for tx in (optax.contrib.prodigy(0.1), optax.lbfgs(linesearch=None)):
+        with pytest.raises(ValueError, match="tx: its state remembers the params"):
+            restart(tx, params, tx.init(trained), jax.random.key(0))
+    tx = optax.contrib.momo(0.1)
+    restart(tx, params, tx.init(trained), jax.random.key(0))
+
+
 @pytest.mark.parametrize("keep", [-0.1, 1.0])
 def test_a_share_out_of_range_is_refused(keep):
     with pytest.raises(ValueError, match=f"keep={keep}: give a finite number, at least 0"):
