@@ -203,6 +203,13 @@ class _Call:
             small = partial(_project, self.tree, plans, self.bases(state), like)
             return InnerCall(galore.inner, small, state.inner, plans, extra_args)
 
+        schedule.check_adaptation(galore.gap, state.adaptation)
+        empty = isinstance(state.recovery, tuple) and not state.recovery
+        if remembers(galore.recover) and any(plans) and empty:
+            raise ValueError(
+                f"state: it has nothing for recover={checks.said(galore.recover)}, which remembers "
+                "something of each matrix; give the state that init made with it"
+            )
         self.inner = with_stacks(plans, call)
         self.plans = self.inner.plans
 

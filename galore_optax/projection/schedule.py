@@ -140,6 +140,17 @@ def first_timing(gap: RefreshGap, matrices: int) -> dict[str, Any]:
     return dict(next_refresh=zeros(), refreshes=zeros(), adaptation=adaptation)
 
 
+def check_adaptation(gap: RefreshGap, adaptation: Any) -> None:
+    """Refuses a state that was made with another kind of gap, or with another window."""
+    if isinstance(gap, Adaptive):
+        found = adaptation.recent.shape[-1] if adaptation else "no"
+        if found != gap.window:
+            raise ValueError(
+                f"state: it has {found} similarities of each matrix instead of {gap.window}, which "
+                f"update_proj_gap={checks.said(gap)} needs; give the state that init made with it"
+            )
+
+
 def next_timing(
     gap: RefreshGap,
     state: Any,

@@ -142,6 +142,20 @@ def test_a_value_of_another_kind_is_refused_by_name(name, call):
     assert len(message) < 400
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({}, {"update_proj_gap": Adaptive(5)}),
+        ({"update_proj_gap": Adaptive(5, window=2)}, {"update_proj_gap": Adaptive(5, window=3)}),
+        ({}, {"recover": "fira"}),
+    ],
+)
+def test_a_state_that_lacks_what_another_argument_needs_is_refused(before, now):
+    state, (name,) = galore(2, ADAM, **before).init(PARAMS), now
+    with pytest.raises(ValueError, match=f"state: it has .*{name}=.*that init made with it"):
+        galore(2, ADAM, **now).update(PARAMS, state, PARAMS)
+
+
 def test_a_message_shows_no_array():
     for value in (LARGE, jnp.zeros((30, 30)), {"a": LARGE}, [LARGE] * 9):
         for call in (NUMBERS["scale"], lambda x: galore(2, x), of_numbers):
