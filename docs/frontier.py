@@ -68,6 +68,9 @@ def main() -> None:
         ylabel="perplexity per byte of a small model",
         xscale="log",
     )
+    axes.set_xticks(ticks := [0.125, 0.25, 0.5, 1, 2, 4, 8], [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(x=0.15)
     figure.savefig(HERE / "frontier.png")
     plt.close(figure)
 
