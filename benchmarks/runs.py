@@ -93,6 +93,7 @@ def finished(
     if table.records is not None:
         settings = {key: value for key, value in config.items() if key not in _PLACES}
         record = {"name": name, "flags": flags, "config": settings, "summary": summary}
+        table.records.parent.mkdir(parents=True, exist_ok=True)
         with table.records.open("a") as file:
             file.write(json.dumps(record) + "\n")
     return summary
