@@ -122,7 +122,9 @@ def test_no_ranks_are_promoted(case):
         jax.eval_shape(run)
 
 
-@pytest.mark.parametrize("case", ["optax", "galore", "adapters"])
+@pytest.mark.parametrize(
+    "case", ["optax", "galore", pytest.param("adapters", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("option", "value"),
     [("jax_debug_nans", True), ("jax_enable_x64", True), ("jax_disable_jit", True)],

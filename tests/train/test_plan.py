@@ -83,7 +83,7 @@ def test_without_a_gpu_bfloat16_is_estimated_in_two_bytes_with_temporaries_of_fo
         if "state_dtype" in recipe.options and not recipe.recovers and name not in ("racs", "muon")
     ],
 )
-@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("layerwise", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_moments_of_bfloat16_weights_take_four_bytes_and_as_published_two(optimizer, layerwise):
     options = OPTIMIZERS[optimizer].options
     if layerwise and OPTIMIZERS[optimizer].adapter:

@@ -72,8 +72,14 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        pytest.param(name, bits, marks=[pytest.mark.slow] * ((bits == 4) != (name == "adan")))
+        for name in INNERS
+        for bits in (8, 4)
+    ],
+)
 def test_a_state_is_updated_in_one_kernel_for_each_leaf(name, bits, on_a_gpu, monkeypatch):
     tx = quantize_state(INNERS[name], bits)
     params, gradients = tree(), [tree(), tree()]

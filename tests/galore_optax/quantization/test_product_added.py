@@ -117,8 +117,8 @@ INNERS = {
     ("inner", "side", "unstack", "kernels"),
     [
         ("decay", "smaller", None, 2),  # heads have three axes
-        ("separate matrices", "larger", None, 2),
-        ("decay", "larger", 2, 1),
+        pytest.param("separate matrices", "larger", None, 2, marks=pytest.mark.slow),
+        pytest.param("decay", "larger", 2, 1, marks=pytest.mark.slow),
         ("decay", "both", None, 0),
     ],
 )

@@ -1,6 +1,7 @@
 """`--layerwise`: the ordinary run's losses, on a mesh and after resuming too."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -21,31 +22,28 @@ PREVIOUS = {"clip": "previous", "clip_norm": 0.5, **ADAMW}
 RUN = dict(layerwise=True, clip="previous", steps=8, save_every=3)
 
 
-@pytest.fixture(scope="module")
-def one_device():
+@functools.cache
+def one_device(which):
     """Losses of the ordinary step; those of what it cannot do, of the layer-wise one."""
-    return {
-        "galore-adamw": train(),
-        "adamw": train(**ADAMW),
-        "previous": train(layerwise=True, **PREVIOUS),
-    }
+    changes = {"adamw": ADAMW, "previous": {"layerwise": True, **PREVIOUS}}
+    return train(**changes.get(which, {}))
 
 
 @pytest.mark.parametrize(
     ("which", "changes"),
     [
-        ("galore-adamw", {}),
-        ("adamw", ADAMW),
+        pytest.param("galore-adamw", {}, marks=pytest.mark.slow),
+        pytest.param("adamw", ADAMW, marks=pytest.mark.slow),
         ("galore-adamw", {"accumulate": 2, "rematerialize": True}),
         ("galore-adamw", {"mesh": "data=2,fsdp=2,tensor=2"}),
-        ("previous", {"mesh": "data=4,fsdp=2", **PREVIOUS}),
+        pytest.param("previous", {"mesh": "data=4,fsdp=2", **PREVIOUS}, marks=pytest.mark.slow),
     ],
     ids=["galore-adamw", "adamw", "accumulated", "mesh", "mesh, clip previous"],
 )
-def test_losses_are_those_of_one_device_and_the_ordinary_step(one_device, which, changes):
+def test_losses_are_those_of_one_device_and_the_ordinary_step(which, changes):
     # Six updates, GaLore with two subspaces; float32 sums in another order.
     np.testing.assert_allclose(
-        train(**{**changes, "layerwise": True}), one_device[which], rtol=2e-5
+        train(**{**changes, "layerwise": True}), one_device(which), rtol=2e-5
     )
 
 
@@ -73,15 +71,15 @@ def test_a_tied_head_and_biases_train_on_a_mesh_as_in_the_ordinary_step(monkeypa
     np.testing.assert_allclose(by_layers, train(4, **ordinary), rtol=rtol)
 
 
-@pytest.mark.parametrize(
-    "optimizer", ["adafactor", pytest.param("galore-adafactor", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adafactor", "galore-adafactor"])
 def test_what_optimizers_do_by_leaf_they_do_by_layer_in_the_ordinary_step_too(optimizer):
     settings = dict(optimizer=optimizer, learning_rate=0.02)  # fast enough for Adafactor to clip
     settings |= {} if "galore" in optimizer else NO_SUBSPACE
     np.testing.assert_allclose(train(**settings, layerwise=True), train(**settings), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_way_back_with_moments_in_few_bits_does_the_same_layer_by_layer():
     settings = dict(optimizer="alice", tracking=0.0, moment_bits=8)
     # By another order of sums a number between two codes becomes one or the other.

@@ -107,9 +107,9 @@ def one_device():
     [
         pytest.param({"mesh": "fsdp=8"}, marks=pytest.mark.slow),
         {"mesh": "data=2,fsdp=2,tensor=2"},
-        {"mesh": "data=8", **ADAMW},
+        pytest.param({"mesh": "data=8", **ADAMW}, marks=pytest.mark.slow),
         {"mesh": "data=2,fsdp=4", **ADAMW},
-        {"mesh": "tensor=2,data=4", **ADAMW},
+        pytest.param({"mesh": "tensor=2,data=4", **ADAMW}, marks=pytest.mark.slow),
         {"mesh": "fsdp=4,tensor=2", "rematerialize": True, **ADAMW},
     ],
     ids=lambda changes: f"{changes['mesh']}-{changes.get('optimizer', 'galore-adamw')}",
