@@ -61,8 +61,8 @@ class ExplainedLeaf:
         matrices: How many matrices it holds.
         together: Whether a stack is one array to the inner transformation; else each matrix is.
         decay: Decoupled weight decay "of the whole leaf"; "within the subspace", as is any other
-            use of a projected leaf's values; "none"; or "unknown", if the update needs extra
-            arguments.
+            elementwise use of a projected leaf's values; "none" (a norm of them, as in a trust
+            ratio, does not count); or "unknown", if the update needs extra arguments.
         state: The arrays of its state that have axes.
     """
 

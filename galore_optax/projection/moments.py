@@ -8,9 +8,9 @@ with the first beside it,
 
 v - m² is a variance; its covariances are taken as zero. Where m² exceeds v, v takes its place, so
 that no second moment becomes negative. A second moment without a first becomes (Q∘Q) v, and so does
-a magnitude (AdaMax), since m² is not of its size: the update takes no root of it. A factored second
-moment (Adafactor, SM3) has a factor along the rank, which becomes (Q∘Q) times it, and one along the
-other axis, which is kept.
+one whose size is not that of m²: a magnitude (AdaMax: the update takes no root of it), and v beside
+a sum of gradients (Simplified AdEMAMix) or of quotients (ADOPT). Of a factored second moment
+(Adafactor, SM3) the factor along the rank is multiplied by Q∘Q, and the other one is kept.
 
 The rows of Q∘Q sum to the share of each new direction that the old subspace covers. The rest was
 outside of it, so it is weaker than the weakest of the old directions. If strengths go on falling
@@ -121,7 +121,7 @@ def moments_of(
             beside = (
                 k
                 for k, other in enumerate(own)
-                if other.role.kind == FIRST
+                if other.role.kind == FIRST and other.role.average
                 if other.role.axes == _of_one_matrix(role, plans[i]).axes
                 if containers[other.position] == field[:-1]
             )

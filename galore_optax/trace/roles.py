@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from galore_optax.trace.averages import WHOLE, Share, Shares
 from galore_optax.trace.coordinates import (
     EITHER,
     EVEN,
@@ -42,6 +43,7 @@ class Role:
         stale: Whether it divides by it as it was before the step, without the step's gradient.
         rooted: Whether the update takes a root of its difference from another leaf.
         root: Whether the update takes a root of it, as of a square; AdaMax's is a magnitude.
+        average: Whether it may be an average of gradients: no sum of them, nor of quotients.
         unclear: Whether it is not known how its elements follow a param's coordinates.
         shared: Whether it merges coordinates of several params.
     """
@@ -54,6 +56,7 @@ class Role:
     stale: bool = False
     rooted: bool = False
     root: bool = False
+    average: bool = True
     unclear: bool = False
     shared: bool = False
 
@@ -109,6 +112,8 @@ def state_roles(traced: Traced, moving: Collection[tuple[int, int]] | None = Non
     made_of = [Made(frozenset([i])) for i in range(len(states))]
     incoming, constant = [Made(fresh=True)] * len(leaves), [Made()] * len(leaves)
     traced.read(divisors, incoming, made_of, constant)
+    own = [Share(state=x.ndim > 0) for x in states]
+    _, shares = traced.read(Shares(), [Share(WHOLE)] * len(leaves), own, [Share()] * len(leaves))
     return [
         dataclasses.replace(
             _role(value, x, [y.ndim for y in leaves], frozenset(moving), unchanged[i]),
@@ -117,6 +122,7 @@ def state_roles(traced: Traced, moving: Collection[tuple[int, int]] | None = Non
             stale=i in divisors.stale,
             rooted=i in divisors.rooted,
             root=i in divisors.roots,
+            average=shares[i].is_average,
         )
         for i, (value, x) in enumerate(zip(found, states, strict=True))
     ]

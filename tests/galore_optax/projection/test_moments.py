@@ -152,7 +152,10 @@ def test_the_mean_of_squares_stays_above_the_square_of_the_mean(moments):
     assert np.isfinite(run(tx, normal(9, 8, 12), grads)[-1]).all()
 
 
-@pytest.mark.parametrize("inner", [optax.adamw(0.1, eps=0), optax.adamax(0.1, eps=0)])
+@pytest.mark.parametrize(
+    "inner",
+    [optax.adamw(0.1, eps=0), optax.adamax(0.1, eps=0), optax.contrib.adopt(0.1, eps=1e-30)],
+)
 def test_steps_after_a_refresh_do_not_depend_on_the_gradients_size(inner):
     """Powers of two scale without rounding; squares of moments would leave float32's range."""
     tx = galore(4, inner, update_proj_gap=2, subspace="svd")

@@ -151,7 +151,7 @@ def test_first_moments_rotate_exactly_and_second_ones_as_ldadam_says(name):
 
 
 def _has_first(roles, role):
-    return any(r.kind == FIRST and r.param == role.param for r in roles)
+    return any(r.kind == FIRST and r.average and r.param == role.param for r in roles)
 
 
 def kinds(tx):
@@ -207,6 +207,33 @@ def test_wrappers_are_looked_through():
         found = kinds(wrap(optax.adam(0.1)))
         assert {k for p, k in found.items() if ".mu" in p or "acc_grads" in p} == {FIRST}
         assert {k for p, k in found.items() if ".nu" in p} == {SECOND}
+
+
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        (optax.adam(0.1), {"mu"}),
+        (optax.adan(0.1), {"m", "v"}),
+        (optax.contrib.ademamix(0.1), {"m1", "m2"}),
+        (optax.contrib.simplified_ademamix(0.1), set()),  # a sum
+        (optax.inject_hyperparams(optax.contrib.simplified_ademamix)(0.1), set()),
+        (optax.apply_if_finite(optax.contrib.simplified_ademamix(0.1), 3), set()),
+        (optax.contrib.adopt(0.1), set()),  # of quotients
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.clip(1.0), optax.lamb(0.1)), {"mu"}),
+        (optax.inject_hyperparams(optax.adamw)(0.1, b1=lambda count: 0.9), {"mu"}),
+        (optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(), {"mu", "acc_grads"}),
+    ],
+)
+def test_first_moments_that_are_no_averages_of_gradients_are_known(tx, expected):
+    tx = optax.with_extra_args_support(tx)
+    params = {"w": jax.ShapeDtypeStruct((6, 8), jnp.float32)}
+    paths = [
+        jax.tree_util.keystr(p)
+        for p, _ in jax.tree.leaves_with_path(jax.eval_shape(tx.init, params))
+    ]
+    pairs = zip(paths, state_roles(trace(tx, params), {(0, 0)}), strict=True)
+    found = {p.split(".")[-1].split("[")[0] for p, r in pairs if r.kind == FIRST and r.average}
+    assert found == expected
 
 
 def test_an_update_that_divides_by_the_moment_before_the_step_is_known():
