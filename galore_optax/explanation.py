@@ -23,7 +23,8 @@ from galore_optax.transformation import observed
 
 _ROLES = {FIRST: "first moment", SECOND: "second moment", FACTOR: "factor of a second moment"}
 _SIDES: dict[tuple[int, ...], str] = {(0,): "left", (1,): "right", (0, 1): "both", (): "whole"}
-_WHOLE, _WITHIN, _UNKNOWN = "of the whole leaf", "within the subspace", "unknown"
+_NONE, _UNKNOWN = "none", "unknown"
+_WHOLE, _WITHIN = "of the whole leaf", "within the subspace"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,10 @@ class ExplainedLeaf:
         rank: Dimensions of the subspace, one number for each projected side.
         matrices: How many matrices it holds.
         together: Whether a stack is one array to the inner transformation; else each matrix is.
-        decay: Decoupled weight decay "of the whole leaf"; "within the subspace", as is any other
-            elementwise use of a projected leaf's values; "none" (a norm of them, as in a trust
-            ratio, does not count); or "unknown", if the update needs extra arguments.
+        decay: Decoupled weight decay "of the whole leaf", as is any other use of a leaf's values
+            outside of `galore`; "within the subspace", as is any other elementwise use of a
+            projected leaf's; "none" (a norm of them, as in a trust ratio, does not count); or
+            "unknown", if the update needs extra arguments.
         state: The arrays of its state that have axes.
     """
 
@@ -150,6 +152,7 @@ def explain(
     notes = dict.fromkeys(str(w.message) for w in warned if issubclass(w.category, UserWarning))
     nodes = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, GaLoreState))
     galores = [(path, x) for path, x in nodes if isinstance(x, GaLoreState)]
+    masked = frozenset().union(*(seen.masked for seen in found))
     leaves: list[ExplainedLeaf] = []
     for _, node in galores:
         own = next((seen for seen in found if seen.fits(node)), None)
@@ -163,10 +166,12 @@ def explain(
     others, rest = _others(tx, params, state, [path for path, _ in galores], extra_args)
     beside = {leaf.path: leaf for leaf in others}
     for i, leaf in enumerate(leaves):
-        own_state = beside[leaf.path].state if leaf.path in beside else ()
-        leaves[i] = dataclasses.replace(leaf, state=leaf.state + own_state)
+        if outer := beside.get(leaf.path):
+            decay = outer.decay if leaf.decay == _NONE else leaf.decay
+            leaves[i] = dataclasses.replace(leaf, decay=decay, state=leaf.state + outer.state)
     seen = {leaf.path for leaf in leaves}
-    leaves += [leaf for leaf in others if leaf.path not in seen and (leaf.state or not seen)]
+    others = [leaf for leaf in others if leaf.path not in seen]
+    leaves += [x for x in others if x.state or not seen or x.path in masked]
     return Explanation(tuple(leaves), tuple(rest), tuple(notes))
 
 
@@ -178,6 +183,8 @@ class _Seen:
         self.plans, self.owners = call.plans, small_leaves(call.plans)
         self.small = jax.tree.leaves_with_path(call.params)
         self.params, self.whole = jax.tree.flatten_with_path(jax.eval_shape(lambda: params))
+        pairs = jax.tree.leaves_with_path(params, is_leaf=_is_masked)
+        self.masked = {jax.tree_util.keystr(path) for path, x in pairs if _is_masked(x)}
         self.tree = jax.tree.structure(call.state, is_leaf=is_quantized)
         self.decays = _decays(call.traced, call.counts, call.inner.decay)
         # Of leaves that are not projected, too; these cannot be unclear.
@@ -189,7 +196,14 @@ class _Seen:
 
     def fits(self, node: GaLoreState) -> bool:
         """Whether it is the state that was made there."""
-        return self.tree == jax.tree.structure(node.inner, is_leaf=is_quantized)
+        if self.tree != jax.tree.structure(node.inner, is_leaf=is_quantized):
+            return False
+        try:
+            bases = self.whole.flatten_up_to(node.bases)
+        except ValueError:  # of a label of `optax.partition` with other leaves
+            return False
+        made = [plan.ranks if plan and plan.modes else () for plan in self.plans]
+        return made == [_ranks(own) for own in bases]
 
     def leaves(self, node: GaLoreState) -> list[ExplainedLeaf]:
         """All leaves, with their parts of the state."""
@@ -238,7 +252,7 @@ def _others(
     """The leaves as the state outside of every `galore` has them, and its other arrays."""
     arrays = jax.tree.leaves_with_path(state, is_leaf=is_quantized)
     outside = [all(path[: len(own)] != own for own in galores) for path, _ in arrays]
-    if galores and not any(out and x.ndim for out, (_, x) in zip(outside, arrays, strict=True)):
+    if () in galores:  # nothing is outside
         return [], []
     tx = optax.with_extra_args_support(tx)
     traced = trace(tx, params, jax.eval_shape(dequantized, state), **extra_args)
@@ -265,9 +279,9 @@ def _decays(traced: Traced, projected: Sequence[bool], decay: bool | None) -> li
     found = None if decay is False else decoupled_decay(traced, check=decay is None)
     if found is not None:
         slopes = jax.eval_shape(found, traced.params, traced.states, traced.params)
-        return ["none" if slope is None else _WHOLE for slope in slopes]
+        return [_NONE if slope is None else _WHOLE for slope in slopes]
     return [
-        (_WITHIN if inside else _WHOLE) if use else "none"
+        (_WITHIN if inside else _WHOLE) if use else _NONE
         for use, inside in zip(used, projected, strict=True)
     ]
 
@@ -288,6 +302,17 @@ def _by_param(
         short = name if k is None else name.removesuffix(ends[k])
         found.setdefault(k, []).append(_array(short, kind, x))
     return found
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _ranks(bases: Any) -> tuple[int, ...]:
+    """The ranks of a leaf's bases; none of one that is not projected."""
+    if _is_masked(bases):
+        return ()
+    return tuple(x.shape[-1] for x in (bases if isinstance(bases, tuple) else (bases,)))
 
 
 def _with_axes(tree: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """Transformations that treat every matrix by itself; leaves that are no matrices get Adam."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,8 +87,7 @@ def with_adam_for_others(
         mask = checks.mask(mask, "mask")
 
     def others(params: optax.Params) -> optax.Params:
-        tree = jax.tree.structure(params)
-        return tree.unflatten([view is None for view in _views(params, numbers)])
+        return jax.tree.map(operator.not_, are_matrices(params, numbers))
 
     tx = optax.chain(
         *of_matrices,
@@ -105,6 +105,12 @@ def with_adam_for_others(
 
     # optax's types say that a state is any tree, not which one.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
+
+
+def are_matrices(params: optax.Params, numbers: WeightDimensionNumbers) -> optax.Params:
+    """For each leaf whether it is a matrix, or a stack of them: a tree of booleans."""
+    tree = jax.tree.structure(params)
+    return tree.unflatten([view is not None for view in _views(params, numbers)])
 
 
 def _views(params: optax.Params, numbers: WeightDimensionNumbers) -> list[LeafView | None]:

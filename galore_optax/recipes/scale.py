@@ -1,14 +1,16 @@
 """SCALE: gradients with normalized columns, and momentum in the last layer alone."""
 
+import operator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from galore_optax import checks
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
-from galore_optax.recipes.matrices import of_matrices, with_adam_for_others
+from galore_optax.recipes.matrices import are_matrices, of_matrices, with_adam_for_others
 from galore_optax.recipes.options import Mask
 
 _LEAST = 1e-8  # root mean square of a column, as in the authors' code
@@ -49,8 +51,8 @@ def scale_sgd(
 
     Args:
         learning_rate: Learning rate or schedule. The paper pre-trains with 1e-3.
-        last_layer: Which leaves have momentum: a tree of booleans, a prefix of the params' tree, or
-            a function from the params to one.
+        last_layer: Which matrices have momentum: a tree of booleans, a prefix of the params' tree,
+            or a function from the params to one. Vectors that it marks have AdamW's alone.
         momentum: Decay rate of the momentum, an exponential mean.
         b1: Decay rate of the first moment of leaves that are no matrices.
         b2: Decay rate of their second moment.
@@ -72,8 +74,14 @@ def scale_sgd(
     """
     momentum = checks.number(momentum, "momentum", least=0, below=1, such_as=0.9)
     last_layer = checks.mask(last_layer, "last_layer")
+
+    def with_momentum(params: optax.Params) -> optax.Params:
+        marks = last_layer(params) if callable(last_layer) else last_layer
+        marks = jax.tree.broadcast(marks, params)  # a bias of the last layer has AdamW's alone
+        return jax.tree.map(operator.and_, marks, are_matrices(params, weight_dimension_numbers))
+
     return with_adam_for_others(
-        optax.masked(optax.ema(momentum, debias=False), last_layer),
+        optax.masked(optax.ema(momentum, debias=False), with_momentum),
         scale_by_columns(weight_dimension_numbers),
         learning_rate=learning_rate,
         numbers=weight_dimension_numbers,

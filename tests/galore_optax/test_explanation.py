@@ -119,6 +119,31 @@ def test_other_parts_of_a_chain_or_partition_are_explained_too():
     assert [x.name for x in w.state] == ["basis", "[1].ema"]
 
 
+def test_decay_outside_of_the_subspace_and_leaves_without_a_state_are_named():
+    params, decay = {"b": PARAMS["b"], "w": PARAMS["w"]}, optax.add_decayed_weights(-0.01)
+    kernels = optax.masked(decay, {"b": False, "w": True})
+    chained = by_path(optax.chain(galore(8, optax.adam(0.1)), kernels), params)
+    assert {k: x.decay for k, x in chained.items()} == {
+        "['b']": "none",
+        "['w']": "of the whole leaf",
+    }
+    others = {"low": galore(8, optax.sgd(0.1)), "full": optax.chain(decay, optax.sgd(0.1))}
+    parts = by_path(optax.partition(others, {"b": "full", "w": "low"}), params)
+    assert {k: (x.projection, x.decay) for k, x in parts.items()} == {
+        "['w']": ("left", "none"),
+        "['b']": ("none", "of the whole leaf"),
+    }
+
+
+def test_parts_whose_states_look_alike_are_told_apart():
+    params = {"v": jnp.ones((64, 96)), "w": jnp.ones((48, 96))}
+    made = {"z": galore(4, optax.sgd(0.1)), "a": galore(3, optax.sgd(0.1))}
+    parts = by_path(optax.partition(made, {"v": "z", "w": "a"}), params)
+    assert {k: x.rank for k, x in parts.items()} == {"['v']": (4,), "['w']": (3,)}
+    chained = explain(optax.named_chain(*made.items()), params).leaves
+    assert [(x.rank[0], x.state[0].shape[-1]) for x in chained] == [(4, 4), (4, 4), (3, 3), (3, 3)]
+
+
 def test_quantized_outside_the_bases_are_quantized_too():
     w = by_path(quantize_state(galore(8, optax.adam(0.1)), min_size=1), {"w": PARAMS["w"]})["['w']"]
     assert [x.stored for x in w.state] == ["8 bits"] * 3

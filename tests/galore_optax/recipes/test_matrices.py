@@ -51,6 +51,15 @@ def test_racs_scales_rows_and_columns_by_the_fixed_points_mean():
         np.testing.assert_allclose(got[step], weight, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("mark", [lambda tree: tree, lambda tree: lambda params: tree])
+def test_a_bias_of_the_last_layer_has_adamw_alone(mark):
+    params = {"w": normal(0, 6, 8), "head": {"kernel": normal(1, 8, 5), "bias": normal(2, 5)}}
+    grads = [jax.tree.map(lambda x, i=i: normal(i, *x.shape), params) for i in range(3, 7)]
+    got = run(scale_sgd(0.01, mark({"w": False, "head": True})), params, grads)[-1]
+    bias = run(optax.adam(0.01), params["head"]["bias"], [g["head"]["bias"] for g in grads])[-1]
+    np.testing.assert_allclose(got["head"]["bias"], bias, rtol=1e-6)
+
+
 def test_scale_normalizes_columns_and_keeps_momentum_in_the_last_layer_alone():
     params = {"w": normal(0, 6, 8), "head": normal(1, 8, 5), "norm": normal(2, 8)}
     grads = [jax.tree.map(lambda x, i=i: normal(i, *x.shape), params) for i in range(3, 6)]
