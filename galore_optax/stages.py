@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from galore_optax import checks, keys
 from galore_optax.inner import Inner, InnerCall, with_stacks
-from galore_optax.params import for_init, with_updates, without_variables
+from galore_optax.params import for_init, with_updates, with_variables, without_variables
 from galore_optax.projection import schedule
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.factored import project_back, with_decay
@@ -122,7 +122,8 @@ class GaLore:
         call, grads = _Call(self, updates, state, params, **extra_args), jax.tree.leaves(updates)
         state = call.refresh(grads, state, in_groups=True)
         small = sum_of_all(call.project(grads, state), self.sum_over)
-        return call.finish(small, state, grads, grads)
+        steps, state = call.finish(small, state, grads, grads)
+        return with_variables(steps, updates), state
 
     # The same in parts: `galore_optax.transformation.SubspaceParts`.
 
@@ -163,9 +164,10 @@ class GaLore:
                 f"recover={checks.said(self.recover)} needs the gradient itself, and a sum of "
                 'projected gradients is not one: give gradient=, or choose recover="project"'
             )
-        params = dequantized(without_variables(params))
-        call = _Call(self, params, state, params, **extra_args)
-        return call.finish(projected, state, jax.tree.leaves(params), jax.tree.leaves(gradient))
+        params = dequantized(params)
+        call, like = _Call(self, params, state, params, **extra_args), jax.tree.leaves(params)
+        steps, state = call.finish(projected, state, like, jax.tree.leaves(gradient))
+        return with_variables(steps, params), state
 
 
 class _Call:
@@ -188,7 +190,7 @@ class _Call:
         self.galore, self.layer, self.factored = galore, layer, factored
         self.of_model = {"whole": matrices, "layer": layer, "layers": layers}
         self.allowed = allowed  # whether a refresh that is due may be made
-        like, self.tree = jax.tree.flatten(updates)
+        like, self.tree = jax.tree.flatten(without_variables(updates))
         self.weights = None
         if params is not None:
             # Plans are made from the params, as in `init`: gradients may have other dtypes.

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import optax
 
 from galore_optax import checks
-from galore_optax.params import with_updates
+from galore_optax.params import with_updates, with_variables
 from galore_optax.sharding import sum_of_all
 
 OBSERVER: ContextVar[Callable[[Any, optax.Params], None]]
@@ -158,7 +158,8 @@ class _WithoutRefresh:
             raise ValueError("params: they are needed for an update without a refresh; give them")
         own = with_updates(params, updates)
         projected = sum_of_all(self.project(updates, state), self.sum_over)
-        return self.update_projected(projected, state, own, gradient=updates, **extra_args)
+        new, state = self.update_projected(projected, state, own, gradient=updates, **extra_args)
+        return with_variables(new, updates), state
 
     def is_due(self, state: Any) -> Any:
         """Whether a refresh is due, which is not made here."""

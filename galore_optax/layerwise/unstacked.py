@@ -12,7 +12,7 @@ import jax
 import optax
 
 from galore_optax import checks
-from galore_optax.params import for_init, with_updates, without_variables
+from galore_optax.params import for_init, with_updates, with_variables, without_variables
 from galore_optax.projection.dimension_numbers import LeafView
 from galore_optax.projection.factored import as_arrays
 from galore_optax.projection.leaf import Projection
@@ -80,12 +80,11 @@ class _Unstacked:
         return tree.unflatten([x if plan is None else plan.into((), x) for plan, x in pairs])
 
     def _together(self, params: optax.Params, like: optax.Params) -> optax.Params:
-        like = dequantized(without_variables(like))
-        plans, tree = self._stacks(like)
+        like = dequantized(like)
+        plans, tree = self._stacks(without_variables(like))
         triples = zip(plans, tree.flatten_up_to(params), jax.tree.leaves(like), strict=True)
-        return tree.unflatten(
-            [x if p is None else p.out_of((), tuple(as_arrays(x)), y) for p, x, y in triples]
-        )
+        whole = [x if p is None else p.out_of((), tuple(as_arrays(x)), y) for p, x, y in triples]
+        return with_variables(tree.unflatten(whole), like)
 
     def init(self, params: optax.Params) -> optax.OptState:
         return self.tx.init(self._apart(params))

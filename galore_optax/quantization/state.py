@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from galore_optax import checks
 from galore_optax.ordering import opaque
-from galore_optax.params import for_init, with_updates
+from galore_optax.params import for_init, of_arrays
 from galore_optax.quantization.array import dequantized, is_quantized, quantize
 from galore_optax.quantization.codes import Code, Dynamic, Table
 from galore_optax.quantization.elementwise import updated
@@ -76,9 +76,9 @@ def cast_state(
     def init(params: optax.Params) -> optax.OptState:
         return inner.init(cast(for_init(params)))
 
+    @of_arrays
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        params = cast(with_updates(params, updates))
-        new, state = inner.update(cast(updates), state, params, **extra_args)
+        new, state = inner.update(cast(updates), state, cast(params), **extra_args)
 
         def as_given(u: Array, g: Array) -> Array:  # but no fractions as integers, as in optax
             return u.astype(g.dtype) if jnp.issubdtype(g.dtype, jnp.inexact) else u
@@ -185,8 +185,8 @@ def quantize_state(
             leaves[i] = quantize(opaque(leaves[i]), code, block=block)
         return tree.unflatten(leaves)
 
+    @of_arrays
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        params = with_updates(params, updates)
         return updated(partial(inner.update, **extra_args), updates, state, params)
 
     # optax's types say that a state is any tree, not which one.

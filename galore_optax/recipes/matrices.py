@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from galore_optax import checks
-from galore_optax.params import for_init, with_updates
+from galore_optax.params import for_init, of_arrays
 from galore_optax.projection.dimension_numbers import (
     LeafView,
     WeightDimensionNumbers,
@@ -48,6 +48,7 @@ def of_matrices(
         ]
         return MatricesState(tree.unflatten(states))
 
+    @of_arrays
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, MatricesState]:
@@ -99,9 +100,9 @@ def with_adam_for_others(
     def init(params: optax.Params) -> optax.OptState:
         return tx.init(dequantized(for_init(params)))
 
+    @of_arrays
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        own = dequantized(with_updates(params, updates))
-        return tx.update(updates, state, own, **extra_args)
+        return tx.update(updates, state, dequantized(params), **extra_args)
 
     # optax's types say that a state is any tree, not which one.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]

@@ -1,4 +1,4 @@
-"""Params that are no tree of arrays: shapes, and an Equinox model with its functions."""
+"""Params that are no tree of arrays: shapes, Equinox models with functions, states of NNX."""
 
 import equinox as eqx
 import jax
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from galore_optax import (
     adamw8bit,
@@ -13,6 +14,8 @@ from galore_optax import (
     galore_adamw,
     q_galore_adamw8bit,
     quantize_state,
+    racs,
+    scale_sgd,
     subspace_parts,
     unstacked,
     without_refresh,
@@ -55,3 +58,27 @@ def test_a_state_is_made_of_shapes(name):
     tx, params = TRANSFORMATIONS[name], {"w": jnp.zeros((32, 64))}
     of_shapes = tx.init(jax.eval_shape(lambda: params))
     jax.tree.map(np.testing.assert_array_equal, of_shapes, tx.init(params))
+
+
+MATRICES = {"racs": racs(0.01, **DECAY), "scale": scale_sgd(0.01, lambda params: True, **DECAY)}
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMATIONS, *MATRICES])
+def test_a_state_of_nnx_is_updated_as_its_arrays(name):
+    tx = {**TRANSFORMATIONS, **MATRICES}[name]
+    arrays = {"b": jnp.ones(64), "w": jax.random.normal(jax.random.key(0), (32, 64))}
+    grads = jax.tree.map(jnp.cos, arrays)
+
+    def in_variables(tree):
+        return nnx.State({name: nnx.Param(x) for name, x in tree.items()})
+
+    params, gradient = in_variables(arrays), in_variables(grads)
+    expected, _ = tx.update(grads, tx.init(arrays), arrays)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, updates, in_variables(expected))
+    if (parts := subspace_parts(tx)) is not None:
+        state = parts.refresh(gradient, tx.init(params), params)
+        new, _ = parts.update_projected(parts.project(gradient, state), state, params)
+        assert jax.tree.structure(new) == jax.tree.structure(params)
+        jax.tree.map(np.testing.assert_allclose, new, updates)
