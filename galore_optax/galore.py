@@ -106,7 +106,8 @@ def galore(
             or `Apollo(schedule)` instead of the name. `Alice(learning_rate)` and any function from
             a `Matrix` and a state to an update and the new state are accepted, too. All but
             "project" need one projected side, the gradient itself instead of a sum of projected
-            ones, and (those named here) an `inner` that descends.
+            ones (`optax.MultiSteps` and `optax.apply_if_finite` go around `galore`, not into it),
+            and (those named here) an `inner` that descends.
         side: Which side of a matrix `(in, out)` is projected: "smaller" (as published), "larger"
             (least memory with one side; as in `optax.contrib.galore`), "left" (input), "right"
             (output) or "both", where R = PᵀGQ is rank by rank (and with subspace="svd" diagonal at

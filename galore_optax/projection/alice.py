@@ -29,7 +29,8 @@ class Alice:
     that each column has outside the subspace: ‖G_i - (P R)_i‖², but at least 1e-6 ‖G_i‖² (more if G
     has fewer bits than float32). The norm of C grows by at most 1.01 a step, as Fira's residual.
     The state is p and that norm. With `tracking` it also has an exponential mean of R Rᵀ, and a new
-    subspace is found from this mean and the gradient together.
+    subspace is found from this mean and the gradient together. Also where N is zero C is not:
+    freeze a leaf outside of `galore`, not by `optax.set_to_zero` in it.
 
     Attributes:
         learning_rate: The inner's, a number or a schedule.

@@ -106,10 +106,13 @@ def first_states(
 ) -> list[State]:
     """The first state of each leaf: the states of its matrices, with the axes of the stack first.
 
-    Refuses leaves that are projected on other than one side, and a function that returns something
-    other than an update. Warns if a limiter is not given the schedule in the inner's state.
+    Refuses leaves that are projected on other than one side, a function that returns something
+    other than an update, and an inner that sums gradients or skips steps. Warns if a limiter is not
+    given the schedule in the inner's state.
     """
     _warn_of_schedule(recover, inner)
+    if recover is not None and any(plans):
+        _refuse_skipped_steps(recover, inner)
     states: list[State] = [optax.MaskedNode()] * len(leaves)
     for i, (plan, leaf) in enumerate(zip(plans, leaves, strict=True)):
         if recover is not None and plan is not None:
@@ -133,6 +136,20 @@ def _warn_of_schedule(recover: Recover | None, inner: optax.OptState) -> None:
             f"recover={checks.said(recover)} limits how fast updates grow, and inner has a "
             "schedule, whose warm-up it limits, too: give the schedule as its learning_rate",
             stacklevel=4,
+        )
+
+
+def _refuse_skipped_steps(recover: Recover, inner: optax.OptState) -> None:
+    """A way back uses the gradient of every step, also where N is 0 or of several gradients."""
+
+    def skips(x: Any) -> bool:
+        return isinstance(x, optax.MultiStepsState | optax.ApplyEvery | optax.ApplyIfFiniteState)
+
+    for x in filter(skips, jax.tree.leaves(inner, is_leaf=skips)):
+        raise ValueError(
+            f"inner: {type(x).__name__} in its state says that it sums gradients or skips steps, "
+            f"but recover={checks.said(recover)} uses the gradient of each step: put that "
+            'transformation around galore instead, or choose recover="project"'
         )
 
 
