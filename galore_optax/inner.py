@@ -28,8 +28,10 @@ from galore_optax.projection.moments import (
 from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.sharding import first_element
 from galore_optax.trace.elementwise import is_elementwise, same_equations
+from galore_optax.trace.interpreter import interpret
 from galore_optax.trace.params_use import acts_within_subspace, decoupled_decay, remembers_params
 from galore_optax.trace.roles import Role, state_roles
+from galore_optax.trace.sign import NONNEGATIVE, ZERO, Sign
 from galore_optax.trace.traced import Traced, abstract, float_state, trace
 
 
@@ -184,8 +186,24 @@ class InnerCall:
                 )
         return *self.inner.tx.update(grads, state, params, **self.extra_args), slopes
 
-    def check(self) -> None:
+    @functools.cached_property
+    def ascends(self) -> bool:
+        """Whether the first update surely goes along the gradient, for params that are zero."""
+        traced, n = self.traced, len(self.traced.params)
+        if traced.update is None or not traced.same:
+            return False
+        state = interpret(traced.init, [ZERO] * n, Sign())
+        updates, _ = traced.read(Sign(), [NONNEGATIVE] * n, state, [ZERO] * n)
+        return any(x == NONNEGATIVE for x, own in zip(updates, self.counts, strict=True) if own)
+
+    def check(self, *, needs_descent: bool) -> None:
         """Refuses what cannot run in a subspace, and warns of what acts differently there."""
+        if needs_descent and self.ascends:
+            raise ValueError(
+                "inner: its steps go along the gradient instead of against it, but recover= takes "
+                "them for descents: put the learning rate into inner, as in "
+                "optax.chain(inner, optax.scale_by_learning_rate(1e-2)), instead of after galore"
+            )
         rule, decay = self.inner.rule, self.inner.decay
         if rule == "keep" and decay is not None:
             return

@@ -102,7 +102,7 @@ class GaLore:
         inner_state = self.inner.tx.init(inner.project())
         recovery = first_states(self.recover, plans, leaves, inner_state)
         if any(plans):
-            inner.check()
+            inner.check(needs_descent=getattr(self.recover, "needs_descent", False))
         OBSERVER.get()(inner, params)
         timing = schedule.first_timing(self.gap, sum(plan.matrices for plan in filter(None, plans)))
         # As after a refresh, which happens where gradients allow it.

@@ -1,7 +1,7 @@
 """Alice's way back: P N and a compensation for what is outside the subspace."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class Alice:
         Gong et al., `Alice <https://arxiv.org/abs/2502.07752>`_, 2025, theorem 5.1 and algorithm 3.
     """
 
+    needs_descent: ClassVar[bool] = True
     learning_rate: optax.ScalarOrSchedule
     compensation: float = 0.4
     decay: float = 0.9

@@ -1,7 +1,7 @@
 """APOLLO's way back: the gradient itself; the subspace only says how long its step is."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class Apollo:
         the authors' code is the square of this one.
     """
 
+    needs_descent: ClassVar[bool] = True
     learning_rate: optax.ScalarOrSchedule | None = None
     per: str = "column"
 

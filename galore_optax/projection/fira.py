@@ -1,7 +1,7 @@
 """Fira's way back: P N, and the rest of the gradient, scaled column by column as R was."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class Fira:
         Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, equations 8 to 11.
     """
 
+    needs_descent: ClassVar[bool] = True
     learning_rate: optax.ScalarOrSchedule | None = None
 
     def __post_init__(self):

@@ -57,7 +57,8 @@ Recover = Callable[[Matrix, State], tuple[Float[Array, "n m"], State]]
 """From a matrix and its state to its update and its new state. A method `init`, if it has one,
 makes the first state from a `jax.ShapeDtypeStruct` of shape (n, m), in float32 or wider, and
 the rank; otherwise the state is (). If it has a `history`, a hashable function from the state and P
-to columns (n, k), a new subspace is found from the gradient's columns and these together."""
+to columns (n, k), a new subspace is found from the gradient's columns and these together. If its
+attribute `needs_descent` is true, an inner whose steps surely ascend is refused."""
 
 
 def energies(x: Float[Array, "n m"]) -> Float[Array, " m"]:

@@ -88,7 +88,9 @@ def _triangle_inverse(lower: Float[Array, "r r"]) -> Float[Array, "r r"]:
     """The inverse of a triangle: its diagonal blocks are inverted, then those of twice the size."""
     r = len(lower)
     size = 1 << (r - 1).bit_length()
-    padded = jnp.eye(size, dtype=lower.dtype).at[:r, :r].set(lower)
+    padded = lower
+    if r < size:  # jax.experimental.checkify fails at `x.at[:].set(y)`
+        padded = jnp.eye(size, dtype=lower.dtype).at[:r, :r].set(lower)
     inverses = 1 / jnp.diagonal(padded)[:, None, None]  # (blocks, width, width)
     while (width := inverses.shape[-1]) < size:
         first, last = inverses[::2], inverses[1::2]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.experimental import checkify
 
 import galore_optax as go
 
@@ -155,3 +156,10 @@ def test_a_compiled_step_moves_nothing_from_or_to_the_host(case):
     run = CASES[case]()
     with jax.transfer_guard("disallow"):
         run()
+
+
+def test_a_step_is_checked_by_checkify():
+    tx, params = go.galore(4, optax.adam(0.01), **EVERY_STEP), {"w": jnp.ones((8, 12))}
+    update = checkify.checkify(tx.update, errors=checkify.all_checks)
+    error, _ = jax.jit(update)(params, tx.init(params), params)
+    error.throw()

@@ -22,7 +22,6 @@ from galore_optax import (
     apollo_mini_adamw,
     fira_adamw,
     galore,
-    quantize_state,
     state_bytes,
     subspace_parts,
     unstacked,
@@ -290,21 +289,6 @@ def test_a_limiter_that_does_not_know_the_schedule_says_so():
             galore(3, inner, recover="fira").init(jnp.ones((8, 12)))
     galore(3, optax.adam(rising), recover=Fira(rising)).init(jnp.ones((8, 12)))
     galore(3, inject(0.01), recover="fira").init(jnp.ones((8, 12)))
-
-
-@pytest.mark.parametrize("way", ["fira", "apollo", Alice(0.1)])
-@pytest.mark.parametrize(
-    ("named", "inner"),
-    [
-        ("MultiSteps", optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation()),
-        ("ApplyEvery", optax.chain(optax.apply_every(2), optax.sgd(0.1))),
-        ("ApplyIfFinite", quantize_state(optax.apply_if_finite(optax.adam(0.1), 3), min_size=1)),
-    ],
-)
-def test_an_inner_that_sums_gradients_or_skips_steps_is_refused(way, named, inner):
-    with pytest.raises(ValueError, match=rf"inner: {named}\w* .*recover=.*around galore"):
-        galore(3, inner, recover=way).init(jnp.ones((8, 12)))
-    galore(3, inner).init(jnp.ones((8, 12)))
 
 
 def test_a_learning_rate_that_is_none_is_refused():
