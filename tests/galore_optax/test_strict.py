@@ -159,7 +159,7 @@ def test_a_compiled_step_moves_nothing_from_or_to_the_host(case):
 
 
 def test_a_step_is_checked_by_checkify():
-    tx, params = go.galore(4, optax.adam(0.01), **EVERY_STEP), {"w": jnp.ones((8, 12))}
+    tx, params = go.galore(4, optax.adam(0.01)), {"w": jnp.ones((8, 12))}
     update = checkify.checkify(tx.update, errors=checkify.all_checks)
     error, _ = jax.jit(update)(params, tx.init(params), params)
     error.throw()
