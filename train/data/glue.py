@@ -11,6 +11,8 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 # The key of what a line has beyond the columns of the header; no column has this name.
 _BEYOND = "\t"
+# STS-B's scores begin with 0.
+_HIGHEST = 5
 
 
 class Task(NamedTuple):
@@ -23,23 +25,39 @@ class Task(NamedTuple):
     examples: int  # to train on
     columns: tuple[str, ...] = ()  # of the TSV files, where these are not `texts`
     label: str = "label"  # its column there
+    names: tuple[
+        str, ...
+    ] = ()  # of the classes in TFDS and in models, where these are not `labels`
 
     @property
     def classes(self) -> int:
         """Outputs of the classifier."""
         return max(1, len(self.labels))
 
+    @property
+    def spellings(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the classes, in their order, as TFDS and models have them."""
+        return tuple(dict.fromkeys((self.names or self.labels, self.labels)))
+
 
 _ONE, _TWO = ("sentence",), ("sentence1", "sentence2")
 _YES_NO, _ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
 _MRPC = ("#1 String", "#2 String")
 TASKS: Mapping[str, Task] = {
-    "cola": Task("CoLA", _ONE, _YES_NO, ("matthews_correlation",), 8_551),
-    "sst2": Task("SST-2", _ONE, _YES_NO, ("accuracy",), 67_349),
-    "mrpc": Task("MRPC", _TWO, _YES_NO, ("f1", "accuracy"), 3_668, _MRPC, "Quality"),
+    "cola": Task(
+        "CoLA", _ONE, _YES_NO, ("matthews_correlation",), 8_551,
+        names=("unacceptable", "acceptable"),
+    ),
+    "sst2": Task(
+        "SST-2", _ONE, _YES_NO, ("accuracy",), 67_349, names=("negative", "positive")
+    ),
+    "mrpc": Task(
+        "MRPC", _TWO, _YES_NO, ("f1", "accuracy"), 3_668, _MRPC, "Quality",
+        names=("not_equivalent", "equivalent"),
+    ),
     "qqp": Task(
         "QQP", ("question1", "question2"), _YES_NO, ("accuracy", "f1"), 363_846,
-        label="is_duplicate",
+        label="is_duplicate", names=("not_duplicate", "duplicate"),
     ),
     "stsb": Task("STS-B", _TWO, (), ("pearson", "spearman"), 5_749, label="score"),
     "mnli": Task(
@@ -48,7 +66,9 @@ TASKS: Mapping[str, Task] = {
     ),
     "qnli": Task("QNLI", ("question", "sentence"), _ENTAILMENT, ("accuracy",), 104_743),
     "rte": Task("RTE", _TWO, _ENTAILMENT, ("accuracy",), 2_490),
-    "wnli": Task("WNLI", _TWO, _YES_NO, ("accuracy",), 635),
+    "wnli": Task(
+        "WNLI", _TWO, _YES_NO, ("accuracy",), 635, names=("not_entailment", "entailment")
+    ),
 }  # fmt: skip
 """Metrics as the papers report them: MRPC by F1, QQP by accuracy, STS-B by Pearson."""
 
@@ -107,12 +127,18 @@ def _read_tfds(task: Task, name: str, data_dir: Path, split: str) -> Examples | 
             numbers = [int(record["idx"]) for record in records]
             if numbers != [*range(len(numbers))]:
                 raise ValueError(f"the `idx` of its examples are not 0 to {len(numbers) - 1}")
+        names = getattr(builder.info.features["label"], "names", None)
+        if names is not None and tuple(names) not in task.spellings:
+            said = f"its labels are {', '.join(names)}"
+            raise ValueError(f"{said}: expected {', '.join(task.spellings[0])}")
         texts = [tuple(r[feature].decode("utf-8") for feature in task.texts) for r in records]
     # TFDS and array_record raise many unrelated types for damaged, incomplete or empty folders.
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"cannot read split {split!r} of {folder} ({reason})") from error
     labels = [record["label"] for record in records]
+    for i, label in enumerate(() if is_test else labels):
+        _check_label(task, label, f"example {i} of split {split!r} of {folder}")
     return Examples(texts, np.array(labels, np.int32 if task.labels else np.float32))
 
 
@@ -133,7 +159,7 @@ def _read_tsv(task: Task, folder: Path, split: str) -> Examples | None:
         label = "-1" if is_test else row.get(task.label)
         if None in found or label is None:
             # A few lines of the official QQP lack columns; all who use it leave them out.
-            if task.folder == "QQP" and split == TRAIN:
+            if task.folder == "QQP" and split == TRAIN and row.keys() >= {*columns, task.label}:
                 continue
             needed = ", ".join((*columns, *(() if is_test else (task.label,))))
             raise ValueError(f"line {number} of {path} lacks a column: expected {needed}")
@@ -176,14 +202,25 @@ def _label(task: Task, text: str, where: str) -> float:
             return task.labels.index(text)
         raise ValueError(f"{where} has the label {text!r}: expected {', '.join(task.labels)}")
     try:
-        if np.isfinite(value := float(text)):
-            return value
+        value = float(text)
     except ValueError:
-        pass
-    raise ValueError(f"{where} has the score {text!r}: expected a number")
+        raise ValueError(f"{where} has the score {text!r}: expected a number") from None
+    _check_label(task, value, where)
+    return value
+
+
+def _check_label(task: Task, value: float, where: str) -> None:
+    """Raises ValueError for a number that is no class, or no score, of a task."""
+    if task.labels and value not in range(task.classes):
+        raise ValueError(f"{where} has the label {value}: expected 0 to {task.classes - 1}")
+    if not task.labels and not 0 <= value <= _HIGHEST:
+        raise ValueError(f"{where} has the score {value}: expected a number, 0 to {_HIGHEST}")
 
 
 def predictions_text(task: Task, outputs: Sequence[Any]) -> str:
     """Predictions in the format of GLUE's submissions, from classes or numbers."""
-    said = [task.labels[int(x)] if task.labels else f"{min(5, max(0, x)):.3f}" for x in outputs]
+    if task.labels:
+        said = [task.labels[int(x)] for x in outputs]
+    else:
+        said = [f"{min(_HIGHEST, max(0, x)):.3f}" for x in outputs]
     return "index\tprediction\n" + "".join(f"{i}\t{x}\n" for i, x in enumerate(said))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -231,9 +232,11 @@ def label_order(config: Mapping[str, Any], task: Task) -> Any:
     """
     said = config.get("id2label")
     names = [str(said.get(str(i))) for i in range(len(said))] if isinstance(said, dict) else []
-    names = [name.lower().replace("-", "_") for name in names]
-    same = bool(names) and sorted(names) == sorted(task.labels)
-    return [names.index(label) for label in task.labels] if same else slice(None)
+    names = [re.sub("[- ]", "_", name.lower()) for name in names]
+    for own in task.spellings:
+        if names and sorted(names) == sorted(own):
+            return [names.index(label) for label in own]
+    return slice(None)
 
 
 def _drawn(key: Array, weight: Any, model: EncoderConfig) -> np.ndarray:

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from train.data.glue import TASKS, load_examples, predictions_text, splits
 
@@ -112,12 +113,47 @@ def test_the_test_set_of_tfds_has_the_order_of_glues_file(shared_data, tmp_path,
     assert load_examples(name, "test", tmp_path).texts == [stored.texts[i] for i in order]
 
 
-def test_a_score_that_is_no_number_is_refused(tmp_path):
+@pytest.mark.parametrize("score", ["nan", "1e39", "50", "-1", "3,2"])
+def test_a_score_that_is_no_number_of_the_task_is_refused(tmp_path, score):
     (tmp_path / "STS-B").mkdir()
     file = tmp_path / "STS-B" / "train.tsv"
-    file.write_text("sentence1\tsentence2\tscore\na\tb\tnan\n")
-    with pytest.raises(ValueError, match="'nan': expected a number"):
+    file.write_text(f"sentence1\tsentence2\tscore\na\tb\t{score}\n")
+    with pytest.raises(ValueError, match=r"line 2 of .* has the score .*: expected a number"):
         load_examples("stsb", "train", tmp_path)
+
+
+def test_a_file_of_qqp_whose_header_lacks_a_column_is_refused(tmp_path):
+    (tmp_path / "QQP").mkdir()
+    text = FILES["qqp"][0].replace("is_duplicate", "label")
+    (tmp_path / "QQP" / "train.tsv").write_text(text)
+    with pytest.raises(ValueError, match="lacks a column: expected question1, question2, is_dup"):
+        load_examples("qqp", "train", tmp_path)
+
+
+def test_a_data_set_of_tfds_with_the_labels_in_another_order_is_refused(shared_data, tmp_path):
+    folder = tmp_path / "glue" / "rte"
+    shutil.copytree(shared_data / "glue" / "rte", folder)
+    (folder / "2.0.0" / "label.labels.txt").write_text("not_entailment\nentailment\n")
+    said = "its labels are not_entailment, entailment: expected entailment, not_entailment"
+    with pytest.raises(ValueError, match=said):
+        load_examples("rte", "train", tmp_path)
+    folder.rename(tmp_path / "glue" / "wnli")  # whose labels and texts are these
+    assert len(load_examples("wnli", "train", tmp_path)) == 2490
+
+
+def test_a_label_of_tfds_that_is_no_class_is_refused(shared_data, tmp_path):
+    # As those of a test, which has none: -1 would count as the last class.
+    folder = tmp_path / "glue" / "rte" / "2.0.0"
+    shutil.copytree(shared_data / "glue" / "rte" / "2.0.0", folder)
+    features = tfds.builder("glue/rte", data_dir=shared_data).info.features
+    example = {"sentence1": "a", "sentence2": "b", "label": -1, "idx": 0}
+    (file,) = folder.glob("glue-validation*")
+    writer = ArrayRecordWriter(str(file), "group_size:1")
+    for _ in range(277):
+        writer.write(features.serialize_example(features.encode_example(example)))
+    writer.close()
+    with pytest.raises(ValueError, match=r"example 0 .*'validation' .*label -1: expected 0 to 1"):
+        load_examples("rte", "validation", tmp_path)
 
 
 @pytest.mark.parametrize(
