@@ -240,6 +240,12 @@ def test_the_published_settings_are_the_defaults(tmp_path):
     assert more.restart_every >= more.steps
 
 
+def test_a_folder_called_model_beside_the_command_is_not_read(folder, tmp_path, monkeypatch):
+    write_encoder(tmp_path / "model", positions=17)  # --init's takes 40 tokens
+    monkeypatch.chdir(tmp_path)
+    assert resolve(small_glue(folder), 40).seq_len == 40
+
+
 def test_the_flags_of_several_processes_which_it_cannot_use_are_not_there():
     names = {field.name for field in dataclasses.fields(Finetune)}
     assert not {"processes", "process", "coordinator", "launcher"} & names

@@ -198,8 +198,10 @@ def check_given(config: Finetune) -> None:
 
 def model_folder(config: Finetune) -> Path:
     """The folder with the model's sizes and its tokenizer: the run's own copy, or --init."""
-    from_file = os.path.dirname(config.config or "") if config.resume else None
-    own = Path(config.out or from_file or ".") / "model"
+    folder = os.path.dirname(config.config) if config.resume and config.config else None
+    if config.out is None and folder is None:
+        return Path(str(config.init))  # a `model` in the working directory is no run's
+    own = Path(config.out or folder or ".") / "model"
     return own if (own / FILES[0]).is_file() else Path(str(config.init))
 
 

@@ -25,7 +25,8 @@ def scores(
         "pearson": lambda labels, predicted: stats.pearsonr(predicted, labels).statistic,
         "spearman": lambda labels, predicted: stats.spearmanr(predicted, labels).statistic,
     }
-    if not np.all(np.isfinite(predicted)):
+    correlation = {"pearson", "spearman"} & {*metrics}
+    if not np.all(np.isfinite(predicted)) or (correlation and len(labels) < 2):
         return dict.fromkeys(metrics, math.nan)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a constant prediction has no correlation: NaN

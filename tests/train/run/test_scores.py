@@ -28,3 +28,5 @@ def test_what_is_not_defined_is_not_a_number():
     assert math.isnan(scores(("pearson",), np.array([1.0, 1.0]), labels)["pearson"])
     assert math.isnan(scores(("pearson",), np.array([math.nan, 1.0]), labels)["pearson"])
     assert scores(("f1",), np.array([0, 0]), np.array([1, 0])) == {"f1": 0}
+    one = scores(("pearson", "spearman"), np.array([1.0]), np.array([2.0]))
+    assert all(map(math.isnan, one.values()))
