@@ -83,6 +83,23 @@ def test_predictions_have_the_metric_of_the_summary(finished, folder):
     assert np.mean(np.array(said) == dev.labels) == pytest.approx(accuracy)
 
 
+def test_outputs_that_are_not_finite_have_no_metric_and_are_no_predictions(
+    finished, folder, tmp_path
+):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    (copy / "predictions.tsv").unlink()
+    config, said = resolve(small_glue(folder, out=str(copy), resume=True), 40), []
+    examples = load_examples("mrpc", "train", folder / "data")
+    parts = assemble(examples, config, lambda _: None)
+    outputs = np.full((8, 2), np.nan, np.float32)
+    parts = dataclasses.replace(parts, eval_step=lambda *_: (np.float32(np.nan), outputs))
+    found = parts.evaluate(parts.abstract.params, lambda: False)
+    assert np.isnan([found.values["eval_metric"], found.values["eval_accuracy"]]).all()
+    parts.leave(parts.abstract, said.append)
+    assert "the model's outputs are not finite" in said[-1]
+    assert not (copy / "predictions.tsv").exists()
+
+
 def test_the_exported_classifier_gives_the_predictions_of_the_run(finished, folder, tmp_path):
     out = tmp_path / "exported"
     assert export(Export(run=str(finished), out=str(out))) == 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -72,7 +73,8 @@ class GlueParts(Parts):
             loss, outputs = found
             values[f"{prefix}loss"] = loss
             measured = scores(self.task.metrics, self._predicted(outputs), data.labels)
-            values |= {f"{prefix}{name}": value for name, value in measured.items()}
+            whole = np.all(np.isfinite(outputs))  # the largest of NaNs would be the first class
+            values |= {f"{prefix}{k}": x if whole else math.nan for k, x in measured.items()}
         values = {"eval_metric": values[f"eval_{self.task.metrics[0]}"], **values}
         named = {k.removeprefix("eval_"): v for k, v in values.items() if k != "eval_metric"}
         return Evaluation(values, ", ".join(f"{k} {v:.4f}" for k, v in named.items()))
@@ -87,10 +89,14 @@ class GlueParts(Parts):
         for data, name in zip(predicted, _NAMES, strict=False):
             found = self._outputs(params, data, lambda: False)
             assert found is not None
+            of = "the test" if self.test else "the validation, since the data have no test"
+            said = f"predictions of {of}, by the weights after step {step}: {directory / name}"
+            if not np.all(np.isfinite(found[1])):
+                log(f"no {said}: the model's outputs are not finite")
+                continue
             text = predictions_text(self.task, self._predicted(found[1]).tolist())
             run_directory.write_at_once(directory / name, text)
-        of = "the test" if self.test else "the validation, since the data have no test"
-        log(f"predictions of {of}, by the weights after step {step}: {directory / _NAMES[0]}")
+            log(said)
         lines = [line for line in read_metrics(directory) if "eval_loss" in line]
         best = next((line for line in lines if line["step"] == step), None)
         if best is None:  # the line was lost
