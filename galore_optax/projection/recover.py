@@ -24,6 +24,10 @@ from galore_optax.quantization.array import dequantized, is_quantized
 
 GAMMA = 1.01  # by which an update's norm may grow from step to step, in every paper
 _TINY = 1e-8  # added to norms, as in the authors' code
+# States of what makes an update of several gradients, or of none.
+_SKIPS = (
+    optax.MultiStepsState, optax.ApplyEvery, optax.ApplyIfFiniteState, optax.ConditionallyMaskState
+)  # fmt: skip
 
 
 class Matrix(NamedTuple):
@@ -144,7 +148,7 @@ def _refuse_skipped_steps(recover: Recover, inner: optax.OptState) -> None:
     """A way back uses the gradient of every step, also where N is 0 or of several gradients."""
 
     def skips(x: Any) -> bool:
-        return isinstance(x, optax.MultiStepsState | optax.ApplyEvery | optax.ApplyIfFiniteState)
+        return isinstance(x, _SKIPS)
 
     for x in filter(skips, jax.tree.leaves(inner, is_leaf=skips)):
         raise ValueError(

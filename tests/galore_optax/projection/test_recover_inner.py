@@ -15,6 +15,7 @@ def test_an_inner_that_sums_gradients_or_skips_steps_is_refused(way):
     several = {
         "MultiSteps": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
         "ApplyEvery": optax.chain(optax.apply_every(2), optax.sgd(0.1)),
+        "ConditionallyMask": optax.conditionally_mask(optax.sgd(0.1), lambda step: step % 2 == 0),
         "ApplyIfFinite": quantize_state(optax.apply_if_finite(optax.adam(0.1), 3), min_size=1),
     }
     for name, inner in several.items():
