@@ -25,9 +25,8 @@ class Task(NamedTuple):
     examples: int  # to train on
     columns: tuple[str, ...] = ()  # of the TSV files, where these are not `texts`
     label: str = "label"  # its column there
-    names: tuple[
-        str, ...
-    ] = ()  # of the classes in TFDS and in models, where these are not `labels`
+    # Of the classes in TFDS and in models, where these are not `labels`.
+    names: tuple[str, ...] = ()
 
     @property
     def classes(self) -> int:
