@@ -152,6 +152,7 @@ def explain(
     notes = dict.fromkeys(str(w.message) for w in warned if issubclass(w.category, UserWarning))
     nodes = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, GaLoreState))
     galores = [(path, x) for path, x in nodes if isinstance(x, GaLoreState)]
+    # Leaves that `optax.partition` or `optax.masked` keeps from a galore.
     masked = frozenset().union(*(seen.masked for seen in found))
     leaves: list[ExplainedLeaf] = []
     for _, node in galores:
