@@ -91,8 +91,10 @@ def _fixed_point(
     squares = jnp.square(gradient / largest)
     q, s = (jnp.ones_like(gradient, shape=size) for size in gradient.shape)
     for _ in range(steps):
-        s = q @ squares / jnp.maximum(q @ q, _LEAST)
-        q = squares @ s / jnp.maximum(s @ s, _LEAST)
+        # Sums, not products of matrices: XLA takes the squares within a sum as it reads G, where
+        # for a product it would store them, and their transposes, in 32 bits.
+        s = jnp.sum(q[:, None] * squares, axis=0) / jnp.maximum(q @ q, _LEAST)
+        q = jnp.sum(squares * s, axis=1) / jnp.maximum(s @ s, _LEAST)
     return q, s * jnp.square(largest)
 
 
