@@ -5,7 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray, UInt32
+
+from galore_optax.quantization.codes import hashed
 
 
 def is_key(seed: Any) -> bool:
@@ -27,6 +30,28 @@ def of_seed(seed: Any) -> PRNGKeyArray:
 def for_path(key: PRNGKeyArray, path: Any) -> PRNGKeyArray:
     """Folds the number of a path into a key."""
     return jax.random.fold_in(key, number_of(path))
+
+
+def for_matrix(
+    key: PRNGKeyArray, path: UInt32[Array, ""] | int, index: Int[Array, ""] | int, mode: int
+) -> PRNGKeyArray:
+    """The key of one side of one matrix, from the number of its path and its index in a stack.
+
+    Hashed, as random bits are for rounding: `jax.random.fold_in`, of hundreds of operations for
+    each leaf, took much of the time to compile a refresh.
+    """
+    first, second = words(key)
+    matrix = hashed((first, jnp.asarray(index).astype(jnp.uint32)), jnp.uint32(path))
+    count = len(jax.random.key_data(key))
+    each = np.arange(mode * count, (mode + 1) * count, dtype=np.uint32)
+    made = hashed((matrix, second), each)
+    return jax.random.wrap_key_data(made, impl=jax.random.key_impl(key))
+
+
+def words(key: PRNGKeyArray) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
+    """Two of the words of a key, which has two with JAX's default generator."""
+    data = jax.random.key_data(key)
+    return data[0], data[-1]
 
 
 def number_of(path: Any) -> int:

@@ -11,17 +11,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax import checks
-from galore_optax.keys import for_path
+from galore_optax.keys import for_matrix, number_of, words
 from galore_optax.projection.dimension_numbers import LeafView, WeightDimensionNumbers, matrix_views
 from galore_optax.quantization.array import QuantizedArray, dequantized, quantize
-from galore_optax.quantization.codes import Affine
+from galore_optax.quantization.codes import Affine, elements, hashed
 from galore_optax.sharding import axis_specs, specs, with_automatic_axes
 
 SIDES = ("smaller", "larger", "left", "right", "both")
@@ -142,8 +141,8 @@ class Projection:
             bases = []
             for mode, rank in zip(self.modes, self.ranks, strict=True):
                 n = self.view.sizes[mode]
-                own = jax.random.fold_in(for_path(key, self.path), mode)
-                drawn = jax.random.permutation(own, n)[:rank]
+                own = for_matrix(key, number_of(self.path), 0, mode)
+                drawn = jnp.argsort(hashed(words(own), elements((n,))))[:rank]
                 one = (jnp.arange(n)[:, None] == drawn[None]).astype(leaf.dtype)
                 bases.append(jnp.broadcast_to(one, (*self.view.batch_shape, n, rank)))
             return tuple(bases)

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped, UInt32
 
 from galore_optax import checks
+from galore_optax.keys import for_matrix
 from galore_optax.ordering import kept_in_place
 from galore_optax.projection.leaf import Bases, Plans, Projection, projected, unfold
 from galore_optax.projection.moments import ROUNDING, CarryOver, transition
@@ -106,12 +107,13 @@ class Refresh:
         gradient, bases, moments, due, path, recovery = leaf
         if not self.projection.modes:  # no axis is longer than the rank: there is no basis
             return self._stay(leaf)._replace(happened=due.reshape(-1))
-        key = jax.random.fold_in(key, path)
         view, number = self.projection.view, self.projection.matrices
 
         def single() -> Refreshed:
             own = view.to_stack(gradient), (bases, moments[0]), recovery
-            (new, carried), found, similar = self._search(*own, jax.random.fold_in(key, first))
+            (new, carried), found, similar = self._search(
+                *own, partial(for_matrix, key, path, first)
+            )
             return Refreshed(new, (carried,), found[None], similar[None])
 
         def stack() -> Refreshed:
@@ -124,8 +126,9 @@ class Refresh:
                 # Everything is read outside the conditional: with collectives in it, which send a
                 # matrix of a sharded stack, devices waited forever (jaxlib 0.10, CPU).
                 mine = own(gradients), jax.tree.map(own, stacks), jax.tree.map(own, recovery)
-                new, happened, similarity = self._matrix(*mine, own(due), key, first + i)
-                at = jnp.unravel_index(i, shape)
+                drawn = partial(for_matrix, key, path, first + i)
+                new, happened, similarity = self._matrix(*mine, own(due), drawn)
+                at = _place(i, shape)
                 stacks = jax.tree.map(lambda b, x: b.at[at].set(x), stacks, new)
                 return stacks, found.at[i].set(happened), similar.at[i].set(similarity)
 
@@ -149,21 +152,27 @@ class Refresh:
         state: Any,
         recovery: Any,
         due: Array,
-        key: Array,
-        index: Array,
+        key_of: Callable[[int], PRNGKeyArray],
     ) -> tuple[Any, Array, Array]:
         """As `_search` if it is due."""
 
         def search() -> tuple[Any, Array, Array]:
-            return self._search(gradient, state, recovery, jax.random.fold_in(key, index))
+            return self._search(gradient, state, recovery, key_of)
 
         # Not under `vmap`, which would make it a select, and compute every basis at every step.
         return jax.lax.cond(due, search, lambda: (state, due, jnp.zeros_like(due, jnp.float32)))
 
     def _search(
-        self, gradient: Float[Array, "*sizes"], state: Any, recovery: Any, key: Array
+        self,
+        gradient: Float[Array, "*sizes"],
+        state: Any,
+        recovery: Any,
+        key_of: Callable[[int], PRNGKeyArray],
     ) -> tuple[Any, Array, Array]:
-        """Of one matrix new bases and moments, whether they are new, and the similarity."""
+        """Of one matrix new bases and moments, whether they are new, and the similarity.
+
+        `key_of` has a key for each side.
+        """
         bases, moments = state
         old = dequantized(bases)
         pairs = [
@@ -171,7 +180,7 @@ class Refresh:
                 self.find,
                 self._columns(unfold(gradient, mode), recovery, basis),
                 basis,
-                jax.random.fold_in(key, mode),
+                key_of(mode),
                 self.sum_over,
             )
             for mode, basis in zip(self.projection.modes, old, strict=True)
@@ -241,8 +250,8 @@ def refresh(
 ) -> list[Refreshed]:
     """Refreshes the matrices that are due, of leaves of equal shape; costs nothing on other steps.
 
-    Into the key of the step, the number of a leaf's path and the index of each matrix are folded.
-    Indices start at `first`, which is not 0 if other layers are before.
+    A matrix has a key of its own, from the step's, its leaf's path and its index. Indices start at
+    `first`, which is not 0 if other layers are before.
     """
     leaves, none = varying_alike(leaves, how.sum_over), PartitionSpec()
     out = [Refreshed._make((specs(leaf.bases), specs(leaf.moments), none, none)) for leaf in leaves]
@@ -271,4 +280,9 @@ def _matrix_of(stack: Shaped[Array, "..."], i: Int[Array, ""], batch_shape: Any)
 
     A dynamic slice (`stack[i]`) would have it send all of them.
     """
-    return stack[jnp.unravel_index(jnp.asarray(i)[None], batch_shape)][0]
+    return stack[_place(jnp.asarray(i)[None], batch_shape)][0]
+
+
+def _place(i: Int[Array, "*k"], batch_shape: tuple[int, ...]) -> tuple[Array, ...]:
+    """As `jnp.unravel_index`, without its divisions for an index in range of a single axis."""
+    return (i,) if len(batch_shape) == 1 else jnp.unravel_index(i, batch_shape)

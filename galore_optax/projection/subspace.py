@@ -13,8 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from galore_optax.keys import words
+from galore_optax.quantization.codes import elements, hashed
 from galore_optax.sharding import varying_alike
 
 Gradient, Basis = Float[Array, "n m"], Float[Array, "n r"]
@@ -126,10 +129,9 @@ def randomized(
     """
     n, m = gradient.shape
     rank = basis.shape[-1]
-    sketch_key, noise_key = jax.random.split(key)
     columns = min(rank + oversampling, n, m)
-    test = _numbers(sketch_key, gradient.T, columns)
-    noise = _numbers(noise_key, gradient, columns)
+    test = random_numbers(key, gradient.T, columns)
+    noise = random_numbers(key, gradient, columns, draw=1)
     sketch = gradient @ test
     for _ in range(power_steps):
         # Only to keep the columns from all turning to the leading direction.
@@ -153,14 +155,14 @@ def power(gradient: Gradient, basis: Basis, key: PRNGKeyArray) -> Basis:
     slowly; the first bases, found from random ones, keep less energy. A small random part of each
     vector finds the directions that the present basis does not meet.
     """
-    noise = _numbers(key, gradient, basis.shape[-1])
+    noise = random_numbers(key, gradient, basis.shape[-1])
     rows = gradient.T @ (basis + _SEARCH / basis.shape[0] ** 0.5 * noise)
     return orthonormalize(_with_noise(gradient @ rows, noise))
 
 
 def random(gradient: Gradient, basis: Basis, key: PRNGKeyArray) -> Basis:
     """A random subspace, independent of the gradient: the baseline for the other methods."""
-    return orthonormalize(_numbers(key, gradient, basis.shape[-1]))
+    return orthonormalize(random_numbers(key, gradient, basis.shape[-1]))
 
 
 def switched(
@@ -178,9 +180,8 @@ def switched(
     leading = max(1, rank * 5 // 16) if leading is None else leading
     if leading > rank:
         raise ValueError(f"leading={leading}: a subspace has rank={rank}, give at most that many")
-    power_key, rest_key = jax.random.split(key)
-    kept = by_energy(power(gradient, basis, power_key), gradient)[:, :leading]
-    rest = _numbers(rest_key, gradient, basis.shape[-1] - kept.shape[-1])
+    kept = by_energy(power(gradient, basis, key), gradient)[:, :leading]
+    rest = random_numbers(key, gradient, basis.shape[-1] - kept.shape[-1], draw=1)
     return orthonormalize(jnp.concatenate([kept, rest], axis=1))
 
 
@@ -204,19 +205,21 @@ def gaussian(gradient: Gradient, basis: Basis, key: PRNGKeyArray) -> Basis:
     return jax.random.normal(key, basis.shape, basis.dtype) / basis.shape[-1] ** 0.5
 
 
-def _numbers(key: PRNGKeyArray, like: Float[Array, "n m"], columns: int) -> Float[Array, "n c"]:
-    """Random numbers of mean 0 and variance 1, one row for each of `like`.
+def random_numbers(
+    key: PRNGKeyArray, like: Float[Array, "n m"], columns: int, draw: int = 0
+) -> Float[Array, "n c"]:
+    """Random numbers of mean 0 and variance 1, one row for each of `like`; others for draw 1.
 
-    They are uniform with four bits each, eight from one draw of the generator: as good for a sketch
-    as normal numbers, which take twenty times as long. Fewer than eight columns get whole draws:
-    four bits are too often alike there, and lose what differs in sign only.
+    They are uniform with four bits each, eight from one hash: as good for a sketch as normal
+    numbers, which take twenty times as long. Fewer than eight columns get 24 bits each: four bits
+    are too often alike there, and lose what differs in sign only.
     """
-    rows = like.shape[0]
-    if columns < 8:
-        return jax.random.uniform(key, (rows, columns), like.dtype, -(3**0.5), 3**0.5)
-    drawn = jax.random.bits(key, (rows, -(-columns // 8), 1), jnp.uint32)
-    digits = (drawn >> jnp.arange(0, 32, 4, dtype=jnp.uint32)[None, None]) & 15
-    numbers = (digits.astype(like.dtype) - 7.5) / ((16**2 - 1) / 12) ** 0.5
+    rows, bits = like.shape[0], 24 if columns < 8 else 4
+    shifts = np.arange(32 % bits, 32, bits, dtype=np.uint32)[None, None]
+    hashes = elements((rows, -(-columns // shifts.size), 1))
+    digits = (hashed(words(key), hashes, draw << 31) >> shifts) & np.uint32(2**bits - 1)
+    deviation = ((4**bits - 1) / 12) ** 0.5
+    numbers = (digits.astype(like.dtype) - (2**bits - 1) / 2) / deviation
     return numbers.reshape(rows, -1)[:, :columns]
 
 

@@ -94,7 +94,7 @@ def _fixed_point(
         # Sums, not products of matrices: XLA takes the squares within a sum as it reads G, where
         # for a product it would store them, and their transposes, in 32 bits.
         s = jnp.sum(q[:, None] * squares, axis=0) / jnp.maximum(q @ q, _LEAST)
-        q = jnp.sum(squares * s, axis=1) / jnp.maximum(s @ s, _LEAST)
+        q = jnp.sum(squares * s[None], axis=1) / jnp.maximum(s @ s, _LEAST)
     return q, s * jnp.square(largest)
 
 

@@ -17,6 +17,7 @@ from galore_optax.projection.subspace import (
     by_energy,
     gaussian,
     orthonormalize,
+    random_numbers,
     randomized,
     refreshed,
     sampled,
@@ -233,6 +234,23 @@ def test_no_draw_of_random_numbers_gives_a_basis_that_is_none(method, n, rank):
         bases, found = jax.jit(lambda keys, one=one: jax.lax.map(one, keys))(keys)
         assert found.all()
         assert max(map(orthogonality_error, bases)) < 5e-6
+
+
+@pytest.mark.parametrize("columns", [3, 16])
+def test_random_numbers_have_mean_0_and_variance_1_and_no_pattern(columns):
+    like, keys = jnp.zeros((8192, 1)), [jax.random.key(seed) for seed in (0, 1)]
+    draws = [np.asarray(random_numbers(key, like, columns, i)) for key in keys for i in (0, 1)]
+    for x in draws:  # of 24,576 numbers or more
+        assert x.shape == (8192, columns)
+        assert abs(x.mean()) < 0.03
+        assert x.var() == pytest.approx(1, abs=0.03)
+        np.testing.assert_allclose(x.T @ x / len(x), np.eye(columns), atol=0.06)
+        for shift in (1, 2, 1024):
+            assert abs(np.mean(x * np.roll(x, shift, axis=0))) < 0.03
+    for i, x in enumerate(draws):
+        assert all(abs(np.mean(x * y)) < 0.03 for y in draws[:i])
+        # Another draw's numbers in another order are no new ones.
+        assert all(np.mean(x[:2] == y[1::-1]) < 0.3 for y in draws[:i])
 
 
 def test_power_iteration_finds_what_its_basis_does_not_meet():
