@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
 from galore_optax.quantization.codes import hashed
@@ -43,7 +42,7 @@ def for_matrix(
     first, second = words(key)
     matrix = hashed((first, jnp.asarray(index).astype(jnp.uint32)), jnp.uint32(path))
     count = len(jax.random.key_data(key))
-    each = np.arange(mode * count, (mode + 1) * count, dtype=np.uint32)
+    each = jnp.arange(mode * count, (mode + 1) * count, dtype=jnp.uint32)
     made = hashed((matrix, second), each)
     return jax.random.wrap_key_data(made, impl=jax.random.key_impl(key))
 
