@@ -227,8 +227,6 @@ class InnerCall:
             )
         if rule == "keep" or traced.update is None:
             return
-        paths = [path for path, _ in jax.tree.leaves_with_path(self.params)]
-        projected = [path for path, count in zip(paths, self.counts, strict=True) if count]
         pairs = jax.tree.leaves_with_path(self.state, is_leaf=is_quantized)
         for (path, _), role in zip(pairs, self.roles, strict=True):
             name = jax.tree_util.keystr(path)
@@ -237,8 +235,7 @@ class InnerCall:
                     f"inner: its state {name} merges the moments of several params, which cannot "
                     'be told apart when a basis changes; choose moments="keep"'
                 )
-            of_projected = any(path[len(path) - len(end) :] == end for end in projected)
-            if role.unclear and of_projected:
+            if role.unclear and self._of_projected(path, role.param):
                 then = "is set to what it was at first" if rule == "reset" else "stays as it is"
                 _warn(
                     f"galore: it is not known how the inner's state {name} follows the gradient's "
@@ -247,6 +244,17 @@ class InnerCall:
                 )
         if callable(rule):
             check_rule(rule, [leaf for _, leaf in pairs], self.moments(), self.plans)
+
+    def _of_projected(self, path: tuple[Any, ...], param: int | None) -> bool:
+        """Whether a leaf of the state belongs to a projected param, by its role or else its path.
+
+        The param's path is within it: its end in Adam's state, not if each param has a tuple.
+        """
+        if param is not None:
+            return self.counts[param]
+        paths = [path for path, _ in jax.tree.leaves_with_path(self.params)]
+        own = [own for own, count in zip(paths, self.counts, strict=True) if count]
+        return any(path[i : i + len(p)] == p for p in own for i in range(len(path) - len(p) + 1))
 
 
 def with_stacks(plans: Plans, call: Callable[[Plans], InnerCall]) -> InnerCall:

@@ -13,6 +13,7 @@ from jax.extend.core import JaxprEqn, Literal
 from galore_optax.trace.interpreter import Reading, known_number, shape_of
 
 WITHOUT, PART, WHOLE, SCALED = range(4)
+_SAME = {"convert_element_type", "copy", "stop_gradient"}
 
 
 class Share(NamedTuple):
@@ -22,10 +23,12 @@ class Share(NamedTuple):
         gradient: WITHOUT it; a PART of it, below 1 or of an unknown size; the WHOLE; or SCALED by
             an array of the state.
         state: Whether it contains arrays of the state.
+        name: The variable that it was computed as.
     """
 
     gradient: int = WITHOUT
     state: bool = False
+    name: Any = None
 
     @property
     def is_average(self) -> bool:
@@ -34,7 +37,14 @@ class Share(NamedTuple):
 
 
 class Shares(Reading):
-    """Abstract values are `Share`s; scalars have none."""
+    """Abstract values are `Share`s; scalars have none.
+
+    A gradient that `optax.scale` or a clip has multiplied is WHOLE to what comes after. It is known
+    by its square, which enters the second moment: an update is to be read twice.
+    """
+
+    def __init__(self) -> None:
+        self._squared: set[Any] = set()  # names
 
     def constant(self, value: Any) -> Share:
         return Share()
@@ -43,10 +53,18 @@ class Shares(Reading):
         return Share(max(v.gradient for v in values), any(v.state for v in values))
 
     def bound(self, var: Any, value: Share) -> Share:
-        return Share() if shape_of(var) == () else value
+        if shape_of(var) == ():
+            return Share()
+        named = value._replace(name=value.name or var)
+        whole = named.name in self._squared and named.gradient == PART
+        return named._replace(gradient=WHOLE) if whole else named
 
     def equation(self, equation: JaxprEqn, into: list[Share]) -> Share:
         name = equation.primitive.name
+        if name in _SAME:
+            return into[0]
+        if _is_square(equation, into) and not into[0].state:
+            self._squared.add(into[0].name)
         all_of_them = self.join([*(into[1:] if name == "select_n" else into), Share()])
         if name not in ("mul", "div") or all_of_them.gradient in (WITHOUT, SCALED):
             return all_of_them
@@ -58,3 +76,10 @@ class Shares(Reading):
         sizes = [abs(n) for n in numbers if n]
         less = not sizes or (sizes[0] < 1 if name == "mul" else sizes[0] > 1)
         return all_of_them._replace(gradient=PART) if less and len(without) == 1 else all_of_them
+
+
+def _is_square(equation: JaxprEqn, into: Sequence[Share]) -> bool:
+    name = equation.primitive.name
+    if name == "mul":
+        return into[0].name is not None and into[0].name is into[1].name
+    return name == "square" or (name == "integer_pow" and equation.params["y"] == 2)

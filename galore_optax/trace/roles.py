@@ -113,7 +113,9 @@ def state_roles(traced: Traced, moving: Collection[tuple[int, int]] | None = Non
     incoming, constant = [Made(fresh=True)] * len(leaves), [Made()] * len(leaves)
     traced.read(divisors, incoming, made_of, constant)
     own = [Share(state=x.ndim > 0) for x in states]
-    _, shares = traced.read(Shares(), [Share(WHOLE)] * len(leaves), own, [Share()] * len(leaves))
+    reading, given = Shares(), ([Share(WHOLE)] * len(leaves), own, [Share()] * len(leaves))
+    traced.read(reading, *given)
+    _, shares = traced.read(reading, *given)
     return [
         dataclasses.replace(
             _role(value, x, [y.ndim for y in leaves], frozenset(moving), unchanged[i]),
@@ -144,6 +146,8 @@ def _role(
         # Elements that differ, though along no axis of a param (Sophia's, from random directions).
         unknown = not (known or unchanged) and max(leaf.shape, default=1) > 1
         unclear = floating and leaf.ndim > 0 and (mixed if of_moving else bool(moving) and unknown)
+        # Signs, counts or codes of an inner's own: no product with Q is an integer.
+        unclear |= not floating and of_moving and (follows or mixed)
         shared = unclear and len(value.leaves) > 1
         return Role(param=param, axes=axes, unclear=unclear and not shared, shared=shared)
     repeated = len({*known}) < len(known)

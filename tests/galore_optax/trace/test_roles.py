@@ -111,6 +111,46 @@ def test_a_state_that_is_not_understood_is_named_at_init_once(name):
         made(INNERS[name], stays, moments="keep").init(PARAMS)
 
 
+def of_each_param(begin, step):
+    """A transformation whose state has for each param what `begin` makes, such as a tuple."""
+
+    def update(updates, state, params=None):
+        leaves, tree = jax.tree.flatten(updates)
+        made = [step(g, own) for g, own in zip(leaves, tree.flatten_up_to(state), strict=True)]
+        return tree.unflatten([u for u, _ in made]), tree.unflatten([own for _, own in made])
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(begin, params), update)
+
+
+@pytest.mark.parametrize(
+    ("begin", "step"),
+    [
+        # A tuple for each param, so that the param's path is not the end of the state's.
+        (lambda p: (jnp.zeros(p.size),), lambda g, s: (g, (0.9 * s[0] + g.ravel(),))),
+        (lambda p: {"l": jnp.eye(len(p))}, lambda g, s: (g, {"l": s["l"] + g @ g.T})),
+        # Integers, of which no basis makes others.
+        (lambda p: jnp.zeros(p.shape, jnp.int8), lambda g, s: (s * g, jnp.sign(g).astype(s.dtype))),
+        (lambda p: jnp.zeros(p.shape, bool), lambda g, s: (jnp.where(s, g, 0), g > 0)),
+        (lambda p: jnp.zeros(p.shape, int), lambda g, s: (g / (1 + s), s + (jnp.abs(g) > 1))),
+    ],
+)
+def test_a_state_of_ones_own_that_is_not_understood_is_named(begin, step):
+    tx = made(of_each_param(begin, step), stays, weight_dimension_numbers=None)
+    with pytest.warns(UserWarning, match=r"not known how the inner's state \['wide'\]"):
+        tx.init({"wide": PARAMS["wide"], "bias": PARAMS["bias"]})
+
+
+def test_a_state_of_ones_own_that_belongs_to_no_basis_is_not_named():
+    tx = of_each_param(
+        lambda p: (jnp.zeros_like(p), jnp.zeros(p.shape[-1], int), jnp.zeros(3, int)),
+        lambda g, s: (s[0], (s[0] + g, s[1] + jnp.any(g != 0, axis=0), s[2] + 1)),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tx = made(tx, stays, weight_dimension_numbers=None)
+        tx.init({"wide": PARAMS["wide"], "bias": PARAMS["bias"]})
+
+
 @pytest.mark.parametrize(
     "name", parts_slow(sorted(INNERS.keys() - REMEMBER_PARAMS - set(NOT_UNDERSTOOD)))
 )
@@ -218,6 +258,10 @@ def test_wrappers_are_looked_through():
         (optax.contrib.simplified_ademamix(0.1), set()),  # a sum
         (optax.inject_hyperparams(optax.contrib.simplified_ademamix)(0.1), set()),
         (optax.apply_if_finite(optax.contrib.simplified_ademamix(0.1), 3), set()),
+        # The same sum, of gradients that something before it has made smaller.
+        (optax.chain(optax.scale(0.5), optax.contrib.simplified_ademamix(0.1)), set()),
+        (optax.chain(optax.clip_by_block_rms(1.0), optax.contrib.simplified_ademamix(0.1)), set()),
+        (optax.chain(optax.clip_by_block_rms(1.0), optax.scale(0.5), optax.adam(0.1)), {"mu"}),
         (optax.contrib.adopt(0.1), set()),  # of quotients
         (optax.chain(optax.clip_by_global_norm(1.0), optax.clip(1.0), optax.lamb(0.1)), {"mu"}),
         (optax.inject_hyperparams(optax.adamw)(0.1, b1=lambda count: 0.9), {"mu"}),
