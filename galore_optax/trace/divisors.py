@@ -28,6 +28,7 @@ class Made(NamedTuple):
     leaves: frozenset[int] = frozenset()  # of the state, by position
     differences: frozenset[int] = frozenset()  # those that it contains a difference of
     fresh: bool = False  # whether it contains the updates that come in
+    powers: frozenset[int] = frozenset()  # those that it contains a power of
 
 
 class Divisors(Reading):
@@ -38,14 +39,20 @@ class Divisors(Reading):
         stale: Likewise, without the present updates in them, so that a leaf near zero makes the
             quotient arbitrarily large (ACProp, ADOPT).
         rooted: A root is taken of their difference from another one.
-        roots: A root is taken of them.
+        roots: A root is taken of them, as of squares; not of a fourth moment, nor of the square
+            of a stored root.
     """
 
     def __init__(self) -> None:
         self.divisors: set[int] = set()
         self.stale: set[int] = set()
         self.rooted: set[int] = set()
-        self.roots: set[int] = set()
+        self._roots: set[int] = set()
+        self._other_powers: set[int] = set()
+
+    @property
+    def roots(self) -> set[int]:
+        return self._roots - self._other_powers
 
     def constant(self, value: Any) -> Made:
         return Made()
@@ -53,7 +60,8 @@ class Divisors(Reading):
     def join(self, values: Sequence[Made]) -> Made:
         leaves = frozenset().union(*(v.leaves for v in values))
         differences = frozenset().union(*(v.differences for v in values))
-        return Made(leaves, differences, any(v.fresh for v in values))
+        powers = frozenset().union(*(v.powers for v in values))
+        return Made(leaves, differences, any(v.fresh for v in values), powers)
 
     def bound(self, var: Any, value: Made) -> Made:
         return Made() if shape_of(var) == () else value
@@ -73,8 +81,14 @@ class Divisors(Reading):
         if name in _ROOTS:
             self.rooted |= into[0].differences
         if name in _ROOTS or name == "cbrt":
-            self.roots |= into[0].leaves
+            self._roots |= into[0].leaves
+            self._other_powers |= into[0].powers
+        if name == "pow" and (_exponent(equation) or 0.5) * 2 % 2 != 1:
+            self._other_powers |= into[0].leaves
         everything = self.join(into[1:] if name == "select_n" else into)
+        same = name == "mul" and equation.invars[0] is equation.invars[1]
+        if name in _ROOTS or name in ("square", "integer_pow") or same:
+            everything = everything._replace(powers=everything.leaves)
         if name in _OTHER:
             return Made(fresh=everything.fresh)
         if name == "sub" and not into[0].leaves:
@@ -85,6 +99,12 @@ class Divisors(Reading):
         if name in ("abs", "square", "exp") or even or (name == "max" and _from_zero(equation)):
             return everything._replace(differences=frozenset())
         return everything
+
+
+def _exponent(equation: JaxprEqn) -> float | None:
+    """The exponent of a power, if it is a number."""
+    exponent = equation.invars[1]
+    return known_number(exponent.val) if isinstance(exponent, Literal) else None
 
 
 def _from_zero(equation: JaxprEqn) -> bool:

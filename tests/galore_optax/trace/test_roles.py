@@ -280,6 +280,30 @@ def test_first_moments_that_are_no_averages_of_gradients_are_known(tx, expected)
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("new", "divisor", "expected"),
+    [
+        (lambda v, g: v + g**2, jnp.sqrt, True),
+        (lambda v, g: v + g**2, lambda v: v**0.5, True),
+        (lambda v, g: v + g**4, lambda v: v**0.25, False),  # a fourth moment
+        (lambda v, g: v + g**4, lambda v: jnp.sqrt(jnp.sqrt(v)), False),
+        (lambda v, g: jnp.sqrt(v**2 + g**2), lambda v: v, False),  # the root is in the state
+        (lambda v, g: jnp.sqrt(v * v + g**2), lambda v: v, False),
+    ],
+)
+def test_a_moment_that_is_no_average_of_squares_is_known(new, divisor, expected):
+    """Beside a first moment m it is not compared with m², which is of another size."""
+
+    def step(g, s):
+        m, v = 0.9 * s[0] + 0.1 * g, new(0.9 * s[1], g)
+        return m / (divisor(v) + 1e-8), (m, v)
+
+    tx = of_each_param(lambda p: (jnp.zeros(p.shape), jnp.zeros(p.shape)), step)
+    tx, params = optax.with_extra_args_support(tx), {"w": jax.ShapeDtypeStruct((6, 8), jnp.float32)}
+    _, second = state_roles(trace(tx, params), {(0, 0)})
+    assert (second.kind, second.root) == (SECOND, expected)
+
+
 def test_an_update_that_divides_by_the_moment_before_the_step_is_known():
     def stale(tx):
         params = {"w": jax.ShapeDtypeStruct((6, 8), jnp.float32)}
