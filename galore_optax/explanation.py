@@ -84,7 +84,8 @@ class Explanation:
 
     Attributes:
         leaves: In the order of the params; of several parts of a chain, one part after the other.
-        rest: Arrays of the state that belong to none of these leaves, or to several.
+        rest: Arrays of the state that belong to none of these leaves, or to several, but for the
+            times and similarities of GaLore's refreshes.
         notes: The warnings that `init` gives.
     """
 
@@ -155,6 +156,7 @@ def explain(
     # Leaves that `optax.partition` or `optax.masked` keeps from a galore.
     masked = frozenset().union(*(seen.masked for seen in found))
     leaves: list[ExplainedLeaf] = []
+    of_inner: list[StateArray] = []
     for _, node in galores:
         own = next((seen for seen in found if seen.fits(node)), None)
         if own is None:
@@ -163,7 +165,9 @@ def explain(
                 "give the transformation without jax.jit"
             )
         found.remove(own)
-        leaves += own.leaves(node)
+        made, shared = own.leaves(node)
+        leaves += made
+        of_inner += shared
     others, rest = _others(tx, params, state, [path for path, _ in galores], extra_args)
     beside = {leaf.path: leaf for leaf in others}
     for i, leaf in enumerate(leaves):
@@ -173,7 +177,7 @@ def explain(
     seen = {leaf.path for leaf in leaves}
     others = [leaf for leaf in others if leaf.path not in seen]
     leaves += [x for x in others if x.state or not seen or x.path in masked]
-    return Explanation(tuple(leaves), tuple(rest), tuple(notes))
+    return Explanation(tuple(leaves), (*of_inner, *rest), tuple(notes))
 
 
 class _Seen:
@@ -206,8 +210,8 @@ class _Seen:
         made = [plan.ranks if plan and plan.modes else () for plan in self.plans]
         return made == [_ranks(own) for own in bases]
 
-    def leaves(self, node: GaLoreState) -> list[ExplainedLeaf]:
-        """All leaves, with their parts of the state."""
+    def leaves(self, node: GaLoreState) -> tuple[list[ExplainedLeaf], list[StateArray]]:
+        """All leaves, with their parts of the state, and the inner's other arrays."""
         arrays = jax.tree.leaves_with_path(node.inner, is_leaf=is_quantized)
         state = _by_param(arrays, self.roles, self.small)
         recovery = [()] * len(self.plans)
@@ -235,7 +239,7 @@ class _Seen:
                     ),
                 )
             made.append(leaf)
-        return made
+        return made, state.get(None, [])
 
 
 def _unprojected(path: Any, x: Any, decay: str, state: Sequence[StateArray]) -> ExplainedLeaf:

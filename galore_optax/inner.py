@@ -94,14 +94,31 @@ class InnerCall:
         shapes = tree, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves), moving
         if shapes not in self.inner.roles:
             if self.traced.update is None:
-                error = self.traced.failure
-                raise ValueError(
-                    "inner: its update needs extra arguments, without which it is not known how "
-                    'its moments are carried over; pass them, or choose moments="keep" '
-                    f"({checks.reason(error) if error else ''})"
-                ) from error
+                raise ValueError(self._why_unknown()) from self.traced.failure
             self.inner.roles[shapes] = state_roles(self.traced, moving)
         return self.inner.roles[shapes]
+
+    def _why_unknown(self) -> str:
+        """The message of an error for an update that cannot be traced."""
+        failure = self.traced.failure
+        reason = f" ({checks.reason(failure)})" if failure else ""
+        if self.given is not None:
+            made = float_state(self.inner.tx, self.params)
+            shapes, own = (
+                list(map(jnp.shape, jax.tree.leaves(x, is_leaf=is_quantized)))
+                for x in (made, self.given)
+            )
+            if shapes != own:
+                return (
+                    "state: its arrays of inner are not those that init makes for these params"
+                    f"{reason}; give the state that init made with this inner and params of these "
+                    "shapes, or begin with init"
+                )
+        return (
+            "inner: its update cannot be traced, so that it is not known how its moments are "
+            'carried over; pass the extra arguments that it needs, or choose moments="keep"'
+            f"{reason}"
+        )
 
     @property
     def elementwise(self) -> bool:

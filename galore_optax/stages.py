@@ -21,7 +21,14 @@ from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.projection.factored import project_back, with_decay
 from galore_optax.projection.leaf import Plans, Projection, Rank, projections, warn_of_left_out
 from galore_optax.projection.moments import CarryOver, Moment, MomentsOf, reset
-from galore_optax.projection.recover import Recover, first_states, history, recovered, remembers
+from galore_optax.projection.recover import (
+    Recover,
+    check_states,
+    first_states,
+    history,
+    recovered,
+    remembers,
+)  # fmt: skip
 from galore_optax.projection.refresh import Leaf, Refresh, Refreshed, check_subspace, refresh
 from galore_optax.projection.subspace import SUBSPACES, FindSubspace
 from galore_optax.quantization.array import dequantized, is_quantized
@@ -206,12 +213,7 @@ class _Call:
             return InnerCall(galore.inner, small, state.inner, plans, extra_args)
 
         schedule.check_adaptation(galore.gap, state.adaptation)
-        empty = isinstance(state.recovery, tuple) and not state.recovery
-        if remembers(galore.recover) and any(plans) and empty:
-            raise ValueError(
-                f"state: it has nothing for recover={checks.said(galore.recover)}, which remembers "
-                "something of each matrix; give the state that init made with it"
-            )
+        check_states(galore.recover, plans, self.tree, state.recovery)
         self.inner = with_stacks(plans, call)
         self.plans = self.inner.plans
 
@@ -259,7 +261,8 @@ class _Call:
             )
             # Automatic axes are not in a type. Those of one path but for numbers are sharded alike.
             name = re.sub(r"\d+", "", plan.path) if in_groups else plan.path
-            same = self._how(plan, carried[i][0]), name, _types(leaf)
+            types = jax.tree.structure(leaf), tuple(map(jax.typeof, jax.tree.leaves(leaf)))
+            same = self._how(plan, carried[i][0]), name, types
             groups.setdefault(same, {})[i] = leaf
         first = jnp.asarray(self.layer, jnp.int32)
         made: dict[int, Refreshed] = {}
@@ -339,10 +342,6 @@ def _project(tree: Any, plans: Plans, bases: Sequence[Any], leaves: Sequence[Any
     """R of each projected leaf, and the other leaves as they are."""
     triples = zip(plans, bases, leaves, strict=True)
     return tree.unflatten([x if p is None else p.into(b, x) for p, b, x in triples])
-
-
-def _types(tree: Any) -> Any:
-    return jax.tree.structure(tree), tuple(map(jax.typeof, jax.tree.leaves(tree)))
 
 
 def _stored(bases: Any) -> Any:

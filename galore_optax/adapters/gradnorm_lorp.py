@@ -32,10 +32,12 @@ def column_norms(v: Float[Array, "*layers in out"]) -> Float[Array, "*layers out
 
 
 def weight_norm(
-    magnitude: Float[Array, "*layers out"], v: Float[Array, "*layers in out"]
+    magnitude: Float[Array, "*layers out"],
+    v: Float[Array, "*layers in out"],
+    norms: Float[Array, "*layers out"],
 ) -> Float[Array, "*layers in out"]:
     """Returns m ⊙ V / ‖V‖, with one magnitude for each column."""
-    return (magnitude / column_norms(v))[..., None, :] * v
+    return (magnitude / norms)[..., None, :] * v
 
 
 @pytree
@@ -70,4 +72,4 @@ class GradNormLoRP(Adapter):
     def matrix(self) -> Float[Array, "*layers in out"]:
         """Returns m ⊙ V / ‖V‖, in the dtype of the base."""
         v = wide(self.base) + wide(self.a) @ wide(self.b)
-        return weight_norm(wide(self.magnitude), v).astype(self.base.dtype)
+        return weight_norm(wide(self.magnitude), v, column_norms(v)).astype(self.base.dtype)

@@ -97,12 +97,16 @@ class DoRA(LoRA):
 
     def matrix(self) -> Float[Array, "*layers in out"]:
         """Returns m ⊙ V / ‖V‖, in the dtype of the base."""
-        return weight_norm(wide(self.magnitude), self.sum()).astype(self.base.dtype)
+        v = self.sum()
+        return weight_norm(wide(self.magnitude), v, self._norms(v)).astype(self.base.dtype)
 
     def times(self, rows: Float[Array, "N in"]) -> Float[Array, "N out"]:
         """Returns LoRA's product with each column scaled."""
-        norms = jax.lax.stop_gradient(column_norms(self.sum()))
-        return super().times(rows) * (wide(self.magnitude) / norms).astype(rows.dtype)[None]
+        factors = wide(self.magnitude) / self._norms(self.sum())
+        return super().times(rows) * factors.astype(rows.dtype)[None]
+
+    def _norms(self, v: Float[Array, "*layers in out"]) -> Float[Array, "*layers out"]:
+        return jax.lax.stop_gradient(column_norms(v))
 
 
 def with_dropout_keys(params: PyTree, key: PRNGKeyArray) -> PyTree:

@@ -128,6 +128,27 @@ def first_states(
     return states
 
 
+def check_states(recover: Recover | None, plans: Plans, tree: Any, recovery: Any) -> None:
+    """Refuses a state whose `recovery`, a tree like the params, another way back made."""
+    if recover is None or not remembers(recover) or not any(plans):
+        return
+    empty = isinstance(recovery, tuple) and not recovery
+    states = [()] * len(plans) if empty else tree.flatten_up_to(recovery)
+    for plan, own in zip(plans, states, strict=True):
+        if plan is None:
+            continue
+        like = jax.ShapeDtypeStruct(turned(plan.view, _mode(plan)).sizes, jnp.float32)
+        made = jax.eval_shape(partial(_one_state, recover, _rank(plan), like))
+        needed = [(*plan.view.batch_shape, *x.shape) for x in jax.tree.leaves(made)]
+        found = list(map(jnp.shape, jax.tree.leaves(own)))
+        if found != needed:
+            raise ValueError(
+                f"state: it has arrays of shapes {found} instead of {needed} of the leaf at "
+                f"{plan.path}, which recover={checks.said(recover)} remembers; give the state "
+                "that init made with it"
+            )
+
+
 def _warn_of_schedule(recover: Recover | None, inner: optax.OptState) -> None:
     if getattr(recover, "learning_rate", 1) is not None:
         return

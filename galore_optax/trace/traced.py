@@ -123,6 +123,11 @@ def trace(
         except Exception as error:
             return Traced(leaves, states, init, same, None, function, error)
     if trees[-1].num_leaves != state_tree.num_leaves:
+        if not same:
+            raise ValueError(
+                f"state: its {state_tree.num_leaves} arrays of inner are not those that init makes "
+                "for these params; give the state that init made with this inner"
+            )
         raise ValueError(
             f"inner: its update changes the tree of its state from {state_tree} to {trees[-1]}, as "
             "the first one of optax.monitor does; put the part that does so outside, in "

@@ -8,6 +8,7 @@ import pytest
 
 from galore_optax import (
     Adaptive,
+    Alice,
     GaLoreDimensionNumbers,
     Layered,
     Layerwise,
@@ -148,12 +149,28 @@ def test_a_value_of_another_kind_is_refused_by_name(name, call):
         ({}, {"update_proj_gap": Adaptive(5)}),
         ({"update_proj_gap": Adaptive(5, window=2)}, {"update_proj_gap": Adaptive(5, window=3)}),
         ({}, {"recover": "fira"}),
+        ({"recover": "fira"}, {"recover": Alice(0.1)}),
+        ({"recover": Alice(0.1)}, {"recover": Alice(0.1, tracking=0.5)}),
     ],
 )
 def test_a_state_that_lacks_what_another_argument_needs_is_refused(before, now):
     state, (name,) = galore(2, ADAM, **before).init(PARAMS), now
     with pytest.raises(ValueError, match=f"state: it has .*{name}=.*that init made with it"):
         galore(2, ADAM, **now).update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("inner", "params", "now"),
+    [
+        (ADAM, {**PARAMS, "w": jnp.ones((8, 20))}, ADAM),
+        (optax.amsgrad(0.1), PARAMS, ADAM),
+        (ADAM, PARAMS, optax.lion(0.1)),
+    ],
+)
+def test_a_state_of_other_params_or_another_inner_is_refused_as_such(inner, params, now):
+    state = galore(2, inner).init(params)
+    with pytest.raises(ValueError, match=r"state: .* of inner .* for these params.*that init made"):
+        galore(2, now).update(PARAMS, state, PARAMS)
 
 
 def test_a_message_shows_no_array():

@@ -144,6 +144,12 @@ def test_parts_whose_states_look_alike_are_told_apart():
     assert [(x.rank[0], x.state[0].shape[-1]) for x in chained] == [(4, 4), (4, 4), (3, 3), (3, 3)]
 
 
+def test_arrays_of_no_leaf_are_named_in_and_outside_of_a_galore():
+    muon = optax.contrib.muon(0.1)  # whose coefficients are in its state
+    for tx in (muon, galore(8, muon)):
+        assert [x.shape for x in explain(tx, {"w": PARAMS["w"]}).rest] == [(3,)]
+
+
 def test_quantized_outside_the_bases_are_quantized_too():
     w = by_path(quantize_state(galore(8, optax.adam(0.1)), min_size=1), {"w": PARAMS["w"]})["['w']"]
     assert [x.stored for x in w.state] == ["8 bits"] * 3

@@ -174,6 +174,16 @@ def test_loras_and_doras_weights_are_the_papers():
         np.testing.assert_allclose(x.matrix(), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_of_merged_weights_has_the_same_gradients(kind):
+    node = jax.tree.map(lambda x: x[0], adapters_of(trained_a_while(kind))["layers/mlp/up"])
+    x = jax.random.normal(jax.random.key(0), (9, 32))
+    found = jax.grad(lambda node: jnp.sum(jnp.tanh(x @ merge(node))))(node)
+    wanted = jax.grad(lambda node: jnp.sum(jnp.tanh(product(x, node))))(node)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_doras_gradient_takes_the_norm_for_a_constant():
     node = jax.tree.map(lambda x: x[0], adapters_of(trained_a_while(DoRA))["layers/mlp/up"])
     x, g = (
