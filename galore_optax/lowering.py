@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from galore_optax.sharding import within_shard_map
 
@@ -75,5 +75,18 @@ def _batched(leaves: Any, axes: Any, *, one: Any, several: Any) -> Any:
     return made, [0] * len(made)
 
 
+def _differentiated(leaves: Any, tangents: Any, *, one: Any, several: Any) -> Any:
+    """That of `several`, for which XLA has no kernels to choose from."""
+    moving = [i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero)]
+
+    def function(*own: Any) -> Any:
+        given = dict(zip(moving, own, strict=True))
+        return several(*(given.get(i, x) for i, x in enumerate(leaves)))
+
+    own, changes = ([x[i] for i in moving] for x in (leaves, tangents))
+    return jax.jvp(function, own, changes)
+
+
+ad.primitive_jvps[_one_device] = _differentiated
 mlir.register_lowering(_one_device, _lower)
 batching.primitive_batchers[_one_device] = _batched

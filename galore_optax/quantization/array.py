@@ -146,12 +146,29 @@ def quantize_nf4(
     return dataclasses.replace(q, scales=quantize(q.scales, Affine(8))) if double else q
 
 
+@jax.custom_jvp
+def _without_derivative(x: Array) -> Array:
+    """Returns `x`. Codes are integers: through them a derivative would be lost without a word."""
+    return x
+
+
+@_without_derivative.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "a derivative is asked for through the codes of a QuantizedArray, which have none: keep "
+        "what is differentiated in floats (quantize_state and projection_bits left out), put "
+        "jax.lax.stop_gradient around what is quantized, or differentiate with respect to "
+        "quantized weights by galore_optax.value_and_grad"
+    )
+
+
 # Compiled as a whole, since a state is usually made outside of jit.
 @partial(jax.jit, static_argnames=("code", "block", "axis"))
 def _quantized(x: Array, random: Array | None, code: Code, block: int, axis: int) -> QuantizedArray:
     length = -(-x.shape[axis] * code.bits // 8)
 
     def encoded(x: Array, random: Array | None) -> Any:
+        x = _without_derivative(x)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         bits = None if random is None else _blocks(random, axis, block)
         codes, *rest = code.encode(_blocks(wide, axis, block), axis, bits)

@@ -262,6 +262,12 @@ def rounded_sum(
     return over_chunks(begin, {0: param}, {1: update}, partial(chunks, param), kernel=fitting)[0]
 
 
+@jax.custom_jvp
 def _bfloat16(x: Float[Array, "*shape"], random: Any) -> Float[Array, "*shape"]:
-    """Rounds float32 stochastically to bfloat16."""
+    """Rounds float32 stochastically to bfloat16, with the derivative of rounding to nearest."""
     return with_automatic_axes(rounded_to_bfloat16, lambda _: specs(x), x, random)
+
+
+@_bfloat16.defjvp
+def _bfloat16_jvp(primals: Any, tangents: Any) -> Any:
+    return _bfloat16(*primals), tangents[0].astype(jnp.bfloat16)

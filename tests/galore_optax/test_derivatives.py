@@ -7,8 +7,9 @@ import optax
 import pytest
 from inners import normal
 
-from galore_optax import galore
+from galore_optax import apply_updates, galore, quantize_nf4, quantize_state, quantize_weights
 
+W = {"w": jnp.ones((64, 128))}
 # Columns of the gradient, and with them moments, are zero.
 START, TARGET = normal(0, 8, 12).at[:, 3].set(0), normal(1, 8, 12).at[:, 3].set(0)
 
@@ -45,3 +46,39 @@ def test_gradients_and_jvps_through_refreshes_are_finite_where_moments_are_zero(
     by_rate, by_start, forward = derivatives(0.1)
     assert np.isfinite(by_start).all()
     np.testing.assert_allclose(by_rate, forward, rtol=1e-3)
+
+
+def _after_two_steps(rate):
+    tx, w = quantize_state(optax.sgd(rate, momentum=0.9), min_size=1), jnp.ones((4, 16))
+    state = tx.init(w)
+    for _ in range(2):
+        updates, state = tx.update(w, state, w)
+        w += updates
+    return jnp.sum(w)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: jnp.sum(quantize_nf4(jnp.full((64, 8), x)).dequantize()),
+        lambda x: jnp.sum(apply_updates(quantize_weights(W), {"w": x * W["w"]}, None)["w"].scales),
+        _after_two_steps,
+    ],
+)
+@pytest.mark.parametrize("derivative", [jax.grad, lambda f: lambda x: jax.jvp(f, (x,), (x,))])
+def test_a_derivative_through_codes_is_refused(derivative, function):
+    jax.jit(function)(0.1)
+    with pytest.raises(ValueError, match="a derivative is asked for through the codes"):
+        jax.jit(derivative(function))(0.1)
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (2048, 1024)])  # the second takes several turns
+def test_weights_rounded_at_random_have_the_derivative_of_the_sum(shape):
+    w = jnp.ones(shape, jnp.bfloat16)
+
+    def loss(updates):
+        new = apply_updates(w, updates, jax.random.key(0))
+        return jnp.sum(3.0 * new.astype(jnp.float32))
+
+    found = jax.jit(jax.grad(loss))(jnp.full(shape, 1e-3))
+    np.testing.assert_array_equal(found, np.full(shape, 3.0))
