@@ -1,6 +1,8 @@
 """Bytes of weights and of optimizer states, by kind."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import PyTree
 
@@ -11,7 +13,8 @@ from galore_optax.stages import GaLoreState
 
 def tree_bytes(tree: PyTree) -> int:
     """Returns the bytes of all arrays (or `jax.ShapeDtypeStruct`) in a tree, on all devices."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    # Of a number, as `optax.tree.set` puts a learning rate into a state, those of its array.
+    return sum(np.size(x) * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))
 
 
 def state_bytes(state: optax.OptState) -> dict[str, int]:
@@ -47,5 +50,5 @@ def state_bytes(state: optax.OptState) -> dict[str, int]:
             kinds["moments"] += tree_bytes(part.recovery)
             kinds["counters"] += tree_bytes(part._replace(bases=(), recovery=(), inner=()))
         for leaf in jax.tree.leaves(part.inner if galore else part):
-            kinds["moments" if leaf.ndim > 0 else "counters"] += tree_bytes(leaf)
+            kinds["moments" if np.ndim(leaf) > 0 else "counters"] += tree_bytes(leaf)
     return kinds

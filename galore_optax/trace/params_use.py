@@ -74,7 +74,7 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
         inputs = enumerate(zip([*updates, *state], slopes.in_avals, strict=False))
         # Traced with updates in the params' dtypes; here they may have another.
         rest = [
-            x if i in read else jnp.zeros_like(x, a.dtype) if x.ndim else _as(x, a.dtype)
+            x if i in read else jnp.zeros_like(x, a.dtype) if jnp.ndim(x) else _as(x, a.dtype)
             for i, (x, a) in inputs
         ]
         zeros = [jnp.zeros_like(params[i]) for i in sloped]
@@ -92,7 +92,9 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
     return at
 
 
-def _as(x: Array, dtype: Any) -> Array:
+def _as(x: Any, dtype: Any) -> Array:
+    if not hasattr(x, "dtype"):  # a number, as `optax.tree.set` puts a learning rate into a state
+        return jnp.asarray(x, dtype)
     return x if x.dtype == dtype else x.astype(dtype)  # a random key cannot be cast
 
 

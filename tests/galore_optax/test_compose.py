@@ -28,6 +28,7 @@ from galore_optax import (
     galore,
     galore_adamw,
     quantize_state,
+    state_bytes,
 )
 
 MATRICES = GaLoreDimensionNumbers(-2, -1)  # of every leaf with at least two axes
@@ -505,3 +506,14 @@ def test_an_inner_whose_first_update_changes_the_tree_of_its_state_is_refused_an
     tx = optax.chain(monitor, galore(2, optax.adam(0.1), subspace="random"))
     _, state = tx.update(params, tx.init(params), params)
     np.testing.assert_allclose(state[0].measurements["norm"], 32**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("moments", ["rotate", "reset"])
+def test_a_learning_rate_may_be_set_to_a_number(moments):
+    params = {"w": jnp.ones((6, 10)), "b": jnp.ones(10)}
+    inner = optax.inject_hyperparams(optax.adamw)(0.1, weight_decay=0.1)
+    tx = galore(2, inner, moments=moments)
+    states = [optax.tree.set(tx.init(params), learning_rate=x) for x in (0.01, jnp.float32(0.01))]
+    assert state_bytes(states[0]) == state_bytes(states[1])
+    found, wanted = (tx.update(params, state, params)[0] for state in states)  # not jitted
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
