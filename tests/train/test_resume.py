@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from flax import nnx
 from paths import ROOT
-from small_run import ADAMW, MICRO, NO_SUBSPACE, losses, small
+from small_run import ADAMW, MICRO, NO_SUBSPACE, everything_in, losses, small
 from tokenizer_file import write_byte_level as write_tokenizer
 
 from models.hugging_face.llama import save_llama
@@ -25,6 +27,7 @@ from train.pretrain import main
 from train.run import cli
 from train.run.finetune_lm import FinetuningParts
 from train.run.metrics import given_up, read_metrics
+from train.run.training import Host, Training
 
 CONSTANT = {**ADAMW, "schedule": "constant", "warmup_steps": 0, "eval_every": 4, "save_every": 1}
 
@@ -214,6 +217,48 @@ def test_the_steps_in_a_row_after_which_a_run_gave_up_are_read_from_its_metrics(
     assert given_up(lines, 3) is None
     assert given_up([{"step": 1, "skipped": 1}], 1) == 0
     assert given_up([], 1) is None
+
+
+def test_a_run_resumed_with_less_patience_ends_at_its_next_evaluation():
+    said = SimpleNamespace(log=lambda _: None)
+    for step, ends in ((6, True), (7, False)):
+        run: Any = SimpleNamespace(
+            config=SimpleNamespace(patience=1),
+            host=Host(step=step, evaluations={0: 3.0, 3: 2.0, 6: 2.0}),
+            progress=said,
+        )
+        assert Training.out_of_patience(run) == ends
+
+
+def test_a_config_json_without_a_setting_has_its_default_when_resumed(short, tmp_path, capsys):
+    out = Path(shutil.copytree(short, tmp_path / "run"))
+    file = out / "config.json"
+    fields = json.loads(file.read_text())
+    del fields["max_skipped"]
+    file.write_text(json.dumps(fields))
+    assert resumed(out, "--steps", "5") == 0
+    assert "resumed from step 4\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ('"history": null', "history is not a list of what was changed"),
+        ('"history": {"step": 4}', "history is not a list of what was changed"),
+        ('"history": [{"step": 4}]', "history is not a list of what was changed"),
+        ('"seed": 7', "'seed' is there twice"),
+    ],
+)
+def test_a_config_json_with_a_broken_history_or_a_name_twice_is_refused(
+    short, tmp_path, capsys, written, said
+):
+    out = Path(shutil.copytree(short, tmp_path / "run"))
+    file = out / "config.json"
+    file.write_text(file.read_text().rstrip().rstrip("}") + f", {written}}}")
+    before = everything_in(out)
+    assert resumed(out, "--steps", "5") == 2
+    assert said in capsys.readouterr().err
+    assert everything_in(out) == before
 
 
 def test_an_evaluation_that_metrics_have_lost_is_made_again(short, tmp_path):

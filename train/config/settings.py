@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from models.hugging_face.files import without_duplicates
 from train.config.flags import HostFlags, LayerwiseFlags, TrainingFlags
 from train.config.text_flags import OwnTextFlags, SampleFlags, TextFlags, TextRunFlags
 
@@ -164,7 +165,7 @@ def to_json(config: TrainingFlags) -> dict[str, Any]:
 def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the fields of a config.json; raises ValueError if it cannot be read as one."""
     try:
-        fields = json.loads(Path(path).read_text())
+        fields = json.loads(Path(path).read_text(), object_pairs_hook=without_duplicates)
     except OSError as error:
         advice = "give the config.json of a run's folder"
         raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from None
@@ -172,4 +173,9 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is not a config.json of train.pretrain: it holds no object")
+    changes = fields.get(HISTORY, [])
+    if not isinstance(changes, list) or not all(
+        isinstance(x, dict) and isinstance(x.get("changed"), dict) and "step" in x for x in changes
+    ):
+        raise ValueError(f"{path}: {HISTORY} is not a list of what was changed: delete it")
     return fields

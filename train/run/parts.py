@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from galore_optax.adapters.base import merge
 from galore_optax.memory import tree_bytes
-from galore_optax.quantization.array import dequantized
+from galore_optax.quantization.array import dequantized, is_quantized
 from train.config.settings import ResolvedTraining
 from train.config.weights import split_params
 from train.data.sequences import Batch, Positions
@@ -96,6 +96,12 @@ def count(params: PyTree) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(whole_params(params)))
 
 
+def trained_params(config: ResolvedTraining, params: PyTree) -> int:
+    """The number of params that are trained, adapters among them; those that are quantized, too."""
+    trained, _ = split_params(config, params)
+    return sum(x.size for x in jax.tree.leaves(trained, is_leaf=is_quantized))
+
+
 def log_devices(config: ResolvedTraining, mesh: Mesh, log: Log) -> None:
     """Prints on which devices a run is, and whether it can be repeated bit for bit there."""
     device = mesh.devices.flat[0]
@@ -126,7 +132,7 @@ def log_programs(
         f"model: {model}, {count(params):,} params, {config.dtype}{stored}, "
         f"{in_words(tree_bytes(params))}; {weights}"
     )
-    trained = sum(x.size for x in jax.tree.leaves(split_params(config, params)[0]))
+    trained = trained_params(config, params)
     if config.adapter is not None:
         every = config.restart_every
         log(

@@ -11,13 +11,11 @@ import optax
 
 from galore_optax import cast_state
 from galore_optax.memory import state_bytes, tree_bytes
-from galore_optax.quantization.array import is_quantized
 from train.config.settings import ResolvedTraining
-from train.config.weights import split_params
 from train.memory.units import in_words
 from train.run import directory as run_directory
 from train.run.metrics import read_metrics, tokens_per_second
-from train.run.parts import Log, Parts, count, whole_params
+from train.run.parts import Log, Parts, count, trained_params, whole_params
 from train.run.plots import plot_loss, plot_subspaces
 from train.run.subspaces import read_subspaces
 from train.step.state import TrainState
@@ -41,14 +39,13 @@ def report(
     directory = run_directory.directory(config)
     lines = read_metrics(directory)
     ours = state_bytes(parts.abstract.optimizer.inner_state)
-    trained, _ = split_params(config, parts.abstract.params)
     whole = whole_params(parts.abstract.params)
     plain = cast_state(optax.adamw(1e-3), config.state_dtype or config.weight_dtype)
     adamw = state_bytes(jax.eval_shape(plain.init, whole))
     summary = {
         **parts.leave(state, log),
         "params": count(parts.abstract.params),
-        "trained_params": sum(x.size for x in jax.tree.leaves(trained, is_leaf=is_quantized)),
+        "trained_params": trained_params(config, parts.abstract.params),
         "optimizer_state_bytes": sum(ours.values()),
         "adamw_state_bytes": sum(adamw.values()),
         "weight_bytes": tree_bytes(parts.abstract.params),

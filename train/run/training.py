@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from train.config.resume import default_of
 from train.config.settings import ResolvedTraining, read_fields, to_json
 from train.data.loader import prefetch
 from train.data.sequences import Position, Positions
@@ -159,7 +160,8 @@ class Training:
         if not (self.config.resume and (self.directory / "config.json").exists()):
             return None
         found, abstract = None, self.parts.abstract
-        skipped = read_fields(self.directory / "config.json").get("max_skipped", 0)
+        before = read_fields(self.directory / "config.json")
+        skipped = before.get("max_skipped", default_of("max_skipped"))
         ruined = given_up(read_metrics(self.directory), skipped)
         self.gave_up = ruined is not None
         if self.folder.is_dir():
@@ -245,9 +247,10 @@ class Training:
         return state
 
     def out_of_patience(self) -> bool:
-        """Whether the last --patience evaluations were no better than the best before."""
-        patience = self.config.patience
-        if patience is None or not stalled(self.host.evaluations, patience):
+        """Whether the last --patience evaluations, one of them now, were no better than before."""
+        patience, found = self.config.patience, self.host.evaluations
+        # Resumed between two evaluations with less patience, a run goes on to the next one.
+        if patience is None or self.host.step not in found or not stalled(found, patience):
             return False
         self.progress.log(f"ended after step {self.host.step}: no better in {patience} evaluations")
         return True

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 from small_run import small
 
+from galore_optax import quantize_weights
 from train.config.resolve import resolve
-from train.run.parts import log_programs
+from train.run.parts import log_programs, trained_params
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,14 @@ def test_dtypes_that_differ_are_named(dtypes, model, optimizer):
     assert lines[0] == "sharding: norm is whole"
     assert model in lines[1]
     assert optimizer in lines[2]
+
+
+def test_trained_params_are_counted_without_the_scales_of_quantized_ones():
+    matrix = jax.ShapeDtypeStruct((2, 64, 48), jnp.float32)
+    params = {"layers": {"mlp": {"up": matrix}}, "norm": jax.ShapeDtypeStruct((64,), jnp.float32)}
+    quantized = jax.eval_shape(lambda x: quantize_weights(x, bits=8), params)
+    config = resolve(small("unused", optimizer="q-galore-adamw8bit", train="layers"))
+    assert trained_params(config, quantized) == 2 * 64 * 48
 
 
 def test_a_resumed_run_has_the_weights_of_a_checkpoint(tmp_path):
