@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from small_run import MICRO, losses, small, unfinished
 from tokenizer_file import write_byte_level
 
 from models.hugging_face.llama import save_llama
+from models.llama.config import flops_per_token
 from models.llama.model import Llama
 from train.config.finetune_lm import load_finetuning, load_run, resolve_finetuning
 from train.config.resolve import resolve
@@ -71,6 +73,18 @@ def test_a_run_learns_the_answers_and_is_read_by_other_commands(finished, folder
     capsys.readouterr()
     assert generate(Generate(run=str(finished), prompt="3 + 1 = ", max_new_tokens=5)) == 0
     assert capsys.readouterr().out.startswith("3 + 1 = ")
+
+
+def test_a_learnt_token_takes_the_operations_of_its_prompt_too(folder):
+    """Tokens per second are of learnt tokens, and a step computes with all of its rows."""
+    config = resolve_finetuning(settings(folder, epochs=None, steps=2), count_steps)
+    parts = assemble(config, lambda _: None)
+    batches = [batch for batch, _ in parts.data.rows_of(parts.data.examples)]  # pyrefly: ignore
+    read = sum(int(np.sum(batch["segment_ids"] > 0)) for batch in batches)
+    learnt = sum(float(batch["weights"].sum()) for batch in batches)
+    assert read > 2 * learnt
+    one = flops_per_token(parts.model, config.seq_len)
+    assert parts.flops_per_token() == pytest.approx(one * read / learnt)
 
 
 def test_a_run_answers_a_message_by_its_chat_template(finished, monkeypatch, capsys):

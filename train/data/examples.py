@@ -133,6 +133,14 @@ def _rendered(example: Example, tokenizer: Tokenizer, template: ChatTemplate) ->
                 "more follows: end each example with its only answer, or give another template "
                 "by --chat-template"
             )
+        # Most templates write an answer as it is: only others are asked for another one.
+        written = text != prompt and message["content"].strip() in text[len(prompt) :]
+        other = {**message, "content": message["content"] + "a"}
+        if not written and template.render([*messages[:number], other]) == text:
+            raise ValueError(
+                f"the chat template does not write `messages[{number}]`, which is to be learnt: "
+                "give another by --chat-template"
+            )
         pieces += [(prompt[len(before) :], False), (text[len(prompt) :], True)]
         before = text
     if not pieces:

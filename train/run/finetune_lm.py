@@ -116,6 +116,13 @@ class FinetuningParts(TextParts):
             expected = "" if right is None else f"\n  in the data: {told(right)}"
             log(f"prompt: {told(prompt)}\n  answer: {found}{expected}")
 
+    def flops_per_token(self) -> float:
+        """The operations to train on a token that is learnt, and to read those that are not."""
+        assert isinstance(self.data, ExampleData)
+        read = sum(len(x) - 1 for x in self.data.examples)
+        learnt = sum(int(np.sum(x[1:] >= 0)) for x in self.data.examples)
+        return super().flops_per_token() * read / learnt
+
 
 def _examples_of(config: ResolvedFinetuneLM) -> Examples:
     named = config.tokenizer, config.end_token, config.chat_template
