@@ -34,8 +34,11 @@ def load_template(tokenizer: Tokenizer, named: str | None) -> "ChatTemplate":
             place = f"--chat-template {named}"
             source = Path(named).read_text("utf-8")
         elif beside is not None and (beside / FILE).is_file():
-            place = str(beside / FILE)
+            place, other = str(beside / FILE), source
             source = (beside / FILE).read_text("utf-8")
+            if other is not None and other.strip() != source.strip():
+                said = "tokenizer_config.json beside it has another chat_template"
+                raise ValueError(f"{said}: delete the wrong one, or give one by --chat-template")
         if source is not None:
             return ChatTemplate(source, names)
     except (OSError, ValueError) as error:

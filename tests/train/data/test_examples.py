@@ -188,6 +188,18 @@ def test_chat_templates_of_another_form_are_refused(chat, source):
         encoded(messages("hi", "ho"), chat)
 
 
+def test_two_chat_templates_that_differ_are_refused_unless_one_is_named(chat):
+    file, named = chat.path.parent / FILE, chat.path.parent / "named.jinja"
+    file.write_text(TEMPLATE + "\n")
+    assert encoded(messages("hi", "ho"), chat).examples
+    for path in (file, named):
+        path.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    said = r"chat_template.jinja cannot be used: tokenizer_config.json .* another chat_template"
+    with pytest.raises(ValueError, match=said):
+        encoded(messages("hi", "ho"), chat)
+    assert encoded(messages("hi", "ho"), chat, template=str(named)).examples
+
+
 def test_without_a_chat_template_messages_are_an_error(chat):
     (chat.path.parent / "tokenizer_config.json").write_text('{"eos_token": "<eot>"}')
     with pytest.raises(ValueError, match=r"need a chat template.*--chat-template"):
