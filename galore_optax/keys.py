@@ -1,13 +1,13 @@
-"""Random keys for the leaves of a tree, each derived from the leaf's path alone."""
+"""Random keys for the leaves of a tree, each derived from the leaf's path, and random bits."""
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, UInt32
-
-from galore_optax.quantization.codes import hashed
 
 
 def is_key(seed: Any) -> bool:
@@ -57,3 +57,20 @@ def number_of(path: Any) -> int:
     """The CRC-32 of a tree path, or of its `jax.tree_util.keystr`."""
     name = path if isinstance(path, str) else jax.tree_util.keystr(path)
     return zlib.crc32(name.encode())
+
+
+def hashed(
+    seed: Sequence[Any] | Array, elements: UInt32[Array, "*s"], leaf: int = 0
+) -> UInt32[Array, "*s"]:
+    """Returns 32 bits that look random, from two words of seed, elements' numbers and a leaf's.
+
+    Two rounds of Wellons' "lowbias32" hash (https://nullprogram.com/blog/2018/07/31/): a sixth of
+    the operations of JAX's Threefry, which rounding does not need, and the same in a GPU's kernel.
+    """
+    x = elements
+    for word in (seed[0] ^ np.uint32(leaf), seed[1]):
+        x = x ^ word
+        x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+        x = x ^ (x >> 16)
+    return x

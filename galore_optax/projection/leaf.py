@@ -17,10 +17,10 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from galore_optax import checks
-from galore_optax.keys import for_matrix, number_of, words
+from galore_optax.keys import for_matrix, hashed, number_of, words
 from galore_optax.projection.dimension_numbers import LeafView, WeightDimensionNumbers, matrix_views
 from galore_optax.quantization.array import QuantizedArray, dequantized, quantize
-from galore_optax.quantization.codes import Affine, elements, hashed
+from galore_optax.quantization.codes import Affine, elements
 from galore_optax.sharding import axis_specs, specs, with_automatic_axes
 
 SIDES = ("smaller", "larger", "left", "right", "both")

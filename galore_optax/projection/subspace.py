@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from galore_optax.keys import words
-from galore_optax.quantization.codes import elements, hashed
+from galore_optax.keys import hashed, words
+from galore_optax.quantization.codes import elements
 from galore_optax.sharding import varying_alike
 
 Gradient, Basis = Float[Array, "n m"], Float[Array, "n r"]

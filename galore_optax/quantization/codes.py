@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8, UInt32
 
+from galore_optax.keys import hashed
+
 Blocks = Float[Array, "*blocks"]
 PerBlock = Float[Array, "*scales"]  # blocks' shape, with length 1 along their axis
 
@@ -268,23 +270,6 @@ def random_bits(key: PRNGKeyArray, elements: UInt32[Array, "*s"]) -> UInt32[Arra
     They depend on nothing else: not on how the array is cut into chunks, tiles or shards.
     """
     return hashed(jax.random.bits(key, (2,), jnp.uint32), elements)
-
-
-def hashed(
-    seed: Sequence[Any] | Array, elements: UInt32[Array, "*s"], leaf: int = 0
-) -> UInt32[Array, "*s"]:
-    """Returns 32 bits that look random, from two words of seed, elements' numbers and a leaf's.
-
-    Two rounds of Wellons' "lowbias32" hash (https://nullprogram.com/blog/2018/07/31/): a sixth of
-    the operations of JAX's Threefry, which rounding does not need, and the same in a GPU's kernel.
-    """
-    x = elements
-    for word in (seed[0] ^ np.uint32(leaf), seed[1]):
-        x = x ^ word
-        x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-        x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-        x = x ^ (x >> 16)
-    return x
 
 
 def rounded_to_bfloat16(

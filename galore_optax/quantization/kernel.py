@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Int, UInt32
 
+from galore_optax.keys import hashed
 from galore_optax.quantization.array import QuantizedArray, is_quantized
-from galore_optax.quantization.codes import hashed
 from galore_optax.sharding import explicit_axes
 
 Compute = Callable[[dict[int, Array], Sequence[Array]], dict[int, Array]]

@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int, UInt32
 
+from galore_optax.keys import hashed
 from galore_optax.quantization.array import QuantizedArray, is_quantized
-from galore_optax.quantization.codes import hashed, rounded_to_bfloat16
+from galore_optax.quantization.codes import rounded_to_bfloat16
 from galore_optax.quantization.kernel import load_codes
 from galore_optax.sharding import explicit_axes
 

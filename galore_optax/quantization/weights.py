@@ -16,9 +16,9 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 from galore_optax import checks
-from galore_optax.keys import number_of
+from galore_optax.keys import hashed, number_of
 from galore_optax.quantization.array import QuantizedArray, added, is_quantized, quantize
-from galore_optax.quantization.codes import Affine, hashed, rounded_to_bfloat16
+from galore_optax.quantization.codes import Affine, rounded_to_bfloat16
 from galore_optax.quantization.elementwise import chunks, over_chunks
 from galore_optax.quantization.kernel import fits, in_one_kernel
 from galore_optax.sharding import specs, varying_alike, with_automatic_axes, zeros_like
