@@ -39,6 +39,8 @@ def perplexities(records: Path) -> dict[str, list[float]]:
     found = {r["name"]: r["summary"]["eval_perplexity"] for r in read_records(records)}
     best: dict[str, list[float]] = {}
     for method, (_, rates) in METHODS.items():
+        if "," in method:  # a method without its parts
+            continue
         tried = {r: found[name] for r in rates if (name := run_name(method, r, 0)) in found}
         if tried:
             rate = min(tried, key=tried.__getitem__)
@@ -62,7 +64,11 @@ def main() -> None:
         at, colour = (sizes[name], means[name]), SMALL if name in ahead else INK
         spread = statistics.stdev(values) if len(values) > 1 else 0
         axes.errorbar(*at, yerr=spread, fmt="o", ms=5, capsize=3, color=colour)
-        axes.annotate(name, at, (6, 4), textcoords="offset points", size=8, color=colour)
+        crowded = any(
+            0 < means[x] - means[name] < 0.1 and 0.8 < sizes[x] / sizes[name] < 1.25 for x in found
+        )
+        place = (6, -10 if crowded else 4)  # below the point, if another's name is above
+        axes.annotate(name, at, place, textcoords="offset points", size=8, color=colour)
     axes.set(
         xlabel="optimizer state of a 1B LLaMA, GB",
         ylabel="perplexity per byte of a small model",
