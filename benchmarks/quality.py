@@ -56,6 +56,12 @@ METHODS: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
         GALORE,
     ),
     "Alice, switched": (("--optimizer", "alice", "--compensation", "0"), GALORE),
+    # GaLore with other settings; tiny has 100 steps between refreshes.
+    "GaLore, moments kept": (("--optimizer", "galore-adamw", "--moments", "keep"), GALORE),
+    "GaLore, gap 50": (("--optimizer", "galore-adamw", "--update-proj-gap", "50"), GALORE),
+    "GaLore, gap 500": (("--optimizer", "galore-adamw", "--update-proj-gap", "500"), GALORE),
+    "GaLore, staggered": (("--optimizer", "galore-adamw", "--stagger"), GALORE),
+    "GaLore, scale 1": (("--optimizer", "galore-adamw", "--scale", "1"), GALORE),
 }
 
 

@@ -39,7 +39,7 @@ def perplexities(records: Path) -> dict[str, list[float]]:
     found = {r["name"]: r["summary"]["eval_perplexity"] for r in read_records(records)}
     best: dict[str, list[float]] = {}
     for method, (_, rates) in METHODS.items():
-        if "," in method:  # a method without its parts
+        if "," in method:  # without its parts, or with other settings
             continue
         tried = {r: found[name] for r in rates if (name := run_name(method, r, 0)) in found}
         if tried:
