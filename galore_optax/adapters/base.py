@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from galore_optax import checks
@@ -178,7 +179,7 @@ def adapt(
     checks.instance(pattern, "pattern", str)
     leaves, tree = jax.tree.flatten_with_path(params, is_leaf=is_quantized)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    matrices = [name for name, (_, x) in zip(names, leaves, strict=True) if x.ndim == 3]
+    matrices = [name for name, (_, x) in zip(names, leaves, strict=True) if np.ndim(x) == 3]
     chosen = {name for name in matrices if re.search(pattern, name)}
     if not chosen:
         raise ValueError(

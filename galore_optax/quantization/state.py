@@ -69,7 +69,7 @@ def cast_state(
         def one(x: Any) -> Any:
             own = jnp.result_type(x)
             wanted = dtype or jnp.promote_types(own, jnp.float32)
-            return x.astype(wanted) if jnp.issubdtype(own, jnp.floating) else x
+            return jnp.asarray(x, wanted) if jnp.issubdtype(own, jnp.floating) else x
 
         return jax.tree.map(one, dequantized(tree))
 
@@ -80,8 +80,9 @@ def cast_state(
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         new, state = inner.update(cast(updates), state, cast(params), **extra_args)
 
-        def as_given(u: Array, g: Array) -> Array:  # but no fractions as integers, as in optax
-            return u.astype(g.dtype) if jnp.issubdtype(g.dtype, jnp.inexact) else u
+        def as_given(u: Array, g: Any) -> Array:  # but no fractions as integers, as in optax
+            own = jnp.result_type(g)
+            return u.astype(own) if jnp.issubdtype(own, jnp.inexact) else u
 
         return jax.tree.map(as_given, new, updates), state
 

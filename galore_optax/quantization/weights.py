@@ -56,7 +56,8 @@ def quantize_weights(
     block = checks.whole(block, "block")
 
     def large(_: str, leaf: Any) -> bool:
-        return leaf.ndim >= 2 and leaf.size >= 4096 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        matrix = np.ndim(leaf) >= 2 and np.size(leaf) >= 4096
+        return matrix and jnp.issubdtype(leaf.dtype, jnp.floating)
 
     choose = large if which is None else which
     if callable(choose):
@@ -77,9 +78,10 @@ def quantize_weights(
             raise ValueError(
                 f"params: the leaf at {name} is already stored in {leaf.code.bits} bits"
             )
-        if np.ndim(leaf) == 0 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        dtype = getattr(leaf, "dtype", type(leaf).__name__)
+        if np.ndim(leaf) == 0 or not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"which: the leaf at {name}, of shape {leaf.shape} and dtype {leaf.dtype}, cannot "
+                f"which: the leaf at {name}, of shape {np.shape(leaf)} and dtype {dtype}, cannot "
                 "be quantized; choose floating-point leaves with axes"
             )
         axis = -2 if leaf.ndim > 1 and leaf.shape[-1] < min(block, leaf.shape[-2]) else -1
@@ -243,7 +245,7 @@ def rounded_sum(
     is computed a few rows at a time; of a quantized param on a single GPU, if `in_kernel`, in one
     kernel.
     """
-    if not is_quantized(param) and (seed is None or param.dtype != jnp.bfloat16):
+    if not is_quantized(param) and (seed is None or getattr(param, "dtype", None) != jnp.bfloat16):
         return optax.apply_updates(param, update)
 
     def begin(stored: Any, read: Any, elements: Array) -> Any:

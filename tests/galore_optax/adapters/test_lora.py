@@ -59,6 +59,12 @@ def trained_a_while(kind):
     return moved(adapted(kind))
 
 
+def test_a_python_number_among_params_has_no_adapter():
+    params = adapted(LoRA, base={"layers": jnp.ones((2, 8, 8)), "scale": 1.5})
+    assert is_adapter(params["layers"])
+    assert params["scale"] == 1.5
+
+
 def adapters_of(params) -> dict[str, Adapter]:
     leaves = jax.tree.leaves_with_path(params, is_leaf=is_adapter)
     return {

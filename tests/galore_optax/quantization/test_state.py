@@ -110,6 +110,17 @@ def test_a_state_may_have_less_precision_than_its_params_and_no_params():
     assert tx.update(params, state)[0]["w"].dtype == jnp.float32
 
 
+def test_python_numbers_among_params_and_gradients_are_updated_as_by_optax():
+    params, grads = {"w": jnp.ones((4, 6)), "bias": 1.5}, {"w": jnp.ones((4, 6)), "bias": 0.5}
+    plain, expected = optax.adamw(0.1, weight_decay=0.1), None
+    for tx in (plain, cast_state(plain), quantize_state(plain)):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(grads, state, params)
+        expected = expected or updates
+        np.testing.assert_array_equal(updates["bias"], expected["bias"])
+
+
 @pytest.mark.parametrize("dtype", [jnp.int8, "x", 3])
 def test_a_dtype_that_is_no_float_is_refused(dtype):
     with pytest.raises(ValueError, match=r"dtype=.* is not a float type; give one, such as jnp"):

@@ -270,6 +270,15 @@ def test_other_weights_are_updated_as_optax_does(dtype):
     np.testing.assert_array_equal(new["w"], optax.apply_updates(params, updates)["w"])
 
 
+def test_python_numbers_among_params_are_kept_and_updated_as_by_optax():
+    params = quantize_weights({"w": jnp.ones((64, 64)), "scale": 1.5})
+    assert params["scale"] == 1.5
+    updates = {"w": jnp.ones((64, 64)), "scale": 0.25}
+    assert apply_updates(params, updates, jax.random.key(0))["scale"] == 1.75
+    with pytest.raises(ValueError, match=r"the leaf at \['scale'\], of shape \(\) and dtype float"):
+        quantize_weights({"scale": 1.5}, True)
+
+
 def test_the_same_key_repeats_the_rounding_and_another_does_not():
     held, updates = quantize_weights(PARAMS), jax.tree.map(lambda x: 0.01 * x, PARAMS)
     first, again, other = (apply_updates(held, updates, jax.random.key(k)) for k in (0, 0, 1))
