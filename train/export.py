@@ -12,7 +12,7 @@ from galore_optax.quantization.array import dequantized
 from models.hugging_face.llama import save_llama
 from models.hugging_face.peft import save_adapters
 from train.run.cli import run
-from train.run.directory import check_can_be_made
+from train.run.directory import check_can_be_made, claim
 from train.run.exported import token_ids, write_beside
 from train.run.exported_classifier import export_classifier, is_classifier
 from train.run.trained import load_trained
@@ -34,13 +34,20 @@ class Export:
 
 def main(config: Export) -> int:
     """Writes the model; ValueError if it is there already, or PEFT cannot store the adapters."""
-    check_can_be_made(Path(config.out).absolute(), "--out")
-    _check_empty(Path(config.out).absolute())
+    out = Path(config.out).absolute()
+    check_can_be_made(out, "--out")
+    with claim(out):
+        _check_empty(out)
+        _export(config, out)
+    return 0
+
+
+def _export(config: Export, out: Path) -> None:
     if is_classifier(Path(config.run)):
         if config.adapters:
             raise ValueError("--adapters: a classifier is written whole; leave it out")
-        export_classifier(Path(config.run), Path(config.out).absolute())
-        return 0
+        export_classifier(Path(config.run), out)
+        return
     trained = load_trained(config.run)
 
     def save(params: Any, out: Path) -> None:
@@ -51,16 +58,14 @@ def main(config: Export) -> int:
         write_beside(trained, ids, Path(config.run), out)
         print(f"wrote the model to {out}, with its tokenizer")
 
-    out = Path(config.out).absolute()
     if not config.adapters:
         save(merge(trained.params), out)
-        return 0
+        return
     save_adapters(trained.params, out / "adapters", base_model=str(out / "base"))
     print(f"wrote the adapters to {out / 'adapters'}")
     params = trained.params
     bases = jax.tree.map(lambda x: x.base if is_adapter(x) else x, params, is_leaf=is_adapter)
     save(bases, out / "base")
-    return 0
 
 
 def _check_empty(out: Path) -> None:

@@ -16,6 +16,7 @@ from train.data.tokenizer import ByteTokenizer, load_tokenizer
 from train.export import Export
 from train.export import main as export
 from train.pretrain import main as pretrain
+from train.run.directory import claim
 from train.run.exported import write_beside
 
 TEXTS = ["Hello wörld\n\n  two  spaces 漢字 🙂 don't", "", " lead", "a b"]
@@ -124,3 +125,12 @@ def test_a_folder_with_files_is_no_place_for_an_export(tmp_path, name):
     with pytest.raises(ValueError, match=rf"--out .* already has {name} in it"):
         export(Export(str(tmp_path / "run"), str(tmp_path)))
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_two_processes_do_not_export_into_one_folder(tmp_path):
+    out = tmp_path / "new" / "out"
+    with claim(out), pytest.raises(ValueError, match=r"--out .*out is in use: another process"):
+        export(Export(str(tmp_path / "run"), str(out)))
+    with pytest.raises(ValueError, match="not a run's folder"):
+        export(Export(str(tmp_path / "run"), str(out)))
+    assert not (tmp_path / "new").exists()

@@ -185,7 +185,7 @@ def test_one_process_at_a_time_trains_in_a_folder_and_a_killed_one_leaves_no_loc
             assert os.WIFSTOPPED(os.waitpid(first.pid, os.WUNTRACED)[1])
             before = everything_in(out)
             for resume in (False, True):
-                with pytest.raises(ValueError, match="is in use: another process is training"):
+                with pytest.raises(ValueError, match="is in use: another process is writing"):
                     main(small(out, resume=resume))
             assert everything_in(out) == before
         finally:

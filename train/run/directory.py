@@ -49,11 +49,38 @@ def hold(config: ResolvedTraining) -> Iterator[str | None]:
     Raises OSError also if the file system has no locks or is full.
     """
     out = directory(config)
-    try:
+    with _full_named(out):
         out.mkdir(parents=True, exist_ok=True)
         with (out / _LOCK).open("a") as file:
             _lock(file)
             yield _check(config)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Makes a folder of --out, and keeps other processes from writing into it while entered.
+
+    Nothing is left of it if nothing was written. ValueError if another process writes into it;
+    OSError also if the file system has no locks or is full.
+    """
+    lock = folder / _LOCK
+    made = [path for path in (lock, folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with _full_named(folder), lock.open("a") as file:
+        _lock(file)
+        try:
+            yield
+        finally:
+            for path in made:
+                with suppress(OSError):  # something is in it
+                    path.unlink() if path == lock else path.rmdir()
+
+
+@contextmanager
+def _full_named(out: Path) -> Iterator[None]:
+    """Names the folder in the error of a full disk that names nothing."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in _FULL or error.filename is not None:
             raise
@@ -66,7 +93,7 @@ def _lock(file: TextIO) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        reason = "another process is training there; wait for its end, or name another folder"
+        reason = "another process is writing there; wait for its end, or name another folder"
         raise ValueError(f"--out {out} is in use: {reason}") from None
     except OSError as error:
         reason, advice = error.strerror, "name a folder on a file system that has locks"
