@@ -98,7 +98,7 @@ def planned(
     # What most steps run: without a refresh.
     one, text = plan(config, programs, compiled), compiled[-1].as_text() or ""
     if dump is not None:
-        with open(dump, "x") as file:
+        with open(dump, "x", encoding="utf-8") as file:
             file.write(text)
     if card is None:
         return one, {}

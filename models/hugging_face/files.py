@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; ValueError if there is none."""
     try:
-        content = json.loads(path.read_text(), object_pairs_hook=without_duplicates)
+        content = json.loads(path.read_text("utf-8"), object_pairs_hook=without_duplicates)
     except OSError as error:
         advice = "give a directory with a Hugging Face checkpoint"
         raise ValueError(f"{path} cannot be read ({error.strerror}); {advice}") from error

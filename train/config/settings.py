@@ -165,7 +165,7 @@ def to_json(config: TrainingFlags) -> dict[str, Any]:
 def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the fields of a config.json; raises ValueError if it cannot be read as one."""
     try:
-        fields = json.loads(Path(path).read_text(), object_pairs_hook=without_duplicates)
+        fields = json.loads(Path(path).read_text("utf-8"), object_pairs_hook=without_duplicates)
     except OSError as error:
         advice = "give the config.json of a run's folder"
         raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from None

@@ -132,7 +132,7 @@ def _check_file_format(folder: Path) -> None:
     newest = max((path.parent for path in folder.glob("*/dataset_info.json")), default=None)
     if newest is None:
         return
-    text = (newest / "dataset_info.json").read_text(errors="replace")
+    text = (newest / "dataset_info.json").read_text("utf-8", errors="replace")
     found = re.search(r'"fileFormat": *"(\w+)"', text)
     if found is None or found[1] == "array_record":
         return  # a damaged file is named by its reader

@@ -163,7 +163,7 @@ def find_card(name: str) -> Card:
 
 
 def _read(path: str) -> Card:
-    text = Path(path).read_text(errors="replace")
+    text = Path(path).read_text("utf-8", errors="replace")
     fields = {
         "name": r'"([^"]+)"',
         "memory_bandwidth": r"(\d+)",

@@ -261,7 +261,7 @@ def write_json(path: Path, value: object) -> None:
 def write_at_once(path: Path, text: str) -> None:
     """Replaces a file at once: a reader, or a kill, finds the old file or the new one."""
     draft = _draft(path)
-    with draft.open("w") as file:
+    with draft.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -48,7 +48,7 @@ def write_beside(trained: Trained, ids: TokenIds, run: Path, out: Path) -> None:
         settings.pop("chat_template", None)
         shutil.copyfile(template, out / CHAT_TEMPLATE)
     write_json(out / "tokenizer_config.json", settings)
-    (out / "README.md").write_text(_card(trained, run))
+    (out / "README.md").write_text(_card(trained, run), "utf-8")
 
 
 def kept_settings(path: Path) -> dict[str, Any]:

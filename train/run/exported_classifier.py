@@ -30,7 +30,7 @@ from train.step.mesh import make_mesh, replicated
 def is_classifier(run: Path) -> bool:
     """Whether a folder is a run of train.finetune."""
     try:
-        return "task" in json.loads((run / "config.json").read_text())
+        return "task" in json.loads((run / "config.json").read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return False  # the reader of other runs says what is wrong
 

@@ -105,7 +105,7 @@ def _hyperparameters(settings: Mapping[str, Any]) -> list[Any]:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without one that a kill has truncated."""
     path, lines = directory / "metrics.jsonl", []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for text in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("step"), int):

@@ -2,9 +2,12 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from small_run import small
 
 from train.config.resolve import resolve
@@ -107,3 +110,21 @@ def test_a_file_that_cannot_be_written_is_named_and_nothing_changes(tmp_path):
     for name in ("there", "x"):
         run_directory.check_can_be_written(tmp_path / name, "--dump")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("there", "a")]
+
+
+def test_files_are_in_utf_8_whatever_the_locale(tmp_path):
+    # A chat template has such names of tokens: read in another encoding, they are ordinary text.
+    script = (
+        "import pathlib\n"
+        "from models.hugging_face.files import read_json\n"
+        "from train.config.settings import read_fields\n"
+        "from train.run.directory import write_at_once\n"
+        "path = pathlib.Path('settings.json')\n"
+        'write_at_once(path, \'{"user": "<\uff5cUser\uff5c>"}\')\n'
+        "assert read_json(path) == read_fields(path) == {'user': '<\uff5cUser\uff5c>'}\n"
+    )
+    (tmp_path / "script.py").write_text(script, "utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **ascii_only}
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, check=True)
+    assert (tmp_path / "settings.json").read_bytes().count("\uff5c".encode()) == 2
