@@ -106,6 +106,8 @@ def find_files(paths: Sequence[str]) -> list[Path]:
             raise ValueError(f"{name} {what} {', '.join(_SUFFIXES)}")
         for file in files:
             if not file.name.lower().endswith(_SUFFIXES):
+                if not file.exists():
+                    raise ValueError(f"{file}: there is no such file or folder")
                 raise ValueError(
                     f"{file} has none of the names that are read, {', '.join(_SUFFIXES)}: rename "
                     "it if it is of that kind, or convert it"
@@ -177,7 +179,8 @@ def _example(row: Any, place: str) -> Example:
     fields = {name: value for name, value in row.items() if value is not None}
     found = [kind for kind, names in KINDS.items() if any(name in fields for name in names)]
     if len(found) != 1:
-        has = " and ".join(_listed(KINDS[kind]) for kind in found) or _listed(fields, "no field")
+        named = [name for kind in found for name in KINDS[kind] if name in fields]
+        has = _listed(named or fields, "no field")
         raise ValueError(f"{place} has {has}: expected one of {_choices()}")
     kind: Any = found[0]
     for name in KINDS[kind]:

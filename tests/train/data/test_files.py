@@ -97,7 +97,13 @@ def test_folders_and_patterns_give_each_file_once_sorted_and_without_hidden_ones
         ("a.txt.gz", b"ab", "a.txt.gz: the gzip file is damaged"),
         ("a.parquet", b"ab", "a.parquet is not a readable Parquet file"),
         ("a.pdf", b"ab", "a.pdf has none of the names that are read, .txt, .md, .jsonl"),
+        (
+            "a.jsonl",
+            b'{"messages": [], "prompt": "x"}\n',
+            "a.jsonl:1 has `prompt` and `messages`: ex",
+        ),
         ("b/a.txt", None, "a.txt cannot be read: No such file"),
+        ("moved", None, "moved: there is no such file or folder"),
         ("*.txt", None, r"\*.txt is a pattern that matches no file"),
         (".", None, "has no file of .txt, .md"),
     ],
