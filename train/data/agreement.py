@@ -17,6 +17,7 @@ _FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 # Tokens that neither a text nor a chat template names: they need not be in tokenizer.json, nor be
 # special there unless a text gives them.
 _NEVER_WRITTEN = ("pad_token", "mask_token")
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece has for it
 # Keys that transformers' classes write into tokenizer.json, and where they are there: the type of
 # a part, and its key.
 _WRITTEN = {
@@ -165,6 +166,19 @@ def _contradictions(
         found = {x.get(name) for x in parts if x["type"] == kind}
         if said.get(key) is not None and found and found != {said[key]}:
             yield f"{key} {said[key]}", f"{kind} with {name} {next(iter(found - {said[key]}))}"
+    # Which transformers reads instead: it makes a tokenizer of SentencePiece anew.
+    begins, told = _puts_space(parts), said.get("add_prefix_space")
+    if None not in (begins, told) and begins != told:
+        yield f"add_prefix_space {told}", f"{'a' if begins else 'no'} space before a text"
+
+
+def _puts_space(parts: list[dict[str, Any]]) -> bool | None:
+    """Whether a tokenizer of SentencePiece puts a space before a text; None for another one."""
+    schemes = [x.get("prepend_scheme") for x in parts if x["type"] == "Metaspace"]
+    if schemes or any(x["type"] == "Prepend" for x in parts):
+        return schemes != ["never"]
+    spaces = (x["type"] == "Replace" and x["content"] == _SPACE for x in parts)
+    return False if any(spaces) else None
 
 
 def _named(said: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,16 @@ BYTES = {
         ],
     }
 }
+# Of SentencePiece: a space before a text, and none.
+SPACED = {"normalizer": {"type": "Prepend", "prepend": "\u2581"}}
+UNSPACED = {
+    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+}
+
+
+def metaspace(scheme: str) -> dict:
+    kind = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+    return {"pre_tokenizer": kind | {"prepend_scheme": scheme}}
 
 
 UNREACHED = {"type": "WordLevel", "vocab": WORDS | {"a b": 5}, "unk_token": "<unk>"}
@@ -77,6 +87,10 @@ def written(folder, said, settings, name="tokenizer_config.json"):
         ({"do_lower_case": False}, BERT, r"do_lower_case False, and .* with lowercase True"),
         ({"strip_accents": True}, BERT, r"strip_accents True, and .* with strip_accents None"),
         ({"add_prefix_space": False}, BYTES, r"False, and .*ByteLevel with add_prefix_space True"),
+        ({"add_prefix_space": False}, SPACED, r"add_prefix_space False, and .* a space before"),
+        ({"add_prefix_space": False}, metaspace("first"), r"e False, and .* a space before a text"),
+        ({"add_prefix_space": True}, UNSPACED, r"add_prefix_space True, and .* no space before"),
+        ({"add_prefix_space": True}, metaspace("never"), r"True, and .* no space before a text"),
     ],
 )  # fmt: skip
 def test_a_file_that_contradicts_tokenizer_json_is_refused(tmp_path, said, settings, says):
@@ -96,6 +110,9 @@ def test_a_file_that_contradicts_tokenizer_json_is_refused(tmp_path, said, setti
         ({"pad_token": "a b"}, {"model": UNREACHED}),  # an ordinary token that no text gives
         ({"bos_token": "a"}, BEGINS),  # as an export of ours, if a template names it
         ({"do_lower_case": True, "strip_accents": None, "add_prefix_space": False}, BERT),
+        ({"add_prefix_space": True}, SPACED),
+        ({"add_prefix_space": False}, UNSPACED),
+        ({"add_prefix_space": None}, metaspace("never")),
     ],
 )
 def test_files_that_agree_or_say_what_nothing_reads_are_taken(tmp_path, said, settings):
