@@ -15,8 +15,7 @@ from galore_optax.params import without_variables
 from galore_optax.projection.moments import moving_axes, small_leaves
 from galore_optax.quantization.array import QuantizedArray, dequantized, is_quantized
 from galore_optax.stages import GaLoreState
-from galore_optax.trace.dependence import dependences
-from galore_optax.trace.params_use import decoupled_decay
+from galore_optax.trace.params_use import decoupled_decay, uses_params
 from galore_optax.trace.roles import FACTOR, FIRST, SECOND, Role, state_roles
 from galore_optax.trace.traced import Traced, trace
 from galore_optax.transformation import observed
@@ -279,8 +278,7 @@ def _decays(traced: Traced, projected: Sequence[bool], decay: bool | None) -> li
     n = len(traced.params)
     if traced.update is None:
         return [_UNKNOWN] * n
-    names = [*[None] * (n + len(traced.states)), *["params"] * n]
-    used = [bool(x) for x in dependences(traced.update, names, through_scalars=False)[:n]]
+    used = uses_params(traced)
     found = None if decay is False else decoupled_decay(traced, check=decay is None)
     if found is not None:
         slopes = jax.eval_shape(found, traced.params, traced.states, traced.params)

@@ -29,7 +29,12 @@ from galore_optax.quantization.array import dequantized, is_quantized
 from galore_optax.sharding import first_element
 from galore_optax.trace.elementwise import is_elementwise, same_equations
 from galore_optax.trace.interpreter import interpret
-from galore_optax.trace.params_use import acts_within_subspace, decoupled_decay, remembers_params
+from galore_optax.trace.params_use import (
+    acts_within_subspace,
+    decoupled_decay,
+    remembers_params,
+    uses_params,
+)
 from galore_optax.trace.roles import Role, state_roles
 from galore_optax.trace.sign import NONNEGATIVE, ZERO, Sign
 from galore_optax.trace.traced import Traced, abstract, float_state, trace
@@ -44,7 +49,8 @@ class Inner:
         moments: What becomes of its moments at a refresh: galore's argument of that name.
         decay: Whether its use of params is decoupled weight decay; None finds out.
         roles: A cache, by shapes and projected axes, of the roles of the leaves of its state.
-        elementwise: A cache, by shapes and stacks, of whether its update of stacks is elementwise.
+        elementwise: A cache, by shapes, stacks and the tree of a given state, of whether its update
+            of stacks is elementwise.
     """
 
     tx: optax.GradientTransformationExtraArgs
@@ -95,6 +101,9 @@ class InnerCall:
         if shapes not in self.inner.roles:
             if self.traced.update is None:
                 raise ValueError(self._why_unknown()) from self.traced.failure
+            self._check_shapes(
+                self.traced.update.out_avals[len(self.traced.params) :], self.traced.states
+            )
             self.inner.roles[shapes] = state_roles(self.traced, moving)
         return self.inner.roles[shapes]
 
@@ -102,23 +111,35 @@ class InnerCall:
         """The message of an error for an update that cannot be traced."""
         failure = self.traced.failure
         reason = f" ({checks.reason(failure)})" if failure else ""
-        if self.given is not None:
-            made = float_state(self.inner.tx, self.params)
-            shapes, own = (
-                list(map(jnp.shape, jax.tree.leaves(x, is_leaf=is_quantized)))
-                for x in (made, self.given)
-            )
-            if shapes != own:
-                return (
-                    "state: its arrays of inner are not those that init makes for these params"
-                    f"{reason}; give the state that init made with this inner and params of these "
-                    "shapes, or begin with init"
-                )
-        return (
+        return self._not_of_init(reason) or (
             "inner: its update cannot be traced, so that it is not known how its moments are "
             'carried over; pass the extra arguments that it needs, or choose moments="keep"'
             f"{reason}"
         )
+
+    def _not_of_init(self, reason: str) -> str | None:
+        """The message of an error for a given state that `init` does not make; None if it does."""
+        if self.given is None:
+            return None
+        made = jax.eval_shape(lambda params: self.inner.tx.init(params), self.params)
+        shapes, own = (
+            (list(map(jnp.shape, arrays)), any(map(is_quantized, arrays)))
+            for arrays in (jax.tree.leaves(x, is_leaf=is_quantized) for x in (made, self.given))
+        )
+        # Codes in place of floats fit an inner that makes some.
+        if shapes[0] == own[0] and shapes[1] >= own[1]:
+            return None
+        return (
+            "state: its arrays of inner are not those that init makes for these params"
+            f"{reason}; give the state that init made with this inner and params of these "
+            "shapes, or begin with init"
+        )
+
+    def _check_shapes(self, made: Any, given: Any) -> None:
+        """Refuses a given state with which arrays grow: axes of length 1 meet others."""
+        shapes, own = (list(map(jnp.shape, jax.tree.leaves(x))) for x in (made, given))
+        if shapes != own and (message := self._not_of_init("")):
+            raise ValueError(message)
 
     @property
     def elementwise(self) -> bool:
@@ -129,7 +150,9 @@ class InnerCall:
         leaves, tree = jax.tree.flatten(self.params)
         plans = enumerate(self.plans)
         stacks = {k: plan.batch_ndim for k, plan in plans if plan is not None and plan.together}
-        shapes = tree, tuple((x.shape, x.dtype) for x in leaves), tuple(stacks.items())
+        given = None if self.given is None else jax.tree.structure(self.given, is_leaf=is_quantized)
+        own = tuple((x.shape, x.dtype) for x in leaves)
+        shapes = tree, own, tuple(stacks.items()), given
         if shapes not in self.inner.elementwise:
             for k, leaf in enumerate(leaves):
                 leaves[k] = abstract(leaf.shape[stacks.get(k, 0) :], leaf.dtype)
@@ -201,7 +224,14 @@ class InnerCall:
                     lambda x: jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
                     params,
                 )
-        return *self.inner.tx.update(grads, state, params, **self.extra_args), slopes
+        try:
+            updates, state = self.inner.tx.update(grads, state, params, **self.extra_args)
+        except Exception as error:
+            if message := self._not_of_init(f" ({checks.reason(error)})"):
+                raise ValueError(message) from error
+            raise
+        self._check_shapes(updates, grads)
+        return updates, state, slopes
 
     @functools.cached_property
     def ascends(self) -> bool:
@@ -261,6 +291,31 @@ class InnerCall:
                 )
         if callable(rule):
             check_rule(rule, [leaf for _, leaf in pairs], self.moments(), self.plans)
+
+    def warn_of_masks(self, params: optax.Params) -> None:
+        """Warns of leaves whose values the inner would use, but not of what it is given of them.
+
+        A mask that is a function looks at paths and shapes. Those of matrices that are given one by
+        one, or whose axes are merged, are not those of the leaf.
+        """
+        plans = [(i, plan, plan.view) for i, plan in enumerate(self.plans) if plan is not None]
+        axes = {i: plan.batch_ndim + len(view.sizes) for i, plan, view in plans}
+        others = [(i, plan.path) for i, plan, view in plans if len(view.shape) != axes[i]]
+        if not others or self.traced.update is None:
+            return
+        try:
+            whole = uses_params(self._trace(params, None))
+        except Exception:  # an inner for matrices only says nothing about a stack
+            return
+        used = zip(small_leaves(self.plans), uses_params(self.traced), strict=True)
+        kept = {i for (i, _), use in used if use}
+        if lost := [path for i, path in others if whole and whole[i] and i not in kept]:
+            _warn(
+                f"galore: inner uses values of params (as in weight decay), but not of {len(lost)} "
+                f"leaves when they are projected, the first at {lost[0]}: a mask's function "
+                "is given paths and shapes of projected matrices, of a stack one by one unless "
+                "inner is elementwise; give it as a tree of booleans instead"
+            )
 
     def _of_projected(self, path: tuple[Any, ...], param: int | None) -> bool:
         """Whether a leaf of the state belongs to a projected param, by its role or else its path.

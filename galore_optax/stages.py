@@ -110,6 +110,7 @@ class GaLore:
         recovery = first_states(self.recover, plans, leaves, inner_state)
         if any(plans):
             inner.check(needs_descent=getattr(self.recover, "needs_descent", False))
+            inner.warn_of_masks(params)
         OBSERVER.get()(inner, params)
         timing = schedule.first_timing(self.gap, sum(plan.matrices for plan in filter(None, plans)))
         # As after a refresh, which happens where gradients allow it.

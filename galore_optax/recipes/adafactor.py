@@ -53,7 +53,8 @@ def galore_adafactor(
             (projected) weights.
         weight_decay: Decoupled weight decay, times the learning rate, of the whole matrix.
         weight_decay_rate: The same, not times the learning rate, as in `optax.adafactor`.
-        weight_decay_mask: Which leaves decay, as `mask` in `galore_adamw`.
+        weight_decay_mask: Which leaves decay, as `mask` in `galore_adamw`; a function is given the
+            matrices of a stack one by one, in a tuple.
         state_dtype: As in `galore_adamw`.
         **options: The other arguments of `galore`.
 

@@ -92,6 +92,15 @@ def decoupled_decay(traced: Traced, *, check: bool = True) -> Slopes | None:
     return at
 
 
+def uses_params(traced: Traced) -> list[bool]:
+    """Whether each leaf's update uses params, other than through scalars; empty if not known."""
+    if traced.update is None:
+        return []
+    n = len(traced.params)
+    names = [*[None] * (n + len(traced.states)), *["params"] * n]
+    return [bool(x) for x in dependences(traced.update, names, through_scalars=False)[:n]]
+
+
 def _as(x: Any, dtype: Any) -> Array:
     if not hasattr(x, "dtype"):  # a number, as `optax.tree.set` puts a learning rate into a state
         return jnp.asarray(x, dtype)

@@ -1,5 +1,7 @@
 """Wrong values of arguments are refused where they are given, by name and in few words."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,6 +173,36 @@ def test_a_state_of_other_params_or_another_inner_is_refused_as_such(inner, para
     state = galore(2, inner).init(params)
     with pytest.raises(ValueError, match=r"state: .* of inner .* for these params.*that init made"):
         galore(2, now).update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("moments", ["rotate", "keep"])
+@pytest.mark.parametrize("recover", ["project", "apollo-mini"])
+@pytest.mark.parametrize("decay", [None, False])
+def test_a_state_of_another_side_is_refused_also_where_its_moments_broadcast(
+    moments, recover, decay
+):
+    options = {"moments": moments, "recover": recover, "decoupled_decay": decay}
+    before, now = (galore(1, ADAM, side=side, **options) for side in ("left", "right"))
+    params = {"w": jnp.ones((8, 8))}
+    with pytest.raises(ValueError, match=r"state: .* of inner .* for these params.*that init made"):
+        now.update(params, before.init(params), params)
+
+
+@pytest.mark.parametrize("moments", ["rotate", "keep"])
+def test_codes_are_refused_by_an_inner_of_floats_as_such(moments):
+    state = galore(2, quantize_state(ADAM, min_size=1), moments=moments).init(PARAMS)
+    with pytest.raises(ValueError, match=r"state: .* of inner .* for these params.*that init made"):
+        galore(2, ADAM, moments=moments).update(PARAMS, state, PARAMS)
+    galore(2, quantize_state(ADAM), moments=moments).update(PARAMS, state, PARAMS)
+
+
+def test_a_refused_state_does_not_change_what_init_makes_next():
+    params, numbers = {"w": jnp.ones((2, 6, 8))}, GaLoreDimensionNumbers(1, 2)
+    make = functools.partial(galore, 2, weight_dimension_numbers=numbers)
+    tx = make(ADAM)
+    with pytest.raises(ValueError, match="state: "):
+        tx.update(params, make(optax.lion(0.1)).init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, tx.init(params), make(ADAM).init(params))
 
 
 def test_a_message_shows_no_array():
