@@ -666,7 +666,9 @@ def test_the_inner_is_traced_at_most_twice_in_a_jitted_update(make, stacked):
     tx = transformation()
     state = tx.init(params)
     # Once by galore, once more to compare a stack with its matrices, once by `quantize_state`.
-    assert calls["update"] <= 1 + stacked + (make == "8 bits")
+    # Where matrices are given one by one, once with the whole stack: a mask may miss them.
+    apart = stacked and make == "adafactor"
+    assert calls["update"] <= 1 + stacked + (make == "8 bits") + apart
     for one in (tx, transformation()):  # as in a run, and in one that goes on from a checkpoint
         calls["update"] = 0
         jax.jit(one.update)(params, state, params)
