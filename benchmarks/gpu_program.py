@@ -28,6 +28,7 @@ from galore_optax import (
     fira_adamw,
     galore_adamw,
     galore_adamw8bit,
+    muon,
     racs,
     scale_sgd,
     state_bytes,
@@ -77,6 +78,8 @@ ROWS: Mapping[str, tuple[str, Optimizer | Mapping[str, Any]]] = {
     ),
     "step-racs": ("h100", Optimizer("llama-1b", lambda: racs(1e-2, **_MATRICES))),
     "step-scale": ("h100", Optimizer("llama-1b", lambda: scale_sgd(1e-2, False, **_MATRICES))),
+    "step-muon8bit": ("h100", Optimizer("llama-1b", lambda: muon(1e-2, bits=8, **_MATRICES))),
+    "step-muon4bit": ("h100", Optimizer("llama-1b", lambda: muon(1e-2, bits=4, **_MATRICES))),
     "step-adamw8bit": ("h100", Optimizer("llama-1b", lambda: adamw8bit(1e-3))),
     "refresh-7b": (
         "h100",

@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.runs import Runs, trained
 
 FULL, GALORE = (0.0005, 0.001, 0.002, 0.005), (0.005, 0.01, 0.02, 0.04)
+MUON = (0.001, 0.002, 0.005, 0.01)
 LOWER = (0.00125, 0.0025)  # for methods that were best at GALORE's lowest
 
 # Flags, and the learning rates to choose from.
@@ -33,7 +34,9 @@ METHODS: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "Alice-0": (("--optimizer", "alice", "--tracking", "0"), GALORE),
     "RACS": (("--optimizer", "racs"), GALORE),
     "SCALE": (("--optimizer", "scale"), FULL),
-    "Muon": (("--optimizer", "muon"), FULL),
+    "Muon": (("--optimizer", "muon"), MUON),
+    "8-bit Muon": (("--optimizer", "muon", "--moment-bits", "8"), MUON),
+    "4-bit Muon": (("--optimizer", "muon", "--moment-bits", "4"), MUON),
     "low rank": (("--optimizer", "adamw", "--adapter", "low-rank"), FULL),
     "LoRA": (("--optimizer", "lora-adamw"), FULL),
     "DoRA": (("--optimizer", "adamw", "--adapter", "dora"), FULL),
@@ -69,7 +72,7 @@ METHODS: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
 class Comparison(Runs):
     """Trains each method at four learning rates or more, and prints a table."""
 
-    methods: tuple[str, ...] = tuple(METHODS)[:12]
+    methods: tuple[str, ...] = tuple(METHODS)[:14]
     """Rows of the table."""
     seeds: int = 1
     """Runs at each method's best learning rate, with seeds from 0."""

@@ -39,6 +39,7 @@ from galore_optax.recipes.galore import (
     q_galore_adamw8bit,
 )
 from galore_optax.recipes.gradnorm_lorp import gradnorm_lorp_adamw
+from galore_optax.recipes.muon import muon
 from galore_optax.recipes.racs import racs, scale_by_racs
 from galore_optax.recipes.scale import scale_by_columns, scale_sgd
 from galore_optax.sharding import state_shardings
@@ -82,6 +83,7 @@ __all__ = [
     "join",
     "layerwise_shardings",
     "merge",
+    "muon",
     "product",
     "q_galore_adamw8bit",
     "quantize_nf4",

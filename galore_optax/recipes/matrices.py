@@ -44,7 +44,7 @@ def of_matrices(
         leaves, tree = jax.tree.flatten(params)
         states = [
             optax.MaskedNode() if view is None else first_state(init, view, leaf)
-            for view, leaf in zip(_views(params, numbers), leaves, strict=True)
+            for view, leaf in zip(views_of_matrices(params, numbers), leaves, strict=True)
         ]
         return MatricesState(tree.unflatten(states))
 
@@ -54,7 +54,7 @@ def of_matrices(
     ) -> tuple[optax.Updates, MatricesState]:
         leaves, tree = jax.tree.flatten(updates)
         states = tree.flatten_up_to(state.matrices)
-        for i, view in enumerate(_views(updates, numbers)):
+        for i, view in enumerate(views_of_matrices(updates, numbers)):
             if view is not None:
                 leaves[i], states[i] = each_matrix(
                     lambda g, own, _, given: function(g, own, *given),
@@ -111,10 +111,13 @@ def with_adam_for_others(
 def are_matrices(params: optax.Params, numbers: WeightDimensionNumbers) -> optax.Params:
     """For each leaf whether it is a matrix, or a stack of them: a tree of booleans."""
     tree = jax.tree.structure(params)
-    return tree.unflatten([view is not None for view in _views(params, numbers)])
+    return tree.unflatten([view is not None for view in views_of_matrices(params, numbers)])
 
 
-def _views(params: optax.Params, numbers: WeightDimensionNumbers) -> list[LeafView | None]:
+def views_of_matrices(
+    params: optax.Params, numbers: WeightDimensionNumbers
+) -> list[LeafView | None]:
+    """The view of each leaf, in the order of `jax.tree.leaves`; None: it is no matrix."""
     found = matrix_views(params, numbers)
     for path, view in found:
         if view is not None and view.tensor:

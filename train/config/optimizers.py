@@ -68,29 +68,6 @@ def _all_matrices(params: Any) -> Any:
     return {**dimension_numbers(params), **{k: v for k, v in tables.items() if k in params}}
 
 
-def _muon(learning_rate: Any, weight_decay: float, b1: float, b2: float, eps: float) -> Any:
-    """Muon of the layers' matrices, whose updates have the size of AdamW's, and AdamW of the rest.
-
-    So one learning rate serves both (arXiv:2502.16982, sec. 2.2).
-    """
-
-    def matrices(params: Any) -> Any:
-        matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-        axes = param_axes(params)
-        return jax.tree.map(lambda n: matrix if n == 2 else None, axes, is_leaf=_is_none)
-
-    return optax.contrib.muon(
-        learning_rate,
-        weight_decay=weight_decay,
-        eps=eps,
-        adam_b1=b1,
-        adam_b2=b2,
-        adam_weight_decay=weight_decay,
-        muon_weight_dimension_numbers=matrices,
-        consistent_rms=0.2,
-    )
-
-
 # The optimizers' arguments that have other names than the settings.
 _ARGUMENTS = {"moment_bits": "bits", "gradient_rank": "rank"}
 _OF_WEIGHTS = ("weight_bits", "embedding_bits", "stochastic_rounding")
@@ -134,6 +111,10 @@ _RACS_OF = partial(
     galore_optax.racs,
     weight_dimension_numbers=dimension_numbers,  # pyrefly: ignore[bad-argument-type]
 )
+_MUON_OF = partial(
+    galore_optax.muon,
+    weight_dimension_numbers=dimension_numbers,  # pyrefly: ignore[bad-argument-type]
+)
 _SCALE_OF = partial(
     galore_optax.scale_sgd, last_layer=_is_head, weight_dimension_numbers=_all_matrices
 )
@@ -157,7 +138,7 @@ OPTIMIZERS: Mapping[str, Recipe] = {
     "alice": Recipe(galore_optax.alice, _ALICE, recovers=True, learning_rate=0.02),
     "racs": Recipe(_cast(_RACS_OF), _RACS, learning_rate=0.02),
     "scale": Recipe(_cast(_SCALE_OF), {**_ADAMW, **_FLOATS}),
-    "muon": Recipe(_cast(_muon), {**_ADAMW, **_FLOATS}),
+    "muon": Recipe(_MUON_OF, {**_ADAMW, "moment_bits": None, **_FLOATS}),
     "lora-adamw": _PLAIN._replace(adapter="lora"),
     "relora-adamw": _PLAIN._replace(adapter="relora"),
     "qlora-adamw": _PLAIN._replace(adapter="qlora"),

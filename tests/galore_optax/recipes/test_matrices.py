@@ -1,4 +1,4 @@
-"""RACS, SCALE and Alice: float64 references, stacks, layers, shardings, what is refused."""
+"""RACS, SCALE, Muon and Alice: float64 references, stacks, layers, shardings, what is refused."""
 
 import functools
 
@@ -17,6 +17,7 @@ from galore_optax import (
     TuckerDimensionNumbers,
     alice,
     galore,
+    muon,
     quantize_weights,
     racs,
     scale_sgd,
@@ -82,6 +83,51 @@ def test_scale_normalizes_columns_and_keeps_momentum_in_the_last_layer_alone():
     assert state_bytes(tx.init(params))["moments"] == 4 * (8 * 5 + 2 * 8)
 
 
+def orthogonalized(x):
+    """Five steps of Newton and Schulz with the coefficients of Jordan et al."""
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def muon_by_hand(weight, grads, rate, decay):
+    mean = 0.0
+    for i, g in enumerate(grads, 1):
+        mean = 0.95 * mean + 0.05 * g
+        ahead = 0.95 * mean / (1 - 0.95 ** (i + 1)) + 0.05 * g / (1 - 0.95**i)  # Nesterov's
+        size = 0.2 * np.sqrt(max(weight.shape))
+        weight = weight - rate * (size * orthogonalized(ahead) + decay * weight)
+    return weight
+
+
+def test_muon_orthogonalizes_momentum_and_has_adamw_for_the_rest():
+    params = {"w": normal(0, 6, 8), "tall": normal(1, 9, 4), "norm": normal(2, 8)}
+    grads = [jax.tree.map(lambda x, i=i: normal(i, *x.shape), params) for i in range(3, 7)]
+    tx = muon(0.01, weight_decay=0.1, mask={"w": True, "tall": False, "norm": True})
+    got = run(tx, params, grads)[-1]
+    w, tall = (doubles(params[name], *[g[name] for g in grads]) for name in ("w", "tall"))
+    np.testing.assert_allclose(got["w"], muon_by_hand(w[0], w[1:], 0.01, 0.1), atol=2e-6)
+    turned = muon_by_hand(tall[0].T, [g.T for g in tall[1:]], 0.01, 0)
+    np.testing.assert_allclose(got["tall"], turned.T, atol=2e-6)
+    norm = run(optax.nadamw(0.01, weight_decay=0.1), params["norm"], [g["norm"] for g in grads])
+    np.testing.assert_allclose(got["norm"], norm[-1], atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "bytes_a_weight", "off"), [(8, 1.04, 0.05), (4, 0.56, 0.25)])
+def test_muons_momentum_in_few_bits_gives_nearly_its_update(bits, bytes_a_weight, off):
+    params, grads = normal(0, 64, 128), [normal(1, 64, 128) + normal(i, 64, 128) for i in range(9)]
+    exact, tx = muon(0.01), muon(0.01, bits=bits)
+    states = exact.init(params), tx.init(params)
+    updates = [jax.jit(x.update) for x in (exact, tx)]
+    assert state_bytes(states[1])["moments"] < bytes_a_weight * params.size
+    for grad in grads:
+        (expected, a), (got, b) = (f(grad, s, params) for f, s in zip(updates, states, strict=True))
+        states = a, b
+    assert 0 < np.linalg.norm(got - expected) < off * np.linalg.norm(expected)
+
+
 def test_the_recipe_of_alice_is_the_papers():
     tx = alice(0.02, 3, leading=2, tracking=0)
     params = normal(0, 8, 12)
@@ -121,7 +167,7 @@ def test_alice_finds_a_subspace_from_the_gradients_that_it_tracked():
     np.testing.assert_allclose(overlap, 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["racs", "scale"])
+@pytest.mark.parametrize("name", ["racs", "scale", "muon"])
 def test_matrices_of_a_stack_are_scaled_apart_and_a_layer_wise_step_does_the_same(name):
     numbers = {**NUMBERS, "out": {"norm": None, "head": MATRIX}}
 
@@ -132,6 +178,7 @@ def test_matrices_of_a_stack_are_scaled_apart_and_a_layer_wise_step_does_the_sam
     tx = {
         "racs": racs(0.02, weight_dimension_numbers=numbers),
         "scale": scale_sgd(0.01, last_layer, weight_dimension_numbers=numbers),
+        "muon": muon(0.01, weight_dimension_numbers=numbers),
     }[name]
     assert_equal(by_layers(tx), ordinary(tx), 1e-5)
 
@@ -162,12 +209,16 @@ def test_alice_at_full_rank_is_sharded_and_so_are_squares():
         assert len(state.recovery[2].spec) == 2  # (rank, rank), along a side at most once
 
 
-@pytest.mark.parametrize("kind", ["racs", "scale"])
+@pytest.mark.parametrize("kind", ["racs", "scale", "muon"])
 def test_quantized_weights_are_updated_as_their_values(kind):
     params = quantize_weights({"w": normal(0, 64, 128), "b": normal(1, 128)})
     values, grads = dequantized(params), {"w": normal(2, 64, 128), "b": normal(3, 128)}
     last = {"w": True, "b": False}
-    tx = {"racs": racs(0.01, weight_decay=0.1), "scale": scale_sgd(0.01, last, weight_decay=0.1)}
+    tx = {
+        "racs": racs(0.01, weight_decay=0.1),
+        "scale": scale_sgd(0.01, last, weight_decay=0.1),
+        "muon": muon(0.01, weight_decay=0.1, bits=8),
+    }
     update = jax.jit(tx[kind].update)
     state = jax.jit(tx[kind].init)(params)
     expected, _ = update(grads, state, values)
@@ -181,6 +232,9 @@ def test_quantized_weights_are_updated_as_their_values(kind):
         (lambda: racs("x"), "learning_rate='x'"),
         (lambda: racs(0.1, steps=0), "steps=0 must be"),
         (lambda: racs(0.1, decay=1.0), "decay=1.0: give"),
+        (lambda: muon(0.1, beta=1.0), "beta=1.0: give"),
+        (lambda: muon(0.1, bits=3), "bits=3"),
+        (lambda: muon(0.1, bits=8, state_dtype="float32"), "state_dtype='float32' with bits=8"),
         (lambda: scale_sgd(0.1, {"w": 1}), "last_layer: 1 in it must be True or False"),
         (lambda: alice(0.1, 3, leading=0), "leading=0 must be"),
         (lambda: alice(0.1, 3, compensation=-1), "compensation=-1: give"),
@@ -203,7 +257,7 @@ def test_what_has_no_meaning_is_refused_by_name(make, named):
 
 def test_a_zero_gradient_changes_nothing_and_nothing_is_nan_afterwards():
     params = jnp.ones((6, 8)).at[2].set(0)  # and a row of zeros
-    for tx in (racs(0.02), scale_sgd(0.01, False)):
+    for tx in (racs(0.02), scale_sgd(0.01, False), muon(0.01), muon(0.01, bits=4)):
         state = tx.init(params)
         updates, state = tx.update(0 * params, state, params)
         np.testing.assert_array_equal(updates, 0)
