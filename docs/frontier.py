@@ -28,7 +28,7 @@ RECORDS = HERE.parent / "benchmarks" / "records" / "quality.jsonl"
 def gigabytes(flags: tuple[str, ...]) -> float:
     """The GB of an optimizer's state for the 1B model, all floats in BF16."""
     config = tyro.cli(Pretrain, args=["--model", "llama-1b", "--dtype", "bfloat16", *flags])
-    if "state_dtype" in OPTIMIZERS[config.optimizer].options:
+    if "state_dtype" in OPTIMIZERS[config.optimizer].options and config.moment_bits is None:
         config = dataclasses.replace(config, state_dtype="bfloat16")
     state = jax.eval_shape(make_recipe(resolve(config)).init, bf16_params("llama-1b"))
     return sum(state_bytes(state).values()) / 1e9
@@ -60,15 +60,15 @@ def main() -> None:
     ]
     line = sorted((sizes[name], means[name]) for name in ahead)
     axes.plot(*zip(*line, strict=True), color=FAINT, lw=1, drawstyle="steps-post", zorder=0)
-    for name, values in found.items():
-        at, colour = (sizes[name], means[name]), SMALL if name in ahead else INK
+    named: list[tuple[float, float]] = []  # where names are
+    for name in sorted(found, key=means.__getitem__, reverse=True):
+        size, values, colour = sizes[name], found[name], SMALL if name in ahead else INK
         spread = statistics.stdev(values) if len(values) > 1 else 0
-        axes.errorbar(*at, yerr=spread, fmt="o", ms=5, capsize=3, color=colour)
-        crowded = any(
-            0 < means[x] - means[name] < 0.1 and 0.8 < sizes[x] / sizes[name] < 1.25 for x in found
-        )
-        place = (6, -10 if crowded else 4)  # below the point, if another's name is above
-        axes.annotate(name, at, place, textcoords="offset points", size=8, color=colour)
+        axes.errorbar(size, means[name], yerr=spread, fmt="o", ms=5, capsize=3, color=colour)
+        beside = [height for at, height in named if 0.8 < at / size < 1.25]
+        named.append((size, min([means[name], *(height - 0.09 for height in beside)])))
+        above = (8, 3 if name in ahead else -3)  # the line
+        axes.annotate(name, named[-1], above, textcoords="offset points", size=8, color=colour)
     axes.set(
         xlabel="optimizer state of a 1B LLaMA, GB",
         ylabel="perplexity per byte of a small model",
