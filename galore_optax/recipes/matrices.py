@@ -8,7 +8,6 @@ import jax
 import optax
 from jaxtyping import Array, Float
 
-from galore_optax import checks
 from galore_optax.params import for_init, of_arrays
 from galore_optax.projection.dimension_numbers import (
     LeafView,
@@ -17,7 +16,7 @@ from galore_optax.projection.dimension_numbers import (
 )
 from galore_optax.projection.each import State, each_matrix, first_state
 from galore_optax.quantization.array import dequantized
-from galore_optax.recipes.options import Mask
+from galore_optax.recipes.options import Mask, checked
 
 
 class MatricesState(NamedTuple):
@@ -79,13 +78,9 @@ def with_adam_for_others(
     mask: Mask | None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformations, Adam for leaves without a matrix, decay and the learning rate."""
-    learning_rate = checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
-    b1 = checks.number(b1, "b1", least=0, below=1, such_as=0.9)
-    b2 = checks.number(b2, "b2", least=0, below=1, such_as=0.999)
-    eps = checks.number(eps, "eps", least=0, such_as=1e-8)
-    weight_decay = checks.number_or_schedule(weight_decay, "weight_decay", least=0, such_as=0.1)
-    if mask is not None:
-        mask = checks.mask(mask, "mask")
+    learning_rate, b1, b2, eps, weight_decay, mask = checked(
+        learning_rate, b1, b2, eps, weight_decay, mask
+    )
 
     def others(params: optax.Params) -> optax.Params:
         return jax.tree.map(operator.not_, are_matrices(params, numbers))

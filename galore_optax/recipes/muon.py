@@ -9,7 +9,7 @@ from galore_optax import checks
 from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.quantization.state import cast_state, quantize_state
 from galore_optax.recipes.matrices import views_of_matrices
-from galore_optax.recipes.options import Mask
+from galore_optax.recipes.options import Mask, checked
 
 _SIZE = 0.2  # root mean square of an update of AdamW (arXiv:2502.16982, section 2.2)
 
@@ -61,14 +61,10 @@ def muon(
         >>> [state_bytes(muon(0.01, bits=n).init(params))["moments"] for n in (None, 8, 4)]
         [67596, 18700, 10764]
     """
-    learning_rate = checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
+    learning_rate, b1, b2, eps, weight_decay, mask = checked(
+        learning_rate, b1, b2, eps, weight_decay, mask
+    )
     beta = checks.number(beta, "beta", least=0, below=1, such_as=0.95)
-    b1 = checks.number(b1, "b1", least=0, below=1, such_as=0.9)
-    b2 = checks.number(b2, "b2", least=0, below=1, such_as=0.999)
-    eps = checks.number(eps, "eps", least=0, such_as=1e-8)
-    weight_decay = checks.number_or_schedule(weight_decay, "weight_decay", least=0, such_as=0.1)
-    if mask is not None:
-        mask = checks.mask(mask, "mask")
     if bits is not None and state_dtype is not None:
         raise ValueError(
             f"state_dtype={checks.said(state_dtype)} with bits={bits}: moments in {bits} bits are "

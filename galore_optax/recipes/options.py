@@ -43,6 +43,20 @@ def renamed(function: Any, name: str, **constants: Any) -> Any:
     return made
 
 
+def checked(
+    learning_rate: Any, b1: Any, b2: Any, eps: Any, weight_decay: Any, mask: Mask | None
+) -> tuple[Any, Any, Any, Any, Any, Mask | None]:
+    """The arguments that AdamW's relatives share; ValueError names one that has no meaning."""
+    return (
+        checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01),
+        checks.number(b1, "b1", least=0, below=1, such_as=0.9),
+        checks.number(b2, "b2", least=0, below=1, such_as=0.999),
+        checks.number(eps, "eps", least=0, such_as=1e-8),
+        checks.number_or_schedule(weight_decay, "weight_decay", least=0, such_as=0.1),
+        None if mask is None else checks.mask(mask, "mask"),
+    )
+
+
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -58,12 +72,10 @@ def adamw(
     state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.adamw`, its arguments checked, with moments in `bits` or a `state_dtype`."""
-    learning_rate = checks.number_or_schedule(learning_rate, "learning_rate", such_as=0.01)
-    b1 = checks.number(b1, "b1", least=0, below=1, such_as=0.9)
-    b2 = checks.number(b2, "b2", least=0, below=1, such_as=0.999)
-    eps = checks.number(eps, "eps", least=0, such_as=1e-8)
+    learning_rate, b1, b2, eps, weight_decay, mask = checked(
+        learning_rate, b1, b2, eps, weight_decay, mask
+    )
     eps_root = checks.number(eps_root, "eps_root", least=0, such_as=0.0)
-    weight_decay = checks.number_or_schedule(weight_decay, "weight_decay", least=0, such_as=0.1)
     checks.choice(nesterov, "nesterov", (False, True))
     for name, dtype in {"mu_dtype": mu_dtype, "state_dtype": state_dtype}.items():
         if dtype is not None:
@@ -74,8 +86,6 @@ def adamw(
                 "computed in "
                 "float32; leave one of them out"
             )
-    if mask is not None:
-        mask = checks.mask(mask, "mask")
     made = optax.adamw(
         learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
     )
