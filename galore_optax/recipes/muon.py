@@ -45,7 +45,7 @@ def muon(
         mask: Which leaves decay, as in `optax.adamw`.
         bits: Stores momentum and moments in 8 or 4 bits (`quantize_state`); None as floats.
         state_dtype: Dtype in which momentum and moments that are floats are stored and computed
-            (`cast_state`); None takes the params'.
+            (`cast_state`); None takes float32, or float64 for params that are float64.
         weight_dimension_numbers: Which leaves are matrices, as in `galore`. For pre-training leave
             embedding and head out.
 
