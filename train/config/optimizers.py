@@ -203,6 +203,8 @@ def make_recipe(config: ResolvedTraining, refreshes: bool = True) -> optax.Gradi
             options["sum_over"] = "data"
         if recipe.adapter is None:
             options["weight_dimension_numbers"] = dimension_numbers
+    if config.optimizer == "muon":
+        options["product_dtype"] = config.dtype
     tx = recipe.make(learning_rate_schedule(config), **options)
     stacks = recipe.stacks
     if recipe.adapter is None and options.get("bits") is not None:

@@ -105,7 +105,8 @@ def muon_by_hand(weight, grads, rate, decay):
 def test_muon_orthogonalizes_momentum_and_has_adamw_for_the_rest():
     params = {"w": normal(0, 6, 8), "tall": normal(1, 9, 4), "norm": normal(2, 8)}
     grads = [jax.tree.map(lambda x, i=i: normal(i, *x.shape), params) for i in range(3, 7)]
-    tx = muon(0.01, weight_decay=0.1, mask={"w": True, "tall": False, "norm": True})
+    mask = {"w": True, "tall": False, "norm": True}
+    tx = muon(0.01, weight_decay=0.1, mask=mask, product_dtype="float32")
     got = run(tx, params, grads)[-1]
     w, tall = (doubles(params[name], *[g[name] for g in grads]) for name in ("w", "tall"))
     np.testing.assert_allclose(got["w"], muon_by_hand(w[0], w[1:], 0.01, 0.1), atol=2e-6)
@@ -113,6 +114,20 @@ def test_muon_orthogonalizes_momentum_and_has_adamw_for_the_rest():
     np.testing.assert_allclose(got["tall"], turned.T, atol=2e-6)
     norm = run(optax.nadamw(0.01, weight_decay=0.1), params["norm"], [g["norm"] for g in grads])
     np.testing.assert_allclose(got["norm"], norm[-1], atol=1e-6)
+
+
+def test_muon_in_bfloat16_takes_products_in_it_and_gives_nearly_the_same_update():
+    params, gradient, single = normal(0, 64, 128), normal(1, 64, 128), jnp.float32
+    update = jax.jit(muon(1.0).update)
+    state = muon(1.0).init(params)
+    text = update.lower(gradient, state, params).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    assert all(line.count("bf16>") == 3 for line in products)
+    made, exact = (update(gradient, state, params)[0], muon(1.0, product_dtype=single).update)
+    expected, _ = exact(gradient, state, params)
+    assert made.dtype == single
+    assert 1e-3 < np.linalg.norm(made - expected) / np.linalg.norm(expected) < 0.1
 
 
 @pytest.mark.parametrize(("bits", "bytes_a_weight", "off"), [(8, 1.04, 0.05), (4, 0.56, 0.25)])
@@ -178,7 +193,7 @@ def test_matrices_of_a_stack_are_scaled_apart_and_a_layer_wise_step_does_the_sam
     tx = {
         "racs": racs(0.02, weight_dimension_numbers=numbers),
         "scale": scale_sgd(0.01, last_layer, weight_dimension_numbers=numbers),
-        "muon": muon(0.01, weight_dimension_numbers=numbers),
+        "muon": muon(0.01, product_dtype="float32", weight_dimension_numbers=numbers),
     }[name]
     assert_equal(by_layers(tx), ordinary(tx), 1e-5)
 
@@ -234,6 +249,7 @@ def test_quantized_weights_are_updated_as_their_values(kind):
         (lambda: racs(0.1, decay=1.0), "decay=1.0: give"),
         (lambda: muon(0.1, beta=1.0), "beta=1.0: give"),
         (lambda: muon(0.1, bits=3), "bits=3"),
+        (lambda: muon(0.1, product_dtype="int8"), "product_dtype='int8'"),
         (lambda: muon(0.1, bits=8, state_dtype="float32"), "state_dtype='float32' with bits=8"),
         (lambda: scale_sgd(0.1, {"w": 1}), "last_layer: 1 in it must be True or False"),
         (lambda: alice(0.1, 3, leading=0), "leading=0 must be"),

@@ -164,6 +164,17 @@ def test_what_is_set_reaches_the_optimizer_and_config_json_repeats_it(tmp_path):
     assert seen["update_proj_gap"] == Adaptive(Staggered(5))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_muon_takes_its_products_in_the_dtype_of_the_model(dtype):
+    config = resolve(command("--optimizer", "muon", "--moment-bits", "8", "--dtype", dtype))
+    params = {"layers": {"mlp": {"up": jax.ShapeDtypeStruct((2, 40, 64), dtype)}}}
+    tx = make_recipe(config)
+    update = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params)
+    products = [line for line in update.as_text().splitlines() if "dot_general" in line]
+    assert products
+    assert all(line.count("bf16>") == 3 * (dtype == "bfloat16") for line in products)
+
+
 def test_alice_is_given_its_parts():
     params = {"layers": {"mlp": {"up": jnp.ones((2, 40, 64))}}}
     params = jax.eval_shape(lambda: params)
