@@ -84,9 +84,10 @@ def galore(
 
     Args:
         rank: Dimensions of the subspace: an integer of at least 1, a float up to 1 for a fraction
-            of the smaller side, or a function from a leaf's path and shape to either. A side that
-            is no longer than the rank has no basis, as if P were the identity; with
-            subspace="svd", "sampled" or a function it has one of all its directions, as published.
+            of the smaller side (rounded, at least 1), or a function from a leaf's path and shape
+            to either. A side that is no longer than the rank has no basis, as if P were the
+            identity; with subspace="svd", "sampled" or a function it has one of all its
+            directions, as published.
         inner: The transformation to run in the subspace, e.g. `optax.adamw(1e-2)`.
         update_proj_gap: When subspaces are refreshed: an integer, the steps from one refresh to the
             next; a function from the step of a refresh to that number; `Staggered(gap)`, which

@@ -24,6 +24,7 @@ VALIDATION_EVERY = 100
 # A reader keeps all files open: all of C4 must fit into the usual limit of 1,024 files.
 DOCUMENTS_PER_FILE = 1_000_000
 DOCUMENTS_IN_MEMORY = 1_000
+_GZIP, _ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how their files begin
 # Seconds in which a server must answer.
 _PATIENCE = 10
 
@@ -182,7 +183,10 @@ def _documents(shards: dict[str, list[Path]]) -> Iterator[tuple[str, bytes]]:
 
 def texts_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
     """The `text` of each line of a shard that is not blank, as UTF-8."""
-    is_gzip = file.read(2) == b"\x1f\x8b"
+    start = file.read(len(_ZSTANDARD))
+    if start == _ZSTANDARD:
+        raise ValueError(f"{path}: compressed by Zstandard: unpack it with `zstd -d`, or use gzip")
+    is_gzip = start.startswith(_GZIP)
     file.seek(0)
     number, found = 0, False
     try:

@@ -158,6 +158,7 @@ def test_an_address_that_does_not_answer_is_an_error(tmp_path, caplog):
             gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9],
             r"c4\.json:\d+: the gzip file is damaged",
         ),
+        (b"\x28\xb5\x2f\xfd\x04", r"c4\.json: compressed by Zstandard: unpack it"),
         (b"\x1f\x8bnothing", r"c4\.json:1: the gzip file is damaged"),
     ],
 )
