@@ -62,7 +62,7 @@ def static(value: Any, name: str) -> None:
         raise ValueError(
             f"{name}={said(value)}, yet shapes or the program depend on it; under "
             "optax.inject_hyperparams name it in static_args=(...), as all of these that the "
-            f"function takes: {_STATIC}"
+            f"function takes: {_STATIC}; and functions that are no schedules, such as mask"
         )
 
 

@@ -14,6 +14,7 @@ from galore_optax.projection.dimension_numbers import WeightDimensionNumbers
 from galore_optax.quantization.state import cast_state, quantize_state
 from galore_optax.recipes.matrices import of_matrices, views_of_matrices
 from galore_optax.recipes.options import Mask, checked
+from galore_optax.sharding import specs, with_automatic_axes
 
 _SIZE = 0.2  # root mean square of an update of AdamW (arXiv:2502.16982, section 2.2)
 
@@ -29,7 +30,7 @@ def muon(
     mask: Mask | None = None,
     bits: int | None = None,
     state_dtype: DTypeLike | None = None,
-    product_dtype: DTypeLike = jnp.bfloat16,
+    product_dtype: DTypeLike = "bfloat16",
     weight_dimension_numbers: WeightDimensionNumbers = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for matrices, AdamW for other leaves, both with Nesterov's momentum.
@@ -73,34 +74,47 @@ def muon(
     )
     beta = checks.number(beta, "beta", least=0, below=1, such_as=0.95)
     checks.float_dtype(product_dtype, "product_dtype")
+    if state_dtype is not None:
+        checks.float_dtype(state_dtype, "state_dtype")
     if bits is not None and state_dtype is not None:
         raise ValueError(
             f"state_dtype={checks.said(state_dtype)} with bits={bits}: moments in {bits} bits are "
             "computed in float32; leave one of them out"
         )
 
-    def numbers(params: optax.Params) -> optax.Params:
+    hyperparameters = dict(beta=beta, eps=eps, adam_b1=b1, adam_b2=b2)
+
+    def of(params: optax.Params, given: dict[str, Any]) -> optax.GradientTransformation:
+        # The function of the params is called here: optax.contrib.muon would call it again, with
+        # only the matrices.
         views = views_of_matrices(params, weight_dimension_numbers)
         found = [None if view is None else MuonDimensionNumbers(*view.modes) for view in views]
-        return jax.tree.structure(params).unflatten(found)
+        numbers = jax.tree.structure(params).unflatten(found)
+        return optax.contrib.muon(
+            -1.0,  # the update is that of an ascent, without a factor
+            muon_weight_dimension_numbers=lambda _: numbers,
+            consistent_rms=_SIZE,
+            ns_steps=0,  # that of a matrix is its momentum with a norm of `size` below
+            **given,
+        )
+
+    def init(params: optax.Params) -> optax.OptState:
+        return of(params, hyperparameters).init(params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def whole(given: dict[str, Any], *args: Any) -> tuple[Any, Any]:
+            return of(updates, given).update(*args)
+
+        like = specs((updates, state))
+        args = hyperparameters, updates, state, params
+        return with_automatic_axes(whole, lambda _: like, *args)
 
     def orthogonalized(matrix: Float[Array, "n m"], state: Any) -> tuple[Float[Array, "n m"], Any]:
         size = _SIZE * max(matrix.shape) ** 0.5
         return size * iterated((matrix / size).astype(product_dtype)).astype(matrix.dtype), state
 
     made = optax.chain(
-        # With this learning rate the update is that of an ascent, without a factor. Of a matrix it
-        # is the momentum with a norm of `size`.
-        optax.contrib.muon(
-            -1.0,
-            beta=beta,
-            eps=eps,
-            adam_b1=b1,
-            adam_b2=b2,
-            muon_weight_dimension_numbers=numbers,
-            consistent_rms=_SIZE,
-            ns_steps=0,
-        ),
+        optax.GradientTransformation(init, update),
         of_matrices(orthogonalized, weight_dimension_numbers),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

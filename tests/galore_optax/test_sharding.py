@@ -28,6 +28,7 @@ from galore_optax import (
     fira_adamw,
     galore,
     galore_adamw,
+    muon,
     q_galore_adamw8bit,
     quantize_state,
     racs,
@@ -285,7 +286,7 @@ def test_explicit_types_survive_a_scan_over_steps_and_injected_hyperparams():
     assert state.inner_state.inner[0].mu["w"].sharding.spec == P(None, "fsdp")
 
 
-@pytest.mark.parametrize("recipe", [fira_adamw, apollo_adamw, alice, racs])
+@pytest.mark.parametrize("recipe", [fira_adamw, apollo_adamw, alice, racs, muon])
 def test_injected_hyperparams_reach_whole_updates_under_explicit_types(recipe):
     mesh = mesh_of(AxisType.Explicit)
     params, _ = abstract({"w": (16, 32)}, {"w": P("data", "fsdp")}, mesh)

@@ -98,6 +98,7 @@ CASES = {
         name: lambda way=way: steps(go.galore(9, optax.adam(0.01), recover=way, **EVERY_STEP))
         for name, way in {"fira": "fira", "mini": "apollo-mini", "alice": go.Alice(0.01)}.items()
     },
+    "muon": lambda: steps(go.muon(0.01, weight_dimension_numbers=NUMBERS)),
     "racs": lambda: steps(go.racs(0.01, weight_dimension_numbers=NUMBERS)),
     "scale": lambda: steps(go.scale_sgd(0.01, False, weight_dimension_numbers=NUMBERS)),
     "q-galore": quantized,

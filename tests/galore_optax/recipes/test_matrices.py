@@ -18,6 +18,7 @@ from galore_optax import (
     alice,
     galore,
     muon,
+    quantize_state,
     quantize_weights,
     racs,
     scale_sgd,
@@ -143,6 +144,38 @@ def test_muons_momentum_in_few_bits_gives_nearly_its_update(bits, bytes_a_weight
     assert 0 < np.linalg.norm(got - expected) < off * np.linalg.norm(expected)
 
 
+def test_muons_function_of_the_params_sees_all_of_them():
+    params = {"w": normal(0, 2, 6, 8), "b": normal(1, 2, 8)}
+    sides = {3: GaLoreDimensionNumbers(1, 2), 2: None}
+    tx = muon(
+        0.01,
+        product_dtype="float32",
+        weight_dimension_numbers=lambda p: {name: sides[p[name].ndim] for name in p},
+    )
+    got = run(tx, params, [params])[-1]
+    for i in range(2):
+        w, g = doubles(params["w"][i], params["w"][i])
+        np.testing.assert_allclose(got["w"][i], muon_by_hand(w, [g], 0.01, 0), atol=2e-6)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_muons_matrices_may_be_sharded_over_explicit_axes(bits):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    heads = PartitionSpec("a", "b", None)
+    numbers = GaLoreDimensionNumbers(0, (1, 2))
+    tx = muon(0.02, product_dtype="float32", weight_dimension_numbers=numbers)
+    tx = tx if bits is None else quantize_state(tx, bits, min_size=1)
+    gradient = normal(0, 16, 4, 8)
+    expected, _ = tx.update(gradient, tx.init(gradient), gradient)
+    placed = jax.device_put(gradient, NamedSharding(mesh, heads))
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init)(placed)
+        updates, after = jax.jit(tx.update)(placed, state, placed)
+    np.testing.assert_allclose(updates, expected, atol=1e-6)
+    assert updates.sharding.spec == heads
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
 def test_the_recipe_of_alice_is_the_papers():
     tx = alice(0.02, 3, leading=2, tracking=0)
     params = normal(0, 8, 12)
@@ -250,6 +283,7 @@ def test_quantized_weights_are_updated_as_their_values(kind):
         (lambda: muon(0.1, beta=1.0), "beta=1.0: give"),
         (lambda: muon(0.1, bits=3), "bits=3"),
         (lambda: muon(0.1, product_dtype="int8"), "product_dtype='int8'"),
+        (lambda: muon(0.1, state_dtype="int8"), "state_dtype='int8' is not a float type"),
         (lambda: muon(0.1, bits=8, state_dtype="float32"), "state_dtype='float32' with bits=8"),
         (lambda: scale_sgd(0.1, {"w": 1}), "last_layer: 1 in it must be True or False"),
         (lambda: alice(0.1, 3, leading=0), "leading=0 must be"),
