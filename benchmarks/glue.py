@@ -49,6 +49,8 @@ class Glue(Table):
     """Runs at the best learning rate, with those of --seeds. None: no more than these."""
     rate_factor: float = 1.0
     """Factor of all learning rates, which are for RoBERTa-base: smaller models take higher ones."""
+    adapter_rate_factor: float | None = None
+    """That of methods with adapters. None: the same."""
     rates: int = 3
     """How many of each method's learning rates to try, from the middle one on; 1, 2 or 3."""
     flags: str = ""
@@ -100,8 +102,10 @@ def _scores(config: Glue, task: str, method: str) -> Scores:
 
 
 def _rates(config: Glue, method: str) -> list[float]:
-    low, middle, high = METHODS[method][1]
-    return [rate * config.rate_factor for rate in (middle, high, low)[: config.rates]]
+    low, middle, high = rates = METHODS[method][1]
+    own = config.adapter_rate_factor if rates is ADAPTER else None
+    factor = config.rate_factor if own is None else own
+    return [rate * factor for rate in (middle, high, low)[: config.rates]]
 
 
 def _metric(config: Glue, task: str, method: str, rate: float, seed: int) -> float:
