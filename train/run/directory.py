@@ -92,7 +92,10 @@ def _lock(file: TextIO) -> None:
     out = Path(file.name).parent
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # `claim` deletes the lock that it made: one opened before is that of the folder no more.
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError):
         reason = "another process is writing there; wait for its end, or name another folder"
         raise ValueError(f"--out {out} is in use: {reason}") from None
     except OSError as error:

@@ -28,6 +28,22 @@ def test_of_two_that_found_the_folder_free_one_gets_it(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("third", [False, True])
+def test_a_lock_deleted_between_its_opening_and_its_locking_is_none(tmp_path, monkeypatch, third):
+    flock = run_directory.fcntl.flock
+
+    def late(file, how):
+        """Another process ends meanwhile, and a third begins."""
+        Path(file.name).unlink()
+        if third:
+            Path(file.name).touch()
+        flock(file, how)
+
+    monkeypatch.setattr(run_directory.fcntl, "flock", late)
+    with pytest.raises(ValueError, match="is in use"), run_directory.claim(tmp_path / "out"):
+        pass
+
+
 def test_a_folder_that_another_process_has_used_since_it_was_checked_is_refused(tmp_path):
     config = resolve(small(tmp_path / "run"))
     run_directory.check(config)
