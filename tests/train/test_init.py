@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,18 +22,21 @@ from galore_optax.quantization.array import dequantized
 from models.hugging_face.llama import load_llama, save_llama
 from models.llama.config import TokenIds
 from models.llama.model import Llama
-from train.config.resolve import resolve
-from train.config.settings import Pretrain
+from train.config.finetune_lm import load_finetuning, resolve_finetuning
+from train.config.resolve import load, resolve
+from train.config.settings import FinetuneLM, Pretrain, to_json
 from train.export import Export
 from train.export import main as export
 from train.pretrain import main
 from train.run.assemble import assemble
+from train.run.cli import run
 from train.run.initial import initial_state
 from train.step.mesh import put_batch
 from train.step.ordinary import summed_loss
 from train.step.programs import make_forward
 
 TIED = dataclasses.replace(MICRO, tied=True, attention_bias=True, vocab_size=300, head_dim=12)
+DATA = {Pretrain: ["builtin"], FinetuneLM: ["a.jsonl"]}
 OWN = {"model": None, "tokenizer": None, "steps": 3, "warmup_steps": 1, "eval_every": 3}
 
 
@@ -127,6 +132,39 @@ def test_a_resolved_config_resolves_to_itself(folder):
     config = resolve(small("out", init=str(folder), **OWN))
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Pretrain)}
     assert resolve(Pretrain(**fields)) == config
+
+
+@pytest.mark.parametrize("kind", [Pretrain, FinetuneLM])
+def test_other_weights_beside_a_config_json_bring_their_own_model_and_tokenizer(
+    folder, tmp_path, kind, monkeypatch
+):
+    other = tmp_path / "other"
+    save_llama(Llama(dataclasses.replace(TIED, mlp_width=40), rngs=nnx.Rngs(1)), other)
+    write_tokenizer(other / "tokenizer.json")
+    monkeypatch.chdir(tmp_path)
+    read, resolved = load, resolve
+    if kind is FinetuneLM:
+        read = load_finetuning
+        resolved = partial(resolve_finetuning, count_steps=lambda *_: 3)
+
+    def begun_with(*args: str):
+        found = []
+        with pytest.raises(SystemExit):
+            run(lambda x: found.append(resolved(x)), kind, "train", load=read, args=args)
+        return found[0]
+
+    own = "--init", str(folder), "--tokenizer", "bytes", "--steps", "3", "--rank", "4"
+    before = begun_with(*own, "--learning-rate", "0.1", "--data", *DATA[kind])
+    (tmp_path / "config.json").write_text(json.dumps(to_json(before)))
+    again = "--config", "config.json"
+    for same in ((), ("--init", os.path.relpath(folder))):
+        assert to_json(begun_with(*again, *same)) == to_json(before)
+    after = begun_with(*again, "--init", "other")
+    assert after.model == str(other / "config.json")
+    assert after.tokenizer == str(other / "tokenizer.json")
+    assert begun_with(*again, "--init", "other", "--tokenizer", "bytes").tokenizer == "bytes"
+    changed = {"init": str(other), "model": after.model, "tokenizer": after.tokenizer}
+    assert to_json(after) == to_json(before) | changed
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,8 @@ def settings_file(
 def reopened(base: Config, config: Config) -> Config:
     """The settings `base` of a file without what has no use, or no room, in `config`.
 
-    That is `base` with flags, which may replace schedule, clipping or steps. What they say again is
-    as if `base` did not.
+    That is `base` with flags, which may replace model, schedule, clipping or steps. What they say
+    again is as if `base` did not.
     """
     opened: set[str] = set()
     warmup, decay, steps = config.warmup_steps or 0, config.decay_steps or 0, config.steps
@@ -172,8 +172,19 @@ def reopened(base: Config, config: Config) -> Config:
         opened |= {"clip"}
     if getattr(config, "epochs", None) is not None:
         opened |= {"steps"}
+    if config.moment_bits is not None:
+        opened |= {"state_dtype"}
+    # A file has both, even if they were those of its --init: other weights have their own.
+    if not config.resume and _folder_of(config) not in (None, _folder_of(base)):
+        opened |= {"model", "tokenizer"} & {f.name for f in dataclasses.fields(base)}
     left: dict[str, Any] = dict.fromkeys(opened)
     return dataclasses.replace(base, **left)
+
+
+def _folder_of(config: TrainingFlags) -> str | None:
+    """The folder with the weights to begin with, as one path."""
+    init = getattr(config, "init", None)
+    return None if init is None else os.path.abspath(os.path.expanduser(init))
 
 
 def fewest_parts(batch: int, rows: Any) -> int:

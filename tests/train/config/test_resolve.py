@@ -526,3 +526,10 @@ def test_a_config_json_with_fewer_steps_keeps_what_has_room_in_them(said, resume
     assert not resume or not differences(to_json(before), to_json(after))
     if resume and before.moments is not None:
         assert after.moments == before.moments  # for when it gets more steps again
+
+
+def test_moments_of_few_bits_replace_the_dtype_that_a_config_json_has(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_json(resolve(Pretrain(optimizer="fira-adamw")))))
+    after = resolve(command("--config", str(file), "--moment-bits", "8"))
+    assert (after.moment_bits, after.state_dtype) == (8, None)
