@@ -76,11 +76,16 @@ def perplexity(step: Any, parts: TextParts, first: TextParts, seed: int, steps: 
 
 
 def row(config: BFloat16, optimizer: str, name: str, variant: dict[str, Any], done: dict) -> None:
-    """Adds the missing seeds of one row to `done`, and writes them to the file."""
+    """Adds the missing seeds of one row to `done`, and writes them to the file.
+
+    SystemExit if those that are there have other settings.
+    """
     key = f"{optimizer} | {name}"
-    own = done.setdefault(key, {"perplexity": {}})
-    missing = [seed for seed in config.seeds if str(seed) not in own["perplexity"]]
     common = {k: getattr(config, k) for k in ("steps", "batch_size", "eval_tokens")}
+    own = done.setdefault(key, {"perplexity": {}, "settings": common})
+    if own.get("settings", common) != common:  # files of before have none
+        raise SystemExit(f"--out {config.out} has runs with {own['settings']}: name another file")
+    missing = [seed for seed in config.seeds if str(seed) not in own["perplexity"]]
     first = step = None
     for seed in missing:
         settings = Pretrain(optimizer=optimizer, seed=seed, **common, **variant)  # pyrefly: ignore

@@ -90,6 +90,10 @@ def _trained(config: Peers, run: dict[str, Any]) -> dict[str, float]:
         if record["name"] == run["name"] and record["flags"] == run["flags"]:
             return record["result"]
     folder, settings = config.out / run["name"], run["config"]
+    if (folder / "result.json").exists():
+        made = json.loads((folder / "settings.json").read_text())
+        if any(made.get(key) != value for key, value in settings.items()):
+            raise SystemExit(f"{folder} was trained with other settings: name another --out")
     places = {"data_dir": str(config.data_dir), "init": str(config.init)}
     task = TASKS[settings["task"]]
     settings = {**settings, **places, "classes": task.classes}

@@ -71,7 +71,7 @@ def finished(
         places: further flags, which name files of this machine.
 
     Raises:
-        SystemExit: a record of this name is of other flags, or the program failed.
+        SystemExit: a record or a folder of this name is of other flags, or the program failed.
     """
     out, flags = table.out / name, [str(word) for word in words]
     for record in read_records(table.records):
@@ -80,6 +80,7 @@ def finished(
             raise SystemExit(f"--records {table.records}: its {name} was trained with {made}")
         if record["name"] == name:
             return record["summary"]
+    _check_flags(table.out / f"{name}.flags.json", out, flags)
     if not (out / "summary.json").exists():
         command = [sys.executable, "-m", program, *flags, "--data-dir", table.data_dir, *places]
         command += ["--out", out, "--resume"]
@@ -97,6 +98,15 @@ def finished(
         with table.records.open("a") as file:
             file.write(json.dumps(record) + "\n")
     return summary
+
+
+def _check_flags(file: Path, run: Path, flags: list[str]) -> None:
+    """Raises SystemExit if a run's folder is of other flags, which a file beside it has."""
+    if file.exists() and (made := json.loads(file.read_text())) != flags:
+        raise SystemExit(f"{run} was trained with {' '.join(made)}: name another --out")
+    if not run.exists():  # one without the file is of a version that wrote none
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(flags))
 
 
 def read_records(path: Path | None) -> list[dict[str, Any]]:

@@ -1,14 +1,25 @@
 """Records of finished runs, with which a table of many hours is continued elsewhere."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks.bfloat16 import BFloat16, row
 from benchmarks.quality import run_name
 from benchmarks.runs import Table, finished, read_records
 from docs.frontier import perplexities
 
+# A program that trains, of which the summary is what --steps said.
+PROGRAM = """
+import json, pathlib, sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = pathlib.Path(flags["--out"])
+out.mkdir()
+(out / "config.json").write_text("{}")
+(out / "summary.json").write_text(json.dumps({"steps": flags["--steps"]}))
+"""
 WORDS = ["--optimizer", "adamw", "--learning-rate", 0.001]
 
 
@@ -28,6 +39,28 @@ def test_a_finished_run_is_recorded_once_and_read_where_its_folder_is_not(tmp_pa
     assert record["config"] == {"steps": 5}
     with pytest.raises(SystemExit, match="its a was trained with --optimizer adamw"):
         finished(elsewhere, "no.program", "a", [*WORDS, "--seed", 1])
+
+
+def test_a_finished_run_of_other_flags_is_not_taken_for_the_one_that_is_asked_for(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    table = Table(tmp_path, tmp_path / "runs")
+    for _ in range(2):
+        found = finished(table, "program", "galore-0.01-0", ["--steps", 1000])
+        assert found == {"steps": "1000"}
+    with pytest.raises(SystemExit, match=r"galore-0\.01-0 was trained with --steps 1000: name"):
+        finished(table, "program", "galore-0.01-0", ["--steps", 4000])
+
+
+def test_a_row_of_other_settings_is_not_taken_for_the_one_that_is_asked_for(tmp_path):
+    config = BFloat16(out=tmp_path / "a.json", seeds=(0,), steps=600)
+    made = {"steps": 600, "batch_size": 2, "eval_tokens": 30_000}
+    done = {"adamw | a": {"perplexity": {"0": 7.0}, "settings": made}}
+    row(config, "adamw", "a", {}, done)
+    with pytest.raises(SystemExit, match=r"a\.json has runs with .*600.*: name another file"):
+        row(dataclasses.replace(config, steps=1500), "adamw", "a", {}, done)
 
 
 def test_the_picture_has_each_method_at_its_best_rate_with_the_seeds_there(tmp_path):
