@@ -181,8 +181,8 @@ def write_config(
     """Writes config.json into the folder, which exists, and what the run needs beside it.
 
     `kept` has the files that are copied by name, and these by the folder's name, unless it is
-    there. The history gets the settings that a run resumed after `step` changes; returns a phrase
-    for each.
+    there and the run has begun. The history gets the settings that a run resumed after `step`
+    changes; returns a phrase for each.
     """
     file, new = directory(config) / "config.json", to_json(config)
     changed, history = {}, []
@@ -194,7 +194,7 @@ def write_config(
     write_json(file, new | ({HISTORY: history} if history else {}))
     (file.parent / "summary.json").unlink(missing_ok=True)  # of before more --steps
     for folder, files in kept.items():
-        _keep(file.parent / folder, files)
+        _keep(file.parent / folder, files, replace=step == 0)
     return [f"{flag(name)} {old} -> {new}" for name, (old, new) in changed.items()]
 
 
@@ -211,15 +211,18 @@ def _settings(file: Path) -> tuple[dict[str, Any], list[Any]]:
     return fields, fields.pop(HISTORY, [])
 
 
-def _keep(folder: Path, files: Mapping[str, Path]) -> None:
-    """Copies files into a new folder, which appears when it is whole."""
+def _keep(folder: Path, files: Mapping[str, Path], *, replace: bool) -> None:
+    """Copies files into a new folder, which appears when it is whole, or may replace another."""
     if folder.exists():
-        return
+        there = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        if not replace or there == {name: path.read_bytes() for name, path in files.items()}:
+            return
     draft = _draft(folder)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     for name, path in files.items():
         shutil.copyfile(path, draft / name)
+    shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
 
 

@@ -60,6 +60,20 @@ def test_a_run_killed_before_its_config_json_leaves_a_folder_that_counts_as_empt
     assert run_directory.check(config) is None
 
 
+def test_files_of_a_run_that_was_killed_before_its_first_checkpoint_may_be_others(tmp_path):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "b").write_text("b")
+    config, copy = resolve(small(tmp_path / "run")), tmp_path / "run" / "chat_template" / "t.jinja"
+    with run_directory.hold(config):
+        for name, step, kept in (("a", 0, "a"), ("b", 0, "b"), ("a", 4, "b")):
+            files = {"chat_template": {"t.jinja": tmp_path / name}}
+            run_directory.write_config(config, files, step)
+            assert copy.read_text() == kept
+        # A resumed run has its own copy.
+        run_directory.write_config(config, {"chat_template": {"t.jinja": copy}})
+        assert copy.read_text() == "b"
+
+
 def test_a_config_json_that_holds_no_object_is_named(tmp_path):
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"config.json is not a config.json of train.pretrain"):
