@@ -16,12 +16,17 @@ _MATRICES = {"attention", "mlp"}
 def dimension_numbers(params: Params) -> Params:
     """Returns GaLore's `weight_dimension_numbers` for params, or for a part of them.
 
-    None, for embedding, norms, biases and head, means training at full rank, as published.
+    None, for embedding, norms, biases, head, and the magnitudes of adapters, means training at
+    full rank, as published.
     """
     matrix = GaLoreDimensionNumbers(-2, -1)
-    return jax.tree.map_with_path(
-        lambda path, _: matrix if _names(path) & _MATRICES else None, params, is_leaf=is_quantized
-    )
+
+    def choose(path: Any, _: Any) -> GaLoreDimensionNumbers | None:
+        # A stack of vectors, (layer, out), one for each matrix.
+        magnitude = any(getattr(entry, "name", None) == "magnitude" for entry in path)
+        return matrix if _names(path) & _MATRICES and not magnitude else None
+
+    return jax.tree.map_with_path(choose, params, is_leaf=is_quantized)
 
 
 def param_axes(params: Params) -> Params:

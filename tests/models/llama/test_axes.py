@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from galore_optax import GaLoreDimensionNumbers, adamw8bit, galore
+from galore_optax import DoRA, GaLoreDimensionNumbers, GradNormLoRP, adamw8bit, galore, muon
 from models.llama.axes import dimension_numbers, logical_axes, param_axes, smaller_sides
 from models.llama.config import SIZES, LlamaConfig, weight_table
 from models.llama.model import Llama
@@ -82,3 +82,24 @@ def test_no_scale_of_a_state_is_shared_by_two_ids_of_the_vocabulary(bits):
 
 def _axes(x):
     return isinstance(x, tuple)
+
+
+@pytest.mark.parametrize("kind", [DoRA, GradNormLoRP])
+def test_the_magnitudes_of_layers_are_vectors_of_their_own(kind):
+    """A stack of them, (layer, out), is no matrix."""
+    weight = jax.random.normal(jax.random.key(0), (3, 16, 24))
+    params = {"layers": {"attention": {"query": kind.create(weight, jax.random.key(1), rank=4)}}}
+    query = dimension_numbers(params)["layers"]["attention"]["query"]
+    assert query.magnitude is None
+    assert query.a == query.b == GaLoreDimensionNumbers(-2, -1)
+    trained = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    tx = muon(1.0, weight_dimension_numbers=dimension_numbers)
+
+    def first_layers(factor):
+        gradient = jax.tree.map(lambda x: x.at[2].multiply(factor), trained)
+        updates, _ = tx.update(gradient, tx.init(trained), trained)
+        return jax.tree.map(lambda x: x[:2], updates)
+
+    found, other = first_layers(1.0), first_layers(jnp.float32(-3.0))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(other), strict=True):
+        assert jnp.array_equal(x, y)
