@@ -17,7 +17,7 @@ from train.run.tracking import Tracker
 class MetricsLog:
     """Appends a line to metrics.jsonl, and an event to tensorboard/, for each step and evaluation.
 
-    In a run's `directory` it goes on after the `step` from which it resumes. `settings` are
+    In a run's `directory` it goes on after the lines that `keep_own` has left. `settings` are
     TensorBoard's hyperparameters; the `tracker` gets what TensorBoard gets. Raises OSError if a
     file cannot be written.
     """
@@ -25,7 +25,6 @@ class MetricsLog:
     def __init__(
         self,
         directory: Path,
-        step: int = 0,
         settings: Mapping[str, Any] | None = None,
         tracker: Tracker | None = None,
     ):
@@ -39,9 +38,9 @@ class MetricsLog:
         # tensorboardX's SummaryWriter writes.
         self._events = RecordWriter(str(directory / "tensorboard" / name))
         self._record(Event(file_version="brain.Event:2"))
-        if step:  # TensorBoard then drops later steps of an earlier process
-            start = SessionLog(status=SessionLog.START)
-            self._record(Event(step=step + 1, session_log=start))
+        # TensorBoard then drops this and later steps of an earlier process.
+        first = 1 + max((line["step"] for line in read_metrics(directory)), default=-1)
+        self._record(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
         self._tracker, self._explained = tracker, dict(MEANINGS)
         for summary in _hyperparameters(settings or {}):
             self._record(Event(summary=summary))

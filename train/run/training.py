@@ -133,7 +133,7 @@ class Training:
         tracker = start_tracker(self.config.track, self.directory, settings)
         host, metric = self.host, self.parts.metric
         keep_own(self.directory, host.step, host.evaluations, metric)
-        return MetricsLog(self.directory, host.step, settings, tracker)
+        return MetricsLog(self.directory, settings, tracker)
 
     def compile(self) -> Callable[..., Any]:
         """Compiles the step, prints the memory that it will take; OSError if a device has less."""

@@ -1,11 +1,18 @@
 """The lines of metrics.jsonl, and what is concluded from them."""
 
+import itertools
 import json
 import math
+import struct
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore
 
 from train.run.metrics import (
+    MetricsLog,
     evaluation_losses,
     has_evaluation,
     keep_own,
@@ -55,3 +62,35 @@ def test_a_resumed_run_keeps_its_own_lines_alone(tmp_path):
 )
 def test_a_run_stalls_after_evaluations_that_are_no_better(losses, patience, ends):
     assert stalled(dict(enumerate(losses)), patience) == ends
+
+
+@pytest.mark.parametrize("saved", [None, 0, 2])
+def test_tensorboard_has_each_step_of_a_resumed_run_once(tmp_path, saved):
+    """`saved`: the step of the checkpoint, if there is one, from which it is resumed."""
+    steps, first = [0, 1, 2, 3], 0 if saved is None else saved + 1
+    for begin in (0, first):
+        own = {step: 3.0 for step in steps if step < begin}
+        keep_own(tmp_path, saved or 0, own)
+        with closing(MetricsLog(tmp_path)) as log:
+            for step in steps[begin:]:
+                if step:
+                    log.write({"step": step, "loss": float(begin)})
+                log.write({"step": step, "eval_loss": 3.0})
+    events = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.name)
+    found: list[tuple[int, str]] = []
+    for event in itertools.chain.from_iterable(map(events_of, events)):
+        if event.HasField("session_log"):  # as TensorBoard reads it
+            found = [x for x in found if x[0] < event.step]
+        found += [(event.step, value.tag) for value in event.summary.value]
+    tags = "evaluation/eval_loss", "training/loss"
+    assert sorted(found) == sorted(
+        (n, tag) for n in steps for tag in tags if (n, tag) != (0, tags[1])
+    )
+
+
+def events_of(path: Path) -> Iterator[Event]:
+    """The events in a file of records: length, its checksum, the event, its checksum."""
+    with path.open("rb") as file:
+        while header := file.read(12):
+            yield Event.FromString(file.read(struct.unpack("<Q", header[:8])[0]))
+            file.read(4)
