@@ -11,6 +11,7 @@ bytes to quality.png.
 import dataclasses
 import math
 import statistics
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,20 @@ class Row:
 
 
 def main(config: Comparison) -> None:
-    """Runs what is missing; writes table and plot anew after each method."""
+    """Runs what is missing; writes table and plot anew after each method.
+
+    A method that diverged at each learning rate has no row.
+    """
     if unknown := [name for name in config.methods if name not in METHODS]:
         raise SystemExit(f"--methods {unknown[0]!r}: choose of {', '.join(METHODS)}")
     config.out.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Row] = {}
     for method in config.methods:
-        rows[method] = _row(config, method)
+        row = _row(config, method)
+        if not row.summary:
+            print(f"{method} diverged at each learning rate: no row", file=sys.stderr)
+            continue
+        rows[method] = row
         (config.out / "table.md").write_text(table(rows))
         _plot(rows, config.out / "quality.png")
     print((config.out / "table.md").read_text(), end="")

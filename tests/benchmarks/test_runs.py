@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import quality
 from benchmarks.bfloat16 import BFloat16, row
 from benchmarks.quality import run_name
 from benchmarks.runs import Table, finished, read_records
@@ -61,6 +62,20 @@ def test_a_row_of_other_settings_is_not_taken_for_the_one_that_is_asked_for(tmp_
     row(config, "adamw", "a", {}, done)
     with pytest.raises(SystemExit, match=r"a\.json has runs with .*600.*: name another file"):
         row(dataclasses.replace(config, steps=1500), "adamw", "a", {}, done)
+
+
+def test_a_method_that_diverged_at_each_rate_has_no_row(tmp_path, monkeypatch, capsys):
+    numbers = ("weight_bytes", "optimizer_state_bytes", "trained_params", "tokens_per_second")
+    summary = {"eval_perplexity": 7.0, **dict.fromkeys(numbers, 5)}
+
+    def trained(_, name: str, __) -> dict:
+        return summary if name.startswith("galore") else {}
+
+    monkeypatch.setattr(quality, "trained", trained)
+    quality.main(quality.Comparison(tmp_path, tmp_path, methods=("SCALE", "GaLore")))
+    said = capsys.readouterr()
+    assert "SCALE diverged at each learning rate" in said.err
+    assert said.out.splitlines()[2:] == [x for x in said.out.splitlines() if "GaLore" in x]
 
 
 def test_the_picture_has_each_method_at_its_best_rate_with_the_seeds_there(tmp_path):
