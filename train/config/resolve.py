@@ -174,6 +174,8 @@ def reopened(base: Config, config: Config) -> Config:
         opened |= {"steps"}
     if config.moment_bits is not None:
         opened |= {"state_dtype"}
+    if config.weight_dtype != base.weight_dtype:  # float32 weights have no use for rounding
+        opened |= {"stochastic_rounding"}
     # A file has both, even if they were those of its --init: other weights have their own.
     if not config.resume and _folder_of(config) not in (None, _folder_of(base)):
         opened |= {"model", "tokenizer"} & {f.name for f in dataclasses.fields(base)}

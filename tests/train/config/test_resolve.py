@@ -533,3 +533,18 @@ def test_moments_of_few_bits_replace_the_dtype_that_a_config_json_has(tmp_path):
     file.write_text(json.dumps(to_json(resolve(Pretrain(optimizer="fira-adamw")))))
     after = resolve(command("--config", str(file), "--moment-bits", "8"))
     assert (after.moment_bits, after.state_dtype) == (8, None)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rounds"), [("float32", "bfloat16", True), ("bfloat16", "float32", False)]
+)
+def test_weights_of_another_dtype_than_in_a_config_json_are_rounded_as_without_it(
+    before, after, rounds, tmp_path
+):
+    file, given = tmp_path / "config.json", ("--weight-dtype", after)
+    file.write_text(json.dumps(to_json(resolve(Pretrain(weight_dtype=before)))))
+    found = resolve(command("--config", str(file), *given))
+    assert (found.weight_dtype, found.stochastic_rounding) == (after, rounds)
+    assert found == dataclasses.replace(resolve(command(*given)), config=str(file))
+    kept = resolve(command("--config", str(file), *given, "--no-stochastic-rounding"))
+    assert kept.stochastic_rounding is False
