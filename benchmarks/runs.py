@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from train.run.metrics import given_up, read_metrics
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -85,7 +87,7 @@ def finished(
         command = [sys.executable, "-m", program, *flags, "--data-dir", table.data_dir, *places]
         command += ["--out", out, "--resume"]
         code = subprocess.run([*map(str, command)], check=False, stdout=sys.stderr).returncode
-        if code == 1:  # too many steps were not finite
+        if code == 1 and _gave_up(out):  # a traceback ends with 1, too
             print(f"{name} diverged", file=sys.stderr)
             return {}
         if code:
@@ -102,11 +104,20 @@ def finished(
 
 def _check_flags(file: Path, run: Path, flags: list[str]) -> None:
     """Raises SystemExit if a run's folder is of other flags, which a file beside it has."""
-    if file.exists() and (made := json.loads(file.read_text())) != flags:
-        raise SystemExit(f"{run} was trained with {' '.join(made)}: name another --out")
-    if not run.exists():  # one without the file is of a version that wrote none
+    if not run.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(flags))
+    # A folder without the file is of a version that wrote none.
+    elif file.exists() and (made := json.loads(file.read_text())) != flags:
+        raise SystemExit(f"{run} was trained with {' '.join(made)}: name another --out")
+
+
+def _gave_up(run: Path) -> bool:
+    """Whether a run has ended because too many steps in a row were not finite."""
+    config = run / "config.json"
+    if not config.exists():
+        return False
+    return given_up(read_metrics(run), _read(config).get("max_skipped", 10)) is not None
 
 
 def read_records(path: Path | None) -> list[dict[str, Any]]:

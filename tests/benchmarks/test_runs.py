@@ -12,13 +12,16 @@ from benchmarks.quality import run_name
 from benchmarks.runs import Table, finished, read_records
 from docs.frontier import perplexities
 
-# A program that trains, of which the summary is what --steps said.
+# A program that trains: its summary is what --steps said, or it fails after the metrics of --lines.
 PROGRAM = """
 import json, pathlib, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 out = pathlib.Path(flags["--out"])
 out.mkdir()
-(out / "config.json").write_text("{}")
+(out / "config.json").write_text(json.dumps({"max_skipped": 2}))
+if "--lines" in flags:
+    (out / "metrics.jsonl").write_text(flags["--lines"])
+    sys.exit(1)
 (out / "summary.json").write_text(json.dumps({"steps": flags["--steps"]}))
 """
 WORDS = ["--optimizer", "adamw", "--learning-rate", 0.001]
@@ -48,11 +51,27 @@ def test_a_finished_run_of_other_flags_is_not_taken_for_the_one_that_is_asked_fo
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "program.py").write_text(PROGRAM)
     table = Table(tmp_path, tmp_path / "runs")
+    with pytest.raises(SystemExit, match="1"):  # nothing is trained
+        finished(table, "no.program", "galore-0.01-0", ["--steps", 4000])
     for _ in range(2):
         found = finished(table, "program", "galore-0.01-0", ["--steps", 1000])
         assert found == {"steps": "1000"}
     with pytest.raises(SystemExit, match=r"galore-0\.01-0 was trained with --steps 1000: name"):
         finished(table, "program", "galore-0.01-0", ["--steps", 4000])
+
+
+def test_a_run_whose_program_crashed_did_not_diverge(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    table = Table(tmp_path, tmp_path / "runs")
+    for name, skipped, diverged in (("a", (0, 1, 2), True), ("b", (0, 0, 1), False)):
+        lines = [json.dumps({"step": i, "skipped": n}) for i, n in enumerate(skipped, 1)]
+        flags = ["--lines", "\n".join(lines)]
+        if diverged:
+            assert finished(table, "program", name, flags) == {}
+        else:
+            with pytest.raises(SystemExit):
+                finished(table, "program", name, flags)
 
 
 def test_a_row_of_other_settings_is_not_taken_for_the_one_that_is_asked_for(tmp_path):

@@ -250,7 +250,8 @@ class RunFlags:
     resume: bool = False
     """Resume from the newest checkpoint in --out, or start if there is none."""
     config: str | None = None
-    """A config.json to read the settings from; other flags override it."""
+    """A config.json to read the settings from; other flags override it. Another --init brings its
+    own model and tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
