@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -98,6 +99,32 @@ def test_a_run_answers_a_message_by_its_chat_template(finished, monkeypatch, cap
     answer = capsys.readouterr().out
     assert len(answer) <= 6
     assert "3 + 1" not in answer
+
+
+def test_a_run_that_begins_with_another_keeps_the_chat_template_that_it_was_given(
+    finished, folder, tmp_path
+):
+    copy = Path(shutil.copytree(finished, tmp_path / "run"))
+    template = copy / "chat_template" / "t.jinja"
+    template.parent.mkdir()
+    template.write_text("{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}")
+    said = json.loads((copy / "config.json").read_text()) | {"chat_template": "/gone/t.jinja"}
+    (copy / "config.json").write_text(json.dumps(said))
+    config = resolve_finetuning(settings(folder, init=str(copy)), count_steps)
+    assert config.chat_template == str(template)  # though prompts make no use of it
+    given = {"init": str(copy), "chat_template": str(tmp_path / "other")}
+    (tmp_path / "other").write_text("x")
+    with pytest.raises(ValueError, match="other has no effect: no example has `messages`"):
+        resolve_finetuning(settings(folder, **given), count_steps)
+    rows = [[{"role": x, "content": f"{i}"} for x in ("user", "assistant")] for i in range(40)]
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"messages": x}) for x in rows))
+    chats = settings(folder, init=str(copy), data=(str(tmp_path / "c.jsonl"),))
+    parts = assemble(resolve_finetuning(chats, count_steps), lambda _: None)
+    ids = parts.held_out[0]
+    assert parts.tokenizer.decode(np.where(ids < 0, ~ids, ids)) == "user=0;assistant=0;"
+    others = dataclasses.replace(chats, tokenizer=str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="`messages` need a chat template"):
+        resolve_finetuning(others, count_steps)
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_and_answers(

@@ -24,7 +24,13 @@ from train.config.settings import (
     ResolvedFinetuneLM,
     expand_home,
 )
-from train.config.source import check_command, read_settings, sizes, with_model
+from train.config.source import (
+    chat_template_of,
+    check_command,
+    read_settings,
+    sizes,
+    with_model,
+)
 from train.config.weights import ADAPTERS_ONLY
 
 Settings = TypeVar("Settings", bound=FinetuneLM)
@@ -70,8 +76,10 @@ def resolve_finetuning(
     # Absolute, so that a run can be resumed from another folder.
     for name in ("data", "eval_data"):
         named[name] = tuple(map(os.path.abspath, getattr(config, name)))
-    if config.chat_template is not None:
-        named["chat_template"] = os.path.abspath(config.chat_template)
+    template = config.chat_template
+    if template is None and config.tokenizer is None:
+        template = chat_template_of(str(config.init))
+    named["chat_template"] = None if template is None else os.path.abspath(template)
     config = dataclasses.replace(config, **named)
     config = fill(config, options, defaults)
 

@@ -123,6 +123,13 @@ def _folder(folder: Path) -> _Folder:
     return _Folder(run["model"], run["tokenizer"], run.get("end_token"))
 
 
+def chat_template_of(init: str) -> str | None:
+    """The chat template that the run in a folder was given; None of a model of transformers."""
+    if not is_run(init):
+        return None
+    return read_settings(Path(init) / "config.json").get("chat_template")
+
+
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings in a run's config.json, without their history; see `with_copies`."""
     fields = with_copies(Path(path).parent, read_fields(path))

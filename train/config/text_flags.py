@@ -53,8 +53,8 @@ class OwnTextFlags:
     """Token of the tokenizer.json that ends an answer, such as <|eot_id|>. Default: the one that it
     and the files beside it name."""
     chat_template: str | None = None
-    """File with the chat template, in Jinja, that writes `messages`. Default: the one beside the
-    tokenizer.json."""
+    """File with the chat template, in Jinja, that writes `messages`. Default: the one that a run in
+    --init was given, else that beside the tokenizer.json."""
     sequences: Literal["packed", "document"] = "packed"
     """`packed`: several whole examples in a row, without attention across; `document`: one example
     per row. What exceeds a row is cut off; a `text` goes on in another row."""

@@ -5,6 +5,7 @@ import itertools
 import shlex
 from collections.abc import Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from flax import nnx
 from galore_optax.adapters.base import merge
 from train.config.resume import lasting
 from train.config.settings import ResolvedFinetuneLM
-from train.config.source import made_of, short_name
+from train.config.source import chat_template_of, made_of, short_name
 from train.data.chat import load_template
 from train.data.examples import Encoded, ExampleData, encode_examples, prompts_of
 from train.data.own import own_examples
@@ -126,7 +127,17 @@ class FinetuningParts(TextParts):
 
 def _examples_of(config: ResolvedFinetuneLM) -> Examples:
     named = config.tokenizer, config.end_token, config.chat_template
-    return _examples(config.data, config.eval_data, *named, config.seq_len)
+    return _examples(config.data, config.eval_data, *named, config.seq_len, _inherits(config))
+
+
+def _inherits(config: ResolvedFinetuneLM) -> bool:
+    """Whether the chat template is that of the run in --init, of which prompts make no use."""
+    own = config.chat_template
+    if own is None or (config.resume and config.config is not None):
+        return True
+    theirs = chat_template_of(config.init)
+    both = [Path(path) for path in (own, theirs) if path is not None and Path(path).is_file()]
+    return len(both) == 2 and both[0].read_bytes() == both[1].read_bytes()
 
 
 @cache
@@ -137,11 +148,12 @@ def _examples(
     end_token: str | None,
     chat_template: str | None,
     seq_len: int,
+    inherits: bool,
 ) -> Examples:
     found = load_tokenizer(tokenizer, end_token)
     template = cache(lambda: load_template(found, chat_template))
     splits = own_examples(data, eval_data).values()
-    if chat_template and all(x.kind != "messages" for examples in splits for x in examples):
+    if not inherits and all(x.kind != "messages" for examples in splits for x in examples):
         reason = "no example has `messages`"
         raise ValueError(f"--chat-template {chat_template} has no effect: {reason}; leave it out")
     train, evaluation = (encode_examples(examples, found, template, seq_len) for examples in splits)
