@@ -1,6 +1,7 @@
 """Transformations that treat every matrix by itself; leaves that are no matrices get Adam."""
 
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,9 +42,11 @@ def of_matrices(
     def init_fn(params: optax.Params) -> MatricesState:
         params = dequantized(for_init(params))
         leaves, tree = jax.tree.flatten(params)
+        views = views_of_matrices(params, numbers)
+        _warn_of_left_out(leaves, views, numbers)
         states = [
             optax.MaskedNode() if view is None else first_state(init, view, leaf)
-            for view, leaf in zip(views_of_matrices(params, numbers), leaves, strict=True)
+            for view, leaf in zip(views, leaves, strict=True)
         ]
         return MatricesState(tree.unflatten(states))
 
@@ -65,6 +68,20 @@ def of_matrices(
         return tree.unflatten(leaves), MatricesState(tree.unflatten(states))
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _warn_of_left_out(
+    leaves: Sequence[Any], views: Sequence[LeafView | None], numbers: WeightDimensionNumbers
+) -> None:
+    pairs = zip(leaves, views, strict=True)
+    left_out = [x.shape for x, view in pairs if view is None and x.ndim > 1 and x.size]
+    if left_out and numbers is None:
+        warnings.warn(
+            f"{len(left_out)} params with two or more axes are not taken for matrices, the first "
+            f"of shape {left_out[0]}; say with weight_dimension_numbers which axes are matrices, "
+            "or None to leave a leaf out knowingly",
+            stacklevel=3,
+        )
 
 
 def with_adam_for_others(

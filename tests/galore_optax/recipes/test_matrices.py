@@ -1,6 +1,7 @@
 """RACS, SCALE, Muon and Alice: float64 references, stacks, layers, shardings, what is refused."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,17 @@ def test_muons_function_of_the_params_sees_all_of_them():
     for i in range(2):
         w, g = doubles(params["w"][i], params["w"][i])
         np.testing.assert_allclose(got["w"][i], muon_by_hand(w, [g], 0.01, 0), atol=2e-6)
+
+
+@pytest.mark.parametrize("tx", [muon(0.01), muon(0.01, bits=8), racs(0.01), scale_sgd(0.01, False)])
+def test_stacks_that_are_not_taken_for_matrices_are_named_once(tx):
+    params = {"layers": normal(0, 2, 6, 8), "biases": normal(1, 2, 8), "head": normal(2, 8, 9)}
+    with pytest.warns(UserWarning, match=r"^2 params .* the first of shape \(2, 8\); say") as seen:
+        tx.init(params)
+    assert len({str(w.message) for w in seen}) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tx.init({"head": params["head"], "bias": normal(3, 9)})
 
 
 @pytest.mark.parametrize("bits", [None, 8])
