@@ -151,6 +151,7 @@ def gives(
 
 def float_dtype(value: Any, name: str) -> None:
     """A dtype of floating-point numbers, or a name of one."""
+    static(value, name)
     try:
         known = value is not None and not isinstance(value, np.generic | np.ndarray | jax.Array)
         fits = known and jnp.issubdtype(jnp.dtype(value), jnp.floating)

@@ -296,6 +296,8 @@ def test_quantized_weights_are_updated_as_their_values(kind):
         (lambda: muon(0.1, bits=3), "bits=3"),
         (lambda: muon(0.1, product_dtype="int8"), "product_dtype='int8'"),
         (lambda: muon(0.1, state_dtype="int8"), "state_dtype='int8' is not a float type"),
+        # As optax.inject_hyperparams makes jnp.float32, a function, of the step.
+        (lambda: muon(0.1, state_dtype=jnp.float32(0)), r"^state_dtype=.* static_args=\(\.\.\.\)"),
         (lambda: muon(0.1, bits=8, state_dtype="float32"), "state_dtype='float32' with bits=8"),
         (lambda: scale_sgd(0.1, {"w": 1}), "last_layer: 1 in it must be True or False"),
         (lambda: alice(0.1, 3, leading=0), "leading=0 must be"),
