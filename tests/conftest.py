@@ -49,7 +49,11 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget():
-    """What JAX keeps of a file's functions would slow the garbage collector down in later ones."""
+    """What JAX keeps of a file's functions would slow the garbage collector down in later ones.
+
+    So would all modules: commands collect garbage when they end.
+    """
+    gc.freeze()
     yield
     jax.clear_caches()
     gc.collect()
