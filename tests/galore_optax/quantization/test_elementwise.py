@@ -41,8 +41,8 @@ def trajectory(tx, params, gradients, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
     jax.clear_caches()
     state = tx.init(params)
-    update = jax.jit(tx.update)
-    loops = update.lower(params, state, params).as_text().count("stablehlo.while")
+    lowered = jax.jit(tx.update).lower(gradients[0], state, params)
+    loops, update = lowered.as_text().count("stablehlo.while"), lowered.compile()
     for gradient in gradients:
         updates, state = update(gradient, state, params)
         params = optax.apply_updates(params, updates)
