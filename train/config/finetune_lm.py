@@ -63,14 +63,7 @@ def resolve_finetuning(
     config, options = with_options(config)
     checks.check_rate_of_fine_tuning(config)
 
-    adapter, (size, _) = config.adapter is not None, sizes(source)
-    defaults: dict[str, Any] = dict(FINETUNING)
-    defaults["seq_len"] = min(defaults["seq_len"], size.max_length)
-    defaults["rank"] = max(1, size.width // 4)
-    if adapter:
-        defaults["rank"] = min(defaults["adapter_rank"], *smaller_sides(size))
-        defaults |= dict.fromkeys(("full", "galore", "q_galore"), defaults["adapters"])
-        defaults["train"] = ADAPTERS_ONLY
+    defaults = of_source(source, config.adapter is not None)
     epochs = config.epochs or defaults["epochs"]
     named |= {name: getattr(source, name) for name in named}
     # Absolute, so that a run can be resumed from another folder.
@@ -99,6 +92,18 @@ def resolve_finetuning(
         return result
 
     return resolved(config.steps or count_steps(resolved(_MANY), epochs))
+
+
+def of_source(source: Pretrain, adapter: bool) -> dict[str, Any]:
+    """The row of defaults for fine-tuning the model of `source`."""
+    size, _ = sizes(source)
+    row: dict[str, Any] = dict(FINETUNING)
+    row["seq_len"] = min(row["seq_len"], size.max_length)
+    if not adapter:
+        return row | {"rank": max(1, size.width // 4)}
+    rates = dict.fromkeys(("full", "galore", "q_galore"), row["adapters"])
+    rank = min(row["adapter_rank"], *smaller_sides(size))
+    return row | rates | {"rank": rank, "train": ADAPTERS_ONLY}
 
 
 def finetuning_folder(config: FinetuneLM) -> str | None:

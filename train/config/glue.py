@@ -138,7 +138,8 @@ def resolve_for(config: Finetune, examples: int, model: EncoderConfig) -> Resolv
     config, options = with_options(config)
     checks.check_rate_of_fine_tuning(config)
 
-    config = fill(config, options, _defaults(config, model))
+    row = defaults_of(config, model.max_length)
+    config = fill(config, options, row)
     epoch = -(-examples // max(1, config.batch_size or 1))
     if config.steps is not None and config.epochs is not None:
         said = f"--steps {config.steps} says how long to train"
@@ -152,17 +153,14 @@ def resolve_for(config: Finetune, examples: int, model: EncoderConfig) -> Resolv
         "eval_every": max(1, min(epoch, steps)),
         "accumulate": 1,
         "floor": None if config.schedule == "constant" else 0.0,
-        "train": "pooler|classifier" if config.adapter else None,
         "out": glue_folder(config),
     }
-    if config.adapter == "gradnorm-lorp":
-        others["restart_every"] = NEVER
     if config.resume and config.config is not None:
         others["out"] = os.path.dirname(config.config) or "."
     missing = {name: x for name, x in others.items() if getattr(config, name) is None}
     # In config.json the steps say it, and a run is resumed by either flag.
     config = dataclasses.replace(config, **missing, epochs=None)
-    config = fill_rest(config, options, "float32")
+    config = fill_rest(config, options, row["adamw_state"])
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     resolved = ResolvedFinetune(**values)
     name = Path(config.init or "the model").name
@@ -213,7 +211,7 @@ def read_model(config: Finetune) -> EncoderConfig:
     return from_theirs(read_json(folder / FILES[0]), {})
 
 
-def _defaults(config: Finetune, model: EncoderConfig) -> dict[str, Any]:
+def defaults_of(config: Finetune, max_length: int) -> dict[str, Any]:
     """The row of defaults for the task, the optimizer and the rank."""
     rank = 8 if config.rank is None else config.rank
     task, adapter = str(config.task), config.adapter is not None
@@ -226,7 +224,10 @@ def _defaults(config: Finetune, model: EncoderConfig) -> dict[str, Any]:
         "scale": 16 / max(1, rank),
         "update_proj_gap": 500,
         "batch_size": 32 if task == "cola" else 16,
-        "seq_len": min(512, model.max_length),
+        "seq_len": min(512, max_length),
         "dtype": "float32",
         "rematerialize": False,
+        "adamw_state": "float32",
+        **({"train": "pooler|classifier"} if adapter else {}),
+        **({"restart_every": NEVER} if config.adapter == "gradnorm-lorp" else {}),
     }

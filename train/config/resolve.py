@@ -35,7 +35,7 @@ def resolve(config: Pretrain) -> Resolved:
     config, options = with_options(config)
 
     adapter = config.adapter is not None
-    defaults = {**PAPER, **(DEFAULTS.get(str(config.model)) or _of_size(config, adapter))}
+    defaults = of_model(config, adapter)
     config = fill(config, options, defaults)
     if config.steps is None:
         raise ValueError(f"--steps has no default for {short_name(config.model)}: give it")
@@ -148,47 +148,6 @@ def settings_file(
     return file if file is not None and os.path.isfile(file) else None
 
 
-def reopened(base: Config, config: Config) -> Config:
-    """The settings `base` of a file without what has no use, or no room, in `config`.
-
-    That is `base` with flags, which may replace model, schedule, clipping or steps. What they say
-    again is as if `base` did not.
-    """
-    opened: set[str] = set()
-    warmup, decay, steps = config.warmup_steps or 0, config.decay_steps or 0, config.steps
-    if steps is not None and steps != base.steps:
-        last = max(1, steps // 5) if config.schedule == "wsd" else 1
-        opened |= {"warmup_steps"} if warmup + last > steps else set()
-        opened |= {"decay_steps"} if warmup + decay > steps else set()
-        if not config.resume and (config.update_proj_gap or 0) >= steps:
-            opened |= {"moments"}
-        if not config.resume and (config.restart_every or 0) >= steps:
-            opened |= {"restart_warmup"}
-    if config.schedule == "constant":
-        opened |= {"floor"}
-    if config.schedule != "wsd":
-        opened |= {"decay_steps"}
-    if config.clip_norm is None and config.clip is not None:
-        opened |= {"clip"}
-    if getattr(config, "epochs", None) is not None:
-        opened |= {"steps"}
-    if config.moment_bits is not None:
-        opened |= {"state_dtype"}
-    if config.weight_dtype != base.weight_dtype:  # float32 weights have no use for rounding
-        opened |= {"stochastic_rounding"}
-    # A file has both, even if they were those of its --init: other weights have their own.
-    if not config.resume and _folder_of(config) not in (None, _folder_of(base)):
-        opened |= {"model", "tokenizer"} & {f.name for f in dataclasses.fields(base)}
-    left: dict[str, Any] = dict.fromkeys(opened)
-    return dataclasses.replace(base, **left)
-
-
-def _folder_of(config: TrainingFlags) -> str | None:
-    """The folder with the weights to begin with, as one path."""
-    init = getattr(config, "init", None)
-    return None if init is None else os.path.abspath(os.path.expanduser(init))
-
-
 def fewest_parts(batch: int, rows: Any) -> int:
     """The fewest equal microbatches of at most `rows` rows (None: all); 1 for an empty batch."""
     most = min(rows or batch, batch)
@@ -211,11 +170,15 @@ def default_out(config: TrainingFlags, model: str | None) -> str:
     return os.path.join("runs", "-".join([*parts, config.optimizer]))
 
 
-def _of_size(config: Pretrain, adapter: bool) -> dict[str, Any]:
-    """The defaults of a model that the papers do not have; the rank is theirs for most sizes."""
+def of_model(config: Pretrain, adapter: bool) -> dict[str, Any]:
+    """The row of defaults for the model of a pre-training."""
+    if (row := DEFAULTS.get(str(config.model))) is not None:
+        return {**PAPER, **row}
+    # The papers do not have it; the rank is theirs for most sizes.
     size, _ = sizes(config)
     rank = max(1, size.width // 4)
     return {
+        **PAPER,
         "rank": min(rank, *smaller_sides(size)) if adapter else rank,
         "seq_len": min(PAPER["seq_len"], size.max_length),
         "microbatch": 16,

@@ -17,7 +17,7 @@ import absl.logging
 import jax
 
 import galore_optax
-from train.config.resolve import reopened
+from train.config.reopen import reopened, without_own_adapter
 from train.config.settings import expand_home, flag
 from train.run import hosts
 from train.run.help import short_help
@@ -57,7 +57,7 @@ def run(
         config = expand_home(_parse(config_type, prog, args))
         file = settings_file(config) if settings_file else getattr(config, "config", None)
         if load is not None and file:
-            base = load(file)
+            base = without_own_adapter(load(file))  # pyrefly: ignore[bad-specialization]
             config = _parse(config_type, prog, args, default=base)
             opened = reopened(base, config)  # pyrefly: ignore[bad-specialization]
             if opened != base:

@@ -22,7 +22,8 @@ from train.config.optimizers import (
     learning_rate_schedule,
     make_recipe,
 )
-from train.config.resolve import load, reopened, resolve, settings_file
+from train.config.reopen import reopened
+from train.config.resolve import load, resolve, settings_file
 from train.config.resume import differences
 from train.config.settings import FinetuneLM, Pretrain, Resolved, to_json
 from train.run import cli
