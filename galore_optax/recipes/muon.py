@@ -82,19 +82,38 @@ def muon(
             "computed in float32; leave one of them out"
         )
 
-    hyperparameters = dict(beta=beta, eps=eps, adam_b1=b1, adam_b2=b2)
+    def orthogonalized(matrix: Float[Array, "n m"], state: Any) -> tuple[Float[Array, "n m"], Any]:
+        size = _SIZE * max(matrix.shape) ** 0.5
+        return size * _iterated((matrix / size).astype(product_dtype)).astype(matrix.dtype), state
+
+    made = optax.chain(
+        _momentum(weight_dimension_numbers, beta=beta, eps=eps, adam_b1=b1, adam_b2=b2),
+        of_matrices(orthogonalized, weight_dimension_numbers),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return cast_state(made, state_dtype) if bits is None else quantize_state(made, bits)
+
+
+def _momentum(
+    numbers: WeightDimensionNumbers, **hyperparameters: Any
+) -> optax.GradientTransformation:
+    """Muon of optax without its iterations, and Adam, both ascending at a learning rate of 1.
+
+    The update of a matrix (n, m) is its momentum with a norm of 0.2 max(n, m)^½.
+    """
 
     def of(params: optax.Params, given: dict[str, Any]) -> optax.GradientTransformation:
-        # The function of the params is called here: optax.contrib.muon would call it again, with
+        # A function of the params is called here: optax.contrib.muon would call it again, with
         # only the matrices.
-        views = views_of_matrices(params, weight_dimension_numbers)
+        views = views_of_matrices(params, numbers)
         found = [None if view is None else MuonDimensionNumbers(*view.modes) for view in views]
-        numbers = jax.tree.structure(params).unflatten(found)
+        tree = jax.tree.structure(params).unflatten(found)
         return optax.contrib.muon(
-            -1.0,  # the update is that of an ascent, without a factor
-            muon_weight_dimension_numbers=lambda _: numbers,
+            -1.0,
+            muon_weight_dimension_numbers=lambda _: tree,
             consistent_rms=_SIZE,
-            ns_steps=0,  # that of a matrix is its momentum with a norm of `size` below
+            ns_steps=0,
             **given,
         )
 
@@ -109,20 +128,10 @@ def muon(
         args = hyperparameters, updates, state, params
         return with_automatic_axes(whole, lambda _: like, *args)
 
-    def orthogonalized(matrix: Float[Array, "n m"], state: Any) -> tuple[Float[Array, "n m"], Any]:
-        size = _SIZE * max(matrix.shape) ** 0.5
-        return size * iterated((matrix / size).astype(product_dtype)).astype(matrix.dtype), state
-
-    made = optax.chain(
-        optax.GradientTransformation(init, update),
-        of_matrices(orthogonalized, weight_dimension_numbers),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    return cast_state(made, state_dtype) if bits is None else quantize_state(made, bits)
+    return optax.GradientTransformation(init, update)
 
 
-def iterated(x: Float[Array, "n m"]) -> Float[Array, "n m"]:
+def _iterated(x: Float[Array, "n m"]) -> Float[Array, "n m"]:
     """Returns a matrix of norm at most 1 with its larger singular values brought near 1.
 
     Five Newton-Schulz iterations in the dtype of x, from x to (a + b x xᵀ + c (x xᵀ)²) x with the
@@ -130,7 +139,7 @@ def iterated(x: Float[Array, "n m"]) -> Float[Array, "n m"]:
     GPU moves a quarter more memory.
     """
     if x.shape[0] > x.shape[1]:
-        return iterated(x.T).T
+        return _iterated(x.T).T
     one = jnp.eye(x.shape[0], dtype=x.dtype)
     for _ in range(5):
         square = x @ x.T
