@@ -88,15 +88,15 @@ def read_examples(paths: Sequence[str]) -> Iterator[Example]:
 def find_files(paths: Sequence[str]) -> list[Path]:
     """The files that `paths` name, each once: files, folders and patterns such as 'data/*.jsonl'.
 
-    Of a folder, and of those in it, these are all files of a kind that is read, without hidden
-    ones; they and those of a pattern are sorted by name. ValueError if one of `paths` names none.
+    Of a folder, and of those in it or linked there, these are all files of a kind that is read,
+    without hidden ones; they and those of a pattern are sorted by name. ValueError if one of
+    `paths` names none, or a folder cannot be read, or a link in it leads nowhere.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}  # by real path: links and patterns may name a file again
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if _readable(file.relative_to(path)))
-            files = [file for file in files if file.is_file()]
+            files = sorted(file for file in _files_in(path, set()) if _readable(file))
         elif path.exists() or not glob.has_magic(name):
             files = [path]
         else:
@@ -112,13 +112,42 @@ def find_files(paths: Sequence[str]) -> list[Path]:
                     f"{file} has none of the names that are read, {', '.join(_SUFFIXES)}: rename "
                     "it if it is of that kind, or convert it"
                 )
-            found.setdefault(Path(os.path.abspath(file)))
-    return [*found]
+            found.setdefault(os.path.realpath(file), Path(os.path.abspath(file)))
+    return [*found.values()]
+
+
+def _files_in(folder: Path, seen: set[str]) -> Iterator[Path]:
+    """What is in a folder and in those within or linked there, without hidden ones.
+
+    `seen` has the real paths of folders that are read already: a link may lead back.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}")
+
+    linked = []
+    for top, folders, names in os.walk(folder, onerror=refuse):
+        seen.add(os.path.realpath(top))
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        linked += [path for name in folders if (path := Path(top, name)).is_symlink()]
+        yield from (Path(top, name) for name in names if not _is_hidden(name))
+    for path in sorted(linked):
+        if os.path.realpath(path) not in seen:
+            yield from _files_in(path, seen)
+
+
+def _is_hidden(name: str) -> bool:
+    # A file system's own folder, which only root may read, is not the user's.
+    return name.startswith(".") or name == "lost+found"
 
 
 def _readable(path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts)
-    return path.name.lower().endswith(_SUFFIXES) and not hidden
+    """Whether a path in a folder is a file of a kind that is read."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"{path} is a link that leads nowhere: restore what it names, or delete it"
+        )
+    return path.name.lower().endswith(_SUFFIXES) and path.is_file()
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -1,7 +1,9 @@
 """Own text: plain files, JSON and Parquet."""
 
+import errno
 import gzip
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -54,6 +56,38 @@ def test_folders_and_patterns_give_each_file_once_sorted_and_without_hidden_ones
         (tmp_path / name).touch()
     found = find_files([str(tmp_path / "b.txt"), str(tmp_path), str(tmp_path / "*.md")])
     assert [str(p.relative_to(tmp_path)) for p in found] == ["b.txt", "a.md", "sub/c.jsonl.gz"]
+
+
+def test_a_linked_folder_is_read_and_what_a_link_names_again_is_not(tmp_path):
+    data, far = tmp_path / "data", tmp_path / "far"
+    for path in (data / "own.txt", far / "a.txt", far / "sub/b.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for name, target in (("part", far), ("back", data), ("sub", far / "sub")):
+        (data / name).symlink_to(target)
+    (data / "same.txt").symlink_to(data / "own.txt")
+    wanted = ["own.txt", "part/a.txt", "part/sub/b.txt"]
+    for names in ([str(data)], [str(data), f"{data}/**/*.txt", str(far)]):
+        assert [str(p.relative_to(data)) for p in find_files(names)] == wanted
+
+
+def test_a_folder_that_is_not_read_whole_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "part").symlink_to(tmp_path / "not-mounted")
+    with pytest.raises(ValueError, match="/part is a link that leads nowhere: restore"):
+        find_files([str(tmp_path)])
+    (tmp_path / "part").unlink()
+    (tmp_path / "part").mkdir()
+    scan = os.scandir
+
+    def refused(path):  # as for a user without the right; root has it
+        if str(path).endswith("part"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(ValueError, match="/part cannot be read: Permission denied"):
+        find_files([str(tmp_path)])
 
 
 @pytest.mark.parametrize(
