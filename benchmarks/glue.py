@@ -63,6 +63,11 @@ def main(config: Glue) -> None:
     """Runs what is missing, and writes table and plot after each task's methods."""
     if unknown := [name for name in config.methods if name not in METHODS]:
         raise SystemExit(f"--methods {unknown[0]!r}: choose of {', '.join(METHODS)}")
+    for name, least, most in (("seeds", 1, None), ("rates", 1, 3)):
+        value = getattr(config, name)
+        if value < least or (most is not None and value > most):
+            said = f"{least} or more" if most is None else f"{least} to {most}"
+            raise SystemExit(f"--{name} {value}: expected {said}")
     config.out.mkdir(parents=True, exist_ok=True)
     found: dict[tuple[str, str], Scores] = {}
     for task in config.tasks:
@@ -115,7 +120,7 @@ def _metric(config: Glue, task: str, method: str, rate: float, seed: int) -> flo
     words += shlex.split(config.flags)
     if "GaLore" in method or "GradNormLoRP" in method:
         words += shlex.split(config.projected_flags)
-    summary = finished(config, "train.finetune", name, words, ("--init", config.init))
+    summary = finished(config, "train.finetune", name, words, config.init)
     return summary.get("eval_metric") or 0.0
 
 

@@ -33,6 +33,13 @@ PEERS = {
     "galore-adamw": "transformers, galore-torch",
     "lora-adamw": "transformers, peft",
 }
+# The only values with which the peer trains of settings that it does not read.
+_SAME = {
+    "schedule": ("linear",), "floor": (0.0,), "patience": (None,), "stagger": (None, False),
+    "side": (None, "smaller"), "adapter": (None, "lora"), "adapter_pattern": (None,),
+    "train": (None, "pooler|classifier"), "freeze": (None,), "weight_bits": (None,),
+    "dtype": ("float32",), "weight_dtype": ("float32",), "state_dtype": ("float32",),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Peers:
 
 
 def main(config: Peers) -> None:
-    """Trains what is missing and prints the table."""
+    """Trains what is missing and prints the table; SystemExit for runs that the peer has not."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in read_records(config.records):
         name, _, _ = record["name"].rpartition("-")  # of the seed
@@ -70,6 +77,7 @@ def main(config: Peers) -> None:
         settings = runs[0]["config"]
         if settings["optimizer"] not in PEERS or len(runs) < config.seeds:
             continue
+        _check_same(runs[0])
         runs = sorted(runs, key=lambda x: x["config"]["seed"])
         peer = [_trained(config, run) for run in runs[: config.seeds]]
         own = [run["summary"] for run in runs]
@@ -84,19 +92,27 @@ def main(config: Peers) -> None:
     print("\n".join(lines))
 
 
+def _check_same(run: dict[str, Any]) -> None:
+    """Raises SystemExit if a run has a setting with which the peer would train otherwise."""
+    for name, values in _SAME.items():
+        if (value := run["config"].get(name, values[0])) not in values:
+            said = f"{name} {value!r}, and the peer trains with {values[0]!r}"
+            raise SystemExit(f"--records: {run['name']} has {said}: take records without it")
+
+
 def _trained(config: Peers, run: dict[str, Any]) -> dict[str, float]:
     """The peer's best metric and its speed; the best of the epochs, as for the run."""
     for record in read_records(config.peer_records):
         if record["name"] == run["name"] and record["flags"] == run["flags"]:
             return record["result"]
-    folder, settings = config.out / run["name"], run["config"]
+    places = {"data_dir": str(config.data_dir), "init": str(config.init)}
+    folder, settings = config.out / run["name"], run["config"] | places
     if (folder / "result.json").exists():
         made = json.loads((folder / "settings.json").read_text())
         if any(made.get(key) != value for key, value in settings.items()):
             raise SystemExit(f"{folder} was trained with other settings: name another --out")
-    places = {"data_dir": str(config.data_dir), "init": str(config.init)}
     task = TASKS[settings["task"]]
-    settings = {**settings, **places, "classes": task.classes}
+    settings = {**settings, "classes": task.classes}
     data = _arrays(settings)
     if not (folder / "result.json").exists():
         folder.mkdir(exist_ok=True)

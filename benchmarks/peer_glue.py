@@ -47,7 +47,8 @@ def main(folder: Path) -> None:
         start = time.perf_counter()
         optimizer.zero_grad()
         model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, settings["clip_norm"])
+        if settings["clip_norm"] is not None:
+            torch.nn.utils.clip_grad_norm_(trained, settings["clip_norm"])
         optimizer.step()
         schedule.step()
         seconds.append(time.perf_counter() - start)

@@ -95,7 +95,9 @@ class Row:
 
     @property
     def spread(self) -> float:
-        """Standard deviation over the seeds; 0 with one."""
+        """Standard deviation over the seeds; 0 with one, infinite if one diverged."""
+        if not math.isfinite(self.mean):
+            return math.inf
         return statistics.stdev(self.perplexities) if len(self.perplexities) > 1 else 0.0
 
     @property
@@ -173,6 +175,8 @@ def _plot(rows: Mapping[str, Row], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for method, row in rows.items():
+        if not math.isfinite(row.mean):  # a seed diverged
+            continue
         axes.errorbar(row.bytes / 1e6, row.mean, yerr=row.spread, fmt="o", capsize=3)
         axes.annotate(
             method, (row.bytes / 1e6, row.mean), (5, 4), textcoords="offset points", fontsize=8

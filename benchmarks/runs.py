@@ -6,6 +6,7 @@ that a table of many hours can be continued on another machine: flags, settings 
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,14 +55,14 @@ def trained(runs: Runs, name: str, flags: tuple[Any, ...]) -> dict[str, Any]:
         flags: further words of the command.
     """
     names = ("model", "tokenizer", "steps", "batch_size", "seq_len", "eval_tokens")
-    words = [word for x in names for word in (f"--{x.replace('_', '-')}", getattr(runs, x))]
+    words = [word for x in names for word in (_flag(x), getattr(runs, x))]
     # In the order of the text in which the runs of before were trained.
     words += ["--data-parts", 1, "--data", "c4", "--eval-every", runs.steps, *flags]
     return finished(runs, "train.pretrain", name, words)
 
 
 def finished(
-    table: Table, program: str, name: str, words: list[Any], places: tuple[Any, ...] = ()
+    table: Table, program: str, name: str, words: list[Any], init: Path | None = None
 ) -> dict[str, Any]:
     """The summary of one run, which is trained first if it is missing; empty if it diverged.
 
@@ -70,22 +71,31 @@ def finished(
         program: the module that trains.
         name: of the run's folder and record.
         words: the command's flags, which those of a record must equal.
-        places: further flags, which name files of this machine.
+        init: folder of the model to begin with.
 
     Raises:
-        SystemExit: a record or a folder of this name is of other flags, or the program failed.
+        SystemExit: a record or a folder of this name is of other flags, of another model in --init
+            or of other data, or the program failed.
     """
     out, flags = table.out / name, [str(word) for word in words]
+    places = {"data_dir": table.data_dir, **({} if init is None else {"init": init})}
+    # By its name, which it has on another machine, too.
+    model = {} if init is None else {"init": init.absolute().name}
     for record in read_records(table.records):
         if record["name"] == name and record["flags"] != flags:
             made = " ".join(record["flags"])
             raise SystemExit(f"--records {table.records}: its {name} was trained with {made}")
+        if record["name"] == name and record.get("init") not in (None, model.get("init")):
+            made = record["init"]
+            raise SystemExit(f"--records {table.records}: its {name} began with a model {made}")
         if record["name"] == name:
             return record["summary"]
     _check_flags(table.out / f"{name}.flags.json", out, flags)
-    if not (out / "summary.json").exists():
-        command = [sys.executable, "-m", program, *flags, "--data-dir", table.data_dir, *places]
-        command += ["--out", out, "--resume"]
+    if (out / "summary.json").exists():
+        _check_places(out, places)
+    else:
+        command = [sys.executable, "-m", program, *flags, "--out", out, "--resume"]
+        command += [word for key, path in places.items() for word in (_flag(key), path)]
         code = subprocess.run([*map(str, command)], check=False, stdout=sys.stderr).returncode
         if code == 1 and _gave_up(out):  # a traceback ends with 1, too
             print(f"{name} diverged", file=sys.stderr)
@@ -95,7 +105,7 @@ def finished(
     config, summary = (_read(out / f"{x}.json") for x in ("config", "summary"))
     if table.records is not None:
         settings = {key: value for key, value in config.items() if key not in _PLACES}
-        record = {"name": name, "flags": flags, "config": settings, "summary": summary}
+        record = {"name": name, "flags": flags, **model, "config": settings, "summary": summary}
         table.records.parent.mkdir(parents=True, exist_ok=True)
         with table.records.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -110,6 +120,19 @@ def _check_flags(file: Path, run: Path, flags: list[str]) -> None:
     # A folder without the file is of a version that wrote none.
     elif file.exists() and (made := json.loads(file.read_text())) != flags:
         raise SystemExit(f"{run} was trained with {' '.join(made)}: name another --out")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_places(run: Path, places: dict[str, Path]) -> None:
+    """Raises SystemExit if a finished run began with another model, or had other data."""
+    made = _read(run / "config.json")
+    for name, path in places.items():
+        there, here = made.get(name), os.path.expanduser(path)
+        if there is not None and os.path.realpath(there) != os.path.realpath(here):
+            raise SystemExit(f"{run} was trained with {_flag(name)} {there}: name another --out")
 
 
 def _gave_up(run: Path) -> bool:
