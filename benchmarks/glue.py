@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.runs import Table, finished
+from train.run.plots import picture
 
 FULL, GALORE, ADAPTER = (1e-5, 2e-5, 5e-5), (1e-5, 2e-5, 3e-5), (2e-4, 4e-4, 8e-4)
 
@@ -127,23 +128,19 @@ def _metric(config: Glue, task: str, method: str, rate: float, seed: int) -> flo
 def _plot(
     found: Mapping[tuple[str, str], Scores], methods: tuple[str, ...], tasks: list[str], path: Path
 ) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2 + 2.2 * len(tasks), 4.8), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    width = 0.8 / len(methods)
-    for i, method in enumerate(methods):
-        scores = [found[method, task][1] for task in tasks]
-        means = [100 * statistics.fmean(x) for x in scores]
-        spreads = [100 * statistics.stdev(x) if len(x) > 1 else 0 for x in scores]
-        at = [j + (i - (len(methods) - 1) / 2) * width for j in range(len(tasks))]
-        axes.bar(at, means, width, yerr=spreads, capsize=2, label=method)
-    axes.set(ylabel="metric, %", xticks=range(len(tasks)), xticklabels=tasks)
-    axes.grid(alpha=0.3, axis="y")
-    axes.legend(
-        frameon=False, fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1)
-    )
-    figure.savefig(path)
+    with picture(path, (2 + 2.2 * len(tasks), 4.8)) as figure:
+        axes = figure.add_subplot()
+        width = 0.8 / len(methods)
+        for i, method in enumerate(methods):
+            scores = [found[method, task][1] for task in tasks]
+            means = [100 * statistics.fmean(x) for x in scores]
+            spreads = [100 * statistics.stdev(x) if len(x) > 1 else 0 for x in scores]
+            at = [j + (i - (len(methods) - 1) / 2) * width for j in range(len(tasks))]
+            axes.bar(at, means, width, yerr=spreads, capsize=2, label=method)
+        axes.set(ylabel="metric, %", xticks=range(len(tasks)), xticklabels=tasks)
+        axes.grid(alpha=0.3, axis="y")
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1)}
+        axes.legend(frameon=False, fontsize="small", ncols=3, **below)
 
 
 if __name__ == "__main__":

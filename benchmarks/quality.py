@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.runs import Runs, trained
+from train.run.plots import picture
 
 FULL, GALORE = (0.0005, 0.001, 0.002, 0.005), (0.005, 0.01, 0.02, 0.04)
 MUON = (0.001, 0.002, 0.005, 0.01)
@@ -170,20 +171,16 @@ def _perplexity(summary: Mapping[str, Any]) -> float:
 
 
 def _plot(rows: Mapping[str, Row], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    for method, row in rows.items():
-        if not math.isfinite(row.mean):  # a seed diverged
-            continue
-        axes.errorbar(row.bytes / 1e6, row.mean, yerr=row.spread, fmt="o", capsize=3)
-        axes.annotate(
-            method, (row.bytes / 1e6, row.mean), (5, 4), textcoords="offset points", fontsize=8
-        )
-    axes.set(xlabel="weights and optimizer state, MB", ylabel="perplexity")
-    axes.grid(alpha=0.3)
-    figure.savefig(path)
+    with picture(path, (7, 4.5)) as figure:
+        axes = figure.add_subplot()
+        for method, row in rows.items():
+            if not math.isfinite(row.mean):  # a seed diverged
+                continue
+            axes.errorbar(row.bytes / 1e6, row.mean, yerr=row.spread, fmt="o", capsize=3)
+            beside = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(method, (row.bytes / 1e6, row.mean), **beside)
+        axes.set(xlabel="weights and optimizer state, MB", ylabel="perplexity")
+        axes.grid(alpha=0.3)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """The pictures of a run and of a plan: all that is drawn is inside, and no number is long."""
 
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from paths import ROOT
 
 from train.run.plots import plot_loss, plot_plan
 
@@ -47,3 +51,18 @@ def test_the_parts_of_plans(drawn, tmp_path, scale):
     check(drawn[0])
     unit = drawn[0].axes[0].get_xlabel()
     assert unit == ("GiB" if scale == 1 else "MiB")
+
+
+def test_a_notebooks_backend_and_the_users_settings_do_not_keep_a_run_from_its_picture(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\ntext.latex.preamble: \\none\n")
+    own = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": str(tmp_path)}
+    program = (
+        "import sys; sys.modules['matplotlib_inline'] = None\n"  # as if it were not installed
+        "from pathlib import Path; from train.run.plots import check_picture, plot_loss\n"
+        "check_picture('a.png', '--plot')\n"
+        "plot_loss([{'step': 1, 'loss': 2.0}], Path('loss.png'), 'a$_$b_c, adamw', 'per token')\n"
+    )
+    env = {**os.environ, **own, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
