@@ -25,6 +25,8 @@ from models.hugging_face.files import without_duplicates
 
 _PLAIN, _JSON, _PARQUET = (".txt", ".md"), (".jsonl", ".ndjson", ".json"), (".parquet",)
 _SUFFIXES = (*_PLAIN, *_JSON, *_PARQUET, *(f"{name}.gz" for name in (*_PLAIN, *_JSON)))
+# Other ways to pack them, by which a part of a folder's text would be left out.
+_PACKED = (".bz2", ".lz4", ".xz", ".zip", ".zst")
 KINDS = {"text": ("text",), "prompt": ("prompt", "completion"), "messages": ("messages",)}
 # Fields beside `messages` from which a chat template makes other text.
 _NOT_BESIDE_MESSAGES = (
@@ -147,6 +149,9 @@ def _readable(path: Path) -> bool:
         raise ValueError(
             f"{path} is a link that leads nowhere: restore what it names, or delete it"
         )
+    packed = path.name.lower().endswith(_PACKED) and path.stem.lower().endswith(_SUFFIXES)
+    if packed and not path.with_suffix("").exists():
+        raise ValueError(f"{path} is packed in a way that is not read: unpack it, or use gzip")
     return path.name.lower().endswith(_SUFFIXES) and path.is_file()
 
 

@@ -78,6 +78,12 @@ def test_a_folder_that_is_not_read_whole_is_refused(tmp_path, monkeypatch):
         find_files([str(tmp_path)])
     (tmp_path / "part").unlink()
     (tmp_path / "part").mkdir()
+    (tmp_path / "part/b.jsonl.zst").touch()
+    (tmp_path / "picture.zip").touch()
+    with pytest.raises(ValueError, match=r"b\.jsonl\.zst is packed in a way that is not read: unp"):
+        find_files([str(tmp_path)])
+    (tmp_path / "part/b.jsonl").touch()  # unpacked
+    assert find_files([str(tmp_path)]) == [tmp_path / "a.txt", tmp_path / "part/b.jsonl"]
     scan = os.scandir
 
     def refused(path):  # as for a user without the right; root has it
