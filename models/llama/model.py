@@ -107,7 +107,7 @@ class Llama(nnx.Module):
         S. Attention is always XLA's here: cuDNN's flash attention is made for long queries.
         """
         config = self.config
-        new = jnp.arange(token_ids.shape[1]) + cache.length
+        new = jnp.arange(token_ids.shape[1], dtype=jnp.int32) + cache.length
         rotary = rotary_angles(config, jnp.broadcast_to(new, token_ids.shape))
         mask = (jnp.arange(cache.key.shape[2]) <= new[:, None])[None, None]  # (1, 1, L, S)
 
@@ -118,7 +118,8 @@ class Llama(nnx.Module):
             def attend(query, key, value):
                 # The stacks stay in the carry, where XLA updates them in place.
                 nonlocal keys, values
-                start = (index, 0, cache.length, 0, 0)
+                # Of one type with 64-bit numbers enabled, too.
+                start = tuple(map(jnp.int32, (index, 0, cache.length, 0, 0)))
                 keys = jax.lax.dynamic_update_slice(keys, key[None], start)
                 values = jax.lax.dynamic_update_slice(values, value[None], start)
                 return jax.nn.dot_product_attention(

@@ -70,6 +70,13 @@ def test_the_key_decides(model, prompt):
     np.testing.assert_array_equal(first[:, :5], prompt)
 
 
+def test_64_bit_numbers_change_nothing(model, prompt):
+    how = {"max_new_tokens": 8, "top_k": 9, "top_p": 0.9, "stop_id": 3, "key": KEY}
+    found = generate(model, prompt, **how)
+    with jax.enable_x64(True):  # as by JAX_ENABLE_X64
+        np.testing.assert_array_equal(generate(model, prompt, **how), found)
+
+
 def test_samples_follow_the_models_probabilities(model, prompt):
     rows = jnp.tile(prompt[:1], (4000, 1))
     drawn = generate(model, rows, max_new_tokens=1, temperature=2.0, key=KEY)[:, -1]
