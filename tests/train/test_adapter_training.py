@@ -11,6 +11,7 @@ from flax import nnx
 from small_run import losses, run_killed, small, trained
 
 from galore_optax.adapters.base import is_adapter, merge
+from galore_optax.memory import tree_bytes
 from galore_optax.quantization.array import dequantized
 from models.hugging_face.llama import load_llama
 from models.hugging_face.peft import load_adapters
@@ -21,10 +22,12 @@ from train.export import main as export
 from train.generate import Generate
 from train.generate import main as generate
 from train.pretrain import main
+from train.run import assemble as assembly
 from train.run.assemble import assemble
 from train.run.metrics import read_metrics
 from train.run.trained import load_trained
 from train.run.training import Host, Training
+from train.step.programs import abstract_params
 
 # Two matrices of the seven, as compiling takes nearly all of the time here.
 FEW = {"adapter_pattern": "query|up"}
@@ -51,6 +54,25 @@ def few_steps(name: str, steps: int = 3, **changes):
 
 def adapters_of(params) -> list:
     return [x for x in jax.tree.leaves(params, is_leaf=is_adapter) if is_adapter(x)]
+
+
+@pytest.mark.parametrize("name", ["dora", "qlora"])
+def test_a_run_samples_from_its_adapters_as_they_are(name, monkeypatch):
+    # Merged, 4-bit weights would take four to eight times as much as the memory plan has for them.
+    parts = assemble(resolve(small("unused", **RUNS[name])), lambda _: None)
+    params, said = parts.init(jax.random.key(0)).params, []
+    sample, models = assembly.sample_text, []
+
+    def kept(model, *args, **how):
+        models.append(model)
+        return sample(model, *args, **how)
+
+    monkeypatch.setattr(assembly, "sample_text", kept)
+    parts.sample(params, said.append)
+    assert tree_bytes(nnx.state(models[0])) == tree_bytes(params)
+    merged = nnx.merge(abstract_params(parts.config, parts.model)[0], merge(params))
+    how = {"max_new_tokens": 31 - len("The "), "temperature": 0.5}
+    assert said == [f"sample: {sample(merged, parts.tokenizer, 'The ', **how)}"]
 
 
 @pytest.mark.parametrize("name", ["dora", "low-rank", "qlora", "weight norm"])

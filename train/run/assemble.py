@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from galore_optax.adapters.base import merge
 from models.llama.config import flops_per_token
 from train.config.resume import lasting
 from train.config.settings import Resolved, ResolvedText
@@ -79,7 +78,7 @@ class TextParts(Parts):
             log(f"sample: {shlex.join(command)}")
             return
         graph, _ = abstract_params(config, self.model)
-        model = nnx.merge(graph, merge(params))
+        model = nnx.merge(graph, params)  # not merged: the plan has no room for whole weights
         new = max(1, config.seq_len - 1 - len(tokenizer.encode(config.prompt)))
         how = {"max_new_tokens": new, "temperature": 0.5, "seed": config.seed}
         log(f"sample: {sample_text(model, tokenizer, config.prompt, **how)}")

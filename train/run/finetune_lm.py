@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from galore_optax.adapters.base import merge
 from train.config.resume import lasting
 from train.config.settings import ResolvedFinetuneLM
 from train.config.source import chat_template_of, made_of, short_name
@@ -103,7 +102,7 @@ class FinetuningParts(TextParts):
             log(f"answers: python -m train.generate --run {where} --prompt ...")
             return
         graph, _ = abstract_params(self.config, self.model)
-        model = nnx.merge(graph, merge(params))
+        model = nnx.merge(graph, params)  # not merged: the plan has no room for whole weights
         told = self.tokenizer.decode
         longest = self.model.max_length - 1
         pairs = [pair for pair in prompts_of(self.held_out) if len(pair[0]) <= longest]
