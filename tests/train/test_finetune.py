@@ -14,6 +14,7 @@ from small_glue import small_glue, write_encoder, write_mrpc
 from small_run import losses, unfinished
 
 from galore_optax.adapters.base import is_adapter
+from models.encoder.config import weight_table
 from models.hugging_face.roberta import load_roberta, read_config
 from train.config.glue import Finetune, resolve
 from train.config.optimizers import OPTIMIZERS
@@ -25,7 +26,7 @@ from train.data.pairs import PairTokenizer, pair_data
 from train.export import Export
 from train.export import main as export
 from train.finetune import main
-from train.run import cli
+from train.run import cli, glue
 from train.run.glue import assemble, label_order
 from train.run.metrics import read_metrics
 from train.step.classifier import make_programs, model_config
@@ -338,6 +339,14 @@ def test_a_classifier_with_labels_in_another_order_begins_in_that_of_the_task(fo
     np.testing.assert_array_equal(found["classifier"], theirs.classifier[...][:, ::-1])
     np.testing.assert_array_equal(found["classifier_bias"], theirs.classifier_bias[...][::-1])
     np.testing.assert_array_equal(found["pooler"], theirs.pooler[...])
+
+
+def test_a_new_classifier_is_the_same_with_64_bit_numbers(folder):
+    model = read_config(write_encoder(folder / "none"), pooler=True, classes=2)
+    drawn = partial(glue._drawn, jax.random.key(0), weight_table(model)["classifier"], model)
+    found = drawn()
+    with jax.enable_x64(True):  # as by JAX_ENABLE_X64
+        np.testing.assert_array_equal(drawn(), found)
 
 
 def test_a_run_as_the_model_to_begin_with_is_refused_with_the_command_that_exports_it(

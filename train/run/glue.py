@@ -248,4 +248,5 @@ def label_order(config: Mapping[str, Any], task: Task) -> Any:
 def _drawn(key: Array, weight: Any, model: EncoderConfig) -> np.ndarray:
     if weight.fill is not None:
         return np.full(weight.shape, weight.fill, model.param_dtype)
-    return np.asarray(0.02 * jax.random.normal(key, weight.shape)).astype(model.param_dtype)
+    drawn = jax.random.normal(key, weight.shape, np.float32)  # with JAX_ENABLE_X64, too
+    return np.asarray(0.02 * drawn).astype(model.param_dtype)
