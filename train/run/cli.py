@@ -6,6 +6,7 @@ import gc
 import io
 import itertools
 import logging
+import os
 import re
 import signal
 import sys
@@ -43,6 +44,9 @@ def run(
     `python -X dev`), and 130 after Ctrl-C.
     """
     _quiet_libraries()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by a shell's >&- or a service
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # '?' for what the terminal's encoding lacks

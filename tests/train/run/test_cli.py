@@ -64,6 +64,20 @@ def test_what_an_encoding_lacks_is_replaced(monkeypatch, name):
     assert stream.buffer.getvalue() == b"H?he\n"
 
 
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_command_runs_with_a_closed_output(monkeypatch, name):
+    def main(config: Pretrain) -> int:
+        print(config.steps)
+        print(config.steps, file=sys.stderr)
+        return 5
+
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, Pretrain, "train", args=["--steps", "3"])
+    assert stop.value.code == 5
+    getattr(sys, name).close()
+
+
 def test_ctrl_c_is_one_line(capsys):
     def stop(config: Pretrain) -> int:
         raise KeyboardInterrupt
