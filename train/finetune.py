@@ -11,9 +11,8 @@ from train.config.settings import expand_home
 from train.data.glue import TRAIN, load_examples
 from train.run.cli import run
 from train.run.glue import assemble
+from train.run.progress import say
 from train.run.start import train
-
-_print = partial(print, flush=True)
 
 
 def main(config: Finetune) -> int:
@@ -26,7 +25,7 @@ def main(config: Finetune) -> int:
     # The steps of an epoch depend on the number of examples.
     examples = load_examples(str(config.task), TRAIN, str(config.data_dir))
     assert examples is not None
-    return train(resolve(config, len(examples)), partial(assemble, examples), _print)
+    return train(resolve(config, len(examples)), partial(assemble, examples), say)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ from train.config.resolve import settings_file
 from train.config.settings import FinetuneLM
 from train.run.cli import run
 from train.run.finetune_lm import assemble, count_steps
+from train.run.progress import say
 from train.run.start import train
-
-_print = partial(print, flush=True)
 
 
 def main(config: FinetuneLM) -> int:
     """Starts or resumes a fine-tuning; returns and raises what `train` does."""
-    return train(resolve_finetuning(config, count_steps), assemble, _print)
+    return train(resolve_finetuning(config, count_steps), assemble, say)
 
 
 if __name__ == "__main__":

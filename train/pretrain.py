@@ -3,15 +3,12 @@
 A run's folder gets config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json, loss.png.
 """
 
-from functools import partial
-
 from train.config.resolve import load, resolve, settings_file
 from train.config.settings import Pretrain
 from train.run.assemble import assemble
 from train.run.cli import run
+from train.run.progress import say
 from train.run.start import train
-
-_print = partial(print, flush=True)
 
 
 def main(config: Pretrain) -> int:
@@ -19,7 +16,7 @@ def main(config: Pretrain) -> int:
 
     Returns and raises what `train.run.start.train` does.
     """
-    return train(resolve(config), assemble, _print)
+    return train(resolve(config), assemble, say)
 
 
 if __name__ == "__main__":

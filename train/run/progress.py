@@ -1,11 +1,27 @@
-"""What a run prints while it trains: a progress bar, and a line for each logged step."""
+"""What a run prints while it trains: a progress bar, and a line for each logged step.
+
+Whoever reads it may have ended, as Ctrl-C ends `tee`, too: that ends no run.
+"""
 
 import datetime
 import math
+import os
+import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 _SHARE = 0.05  # of a step's loss in the smoothed one
+
+
+def say(text: str) -> None:
+    """Prints a line at once."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class Progress:
@@ -38,7 +54,8 @@ class Progress:
 
     def log(self, text: str) -> None:
         """Prints a line."""
-        self.console.print(text, markup=False)
+        with suppress(SystemExit):  # of rich, where nobody reads: it prints nothing from then on
+            self.console.print(text, markup=False)
 
     def step(self, line: dict[str, Any], tokens: int, seconds: float, show: bool) -> None:
         """Moves the bar, and prints a line if `show`; `line` is the step's in metrics.jsonl.

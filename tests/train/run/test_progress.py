@@ -1,6 +1,11 @@
 """The lines of a run: loss and smoothed loss, gradient norm, tokens per second of the interval."""
 
 import math
+import os
+import subprocess
+import sys
+
+from paths import ROOT
 
 from train.run.progress import Progress
 
@@ -30,3 +35,21 @@ def test_a_line_has_the_share_of_the_devices_peak_if_that_is_known_and_what_was_
     out = capsys.readouterr().out
     assert "  100 tokens/s  MFU 25.0%  " in out
     assert out.endswith("  2 skipped (not finite)\n")
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints():
+    program = (
+        "import os, sys\n"
+        "from train.run.progress import Progress, say\n"
+        "progress = Progress(0, 40, at_peak=None)\n"
+        "for print_line in (say, progress.log):\n"
+        "    here, there = os.pipe()\n"
+        "    os.dup2(there, 1)\n"
+        "    os.close(here), os.close(there)\n"  # as of `tee`, which Ctrl-C has ended
+        "    for _ in range(3): print_line('a line')\n"
+        "sys.exit(5)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (5, "")
