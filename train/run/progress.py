@@ -1,31 +1,43 @@
 """What a run prints while it trains: a progress bar, and a line for each logged step.
 
-Whoever reads it may have ended, as Ctrl-C ends `tee`, too: that ends no run.
+Whoever reads it may have ended, as Ctrl-C ends `tee`, too, or the terminal was closed: that ends no
+run.
 """
 
 import datetime
+import errno
 import math
 import os
 import sys
 import time
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Self
 
 _SHARE = 0.05  # of a step's loss in the smoothed one
 
 
 def say(text: str) -> None:
     """Prints a line at once."""
-    try:
+    with _read_or_not():
         print(text, flush=True)
-    except BrokenPipeError:
+
+
+@contextmanager
+def _read_or_not() -> Iterator[None]:
+    """If nobody reads what is printed (a closed pipe or terminal), it goes nowhere from then on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
 
 
 class Progress:
-    """A live progress bar on a terminal, shown while `bar` is entered, and lines that stay.
+    """A live progress bar on a terminal, shown while this is entered, and lines that stay.
 
     `step` of `steps` were done before; `at_peak` is the tokens per second at all devices' peak
     FLOP/s, None if unknown. If `quiet`, nothing is printed.
@@ -36,7 +48,7 @@ class Progress:
         from rich.console import Console
 
         self.console = Console(soft_wrap=True, highlight=False, quiet=quiet)
-        self.bar = progress.Progress(
+        self._bar = progress.Progress(
             progress.TextColumn("training"),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
@@ -46,15 +58,23 @@ class Progress:
             disable=not self.console.is_terminal,
             transient=True,
         )
-        self._task = self.bar.add_task("", total=steps, completed=step, left="?")
+        self._task = self._bar.add_task("", total=steps, completed=step, left="?")
         self._steps, self._at_peak = steps, at_peak
         self._first: tuple[int, float] | None = None
         self._smoothed: float | None = None
         self._tokens, self._seconds = 0, 0.0  # since the last line
 
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _read_or_not():
+            self._bar.stop()
+
     def log(self, text: str) -> None:
         """Prints a line."""
-        with suppress(SystemExit):  # of rich, where nobody reads: it prints nothing from then on
+        with suppress(SystemExit), _read_or_not():  # of rich, where a pipe is closed
             self.console.print(text, markup=False)
 
     def step(self, line: dict[str, Any], tokens: int, seconds: float, show: bool) -> None:
@@ -69,7 +89,7 @@ class Progress:
             before = line["loss"] if self._smoothed is None else self._smoothed
             self._smoothed = before + (line["loss"] - before) * _SHARE
         left = self._left(step)
-        self.bar.update(self._task, completed=step, left=left)
+        self._bar.update(self._task, completed=step, left=left)
         if not show:
             return
         speed, self._tokens, self._seconds = self._tokens / self._seconds, 0, 0.0

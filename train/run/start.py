@@ -21,8 +21,8 @@ def train(config: Config, assemble: Callable[[Config, Log], Parts], log: Log) ->
     """Starts or resumes a run, of which `assemble` makes the parts.
 
     Returns the exit code: 0; 1 if too many steps in a row were not finite; 128 + the signal's
-    number after SIGTERM or Ctrl-C. Raises ValueError for wrong use, before anything is written, and
-    OSError if the run's folder cannot be written or the memory is too small.
+    number after SIGTERM, Ctrl-C or SIGHUP. Raises ValueError for wrong use, before anything is
+    written, and OSError if the run's folder cannot be written or the memory is too small.
     """
     hosts.join(config)
     log = log if hosts.is_first() else _silent

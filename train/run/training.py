@@ -108,7 +108,7 @@ class Training:
             at_peak = peak and peak * parts.mesh.size / parts.flops_per_token()
             quiet = not hosts.is_first()
             self.progress = Progress(self.host.step, config.steps, at_peak, quiet=quiet)
-            stack.enter_context(self.progress.bar)
+            stack.enter_context(self.progress)
             try:
                 state = self._train(train_step, state)
             except _TooManySkipped as error:

@@ -53,3 +53,23 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints():
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (5, "")
+
+
+def test_a_run_goes_on_when_its_terminal_is_closed():
+    program = (
+        "import os, pty, sys\n"
+        "from train.run.progress import Progress, say\n"
+        "master, terminal = pty.openpty()\n"
+        "os.dup2(terminal, 1)\n"
+        "with Progress(0, 40, at_peak=None) as progress:\n"
+        "    assert progress.console.is_terminal\n"
+        "    os.close(master)\n"
+        "    for print_line in {}: print_line('a line')\n"
+        "say('another')\n"
+        "os._exit(5)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    for lines in ("()", "(say,)", "(progress.log,)"):
+        command = [sys.executable, "-c", program.format(lines)]
+        done = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+        assert done.returncode == 5, done.stderr

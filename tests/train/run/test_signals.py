@@ -11,7 +11,7 @@ import time
 import pytest
 from paths import ROOT
 
-from train.run.signals import StopRequest
+from train.run.signals import NAMES, StopRequest
 
 
 def busy(rounds: int) -> None:
@@ -19,7 +19,16 @@ def busy(rounds: int) -> None:
     hashlib.pbkdf2_hmac("sha256", b"x", b"y", rounds)
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGT")])
+@pytest.fixture
+def hang_up_not_ignored():
+    """As in a terminal: pytest itself may run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_up_not_ignored")
+@pytest.mark.parametrize(("number", "name"), NAMES.items())
 def test_a_signal_is_answered_while_a_step_is_compiled(number, name):
     said = []
     with StopRequest(lambda text: said.append((time.monotonic(), text))) as stop:
@@ -31,7 +40,7 @@ def test_a_signal_is_answered_while_a_step_is_compiled(number, name):
     assert not others
     assert at < end - 0.1
     assert text.startswith(name)
-    assert "a second one ends it at once" in text
+    assert "a further SIGTERM or Ctrl-C ends it at once" in text
     assert stop.name.startswith(name)
 
 
@@ -58,3 +67,27 @@ def test_what_was_there_before_is_back():
     with StopRequest():
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert (signal.getsignal(signal.SIGINT), signal.set_wakeup_fd(before[1])) == before
+
+
+@pytest.mark.usefixtures("hang_up_not_ignored")
+@pytest.mark.parametrize("first", NAMES)
+def test_a_closed_terminal_never_ends_a_run_that_stops_already(first):
+    said = []
+    with StopRequest(said.append) as stop:
+        for number in (first, signal.SIGHUP, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+            busy(10_000)
+    assert stop.signum == first
+    assert len(said) == 1
+
+
+def test_a_closed_terminal_stops_no_run_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            busy(10_000)
+        assert stop.signum is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
