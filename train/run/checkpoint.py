@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -204,8 +203,7 @@ class Checkpoints(checkpoint_managers.PreservationPolicy):
         """What a checkpoint has besides arrays; any exception if it is damaged."""
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())  # pyrefly: ignore
         found = dict(self._manager.restore(step, args=args)["progress"])
-        written = found.get("format", 1)
-        if (written == FORMAT or "checksum" in found) and found != sealed(found):
+        if (found.get("format", 1) == FORMAT or "checksum" in found) and found != sealed(found):
             raise ValueError("progress is not what was saved")
         return found
 
@@ -296,8 +294,10 @@ def _shapes(tree: Tree) -> dict[str, str]:
     """Each leaf's dtype and shape, by name."""
 
     def leaf_shape(leaf: Any) -> str:
-        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return "key" if key else f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        kind = str(leaf.dtype)
+        if kind.startswith("key<"):  # a random key, by default of Threefry
+            return "key" if kind == "key<fry>" else f"{kind} (of JAX_DEFAULT_PRNG_IMPL)"
+        return f"{kind}{list(leaf.shape)}"
 
     return {name: leaf_shape(leaf) for name, leaf in leaf_names(tree).items()}
 
@@ -313,8 +313,7 @@ def unsent_as_saved(path: Path, unsent: Tree, shapes: Mapping[str, Sequence[Any]
     devices, mesh = int(first[1]), unsent[0].sharding.mesh
 
     def as_saved(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        divides = devices % x.shape[0] == 0
-        at = x.sharding if divides else replicated(mesh)
+        at = x.sharding if devices % x.shape[0] == 0 else replicated(mesh)
         return x.update(shape=(devices, *x.shape[1:]), sharding=at)
 
     saved = jax.tree.map(as_saved, unsent)

@@ -178,6 +178,16 @@ def test_a_checkpoint_of_another_model_is_refused_not_passed_over(run):
         run.read(width=32)
 
 
+def test_a_checkpoint_of_other_random_numbers_is_refused(run):
+    before = jax.config.jax_default_prng_impl
+    jax.config.update("jax_default_prng_impl", "rbg")
+    try:
+        with pytest.raises(ValueError, match=r"key is key there and key<rbg> \(of JAX_DEFAULT"):
+            run.read()
+    finally:
+        jax.config.update("jax_default_prng_impl", before)
+
+
 @pytest.mark.parametrize("written", [1, FORMAT + 1])
 def test_a_checkpoint_of_another_format_is_refused_with_both_numbers(run, monkeypatch, written):
     if written == 1:  # they had no number
