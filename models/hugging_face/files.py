@@ -66,7 +66,10 @@ def tensor_names(path: Path) -> set[str]:
 
 
 def read_tensor(path: Path, name: str) -> Shaped[np.ndarray, "..."]:
-    """Reads a tensor of floats; ValueError if it has another dtype, as quantized weights have."""
+    """Reads a tensor of floats.
+
+    ValueError if it has another dtype, as quantized weights have, or a number that is not finite.
+    """
     with _open_tensors(path) as file:
         dtype = file.get_slice(name).get_dtype()
         # Integers and 8-bit floats are quantized, and mean nothing without their scales.
@@ -75,7 +78,10 @@ def read_tensor(path: Path, name: str) -> Shaped[np.ndarray, "..."]:
                 f"{name} in {path} has dtype {dtype}, only F16, BF16, F32 and F64 are supported; "
                 "convert the checkpoint, or load another"
             )
-        return file.get_tensor(name)
+        tensor = file.get_tensor(name)
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"{name} in {path} has a NaN or an infinity; load an earlier checkpoint")
+    return tensor
 
 
 @contextlib.contextmanager

@@ -93,10 +93,12 @@ def load_examples(name: str, split: str, data_dir: str | Path) -> Examples | Non
     """The examples of a split; None if the data have no such split, as TFDS' samples have no test.
 
     `data_dir` is that of TFDS, with glue/mrpc, or has the official TSV files, as MRPC/train.tsv.
-    ValueError if it has neither, or if they cannot be read.
+    ValueError if it has neither or both, or if they cannot be read.
     """
     task, data_dir = TASKS[name], Path(data_dir)
     tsv, tfds = data_dir / task.folder, data_dir / "glue" / name
+    if tsv.is_dir() and tfds.is_dir():
+        raise ValueError(f"{tsv} and {tfds} both have the task {name}: move one of them away")
     if tsv.is_dir():
         return _read_tsv(task, tsv, split)
     if tfds.is_dir():

@@ -292,6 +292,17 @@ def test_tensors_of_quantized_numbers_are_refused(checkpoint, dtype):
         load_llama(checkpoint)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, jnp.bfloat16])
+@pytest.mark.parametrize("number", [np.nan, -np.inf])
+def test_a_number_that_is_not_finite_is_refused(checkpoint, dtype, number):
+    content = tensors(checkpoint)
+    content["model.layers.1.mlp.up_proj.weight"] = np.ones((24, 16), dtype)
+    content["model.layers.1.mlp.up_proj.weight"][23, 15] = number
+    save_file(content, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=r"up_proj\.weight in .* has a NaN or an infinity"):
+        load_llama(checkpoint)
+
+
 def test_a_key_that_is_there_twice_is_refused(checkpoint):
     text = (checkpoint / "config.json").read_text()
     text = text.replace("{", '{"rms_norm_eps": 0.1,', 1)

@@ -92,6 +92,13 @@ def test_a_test_whose_own_numbers_are_others_than_the_predictions_is_refused(
         load_examples(name, "test", tmp_path)
 
 
+def test_a_task_in_both_forms_is_refused(tmp_path):
+    (tmp_path / "MRPC").mkdir()
+    (tmp_path / "glue" / "mrpc").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"MRPC and .*glue/mrpc both have the task mrpc: move one"):
+        load_examples("mrpc", "train", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["rte", "mrpc"])
 def test_the_test_set_of_tfds_has_the_order_of_glues_file(shared_data, tmp_path, name):
     # The validation set of a sample as its test set: RTE's `idx` are 0 to 276, MRPC's are not.
