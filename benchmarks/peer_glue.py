@@ -19,7 +19,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
-    get_linear_schedule_with_warmup,
 )
 
 PROJECTED = ("query", "key", "value", "attention.output.dense", "intermediate.dense")
@@ -39,7 +38,10 @@ def main(folder: Path) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = _optimizer(model, names, settings)
     warmup, steps = settings["warmup_steps"], settings["steps"]
-    schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+    # As in `train.finetune`; transformers' own warm-up begins with a step of rate 0.
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min((t + 1) / (warmup + 1), (steps - t) / (steps - warmup))
+    )
     outputs, seconds, tokens = [], [], []
     for step in range(steps):
         model.train()
