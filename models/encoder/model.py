@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from galore_optax.adapters.lora import dropout
 from galore_optax.quantization.array import dequantized
 from models.encoder.config import EncoderConfig, weight_table
 from models.llama.config import Params
@@ -175,12 +176,3 @@ def layer_norm(x: Float[Array, "*B D"], params: Params, eps: float) -> Float[Arr
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
     return (centred * scale * params["scale"] + params["bias"]).astype(x.dtype)
-
-
-def dropout(x: Float[Array, "*A"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*A"]:
-    """Returns x with a share of `rate` set to 0 and the rest scaled up; as it is without a key."""
-    if key is None or rate == 0:
-        return x
-    # Half the random bits of `jax.random.bernoulli`; the rate is exact to 2^-17.
-    kept = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)

@@ -16,7 +16,8 @@ from paths import FIXTURES
 from safetensors.numpy import load_file, save_file
 from small_glue import MICRO
 
-from models.encoder.model import Encoder, dropout
+from galore_optax.adapters.lora import dropout
+from models.encoder.model import Encoder
 from models.hugging_face import load_roberta, save_roberta
 from models.hugging_face.roberta import read_config
 
