@@ -26,7 +26,7 @@ FINETUNING = dict(
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "tiny": dict(
         rank=32, update_proj_gap=100, galore=0.02, q_galore=0.02, full=0.001,
-        steps=600, batch_size=16, seq_len=128, microbatch=None,
+        steps=300, batch_size=16, seq_len=128, microbatch=None,
     ),
     "llama-60m": dict(rank=128, q_galore=0.015, steps=10_000, microbatch=128),
     "llama-130m": dict(rank=256, q_galore=0.015, steps=20_000, microbatch=64),

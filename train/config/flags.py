@@ -142,7 +142,7 @@ class ScheduleFlags:
     clip_norm: float | None = 1.0
     """Gradients are clipped to this global norm; none: not clipped."""
     steps: int | None = None
-    """Updates of the weights. Default: the paper's for the model; 600 for tiny."""
+    """Updates of the weights. Default: the paper's for the model; 300 for tiny."""
     warmup_steps: int | None = None
     """Steps of linear warm-up, before --schedule. Default: a tenth of --steps."""
     batch_size: int | None = None

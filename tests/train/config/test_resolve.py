@@ -232,7 +232,7 @@ def test_an_adapter_comes_with_the_optimizers_name_or_by_itself():
     assert resolve(Pretrain(optimizer="relora-adamw", adapter="relora")).adapter == "relora"
     assert resolve(Pretrain(optimizer="qlora-adamw")).weight_bits == 4
     lorp = resolve(Pretrain(optimizer="gradnorm-lorp-adamw"))
-    assert (lorp.rank, lorp.gradient_rank, lorp.restart_every) == (32, 8, 120)
+    assert (lorp.rank, lorp.gradient_rank, lorp.restart_every) == (32, 8, 60)
 
 
 def test_after_a_restart_the_learning_rate_rises_to_where_the_cosine_is():
@@ -423,7 +423,7 @@ def test_config_json_has_every_setting_but_how_it_was_invoked():
         ("--floor 0.5 --schedule constant", "--floor 0.5 has no effect: --schedule constant"),
         ("--floor 2", "--floor 2.0: expected a share of --learning-rate, from 0 to 1"),
         ("--decay-steps 5", "--decay-steps 5 has no effect: --schedule cosine has no such part"),
-        ("--schedule wsd --decay-steps 599", "expected at most --steps 600 together"),
+        ("--schedule wsd --decay-steps 299", "expected at most --steps 300 together"),
         ("--clip-norm none --clip exact", "--clip exact has no effect: --clip-norm none clips"),
         ("--weight-bits 3 --optimizer qlora-adamw", "--weight-bits 3: choose 4 or 8"),
         (
@@ -508,7 +508,7 @@ def test_numbers_switches_and_home_folders_are_as_people_type_them():
     [
         {},
         {"moments": "keep"},
-        {"schedule": "wsd", "decay_steps": 300},
+        {"schedule": "wsd", "decay_steps": 150},
         {"schedule": "wsd", "warmup_steps": 4, "decay_steps": 10},
         {"optimizer": "relora-adamw"},
     ],
