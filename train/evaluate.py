@@ -118,7 +118,7 @@ def evaluated(
         "bits_per_byte": total / size / math.log(2),
         "tokens": tokens,
         "bytes": size,
-        "documents": len(texts),
+        "documents": sum(map(bool, texts)),
         "seq_len": seq_len,
     }
 

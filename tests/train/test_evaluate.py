@@ -58,6 +58,14 @@ def test_a_run_on_its_validation_text_has_its_loss_per_token_and_per_byte(run, c
     assert f"perplexity per byte   {found['perplexity_per_byte']:.4f}" in said
 
 
+def test_an_empty_document_counts_as_none(run, tmp_path, capsys):
+    lines = (run.parent / "text.jsonl").read_text().splitlines()
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join('{"text": ""}\n' + line + "\n" for line in lines))
+    found = [evaluated(capsys, file, run=str(run)) for file in (run.parent / "text.jsonl", text)]
+    assert found[0] == found[1]
+
+
 def test_a_damaged_checkpoint_is_named_beside_the_json(run, tmp_path, capsys):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     spoil(copy / "checkpoints" / "2")
