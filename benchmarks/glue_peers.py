@@ -173,7 +173,8 @@ def _stacked(split: str, batches: list[Batch], settings: dict[str, Any]) -> dict
 
 
 def _spread(values: list[float]) -> str:
-    return f"{100 * statistics.fmean(values):.2f} ± {100 * statistics.stdev(values):.2f}"
+    spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.2f}{spread}"
 
 
 def _speed(runs: list[dict[str, Any]]) -> str:
