@@ -27,6 +27,7 @@ from train.export import Export
 from train.export import main as export
 from train.finetune import main
 from train.run import cli, glue
+from train.run.exported_classifier import outputs_of
 from train.run.glue import assemble, label_order
 from train.run.metrics import read_metrics
 from train.step.classifier import make_programs, model_config
@@ -106,6 +107,7 @@ def test_the_exported_classifier_gives_the_predictions_of_the_run(finished, fold
     assert export(Export(run=str(finished), out=str(out))) == 0
     config = json.loads((out / "config.json").read_text())
     assert config["id2label"] == {"0": "0", "1": "1"}
+    assert config["problem_type"] == "single_label_classification"
     # As transformers makes the rows of training: with types, and small and large letters as here.
     assert json.loads((out / "tokenizer_config.json").read_text()) == {
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
@@ -128,6 +130,11 @@ def test_the_exported_classifier_gives_the_predictions_of_the_run(finished, fold
     assert [int(lines[i].split("\t")[1]) for i in numbers] == found.tolist()
     with pytest.raises(ValueError, match=r"already has config\.json in it"):
         export(Export(run=str(finished), out=str(out)))
+
+
+def test_an_exported_score_is_not_shown_as_a_probability():
+    # transformers' pipeline("text-classification") shows the sigmoid of a single output without it.
+    assert outputs_of("stsb") == {"finetuning_task": "stsb", "problem_type": "regression"}
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(finished, folder, tmp_path):

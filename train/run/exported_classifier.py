@@ -57,15 +57,25 @@ def export_classifier(run: Path, out: Path) -> None:
     with Checkpoints(run / "checkpoints", 1, print, found, read_only=True, **how) as checkpoints:
         step, params = checkpoints.restore_params(shapes)
     save_roberta(nnx.merge(graph, dequantized(merge(params))), out)
-    content: dict[str, Any] = read_json(out / "config.json")
-    if task.labels:
-        content["id2label"] = {str(i): name for i, name in enumerate(task.labels)}
-        content["label2id"] = {name: i for i, name in enumerate(task.labels)}
-    write_json(out / "config.json", content | {"finetuning_task": config.task})
+    content = read_json(out / "config.json") | outputs_of(config.task)
+    write_json(out / "config.json", content)
     # Without what training leaves out: truncation, padding, merges dropped at random.
     write_json(out / TOKENIZER, json.loads(read_tokenizer(path).to_str()))
     write_json(out / OF_TOKENIZER[0], _settings(path, model))
     print(f"wrote the classifier after step {step} to {out}, with its tokenizer")
+
+
+def outputs_of(name: str) -> dict[str, Any]:
+    """What a config.json says of a task's outputs, by which transformers' pipelines show them."""
+    labels = TASKS[name].labels
+    if not labels:  # a pipeline would take a single output for a logit
+        return {"finetuning_task": name, "problem_type": "regression"}
+    return {
+        "finetuning_task": name,
+        "problem_type": "single_label_classification",
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
 
 
 def _settings(path: Path, model: EncoderConfig) -> dict[str, Any]:
