@@ -25,7 +25,7 @@ TEXTS = ["Hello wörld\n\n  two  spaces 漢字 🙂 don't", "", " lead", "a b"]
 def exported(tokenizer, out, **config):
     """The files beside the weights, of a run with a tokenizer."""
     out.mkdir()
-    write_json(out / "config.json", {})
+    write_json(out / "config.json", {"vocab_size": tokenizer.vocab_size})
     settings = {"data": "builtin", "init": None, "optimizer": "adamw", "command": "x", **config}
     trained = SimpleNamespace(tokenizer=tokenizer, config=small("x", **ADAMW), step=3)
     trained.config = SimpleNamespace(**{**vars(trained.config), **settings})
@@ -116,6 +116,22 @@ def test_what_a_tokenizer_json_leaves_out_and_how_it_finds_a_token_are_exported(
     # The template was trained without a name of it.
     said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert (said.get("bos_token"), said["eos_token"]) == (None, "</s>")
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_padding_token_without_an_embedding_is_left_out(tmp_path, listed):
+    # No text gives it: a model that begins with random weights has no row for it.
+    vocabulary = {"<unk>": 0, "</s>": 1, "<pad>": 2, "a": 3, "[PAD]": 4}
+    special = ("</s>", "<pad>") + ("[PAD]",) * listed
+    words = vocabulary if listed else {k: i for k, i in vocabulary.items() if k != "[PAD]"}
+    write_tokenizer(tmp_path / "tokenizer.json", words, special=special)
+    for name, kept in (("<pad>", "<pad>"), ("[PAD]", None)):
+        write_json(tmp_path / "tokenizer_config.json", {"pad_token": name, "eos_token": "</s>"})
+        tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+        assert tokenizer.vocab_size == 4
+        exported(tokenizer, tmp_path / name)
+        settings = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert settings.get("pad_token") == kept
 
 
 @pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "pytorch_model.bin"])

@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from models.hugging_face.files import write_json
+from models.hugging_face.files import read_json, write_json
 from models.llama.config import TokenIds
 from train.config.resume import FROM_HERE
 from train.config.settings import HISTORY, FinetuneLM, Pretrain, flag, read_fields
 from train.data.agreement import own_settings, token_names
 from train.data.chat import FILE as CHAT_TEMPLATE
 from train.data.separator import first_and_last
-from train.data.tokenizer import ByteTokenizer, FileTokenizer
+from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from train.run.metrics import read_metrics
 from train.run.trained import Trained
 
@@ -37,11 +37,15 @@ def write_beside(trained: Trained, ids: TokenIds, run: Path, out: Path) -> None:
     """Writes into a model's folder what transformers needs besides, and a model card.
 
     AutoTokenizer then gives the ids that the model was trained with: a text begins with the token
-    that began the documents. A chat template is kept.
+    that began the documents. A chat template is kept, and a padding token that the model, whose
+    config.json is there, has an embedding of.
     """
     known = {f"{name}_token_id": x for name, x in ids._asdict().items() if x is not None}
     write_json(out / "generation_config.json", known)
     content, settings = _tokenizer_files(trained)
+    vocabulary = read_json(out / "config.json").get("vocab_size", 0)
+    if _padding_id(trained.tokenizer, settings) >= vocabulary:
+        settings.pop("pad_token", None)  # transformers says so where one is needed
     write_json(out / "tokenizer.json", content)
     template = _chat_template(trained)
     if template is not None:
@@ -80,6 +84,16 @@ def _tokenizer_files(trained: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
     # In a chat template, a name that the files do not give was nothing.
     first = {} if "chat_template" in settings or _chat_template(trained) else {"bos_token": begin}
     return content, {**first, "clean_up_tokenization_spaces": False, **settings}
+
+
+def _padding_id(tokenizer: Tokenizer, settings: dict[str, Any]) -> int:
+    """The id that transformers gives a padding token; -1 if there is none."""
+    name = token_names(settings).get("pad_token")
+    if name is None or not isinstance(tokenizer, FileTokenizer):
+        return -1
+    found = tokenizer.as_written.token_to_id(name)
+    # transformers adds one that is not in the file.
+    return tokenizer.as_written.get_vocab_size() if found is None else found
 
 
 def _chat_template(trained: Trained) -> Path | None:
