@@ -46,6 +46,7 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, True),
     "mlp_bias": (False, True),
     "attention_dropout": (0.0,),
+    "hidden_dropout": (0.0,),
     "tie_word_embeddings": (False, True),
     "quantization_config": (),
     "auto_map": ({},),  # code of its own

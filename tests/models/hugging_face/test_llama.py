@@ -392,6 +392,7 @@ def test_a_key_that_is_there_twice_is_refused(checkpoint):
         ({"architectures": ["MistralForCausalLM"]}, r"architectures=\['MistralForCausalLM'\]"),
         ({"auto_map": {"AutoModel": "model.Mine"}}, "auto_map="),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
         ({"is_causal": False}, "is_causal=False"),
         ({"sliding_window": 4}, "sliding_window=4 is not supported, only None"),
         ({"logits_scaling": 8.0}, "logits_scaling=8.0 is not known"),
