@@ -1,4 +1,6 @@
-"""LoRA and DoRA. ReLoRA is LoRA with `galore_optax.restart`, QLoRA is LoRA of a quantized base.
+"""LoRA and DoRA, and dropout, which encoders have, too.
+
+ReLoRA is LoRA with `galore_optax.restart`, QLoRA is LoRA of a quantized base.
 
 Google's qwix (0.1.8) does not work in our `jax.lax.scan` over layers: it creates factors within the
 products of Flax modules, which raises a TraceContextError, and its state breaks stacked weights.
