@@ -65,23 +65,34 @@ def tensor_names(path: Path) -> set[str]:
         return {*file.keys()}
 
 
+def tensor_shape(path: Path, name: str) -> tuple[int, ...]:
+    """Returns the shape of a tensor of floats; ValueError if it has another dtype."""
+    with _open_tensors(path) as file:
+        _check_dtype(file, path, name)
+        return tuple(file.get_slice(name).get_shape())
+
+
 def read_tensor(path: Path, name: str) -> Shaped[np.ndarray, "..."]:
     """Reads a tensor of floats.
 
     ValueError if it has another dtype, as quantized weights have, or a number that is not finite.
     """
     with _open_tensors(path) as file:
-        dtype = file.get_slice(name).get_dtype()
-        # Integers and 8-bit floats are quantized, and mean nothing without their scales.
-        if dtype not in ("F16", "BF16", "F32", "F64"):
-            raise ValueError(
-                f"{name} in {path} has dtype {dtype}, only F16, BF16, F32 and F64 are supported; "
-                "convert the checkpoint, or load another"
-            )
+        _check_dtype(file, path, name)
         tensor = file.get_tensor(name)
     if not np.isfinite(tensor).all():
         raise ValueError(f"{name} in {path} has a NaN or an infinity; load an earlier checkpoint")
     return tensor
+
+
+def _check_dtype(file: Any, path: Path, name: str) -> None:
+    dtype = file.get_slice(name).get_dtype()
+    # Integers and 8-bit floats are quantized, and mean nothing without their scales.
+    if dtype not in ("F16", "BF16", "F32", "F64"):
+        raise ValueError(
+            f"{name} in {path} has dtype {dtype}, only F16, BF16, F32 and F64 are supported; "
+            "convert the checkpoint, or load another"
+        )
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from models.hugging_face.files import (
     read_json,
     read_tensor,
     tensor_names,
+    tensor_shape,
     write_json,
     write_tensors,
 )
@@ -97,34 +98,37 @@ def read_weights(
     Yields the path and the array of each of `weight_table`, one at a time, so that the host never
     has a second copy of the model; errors as for `load_llama`.
     """
-    files = tensor_files(directory)
-    check_layers(config.layers, files)
-    places = _places(config)
-    known = places.keys() | _frequency_names(config) | ({_HEAD} if config.tied else set())
-    check_names(missing=places.keys() - files.keys(), unexpected=files.keys() - known)
-
-    def read(name: str) -> Shaped[np.ndarray, "..."]:
-        tensor = read_tensor(files[name], name)
-        if tensor.shape != places[name].shape:
-            raise ValueError(
-                f"{name} has shape {tensor.shape}, but config.json says {places[name].shape}"
-            )
-        return tensor
-
+    files, places = check_weights(directory, config), _places(config)
     for name in _frequency_names(config) & files.keys():
         _check_frequencies(name, read_tensor(files[name], name), config)
     if config.tied and _HEAD in files:
-        _check_tied(files[_HEAD], read(_EMBEDDING))
+        _check_tied(files[_HEAD], read_tensor(files[_EMBEDDING], _EMBEDDING))
     weights: dict[Any, Any] = flatten_dict(weight_table(config))
     for path, names in groupby(places, lambda name: places[name].path):
         stack = None
         for name in names:
-            layer, tensor = places[name].layer, read(name)
+            layer, tensor = places[name].layer, read_tensor(files[name], name)
             if stack is None:  # a tensor has the sizes that config.json claims
                 stack = np.empty(weights[path].shape, config.param_dtype)
             stack[layer] = tensor if layer is ... else tensor.T
         assert stack is not None
         yield path, stack
+
+
+def check_weights(directory: Path, config: LlamaConfig) -> dict[str, Path]:
+    """Returns the file of each tensor by its name, after a look at the files' headers alone.
+
+    ValueError unless the tensors are those of `config`, by name and shape.
+    """
+    files = tensor_files(directory)
+    check_layers(config.layers, files)
+    places = _places(config)
+    known = places.keys() | _frequency_names(config) | ({_HEAD} if config.tied else set())
+    check_names(missing=places.keys() - files.keys(), unexpected=files.keys() - known)
+    for name, place in places.items():
+        if (shape := tensor_shape(files[name], name)) != place.shape:
+            raise ValueError(f"{name} has shape {shape}, but config.json says {place.shape}")
+    return files
 
 
 def check_layers(layers: int, files: Collection[str]) -> None:

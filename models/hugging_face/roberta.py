@@ -19,7 +19,7 @@ from jaxtyping import DTypeLike, Shaped
 
 from models.encoder.config import EncoderConfig, weight_table
 from models.encoder.model import Encoder
-from models.hugging_face.files import read_json, read_tensor
+from models.hugging_face.files import read_json, read_tensor, tensor_shape
 from models.hugging_face.llama import (
     check_layers,
     check_names,
@@ -103,7 +103,7 @@ def read_config(directory: Path, **overrides: Any) -> EncoderConfig:
     if "classifier" in names:
         # Without layers the tensor is as they store it: (classes, width).
         name = f"{names['classifier']}.weight"
-        found["classes"] = read_tensor(files[name], name).shape[0]
+        found["classes"] = tensor_shape(files[name], name)[0]
         check_labels(theirs, found["classes"], name)
     return dataclasses.replace(config, **found | overrides)
 

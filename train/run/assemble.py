@@ -4,7 +4,6 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from train.data.text import SkippingUnreadable, content_of, load_text
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.run import directory as run_directory
 from train.run import hosts
-from train.run.initial import initial_state
+from train.run.initial import checked_initial
 from train.run.metrics import read_metrics
 from train.run.parts import Evaluation, Log, Parts, log_devices, log_programs
 from train.run.trained import sample_text
@@ -162,7 +161,7 @@ def assemble(config: Resolved, log: Log) -> TextParts:
     return TextParts(
         **vars(programs),
         name=short_name(config.model),
-        initial=partial(initial_state, config, programs),
+        initial=checked_initial(config, programs),
         data=data,
         made_with=made_with,
         sample_every=config.sample_every,

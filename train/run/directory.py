@@ -259,6 +259,11 @@ def directory(config: ResolvedTraining) -> Path:
     return Path(config.out).absolute()
 
 
+def has_checkpoint(config: ResolvedTraining) -> bool:
+    """Whether the run goes on from a checkpoint, as far as the names in its folder say."""
+    return config.resume and any((directory(config) / "checkpoints").glob("[0-9]*"))
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes a value as JSON with `write_at_once`."""
     write_at_once(path, json.dumps(value, indent=2) + "\n")

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import shlex
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.run import directory as run_directory
 from train.run import hosts
 from train.run.assemble import TextParts, kept_files
-from train.run.initial import initial_state
+from train.run.initial import checked_initial
 from train.run.parts import Log, log_devices, log_programs
 from train.run.trained import answer
 from train.step.mesh import make_mesh
@@ -77,7 +77,7 @@ def assemble(config: ResolvedFinetuneLM, log: Log) -> "FinetuningParts":
     return FinetuningParts(
         **vars(programs),
         name=name,
-        initial=partial(initial_state, config, programs),
+        initial=checked_initial(config, programs),
         data=data,
         made_with=made_with,
         sample_every=config.sample_every,

@@ -1,6 +1,7 @@
 """The first train state of a run: random weights, or those of --init, stored as the run does."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,30 @@ from jaxtyping import Array, Float
 
 from galore_optax.adapters.base import merge
 from galore_optax.quantization.array import dequantized
-from models.hugging_face.llama import read_weights
+from models.hugging_face.llama import check_weights, read_weights
 from models.llama.axes import dimension_numbers
 from models.llama.config import LlamaConfig, weight_table
 from train.config.settings import ResolvedText, ResolvedTraining
 from train.config.source import is_run
 from train.config.weights import stored_weights
+from train.run.directory import has_checkpoint
 from train.run.trained import load_trained
 from train.step.mesh import replicated
 from train.step.programs import Programs, weight_keys
 from train.step.state import TrainState
 
 Weights = Iterator[tuple[tuple[str, ...], Float[np.ndarray, "..."]]]
+
+
+def checked_initial(config: ResolvedText, programs: Programs) -> Callable[[], TrainState]:
+    """Returns what makes the train state before the first step, after a look at --init.
+
+    ValueError if the headers of its files say that they do not fit: before a step is compiled. A
+    resumed run has weights in its checkpoints, and --init may be gone.
+    """
+    if config.init is not None and not has_checkpoint(config) and not is_run(config.init):
+        check_weights(Path(config.init), programs.model)
+    return partial(initial_state, config, programs)
 
 
 def initial_state(config: ResolvedText, programs: Programs) -> TrainState:

@@ -17,6 +17,7 @@ from train.config.settings import ResolvedTraining
 from train.config.weights import split_params
 from train.data.sequences import Batch, Positions
 from train.memory.units import in_words
+from train.run.directory import has_checkpoint
 from train.step.mesh import available_devices, put_batch
 from train.step.programs import Programs
 from train.step.state import Params, TrainState
@@ -125,7 +126,7 @@ def log_programs(
     params, optimizer = programs.abstract.params, programs.abstract.optimizer
     for note in programs.notes:
         log(f"sharding: {note}")
-    if config.resume and any(Path(config.out, "checkpoints").glob("[0-9]*")):
+    if has_checkpoint(config):
         weights = "weights of a checkpoint"
     stored = "" if config.weight_dtype == config.dtype else f" with {config.weight_dtype} weights"
     log(
