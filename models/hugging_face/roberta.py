@@ -117,6 +117,25 @@ def read_weights(
     may lack pooler and classifier only; a classifier of another number of classes is left out.
     Errors as for `load_roberta`.
     """
+    files, found = check_weights(directory, config)
+    places = _places(config, files)
+    weights: dict[Any, Any] = flatten_dict(weight_table(config))
+    for path, names in found.items():
+        stack = np.empty(weights[path].shape, config.param_dtype)
+        for name in names:
+            tensor = read_tensor(files[name], name)
+            stack[places[name].layer] = tensor.T if places[name].transposed else tensor
+        yield path, stack
+
+
+def check_weights(
+    directory: Path, config: EncoderConfig
+) -> tuple[dict[str, Path], dict[tuple[str, ...], list[str]]]:
+    """Returns the files of all tensors and the tensors of each weight, by the headers alone.
+
+    They may lack pooler and classifier only; a classifier of another number of classes is left out.
+    ValueError unless the other tensors are those of `config`, by name and shape.
+    """
     files = tensor_files(directory)
     check_layers(config.layers, files)
     places = _places(config, files)
@@ -127,29 +146,17 @@ def read_weights(
     }
     check_names(missing=places.keys() - files.keys(), unexpected=unexpected)
     weights: dict[Any, Any] = flatten_dict(weight_table(config))
-    by_path: dict[tuple[str, ...], list[str]] = {}
-    for name, place in places.items():
-        by_path.setdefault(place.path, []).append(name)
-    for path, names in by_path.items():
-        shape = weights[path].shape
-        stack = None
-        for name in names:
-            _, layer, transposed = places[name]
-            tensor = read_tensor(files[name], name)
-            tensor = tensor.T if transposed else tensor
-            expected = shape if layer is ... else shape[1:]
-            if path[0].startswith("classifier") and tensor.shape != expected:
-                break
-            if tensor.shape != expected:
-                raise ValueError(
-                    f"{name} has shape {tensor.shape} as (in, out), but config.json says {expected}"
-                )
-            if stack is None:  # a tensor has the sizes that config.json claims
-                stack = np.empty(shape, config.param_dtype)
-            stack[layer] = tensor
-        else:
-            assert stack is not None
-            yield path, stack
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, (path, layer, transposed) in places.items():
+        expected = weights[path].shape[0 if layer is ... else 1 :]
+        shape = tensor_shape(files[name], name)[:: -1 if transposed else 1]
+        if shape == expected:
+            found.setdefault(path, []).append(name)
+        elif not path[0].startswith("classifier"):
+            raise ValueError(
+                f"{name} has shape {shape} as (in, out), but config.json says {expected}"
+            )
+    return files, found
 
 
 def save_roberta(model: Encoder, directory: str | os.PathLike[str]) -> None:

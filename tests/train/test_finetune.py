@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from small_glue import small_glue, write_encoder, write_mrpc
 from small_run import losses, unfinished
 
@@ -381,3 +382,19 @@ def test_an_encoder_without_its_tokenizer_or_with_anothers_is_refused(folder, tm
     file.unlink()
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         start()
+
+
+def test_weights_that_do_not_fit_are_refused_before_a_step_is_compiled(folder, tmp_path, capsys):
+    init = write_encoder(tmp_path / "init")
+    tensors = load_file(init / "model.safetensors")
+    name, *_ = (x for x in tensors if x.endswith("query.weight"))
+    wrong = {
+        "1 tensors are missing": {k: v for k, v in tensors.items() if k != name},
+        rf"{name} has shape \(32, 3\)": {**tensors, name: tensors[name][:3]},
+    }
+    for said, changed in wrong.items():
+        save_file(changed, init / "model.safetensors")
+        with pytest.raises(ValueError, match=said):
+            main(small_glue(folder, init=str(init), out=str(tmp_path / "run")))
+    assert "compiling" not in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from models.encoder.config import EncoderConfig, flops_per_token, weight_table
 from models.hugging_face.files import read_json
-from models.hugging_face.roberta import read_weights
+from models.hugging_face.roberta import check_weights, read_weights
 from models.hugging_face.roberta_config import to_theirs
 from train.config.glue import FILES, TOKENIZER, ResolvedFinetune, model_folder, read_model
 from train.config.resume import lasting
@@ -168,6 +168,8 @@ def assemble(examples: Examples, config: ResolvedFinetune, log: Log) -> GluePart
         f"{count:,} to evaluate on; batches of {config.batch_size}, up to {length} tokens long"
     )
     programs = make_programs(config, model, mesh, length)
+    if not run_directory.has_checkpoint(config):  # before the step is compiled
+        check_weights(init, model)
     initial = partial(_initial, config, model, programs, log)
     said = f"{init.name}, dropout {model.dropout}"
     log_programs(config, programs, said, f"weights of {init}", log)
