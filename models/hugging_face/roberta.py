@@ -113,8 +113,7 @@ def read_weights(
 ) -> Iterator[tuple[tuple[str, ...], Shaped[np.ndarray, "..."]]]:
     """Reads the weights of a checkpoint, of which `config` is the configuration.
 
-    Yields the path and the array of each of `weight_table` that the files have, one at a time. They
-    may lack pooler and classifier only; a classifier of another number of classes is left out.
+    Yields the path and the array of each weight that `check_weights` finds, one at a time.
     Errors as for `load_roberta`.
     """
     files, found = check_weights(directory, config)
@@ -131,9 +130,10 @@ def read_weights(
 def check_weights(
     directory: Path, config: EncoderConfig
 ) -> tuple[dict[str, Path], dict[tuple[str, ...], list[str]]]:
-    """Returns the files of all tensors and the tensors of each weight, by the headers alone.
+    """Returns the file of each tensor, and of each weight its tensors, by the headers alone.
 
-    They may lack pooler and classifier only; a classifier of another number of classes is left out.
+    The files may lack pooler and classifier only; a classifier of another number of classes is left
+    out.
     ValueError unless the other tensors are those of `config`, by name and shape.
     """
     files = tensor_files(directory)
