@@ -26,6 +26,8 @@ class Table:
     records: Path | None = None
     """A file with a JSON line of each finished run: those in it are not repeated, new ones are
     added."""
+    bfloat16_products: bool = False
+    """Train by benchmarks.bfloat16_products, for a CPU with AMX."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +72,15 @@ def finished(
         table: where runs and records are.
         program: the module that trains.
         name: of the run's folder and record.
-        words: the command's flags, which those of a record must equal.
+        words: the command's flags, which those of a record must equal, with the table's own.
         init: folder of the model to begin with.
 
     Raises:
         SystemExit: a record or a folder of this name is of other flags, of another model in --init
             or of other data, or the program failed.
     """
-    out, flags = table.out / name, [str(word) for word in words]
+    out, said = table.out / name, [str(word) for word in words]
+    flags = [*(["--bfloat16-products"] if table.bfloat16_products else []), *said]
     places = {"data_dir": table.data_dir, **({} if init is None else {"init": init})}
     # By its name, which it has on another machine, too.
     model = {} if init is None else {"init": init.absolute().name}
@@ -94,7 +97,8 @@ def finished(
     if (out / "summary.json").exists():
         _check_places(out, places)
     else:
-        command = [sys.executable, "-m", program, *flags, "--out", out, "--resume"]
+        modules = ["benchmarks.bfloat16_products"] if table.bfloat16_products else []
+        command = [sys.executable, "-m", *modules, program, *said, "--out", out, "--resume"]
         command += [word for key, path in places.items() for word in (_flag(key), path)]
         code = subprocess.run([*map(str, command)], check=False, stdout=sys.stderr).returncode
         if code == 1 and _gave_up(out):  # a traceback ends with 1, too

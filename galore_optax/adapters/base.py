@@ -71,7 +71,7 @@ class Adapter:
 
     def times(self, rows: Float[Array, "N in"]) -> Float[Array, "N out"]:
         """Returns `rows @ self.matrix()` of one layer, in the rows' dtype."""
-        return rows @ self.matrix().astype(rows.dtype)
+        return multiply(rows, self.matrix())
 
     def restarted(self, key: PRNGKeyArray) -> Self:
         """Returns an adapter with the merged weight as base, stored as the old base is."""
@@ -141,7 +141,12 @@ def product(rows: Float[Array, "N in"], weight: Any) -> Float[Array, "N out"]:
 def _product(rows: Float[Array, "N in"], weight: Any) -> Float[Array, "N out"]:
     if is_adapter(weight):
         return weight.times(rows)
-    return rows @ dequantized(weight).astype(rows.dtype)
+    return multiply(rows, dequantized(weight))
+
+
+def multiply(rows: Float[Array, "N in"], matrix: Float[Array, "in out"]) -> Float[Array, "N out"]:
+    """Returns `rows @ matrix` in the rows' dtype: each product of a layer is one of these."""
+    return rows @ matrix.astype(rows.dtype)
 
 
 # Not jax.checkpoint: an outer one whose policy keeps all products would keep a @ b too.

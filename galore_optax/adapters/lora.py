@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from galore_optax import checks
-from galore_optax.adapters.base import Adapter, is_adapter, wide
+from galore_optax.adapters.base import Adapter, is_adapter, multiply, wide
 from galore_optax.adapters.gradnorm_lorp import column_norms, weight_norm
 from galore_optax.keys import for_path
 from galore_optax.quantization.array import dequantized
@@ -76,8 +76,8 @@ class LoRA(Adapter):
         not round the correction away.
         """
         kept = dropout(rows, self.dropout, self.key)
-        a, b = (factor.astype(rows.dtype) for factor in (self.a, self.b))
-        return rows @ dequantized(self.base).astype(rows.dtype) + self.scale * ((kept @ a) @ b)
+        correction = multiply(multiply(kept, self.a), self.b)
+        return multiply(rows, dequantized(self.base)) + self.scale * correction
 
 
 def dropout(x: Float[Array, "*A"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*A"]:

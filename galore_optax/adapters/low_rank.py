@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from galore_optax.adapters.base import Adapter, check_rank, wide
+from galore_optax.adapters.base import Adapter, check_rank, multiply, wide
 from galore_optax.projection import subspace
 from galore_optax.serialization import pytree
 from galore_optax.sharding import axis_specs, with_automatic_axes
@@ -45,7 +45,7 @@ class LowRank(Adapter):
 
     def times(self, rows: Float[Array, "N in"]) -> Float[Array, "N out"]:
         """Returns (rows a) b."""
-        return (rows @ self.a.astype(rows.dtype)) @ self.b.astype(rows.dtype)
+        return multiply(multiply(rows, self.a), self.b)
 
     def restarted(self, key: PRNGKeyArray) -> Self:
         """Returns itself, as there is no weight to merge into."""
