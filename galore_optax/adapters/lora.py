@@ -76,8 +76,8 @@ class LoRA(Adapter):
         not round the correction away.
         """
         kept = dropout(rows, self.dropout, self.key)
-        correction = multiply(multiply(kept, self.a), self.b)
-        return multiply(rows, dequantized(self.base)) + self.scale * correction
+        product = multiply(rows, dequantized(self.base))
+        return product + self.scale * multiply(multiply(kept, self.a), self.b)
 
 
 def dropout(x: Float[Array, "*A"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*A"]:
