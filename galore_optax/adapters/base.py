@@ -145,7 +145,7 @@ def _product(rows: Float[Array, "N in"], weight: Any) -> Float[Array, "N out"]:
 
 
 def multiply(rows: Float[Array, "N in"], matrix: Float[Array, "in out"]) -> Float[Array, "N out"]:
-    """Returns `rows @ matrix` in the rows' dtype: each product of a layer is one of these."""
+    """Returns `rows @ matrix` in the rows' dtype: every product of floats in a linear layer."""
     return rows @ matrix.astype(rows.dtype)
 
 
