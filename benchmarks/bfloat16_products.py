@@ -31,16 +31,14 @@ def _forward(rows: Array, matrix: Array) -> tuple[Array, Any]:
     # Kept: the backward pass would compute the rows again column by column, which takes longer.
     narrow = checkpoint_name(rows.astype(jnp.bfloat16), "product")
     factors = narrow, matrix.astype(jnp.bfloat16)
-    likes = jnp.zeros((), rows.dtype), jnp.zeros((), matrix.dtype)
-    return _product(*factors).astype(rows.dtype), (factors, likes)
+    return _product(*factors).astype(rows.dtype), (*factors, jnp.zeros((), matrix.dtype))
 
 
 def _backward(kept: Any, cotangent: Array) -> tuple[Array, Array]:
-    (rows, matrix), likes = kept
+    rows, matrix, like = kept
     narrow = cotangent.astype(jnp.bfloat16)
-    gradients = _product(narrow, matrix.T), _product(rows.T, narrow)
-    of_rows, of_matrix = (x.astype(like.dtype) for x, like in zip(gradients, likes, strict=True))
-    return of_rows, of_matrix
+    of_rows = _product(narrow, matrix.T).astype(cotangent.dtype)
+    return of_rows, _product(rows.T, narrow).astype(like.dtype)
 
 
 multiply.defvjp(_forward, _backward)
